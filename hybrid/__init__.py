@@ -1,0 +1,30 @@
+"""Run Mixture-of-Experts language models on machines whose GPU cannot hold them.
+
+Everything is imported on first use, so that ``import hybrid`` and ``hybrid --help`` start at
+once and load neither torch nor numba.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+    from hybrid.model import HybridModel
+
+_HOME = {"HybridModel": "hybrid.model", "HybridConfig": "hybrid.config"}
+
+__all__ = ["HybridConfig", "HybridModel", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hybrid' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""What ``hybrid bench`` measures, and how."""

@@ -1,0 +1,43 @@
+"""Errors a user can act on: what is wrong, both values, and the remedy as ``hint``."""
+
+from __future__ import annotations
+
+
+class HybridError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Parameters
+    ----------
+    message
+        What is wrong, naming the thing and both values.
+    hint
+        What to do about it; the command line prints it on its own line.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class UsageError(HybridError):
+    """An option or argument has a value that cannot be used."""
+
+
+class CheckpointError(HybridError):
+    """A Hugging Face checkpoint directory cannot be read or is not what it claims."""
+
+
+class StoreError(HybridError):
+    """A packed expert store is missing, damaged, too new or belongs to another model."""
+
+
+class UnsupportedModelError(HybridError):
+    """The model's experts compute something the kernels do not."""
+
+
+class DiskSpaceError(HybridError):
+    """The destination has less room than what is about to be written."""
