@@ -1,0 +1,269 @@
+"""How long things take: experts on either side, copies, and everything else in a layer.
+
+An expert reads its weights once and computes ``2 * params`` operations per token, so it takes
+
+    max(bytes / memory rate, load * 2 * params / compute rate)
+
+on either side: a floor while memory binds, a slope once compute does (the roofline of MoE-Lens,
+arXiv 2504.09345). A CPU call adds a start cost once per layer; the GPU adds a launch per expert;
+a copy adds a latency. Calibration points, where the hardware description has them for this shape
+and format, replace the formula by interpolation over the load.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cached_property
+
+from planner.errors import CostError
+from planner.hardware import HardwareSpec, Point, Quantity
+from planner.model import Layer, ModelSpec
+from planner.spec import Estimate, Source, weakest
+
+BITS_PER_WEIGHT = {"q4_0": 4.5, "q8_0": 8.5, "bf16": 16.0, "f32": 32.0}
+"""Groups of 32 weights share a 16-bit scale in the quantized formats."""
+KERNELS_PER_LAYER = 12
+"""Launches of one decoder layer on the GPU outside the experts: norms, projections, attention."""
+
+
+def weight_bytes(params: float, fmt: str) -> int:
+    """Bytes of ``params`` weights in ``fmt``.
+
+    Raises
+    ------
+    CostError
+        When the format is unknown.
+    """
+    if fmt not in BITS_PER_WEIGHT:
+        raise CostError(
+            f"unknown weight format {fmt!r}", hint=f"use one of {', '.join(BITS_PER_WEIGHT)}"
+        )
+    return math.ceil(params * BITS_PER_WEIGHT[fmt] / 8)
+
+
+class ExpertCost:
+    """Durations of one layer's routed experts, as the scheduler asks for them.
+
+    Every MoE layer of a model has experts of one shape, so one object serves all layers.
+    Durations are kept per load: a run asks for few distinct loads, very often.
+
+    Raises
+    ------
+    CostError
+        When the machine has neither rates nor calibration points for a lane that is asked for.
+    """
+
+    def __init__(self, model: ModelSpec, hardware: HardwareSpec, fmt: str) -> None:
+        experts = model.experts
+        self.bytes = weight_bytes(experts.params_each, fmt)
+        self.flop_per_token = 2 * experts.params_each
+        self._hardware = hardware
+        self._points = {
+            lane: sorted(
+                (
+                    p
+                    for p in hardware.points
+                    if (p.lane, p.hidden, p.intermediate, p.format)
+                    == (lane, experts.hidden, experts.intermediate, fmt)
+                ),
+                key=lambda p: p.load,
+            )
+            for lane in ("cpu", "gpu", "copy")
+        }
+        self._cpu: dict[int, float] = {}
+        self._gpu: dict[int, float] = {}
+        self.cpu_start_s = hardware.cpu.start_s.value
+        self._copy_s = self.copy_estimate().value if hardware.link else None
+
+    def cpu_s(self, load: int) -> float:
+        """Time one expert with ``load`` tokens adds to the CPU lane."""
+        found = self._cpu.get(load)
+        if found is None:
+            found = self._cpu[load] = self.cpu_estimate(load).value
+        return found
+
+    def gpu_s(self, load: int) -> float:
+        """Time one expert with ``load`` tokens takes on the GPU."""
+        found = self._gpu.get(load)
+        if found is None:
+            found = self._gpu[load] = self.gpu_estimate(load).value
+        return found
+
+    def copy_s(self) -> float:
+        """Time to bring one expert over the link."""
+        return self.copy_estimate().value if self._copy_s is None else self._copy_s
+
+    def cpu_set_s(self, loads: Sequence[int]) -> float:
+        """Time of one CPU call that computes a set of experts; 0 for none."""
+        return self.cpu_start_s + sum(map(self.cpu_s, loads)) if loads else 0.0
+
+    def cpu_estimate(self, load: int) -> Estimate:
+        """``cpu_s`` with its source and error."""
+        if self._points["cpu"]:
+            return interpolate(self._points["cpu"], load)
+        cpu = self._hardware.cpu
+        memory = rate_time(self.bytes, cpu.memory_bytes_per_s, cpu.memory_efficiency)
+        compute = rate_time(load * self.flop_per_token, cpu.flop_per_s, cpu.flop_efficiency)
+        return larger(memory, compute)
+
+    def gpu_estimate(self, load: int) -> Estimate:
+        """``gpu_s`` with its source and error."""
+        if self._points["gpu"]:
+            return interpolate(self._points["gpu"], load)
+        gpu = self._hardware.gpu
+        if gpu is None:
+            raise self._missing("gpu")
+        memory = rate_time(self.bytes, gpu.memory_bytes_per_s, gpu.memory_efficiency)
+        compute = rate_time(load * self.flop_per_token, gpu.flop_per_s, gpu.flop_efficiency)
+        return larger(memory, compute) + constant(gpu.launch_s)
+
+    def copy_estimate(self) -> Estimate:
+        """``copy_s`` with its source and error."""
+        if self._points["copy"]:
+            point = self._points["copy"][0]
+            return interpolate([point], point.load)
+        link = self._hardware.link
+        if link is None:
+            raise self._missing("copy")
+        return rate_time(self.bytes, link.bytes_per_s) + constant(link.latency_s)
+
+    def _missing(self, lane: str) -> CostError:
+        return CostError(
+            f"{self._hardware.name} gives neither rates nor calibration points for lane {lane!r}",
+            hint="choose hardware with a GPU and a link, or calibrate this machine",
+        )
+
+
+class CostModel:
+    """Durations of everything a step does on one machine.
+
+    Parameters
+    ----------
+    model, hardware
+        What runs, and where.
+    expert_format, dense_format
+        Weight formats, keys of ``BITS_PER_WEIGHT``.
+    kv_bytes
+        Bytes of one cached number.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        hardware: HardwareSpec,
+        expert_format: str = "q4_0",
+        dense_format: str = "bf16",
+        kv_bytes: int = 2,
+    ) -> None:
+        self.model = model
+        self.hardware = hardware
+        self.expert_format = expert_format
+        self.dense_format = dense_format
+        self.kv_bytes = kv_bytes
+        self.experts = ExpertCost(model, hardware, expert_format)
+        self._layers: dict[tuple[Layer, int, int], Estimate] = {}
+
+    @cached_property
+    def on_gpu(self) -> bool:
+        """Whether attention and dense weights run on a GPU."""
+        return self.hardware.gpu is not None
+
+    def dense_layer(self, layer: Layer, tokens: int, context: int) -> Estimate:
+        """Time of a layer outside its routed experts: mixer, dense or shared FFN, router.
+
+        Parameters
+        ----------
+        layer
+            Which layer.
+        tokens
+            Tokens computed in this step, over all sequences.
+        context
+            Tokens in the cache of each of them after the step.
+        """
+        key = (layer, tokens, context)
+        if key not in self._layers:
+            mixer = layer.mixer
+            params = mixer.params + layer.ffn_params
+            # A chunk of a prompt sees half of itself on average.
+            seen = mixer.visible(context)
+            mean_seen = seen if tokens == 1 else mixer.visible(max(1, context - tokens // 2))
+            flop = 2 * params * tokens + mixer.score_flops * mean_seen * tokens
+            read = weight_bytes(params, self.dense_format) + mixer.cached(context) * self.kv_bytes
+            self._layers[key] = self._dense(read, flop, KERNELS_PER_LAYER) + constant(
+                self.hardware.cpu.layer_overhead_s
+            )
+        return self._layers[key]
+
+    def head(self, tokens: int) -> Estimate:
+        """Time of the output head for ``tokens`` positions."""
+        params = self.model.head_params
+        return self._dense(weight_bytes(params, self.dense_format), 2 * params * tokens, 2)
+
+    def disk_read(self, count: int = 1) -> Estimate:
+        """Time to read ``count`` experts from the disk."""
+        disk = self.hardware.disk
+        each = rate_time(self.experts.bytes, disk.bytes_per_s) + constant(disk.latency_s)
+        return each * count
+
+    def _dense(self, read_bytes: float, flop: float, kernels: int) -> Estimate:
+        side = self.hardware.gpu or self.hardware.cpu
+        time = larger(
+            rate_time(read_bytes, side.memory_bytes_per_s, side.memory_efficiency),
+            rate_time(flop, side.flop_per_s, side.flop_efficiency),
+        )
+        gpu = self.hardware.gpu
+        return time + constant(gpu.launch_s) * kernels if gpu else time
+
+
+def rate_time(amount: float, rate: Quantity, efficiency: Quantity | None = None) -> Estimate:
+    """Time for ``amount`` at ``rate``, of which only ``efficiency`` is reached."""
+    share = efficiency.value if efficiency else 1.0
+    value = amount / (rate.value * share)
+    source = weakest(rate.source, efficiency.source) if efficiency else rate.source
+    parts = [q.error for q in (rate, efficiency) if q is not None and q.error is not None]
+    return Estimate(value, source, value * math.hypot(*parts) if parts else None)
+
+
+def constant(quantity: Quantity) -> Estimate:
+    """Return a duration the hardware description states directly."""
+    error = None if quantity.error is None else quantity.error * quantity.value
+    return Estimate(quantity.value, quantity.source, error)
+
+
+def larger(first: Estimate, second: Estimate) -> Estimate:
+    """Return the binding one of two overlapped durations."""
+    return first if first.value >= second.value else second
+
+
+def interpolate(points: Sequence[Point], load: int) -> Estimate:
+    """Duration at ``load`` from calibration points sorted by load.
+
+    Between points linear and as good as the measurements; beyond the last, along the last
+    segment and marked fitted.
+
+    Raises
+    ------
+    CostError
+        When ``load`` lies below the first point, or beyond a single one.
+    """
+    loads = [p.load for p in points]
+    at = bisect_left(loads, load)
+    if at < len(points) and loads[at] == load:
+        return Estimate(points[at].seconds, Source.MEASURED, points[at].error)
+    if at == 0 or len(points) < 2:
+        raise CostError(
+            f"no calibration point for load {load}; the points have loads {loads}",
+            hint="calibrate this machine again, starting at one token",
+        )
+    inside = at < len(points)
+    low, high = (points[at - 1], points[at]) if inside else (points[-2], points[-1])
+    slope = (high.seconds - low.seconds) / (high.load - low.load)
+    value = low.seconds + slope * (load - low.load)
+    errors = [p.error for p in (low, high) if p.error is not None]
+    return Estimate(
+        max(0.0, value),
+        Source.MEASURED if inside else Source.FITTED,
+        max(errors) if errors else None,
+    )

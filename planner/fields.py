@@ -1,0 +1,168 @@
+"""Reading untrusted tables (a config.json, a TOML file) one checked field at a time."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from planner.errors import SpecError
+
+LARGEST = 10**12
+"""No count in a model or machine description is larger; a larger one is a slip."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the member of ``known`` that ``name`` was probably meant to be."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
+    return by_lower[found[0]] if found else None
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a JSON or TOML file whose top level is a table.
+
+    Raises
+    ------
+    SpecError
+        When the file cannot be read, is cut short, or holds something else than a table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {path}: {error}", hint="check the path") from error
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise SpecError(
+            f"{path} is damaged or cut short: {error}", hint="write or download the file again"
+        ) from error
+    if not isinstance(data, dict):
+        raise SpecError(
+            f"{path} holds a {type(data).__name__}, not a table", hint="expected key-value pairs"
+        )
+    return data
+
+
+class Fields:
+    """A table whose fields are looked up under any of several names, and checked.
+
+    Parameters
+    ----------
+    data
+        The table.
+    where
+        How messages name it, for example ``config.json of Mixtral-8x7B``.
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.data = data
+        self.where = where
+
+    def has(self, *names: str) -> bool:
+        """Whether any of ``names`` is present and not null."""
+        return any(self.data.get(name) is not None for name in names)
+
+    def first(self, *names: str) -> tuple[str, Any]:
+        """Return the first of ``names`` that is present and not null, with its value."""
+        for name in names:
+            if self.data.get(name) is not None:
+                return name, self.data[name]
+        wanted = names[0] if len(names) == 1 else f"{names[0]} (or {', '.join(names[1:])})"
+        raise SpecError(
+            f"{self.where} lacks {wanted}", hint="use the model's own, complete config.json"
+        )
+
+    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """Return a whole number of at least ``least``; the first of a list of one per layer."""
+        if default is not None and not self.has(*names):
+            return default
+        name, value = self.first(*names)
+        while isinstance(value, list | tuple) and value:
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            raise SpecError(
+                f"{self.where}: {name} is {value!r}, not a whole number",
+                hint=f"{name} must be an integer of at least {least}",
+            )
+        if not least <= value <= LARGEST:
+            raise SpecError(
+                f"{self.where}: {name} is {value:g}, outside [{least}, {LARGEST:.0e}]",
+                hint="compare with the publisher's config.json",
+            )
+        return int(value)
+
+    def number(self, name: str, *, least: float = 0.0, most: float = math.inf) -> float:
+        """Return a finite number in ``[least, most]``."""
+        _, value = self.first(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SpecError(
+                f"{self.where}: {name} is {value!r}, not a number",
+                hint="write a plain number in SI units, without a unit in quotes",
+            )
+        if not (math.isfinite(value) and least <= value <= most):
+            raise SpecError(
+                f"{self.where}: {name} is {value!r}, outside [{least:g}, {most:g}]",
+                hint="check the number and its unit",
+            )
+        return float(value)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Return a non-empty string."""
+        if default is not None and not self.has(name):
+            return default
+        _, value = self.first(name)
+        if not isinstance(value, str) or not value:
+            raise SpecError(
+                f"{self.where}: {name} is {value!r}, not a text", hint=f"put {name} in quotes"
+            )
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return a truth value."""
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise SpecError(
+                f"{self.where}: {name} is {value!r}, not true or false",
+                hint=f"{name} must be a boolean",
+            )
+        return value
+
+    def names(self, *fields: str, length: int) -> list[str] | None:
+        """Return a list of one word per layer, or None when absent."""
+        for field in fields:
+            value = self.data.get(field)
+            if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+                if len(value) < length:
+                    raise SpecError(
+                        f"{self.where}: {field} has {len(value)} entries for {length} layers",
+                        hint="the list needs one entry per layer",
+                    )
+                return value[:length]
+        return None
+
+    def table(self, name: str) -> Fields:
+        """Return a nested table."""
+        _, value = self.first(name)
+        if not isinstance(value, Mapping):
+            raise SpecError(
+                f"{self.where}: {name} is {value!r}, not a table", hint=f"write it as [{name}]"
+            )
+        return Fields(value, f"{self.where} [{name}]")
+
+    def only(self, known: Iterable[str]) -> None:
+        """Refuse fields that are not in ``known``, naming what was probably meant."""
+        known = list(known)
+        for name in self.data:
+            if name not in known:
+                meant = nearest(name, known)
+                raise SpecError(
+                    f"{self.where}: unknown field {name!r}",
+                    hint=f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}",
+                )

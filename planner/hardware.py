@@ -1,0 +1,223 @@
+"""What a machine is to the planner: sizes and rates, each with the place it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from planner.errors import SpecError
+from planner.fields import Fields
+from planner.spec import Source
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of the machine in SI units, and where it comes from.
+
+    Parameters
+    ----------
+    value
+        The number; its unit is in the field's name.
+    source
+        Measured here, fitted, analytic (a data sheet's figure) or assumed.
+    origin
+        The data sheet, measurement or reasoning it was taken from.
+    error
+        Relative standard deviation, or None when nobody knows it.
+    """
+
+    value: float
+    source: Source
+    origin: str
+    error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The accelerator."""
+
+    name: str
+    vram_bytes: Quantity
+    memory_bytes_per_s: Quantity
+    flop_per_s: Quantity
+    memory_efficiency: Quantity
+    flop_efficiency: Quantity
+    launch_s: Quantity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpu:
+    """The processor and its memory."""
+
+    name: str
+    ram_bytes: Quantity
+    memory_bytes_per_s: Quantity
+    flop_per_s: Quantity
+    memory_efficiency: Quantity
+    flop_efficiency: Quantity
+    start_s: Quantity
+    layer_overhead_s: Quantity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """From host memory to the accelerator."""
+
+    bytes_per_s: Quantity
+    latency_s: Quantity
+    cpu_slowdown: Quantity
+    """How many times longer CPU experts take while copies read the same DRAM; at least 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Where the expert store lies when RAM is short."""
+
+    bytes_per_s: Quantity
+    latency_s: Quantity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One calibration measurement: what one expert took on a lane.
+
+    Parameters
+    ----------
+    lane
+        ``cpu``, ``gpu`` or ``copy``.
+    hidden, intermediate, format
+        The expert's shape and weight format.
+    load
+        Tokens; 0 for a copy.
+    seconds, error
+        Median duration and its standard deviation.
+    """
+
+    lane: str
+    hidden: int
+    intermediate: int
+    format: str
+    load: int
+    seconds: float
+    error: float | None = None
+
+
+LANES = ("cpu", "gpu", "copy")
+_PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
+_RATIOS = ("memory_efficiency", "flop_efficiency")
+_MAY_BE_ZERO = ("launch_s", "start_s", "layer_overhead_s", "latency_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareSpec:
+    """A machine. ``gpu`` and ``link`` are both present or both absent.
+
+    Raises
+    ------
+    SpecError
+        On construction from a table with a missing, misnamed or impossible value.
+    """
+
+    name: str
+    summary: str
+    cpu: Cpu
+    disk: Disk
+    gpu: Gpu | None = None
+    link: Link | None = None
+    points: tuple[Point, ...] = field(default=())
+
+    @classmethod
+    def from_table(cls, data: Mapping[str, Any], where: str) -> HardwareSpec:
+        """Build from a parsed ``configs/hardware/*.toml`` or what a calibration wrote."""
+        table = Fields(data, where)
+        table.only(("name", "summary", *_PARTS, "points"))
+        parts: dict[str, Any] = {
+            part: _part(kind, table.table(part))
+            for part, kind in _PARTS.items()
+            if table.has(part) or part in ("cpu", "disk")
+        }
+        if ("gpu" in parts) != ("link" in parts):
+            raise SpecError(
+                f"{where} has only one of [gpu] and [link]",
+                hint="describe both, or neither for a machine without a GPU",
+            )
+        points = data.get("points", [])
+        if not isinstance(points, list):
+            raise SpecError(f"{where}: points is not a list", hint="write [[points]] tables")
+        return cls(
+            name=table.text("name"),
+            summary=table.text("summary", ""),
+            points=tuple(_point(Fields(p, f"{where} points[{i}]")) for i, p in enumerate(points)),
+            **parts,
+        )
+
+    def with_values(self, part: str, **values: float) -> HardwareSpec:
+        """Return this machine with numbers of one part replaced, marked as assumed by the user.
+
+        Raises
+        ------
+        SpecError
+            When the machine has no such part, or a value is not positive.
+        """
+        old = getattr(self, part)
+        if old is None:
+            raise SpecError(
+                f"{self.name} has no {part} to change", hint="choose a machine that has one"
+            )
+        for name, value in values.items():
+            if not value > 0:
+                raise SpecError(
+                    f"{part} {name} is {value:g}, not above 0",
+                    hint="for a machine without a GPU choose hardware without one",
+                )
+        new = {name: Quantity(v, Source.ASSUMED, "set by the user") for name, v in values.items()}
+        return replace(self, **{part: replace(old, **new)})
+
+
+def _part(kind: type, table: Fields) -> Any:
+    """Read one section: every field of ``kind`` is required, nothing else is allowed."""
+    names = [f.name for f in fields(kind)]
+    table.only(names)
+    return kind(**{n: table.text(n) if n == "name" else _quantity(table, n) for n in names})
+
+
+def _quantity(table: Fields, name: str) -> Quantity:
+    """Read ``name = { value = ..., source = ..., from = ... }``."""
+    _, raw = table.first(name)
+    if not isinstance(raw, Mapping):
+        raise SpecError(
+            f"{table.where}: {name} is {raw!r}, without a source",
+            hint=f'write {name} = {{ value = 1e9, source = "analytic", from = "data sheet" }}',
+        )
+    entry = Fields(raw, f"{table.where} {name}")
+    entry.only(("value", "source", "from", "error"))
+    most = 1.0 if name in _RATIOS else 1e18
+    least = 1.0 if name == "cpu_slowdown" else 0.0
+    value = entry.number("value", least=least, most=most)
+    if value == 0 and name not in _MAY_BE_ZERO:
+        raise SpecError(f"{entry.where} is 0", hint="sizes, rates and efficiencies are above 0")
+    word = entry.text("source")
+    if word not in {source.value for source in Source}:
+        raise SpecError(
+            f"{entry.where}: source is {word!r}", hint=f"use one of {', '.join(Source)}"
+        )
+    error = entry.number("error") if entry.has("error") else None
+    return Quantity(value, Source(word), entry.text("from"), error)
+
+
+def _point(entry: Fields) -> Point:
+    """Read one calibration point."""
+    entry.only([f.name for f in fields(Point)])
+    lane = entry.text("lane")
+    if lane not in LANES:
+        raise SpecError(f"{entry.where}: lane is {lane!r}", hint=f"use one of {', '.join(LANES)}")
+    return Point(
+        lane=lane,
+        hidden=entry.count("hidden"),
+        intermediate=entry.count("intermediate"),
+        format=entry.text("format"),
+        load=entry.count("load", default=0, least=0 if lane == "copy" else 1),
+        seconds=entry.number("seconds"),
+        error=entry.number("error") if entry.has("error") else None,
+    )
