@@ -149,7 +149,7 @@ def _interleave(shape: ExpertShape, gate: F32 | None, up: F32) -> F32:
     return np.ascontiguousarray(strips.swapaxes(0, 1)).reshape(shape.up_rows, *up.shape[1:])
 
 
-def _separate(shape: ExpertShape, rows: F32) -> tuple[F32 | None, F32]:
+def separate(shape: ExpertShape, rows: F32) -> tuple[F32 | None, F32]:
     """Inverse of :func:`_interleave`."""
     sides = 2 if shape.gated else 1
     strips = rows.reshape(shape.padded_intermediate // TILE, sides, TILE, *rows.shape[1:])
@@ -224,12 +224,12 @@ def unpack_expert(shape: ExpertShape, block: U8) -> ExpertWeights:
     d, f = shape.hidden, shape.intermediate
     up_bytes = packed_bytes(shape.up_rows, d, shape.format)
     down_bytes = packed_bytes(d, f, shape.format)
-    gate, up = _separate(shape, unpack(block[:up_bytes], shape.up_rows, d, shape.format))
+    gate, up = separate(shape, unpack(block[:up_bytes], shape.up_rows, d, shape.format))
     down = unpack(block[shape.down_offset : shape.down_offset + down_bytes], d, f, shape.format)
     if not shape.bias:
         return ExpertWeights(gate, up, down)
     floats = block[shape.bias_offset :].view(np.float32)
-    gate_bias, up_bias = _separate(shape, floats[: shape.up_rows])
+    gate_bias, up_bias = separate(shape, floats[: shape.up_rows])
     return ExpertWeights(
         gate, up, down, gate_bias, up_bias, floats[shape.up_rows : shape.up_rows + d].copy()
     )

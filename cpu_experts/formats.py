@@ -31,6 +31,8 @@ from cpu_experts.errors import FormatError, ShapeError
 
 GROUP = 32
 TILE = 16
+#: Groups of no larger magnitude count as zero: the inverse of their scale would overflow.
+TINY = 1e-30
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -122,7 +124,7 @@ def quantize(w: F32, fmt: str) -> tuple[I8, NDArray[np.float16]]:
 
 
 def _inverse(d: F32) -> F32:
-    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
+    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=np.abs(d) > TINY)
 
 
 def _padded(w: NDArray[Any], cols: int) -> NDArray[Any]:
@@ -152,7 +154,7 @@ def pack(w: F32, fmt: str, out: U8 | None = None) -> U8:
     size, inputs = _UNIT[check_format(fmt)]
     if w.ndim != 2 or w.dtype != np.float32:
         raise ShapeError(f"pack takes a float32 matrix, got {w.dtype} {list(w.shape)}")
-    total = packed_bytes(*w.shape, fmt)
+    total = packed_bytes(w.shape[0], w.shape[1], fmt)
     if out is None:
         out = np.empty(total, np.uint8)
     elif out.dtype != np.uint8 or out.shape != (total,):
@@ -237,7 +239,7 @@ def quantize_activations(x: F32) -> tuple[I8, F32]:
     padded[:, : x.shape[1]] = x
     groups = padded.reshape(x.shape[0], -1, GROUP)
     largest = np.max(np.abs(groups), axis=-1)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > TINY)
     codes = np.rint(groups * inverse[..., None]).astype(np.int8)
     return codes.reshape(padded.shape), largest / np.float32(127)
 

@@ -12,6 +12,7 @@ from functools import cache
 from cpu_experts.errors import BackendError
 
 ENVIRONMENT_VARIABLE = "HYBRID_SIMD"
+EMULATED = "-emulated"
 
 #: Levels from best to plainest, each with the LLVM target features that it takes.
 LEVELS: dict[str, frozenset[str]] = {
@@ -62,5 +63,17 @@ def choose_level(features: Iterable[str], override: str | None = None) -> str:
 
 
 def host_level() -> str:
-    """Return the level used in this process: the host's best, or the environment's choice."""
-    return choose_level(host_features(), os.environ.get(ENVIRONMENT_VARIABLE))
+    """Return the level used in this process: the host's best, or the environment's choice.
+
+    A choice of ``LEVEL-emulated`` is kept as it is, see :mod:`cpu_experts.simd`.
+    """
+    choice = os.environ.get(ENVIRONMENT_VARIABLE)
+    if choice and choice.endswith(EMULATED):
+        level = choice.removesuffix(EMULATED)
+        if level in LEVELS and level != "portable" and "avx2" in available_levels(host_features()):
+            return choice
+        raise BackendError(
+            f"{ENVIRONMENT_VARIABLE}={choice!r} cannot be emulated on this processor",
+            hint="emulation needs AVX2 and one of the levels avx512vnni, avxvnni, avx2",
+        )
+    return choose_level(host_features(), choice)

@@ -1,0 +1,48 @@
+"""How kernels are compiled: one decorator, one disk cache that notices every change.
+
+numba's cache looks only at the file a function lives in. What we compile also depends on the
+other files of this package, on the SIMD level and on the libraries that translate it, so a
+hash of all of these is part of the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite
+import numba
+from numba.core.caching import FunctionCache
+
+from cpu_experts.hostcpu import host_level
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@cache
+def _salt() -> str:
+    parts = [numba.__version__, llvmlite.__version__, host_level()]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _SaltedCache(FunctionCache):  # type: ignore[misc]
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), _salt())
+
+
+def kernel(*, parallel: bool = False) -> Callable[[F], F]:
+    """Compile a function without bounds checks, free of the GIL, cached on disk."""
+
+    def decorate(function: F) -> F:
+        compiled = numba.njit(nogil=True, parallel=parallel, error_model="numpy")(function)
+        if not numba.config.DISABLE_JIT:
+            compiled._cache = _SaltedCache(function)
+        return compiled  # type: ignore[no-any-return]
+
+    return decorate

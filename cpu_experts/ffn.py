@@ -1,0 +1,352 @@
+"""The validated way in: run these experts, or this matrix, on these tokens.
+
+Everything a call needs besides its arguments lives in one workspace that grows to the largest
+call seen and is reused; a lock keeps calls one after the other, because the thread layers that
+numba offers on all platforms do not allow two parallel regions at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_experts import kernels
+from cpu_experts.errors import ShapeError
+from cpu_experts.experts import ACTIVATIONS, ExpertShape, separate
+from cpu_experts.formats import F32, FORMATS, GROUP, TILE, U8, is_quantized, pad, strip_bytes
+from cpu_experts.hostcpu import host_level
+
+Ids = NDArray[np.int32] | NDArray[np.int64]
+
+_LOCK = threading.Lock()
+
+
+@dataclass
+class _Workspace:
+    """Named buffers, each as large as the largest call so far asked for."""
+
+    buffers: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def get(self, name: str, size: int, dtype: type) -> NDArray[Any]:
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self.buffers[name] = np.zeros(size, dtype)
+        return buffer
+
+    def scratch(self, threads: int) -> F32:
+        """Scratch rows of the threads, whole cache lines apart."""
+        width = pad(kernels.SCRATCH, 16) + 16
+        return self.get("scratch", threads * width, np.float32)[: threads * width].reshape(
+            threads, width
+        )
+
+
+_WORKSPACE = _Workspace()
+
+
+def workspace_bytes() -> int:
+    """Bytes held between calls for activations and intermediate results."""
+    return sum(buffer.nbytes for buffer in _WORKSPACE.buffers.values())
+
+
+def _offset(fmt: str) -> int:
+    """What the micro-kernels shift a format's codes by; activations carry its product."""
+    if fmt == "q4_0":
+        return 8
+    return 128 if fmt == "q8_0" and not host_level().startswith("avx2") else 0
+
+
+def _check_matrix(name: str, x: Any, shape: tuple[int | None, ...]) -> None:
+    ok = (
+        x.dtype == np.float32
+        and x.ndim == len(shape)
+        and all(want is None or got == want for got, want in zip(x.shape, shape, strict=True))
+        and x.flags.c_contiguous
+    )
+    if not ok:
+        wanted = ["any" if want is None else want for want in shape]
+        order = "" if x.flags.c_contiguous else ", not C-contiguous"
+        raise ShapeError(
+            f"{name} is {x.dtype} {list(x.shape)}{order}; it must be float32 {wanted}, C-contiguous"
+        )
+
+
+def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
+    """Activation rows for ``x`` ``[T, K]``: bytes, bytes a row, steps of the inner loop."""
+    tokens, cols = x.shape
+    if not is_quantized(fmt):
+        return x.reshape(-1).view(np.uint8), 4 * cols, cols
+    groups = pad(cols, GROUP) // GROUP
+    stride = groups * kernels.ACT_GROUP
+    act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
+    scratch = _WORKSPACE.scratch(threads)
+    kernels.quantize_rows(x, np.int32(_offset(fmt)), scratch, act, stride, threads)
+    return act, stride, groups
+
+
+def _pairs(expert_ids: Ids, num_experts: int) -> tuple[int, Any, Any, Any]:
+    """Sort the router's choice by expert: active experts, their ids, their runs, the pairs."""
+    flat = np.ascontiguousarray(expert_ids.reshape(-1), dtype=np.int64)
+    experts = _WORKSPACE.get("experts", num_experts + 1, np.int64)
+    first = _WORKSPACE.get("first", num_experts + 1, np.int64)[: num_experts + 1]
+    pairs = _WORKSPACE.get("pairs", max(flat.size, 1), np.int32)
+    return kernels.sort_pairs(flat, num_experts, experts, first, pairs), experts, first, pairs
+
+
+def _check_blocks(blocks: U8, shape: ExpertShape) -> U8:
+    good = blocks.ndim == 2 and blocks.dtype == np.uint8 and blocks.flags.c_contiguous
+    if not good or blocks.shape[1] < shape.block_bytes or blocks.shape[1] % 4:
+        raise ShapeError(
+            f"blocks are {blocks.dtype} {list(blocks.shape)}; they must be C-contiguous uint8"
+            f" [experts, at least {shape.block_bytes}], rows of a multiple of 4"
+        )
+    return blocks.reshape(-1)
+
+
+def run_experts(
+    x: F32,
+    expert_ids: Ids,
+    routing_weights: F32,
+    blocks: U8,
+    shape: ExpertShape,
+    out: F32,
+) -> None:
+    """Add the routed experts' weighted output to ``out``.
+
+    Parameters
+    ----------
+    x
+        Hidden states, ``[T, D]`` float32, C-contiguous.
+    expert_ids, routing_weights
+        The router's choice, ``[T, A]`` int32 or int64 and float32; an id outside ``[0, E)``
+        contributes nothing.
+    blocks
+        The layer's experts, ``[E, stride]`` uint8, each as :func:`~cpu_experts.experts.pack_expert`
+        makes it; what follows a block up to the stride is ignored.
+    out
+        ``[T, D]`` float32, C-contiguous; added to.
+
+    Raises
+    ------
+    ShapeError
+        When shapes, types or layouts disagree; the message gives both.
+
+    Notes
+    -----
+    Reads each active expert's block once, however many tokens it has. q4_0 and q8_0 see
+    ``x`` and the intermediate activations as int8 in groups of 32, bf16 and f32 as float32;
+    sums are float32. A result does not depend on the number of threads.
+    """
+    _check_matrix("x", x, (None, shape.hidden))
+    _check_matrix("out", out, x.shape)
+    _check_matrix("routing_weights", routing_weights, expert_ids.shape)
+    if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0]:
+        raise ShapeError(f"expert_ids are {list(expert_ids.shape)} for {x.shape[0]} tokens")
+    flat = _check_blocks(blocks, shape)
+    with _LOCK:
+        active, experts, first, pairs = _pairs(expert_ids, blocks.shape[0])
+        if active == 0:
+            return
+        threads = numba.get_num_threads()
+        act, stride, inner = _activations(x, shape.format, threads)
+        count = int(first[active])
+        quantized = is_quantized(shape.format)
+        groups = shape.padded_intermediate // GROUP
+        h_stride = groups * kernels.ACT_GROUP if quantized else 4 * shape.intermediate
+        strips = pad(shape.hidden, TILE) // TILE
+        kernels.run_pairs(
+            FORMATS.index(shape.format),
+            flat,
+            blocks.shape[1],
+            shape.up_strip_bytes,
+            inner,
+            shape.down_offset,
+            shape.down_strip_bytes,
+            groups if quantized else shape.intermediate,
+            act,
+            stride,
+            ACTIVATIONS.index(shape.activation),
+            np.float32(shape.alpha),
+            np.float32(shape.limit),
+            np.float32(shape.up_offset),
+            shape.gated,
+            shape.bias_offset if shape.bias else -1,
+            shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
+            shape.intermediate,
+            np.int32(_offset(shape.format)),
+            active,
+            experts,
+            first,
+            pairs,
+            _WORKSPACE.get("rows", count, np.int32),
+            _WORKSPACE.get("order", count, np.int32),
+            expert_ids.shape[1],
+            routing_weights.reshape(-1),
+            _WORKSPACE.get("h", pad(count * h_stride, 4), np.uint8),
+            h_stride,
+            max(1, min(4, strips // (8 * threads))),
+            _WORKSPACE.get("counter", 2, np.int64),
+            _WORKSPACE.scratch(threads),
+            threads,
+            out,
+        )
+
+
+def _project(
+    x: F32,
+    expert_ids: Ids,
+    flat: U8,
+    num_experts: int,
+    stride: int,
+    fmt: str,
+    section: int,
+    bias_at: int,
+    rows_are_pairs: bool,
+    out: F32,
+) -> None:
+    """Write one matrix's product for every (token, choice) pair to ``out`` ``[pairs, rows]``."""
+    with _LOCK:
+        active, experts, first, pairs = _pairs(expert_ids, num_experts)
+        if active == 0:
+            return
+        threads = numba.get_num_threads()
+        act, act_stride, inner = _activations(x, fmt, threads)
+        targets = pairs[: int(first[active])]
+        rows = targets if rows_are_pairs else targets // np.int32(expert_ids.shape[1])
+        strips = pad(out.shape[1], TILE) // TILE
+        kernels.project_pairs(
+            FORMATS.index(fmt),
+            flat,
+            stride,
+            section,
+            strip_bytes(x.shape[1], fmt),
+            inner,
+            act,
+            act_stride,
+            bias_at,
+            active,
+            experts,
+            first,
+            rows,
+            targets,
+            max(1, min(4, strips // (8 * threads))),
+            _WORKSPACE.get("counter", 2, np.int64),
+            _WORKSPACE.scratch(threads),
+            threads,
+            out,
+        )
+
+
+def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> tuple[F32 | None, F32]:
+    """Gate and up projections, biases included, of every routed pair: no activation.
+
+    For families whose gating :class:`~cpu_experts.experts.ExpertShape` cannot express.
+
+    Parameters
+    ----------
+    x, expert_ids, blocks
+        As in :func:`run_experts`.
+
+    Returns
+    -------
+    gate float32 ``[T * A, F]`` (None without a gate) and up ``[T * A, F]``; rows of dropped
+    ids are zero.
+
+    Raises
+    ------
+    ShapeError
+        When shapes, types or layouts disagree.
+    """
+    _check_matrix("x", x, (None, shape.hidden))
+    if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0]:
+        raise ShapeError(f"expert_ids are {list(expert_ids.shape)} for {x.shape[0]} tokens")
+    out = np.zeros((expert_ids.size, shape.up_rows), np.float32)
+    _project(
+        x,
+        expert_ids,
+        _check_blocks(blocks, shape),
+        blocks.shape[0],
+        blocks.shape[1],
+        shape.format,
+        0,
+        shape.bias_offset if shape.bias else -1,
+        False,
+        out,
+    )
+    gate, up = separate(shape, np.ascontiguousarray(out.T))
+    return (
+        None if gate is None else np.ascontiguousarray(gate.T),
+        np.ascontiguousarray(up.T),
+    )
+
+
+def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> F32:
+    """Down projection, bias included, of every routed pair.
+
+    Parameters
+    ----------
+    h
+        Activated intermediate, ``[T * A, F]`` float32, in the order of ``expert_ids``.
+
+    Returns
+    -------
+    float32 ``[T * A, D]``, not weighted; rows of dropped ids are zero.
+
+    Raises
+    ------
+    ShapeError
+        When shapes, types or layouts disagree.
+    """
+    _check_matrix("h", h, (expert_ids.size, shape.intermediate))
+    out = np.zeros((expert_ids.size, shape.hidden), np.float32)
+    _project(
+        h,
+        expert_ids,
+        _check_blocks(blocks, shape),
+        blocks.shape[0],
+        blocks.shape[1],
+        shape.format,
+        shape.down_offset,
+        shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
+        True,
+        out,
+    )
+    return out
+
+
+def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
+    """Write ``x @ weight.T + bias`` to ``out``.
+
+    Parameters
+    ----------
+    x
+        ``[T, K]`` float32, C-contiguous.
+    weight
+        A matrix ``[N, K]`` as :func:`~cpu_experts.formats.pack` lays it out.
+    bias
+        ``[N]`` float32 or None.
+    out
+        ``[T, N]`` float32, C-contiguous.
+
+    Raises
+    ------
+    ShapeError
+        When shapes, types or layouts disagree.
+    """
+    _check_matrix("x", x, (None, None))
+    _check_matrix("out", out, (x.shape[0], None))
+    size = pad(out.shape[1], TILE) // TILE * strip_bytes(x.shape[1], fmt)
+    if weight.dtype != np.uint8 or weight.shape != (size,) or not weight.flags.c_contiguous:
+        raise ShapeError(
+            f"weight is {weight.dtype} {list(weight.shape)}; {fmt}"
+            f" [{out.shape[1]}, {x.shape[1]}] takes uint8 [{size}], C-contiguous"
+        )
+    ids = np.zeros((x.shape[0], 1), np.int64)
+    _project(x, ids, weight, 1, size, fmt, 0, -1, True, out)
+    if bias is not None:
+        out += bias

@@ -1,0 +1,329 @@
+"""The compiled loops around the micro-kernels: they neither allocate nor validate.
+
+All of them see the router's choice as pairs of a token and an expert, sorted by expert:
+expert ``experts[i]`` has the pairs ``first[i] : first[i + 1]``. A region is one fork and
+join; inside it each thread takes the next item off a shared counter until none is left, so
+that threads finish together whatever slows one of them down.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import config, prange
+
+from cpu_experts import portable
+from cpu_experts.compiled import kernel
+from cpu_experts.formats import GROUP, TILE
+from cpu_experts.hostcpu import host_level
+
+if host_level() == "portable" or config.DISABLE_JIT:
+    from cpu_experts.portable import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
+else:
+    from cpu_experts.simd import (  # type: ignore[assignment]
+        ROW_BLOCKS,
+        quantize_group,
+        silu_strip,
+        strip_dot,
+    )
+fetch_add = portable.fetch_add
+
+ACT_GROUP = portable.ACT_GROUP
+#: Formats and activations by the numbers that the loops switch on.
+Q4_0, Q8_0, BF16, F32 = range(4)
+NONE, SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID = range(7)
+WIDE, MIDDLE, _ = ROW_BLOCKS
+#: Float32 of scratch a thread needs: four strips of gate and up, then one group of h, by row.
+SCRATCH = WIDE * (4 * TILE + GROUP)
+
+_q4_wide, _q4_middle, _q4_one = (strip_dot("q4_0", n) for n in ROW_BLOCKS)
+_q8_wide, _q8_middle, _q8_one = (strip_dot("q8_0", n) for n in ROW_BLOCKS)
+_bf_wide, _bf_middle, _bf_one = (strip_dot("bf16", n) for n in ROW_BLOCKS)
+_f4_wide, _f4_middle, _f4_one = (strip_dot("f32", n) for n in ROW_BLOCKS)
+
+
+@kernel()
+def dot_rows(fmt, w, w_at, act, stride, rows, first, count, inner, out, out_at):  # type: ignore[no-untyped-def]
+    """Multiply one strip with ``count`` <= WIDE activation rows into ``out`` ``[count, 16]``."""
+    t = np.int64(0)
+    while t < count:
+        o = out_at + TILE * t
+        r = first + t
+        if count - t >= WIDE:
+            if fmt == Q4_0:
+                _q4_wide(w, w_at, act, stride, rows, r, inner, out, o)
+            elif fmt == Q8_0:
+                _q8_wide(w, w_at, act, stride, rows, r, inner, out, o)
+            elif fmt == BF16:
+                _bf_wide(w, w_at, act, stride, rows, r, inner, out, o)
+            else:
+                _f4_wide(w, w_at, act, stride, rows, r, inner, out, o)
+            t += WIDE
+        elif count - t >= MIDDLE:
+            if fmt == Q4_0:
+                _q4_middle(w, w_at, act, stride, rows, r, inner, out, o)
+            elif fmt == Q8_0:
+                _q8_middle(w, w_at, act, stride, rows, r, inner, out, o)
+            elif fmt == BF16:
+                _bf_middle(w, w_at, act, stride, rows, r, inner, out, o)
+            else:
+                _f4_middle(w, w_at, act, stride, rows, r, inner, out, o)
+            t += MIDDLE
+        else:
+            if fmt == Q4_0:
+                _q4_one(w, w_at, act, stride, rows, r, inner, out, o)
+            elif fmt == Q8_0:
+                _q8_one(w, w_at, act, stride, rows, r, inner, out, o)
+            elif fmt == BF16:
+                _bf_one(w, w_at, act, stride, rows, r, inner, out, o)
+            else:
+                _f4_one(w, w_at, act, stride, rows, r, inner, out, o)
+            t += 1
+
+
+@kernel()
+def sort_pairs(ids, num_experts, experts, first, pairs):  # type: ignore[no-untyped-def]
+    """Sort the flat ids by expert; return how many experts have pairs.
+
+    ``pairs`` receives the flat positions, ``experts`` and ``first`` their runs; ids outside
+    ``[0, num_experts)`` are dropped. ``first`` ``[num_experts + 1]`` doubles as the counters.
+    """
+    first[:] = 0
+    for p in range(ids.size):
+        if 0 <= ids[p] < num_experts:
+            first[ids[p] + 1] += 1
+    for e in range(num_experts):
+        first[e + 1] += first[e]
+    for p in range(ids.size):
+        if 0 <= ids[p] < num_experts:
+            pairs[first[ids[p]]] = p
+            first[ids[p]] += 1
+    # first[e] is now the end of run e: close the gaps of the experts without pairs.
+    active, start = 0, 0
+    for e in range(num_experts):
+        end = first[e]
+        if end > start:
+            experts[active] = e
+            first[active] = start
+            active += 1
+            start = end
+    first[active] = start
+    return active
+
+
+@kernel()
+def _quantize_row(x, row, cols, offset, tail, act, stride):  # type: ignore[no-untyped-def]
+    """Quantize ``x[row, :cols]`` into activation row ``row``; ``tail`` is 32 floats of scratch."""
+    flat = x.reshape(-1)
+    whole = cols // GROUP
+    for g in range(whole):
+        quantize_group(flat, row * cols + g * GROUP, offset, act, row * stride + g * ACT_GROUP)
+    if whole * GROUP < cols:
+        tail[:GROUP] = 0
+        for k in range(whole * GROUP, cols):
+            tail[k - whole * GROUP] = x[row, k]
+        quantize_group(tail, 0, offset, act, row * stride + whole * ACT_GROUP)
+
+
+@kernel(parallel=True)
+def quantize_rows(x, offset, scratch, act, stride, threads):  # type: ignore[no-untyped-def]
+    """Quantize the rows of ``x`` ``[T, K]`` into activation rows of ``stride`` bytes."""
+    tokens, cols = x.shape
+    if tokens * cols < 65536:
+        for t in range(tokens):
+            _quantize_row(x, t, cols, offset, scratch[0], act, stride)
+    else:
+        for w in prange(threads):
+            for t in range(w * tokens // threads, (w + 1) * tokens // threads):
+                _quantize_row(x, t, cols, offset, scratch[w], act, stride)
+
+
+@kernel()
+def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at):  # type: ignore[no-untyped-def]
+    """Write ``act(gate) * up`` (or ``act(up)``) of 16 rows to ``buf[out_at:]``."""
+    if gated and limit < np.inf:
+        for i in range(TILE):
+            buf[gate_at + i] = min(buf[gate_at + i], limit)
+    if limit < np.inf:
+        for i in range(TILE):
+            buf[up_at + i] = max(min(buf[up_at + i], limit), -limit)
+    source = gate_at if gated else up_at
+    if kind == SILU:
+        silu_strip(buf, source, alpha, buf, out_at)
+    else:
+        for i in range(TILE):
+            v = buf[source + i]
+            if kind == GELU:
+                v = (
+                    np.float32(0.5)
+                    * v
+                    * np.float32(1 + math.erf(v * np.float32(0.7071067811865476)))
+                )
+            elif kind == GELU_TANH:
+                inner = np.float32(0.7978845608028654) * (v + np.float32(0.044715) * v * v * v)
+                v = np.float32(0.5) * v * (np.float32(1) + math.tanh(inner))
+            elif kind == RELU:
+                v = max(v, np.float32(0))
+            elif kind == RELU2:
+                v = max(v, np.float32(0))
+                v = v * v
+            elif kind == SIGMOID:
+                v = np.float32(1) / (np.float32(1) + math.exp(-v))
+            buf[out_at + i] = v
+    if gated:
+        for i in range(TILE):
+            buf[out_at + i] *= buf[up_at + i] + up_offset
+
+
+@kernel()
+def _up_items(  # type: ignore[no-untyped-def]
+    counter, fmt, blocks, block_stride, strip, inner, act, act_stride,
+    kind, alpha, limit, up_offset, gated, bias_at, intermediate, offset,
+    active, experts, first, rows, h, h_stride, buf,
+):  # fmt: skip
+    """Take (expert, 32 rows of h) items: gate and up, activation, quantize h."""
+    sides = 2 if gated else 1
+    per_expert = -(-intermediate // GROUP)
+    flat_h = h.view(np.float32)
+    floats = blocks.view(np.float32)
+    h_at = 4 * TILE * WIDE
+    while True:
+        item = fetch_add(counter, 0)
+        if item >= active * per_expert:
+            break
+        run, group = item // per_expert, item % per_expert
+        base = experts[run] * block_stride
+        for p in range(first[run], first[run + 1], WIDE):
+            count = min(WIDE, first[run + 1] - p)
+            for s in range(2 * sides):
+                at = base + (2 * sides * group + s) * strip
+                dot_rows(
+                    fmt, blocks, at, act, act_stride, rows, p, count, inner, buf, s * TILE * WIDE
+                )
+                if bias_at >= 0:
+                    bias = (base + bias_at) // 4 + (2 * sides * group + s) * TILE
+                    for t in range(count):
+                        for i in range(TILE):
+                            buf[(s * WIDE + t) * TILE + i] += floats[bias + i]
+            for t in range(count):
+                for half in range(2):
+                    gate = (half * sides * WIDE + t) * TILE
+                    up = ((half * sides + sides - 1) * WIDE + t) * TILE
+                    out = h_at + t * GROUP + half * TILE
+                    _activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
+                if fmt <= Q8_0:
+                    for i in range(intermediate - group * GROUP, GROUP):
+                        buf[h_at + t * GROUP + i] = 0
+                    at = (p + t) * h_stride + group * ACT_GROUP
+                    quantize_group(buf, h_at + t * GROUP, offset, h, at)
+                else:
+                    at = (p + t) * intermediate + group * GROUP
+                    for i in range(min(GROUP, intermediate - group * GROUP)):
+                        flat_h[at + i] = buf[h_at + t * GROUP + i]
+
+
+@kernel()
+def _down_items(  # type: ignore[no-untyped-def]
+    counter, fmt, blocks, block_stride, section, strip, inner, h, h_stride,
+    bias_at, active, experts, first, rows, pairs, top_k, weights, strips_an_item, out, buf,
+):  # fmt: skip
+    """Take blocks of output columns: every expert's share of them, weighted and summed."""
+    hidden = out.shape[1]
+    strips = -(-hidden // TILE)
+    floats = blocks.view(np.float32)
+    while True:
+        item = fetch_add(counter, 1)
+        if item * strips_an_item >= strips:
+            break
+        for run in range(active):
+            base = experts[run] * block_stride
+            for s in range(item * strips_an_item, min((item + 1) * strips_an_item, strips)):
+                at = base + section + s * strip
+                columns = min(TILE, hidden - s * TILE)
+                for p in range(first[run], first[run + 1], WIDE):
+                    count = min(WIDE, first[run + 1] - p)
+                    dot_rows(fmt, blocks, at, h, h_stride, rows, p, count, inner, buf, 0)
+                    for t in range(count):
+                        if bias_at >= 0:
+                            bias = (base + bias_at) // 4 + s * TILE
+                            for i in range(columns):
+                                buf[t * TILE + i] += floats[bias + i]
+                        pair = pairs[p + t]
+                        token, weight = pair // top_k, weights[pair]
+                        for i in range(columns):
+                            out[token, s * TILE + i] += weight * buf[t * TILE + i]
+
+
+@kernel(parallel=True)
+def run_pairs(  # type: ignore[no-untyped-def]
+    fmt, blocks, block_stride, up_strip, up_inner, section, down_strip, down_inner,
+    act, act_stride, kind, alpha, limit, up_offset, gated, up_bias, down_bias, intermediate,
+    offset, active, experts, first, pairs, rows, order, top_k, weights, h, h_stride,
+    strips_an_item, counter, scratch, threads, out,
+):  # fmt: skip
+    """Add every pair's weighted expert output to ``out``: two regions, up and down."""
+    counter[:] = 0
+    for p in range(first[active]):
+        rows[p] = pairs[p] // top_k
+        order[p] = p
+    for w in prange(threads):
+        _up_items(
+            counter, fmt, blocks, block_stride, up_strip, up_inner, act, act_stride,
+            kind, alpha, limit, up_offset, gated, up_bias, intermediate, offset,
+            active, experts, first, rows, h, h_stride, scratch[w],
+        )  # fmt: skip
+    for w in prange(threads):
+        _down_items(
+            counter, fmt, blocks, block_stride, section, down_strip, down_inner, h, h_stride,
+            down_bias, active, experts, first, order, pairs, top_k, weights, strips_an_item,
+            out, scratch[w],
+        )  # fmt: skip
+
+
+@kernel()
+def _project_items(  # type: ignore[no-untyped-def]
+    counter, fmt, blocks, block_stride, section, strip, inner, act, act_stride,
+    bias_at, active, experts, first, rows, targets, strips_an_item, out, buf,
+):  # fmt: skip
+    columns_all = out.shape[1]
+    strips = -(-columns_all // TILE)
+    per_expert = -(-strips // strips_an_item)
+    floats = blocks.view(np.float32)
+    while True:
+        item = fetch_add(counter, 0)
+        if item >= active * per_expert:
+            break
+        run, part = item // per_expert, item % per_expert
+        base = experts[run] * block_stride
+        for p in range(first[run], first[run + 1], WIDE):
+            count = min(WIDE, first[run + 1] - p)
+            for s in range(part * strips_an_item, min((part + 1) * strips_an_item, strips)):
+                at = base + section + s * strip
+                columns = min(TILE, columns_all - s * TILE)
+                dot_rows(fmt, blocks, at, act, act_stride, rows, p, count, inner, buf, 0)
+                for t in range(count):
+                    target = targets[p + t]
+                    for i in range(columns):
+                        out[target, s * TILE + i] = buf[t * TILE + i]
+                    if bias_at >= 0:
+                        bias = (base + bias_at) // 4 + s * TILE
+                        for i in range(columns):
+                            out[target, s * TILE + i] += floats[bias + i]
+
+
+@kernel(parallel=True)
+def project_pairs(  # type: ignore[no-untyped-def]
+    fmt, blocks, block_stride, section, strip, inner, act, act_stride, bias_at,
+    active, experts, first, rows, targets, strips_an_item, counter, scratch, threads, out,
+):  # fmt: skip
+    """Write one matrix's product for every pair to ``out[targets[p]]``: one region.
+
+    A dense layer is the case of a single expert that every token goes to.
+    """
+    counter[:] = 0
+    for w in prange(threads):
+        _project_items(
+            counter, fmt, blocks, block_stride, section, strip, inner, act, act_stride,
+            bias_at, active, experts, first, rows, targets, strips_an_item, out, scratch[w],
+        )  # fmt: skip

@@ -1,0 +1,407 @@
+"""Vector code that numba cannot write: the innermost loops, emitted as LLVM IR.
+
+One micro-kernel does all the arithmetic: a strip of 16 weight rows times ``n`` activation
+rows (:func:`strip_dot`). It is emitted once per format, level and ``n``; a level is a vector
+width and a way to add up products of 4 neighbouring bytes:
+
+* ``avx512vnni``, ``avxvnni``: ``vpdpbusd`` into int32 lanes, one a row.
+* ``avx2``: ``vpmaddubsw`` into int16 lanes, two a row. A group of 32 q4_0 codes cannot
+  overflow them (8 steps of at most 2 * 15 * 127, and the start value's wrap-around cancels),
+  so one widening a group is enough; q8_0 widens at every step.
+
+``LEVEL-emulated`` is a level's code with its dot product spelled out in ordinary
+instructions: slow, and there to check a level on a machine that lacks it.
+
+Activation rows for the quantized formats are ``ACT_GROUP`` = 40 bytes a group of 32: 32 int8
+codes, a float32 scale, and a start value that folds the weights' offset (-8 times the sum of
+the codes for q4_0) into the accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cpu_experts import hostcpu
+from cpu_experts.formats import GROUP, TILE, TINY, is_quantized
+from cpu_experts.hostcpu import host_level
+
+ACT_GROUP = GROUP + 8
+PREFETCH_BYTES = 2048
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32 = ir.FloatType()
+
+Value = Any
+Builder = Any
+
+
+LEVEL = host_level().removesuffix(hostcpu.EMULATED)
+EMULATED = host_level().endswith(hostcpu.EMULATED)
+#: How many activation rows the micro-kernel takes at once: by the wide, the middle and the
+#: one-row variant.
+ROW_BLOCKS = {"avx512vnni": (12, 4, 1)}.get(LEVEL, (4, 2, 1))
+
+_BITS = 512 if LEVEL == "avx512vnni" else 256
+_LANES = _BITS // 32
+_PARTS = TILE // _LANES
+_BYTES = ir.VectorType(_I8, 4 * _LANES)
+_WORDS = ir.VectorType(_I16, 2 * _LANES)
+_INTS = ir.VectorType(_I32, _LANES)
+_FLOATS = ir.VectorType(_F32, _LANES)
+_HALVES = ir.VectorType(ir.HalfType(), _LANES)
+
+
+def _call(b: Builder, name: str, result: Any, args: list[Value]) -> Value:
+    fn_type = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, fn_type, name), args)
+
+
+def _splat(b: Builder, value: Value, vector: Any) -> Value:
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    zeros = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
+    return b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _const(vector: Any, value: float) -> Value:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    return _call(b, f"llvm.fma.v{_LANES}f32", _FLOATS, [x, y, z])
+
+
+def _pin(b: Builder, value: Value) -> Value:
+    """Fix the order of what comes before and after: an empty instruction LLVM cannot see into."""
+    if EMULATED:  # the vector may be wider than this processor's registers
+        return value
+    fn_type = ir.FunctionType(value.type, [value.type])
+    return b.asm(fn_type, "", "=x,0", [value], side_effect=True)
+
+
+def _gep(b: Builder, base: Value, offset: Value | int) -> Value:
+    at = ir.Constant(_I64, offset) if isinstance(offset, int) else offset
+    return b.gep(base, [at], source_etype=_I8)
+
+
+def _load(b: Builder, base: Value, offset: Value | int, kind: Any) -> Value:
+    pointer = b.bitcast(_gep(b, base, offset), kind.as_pointer())
+    value = b.load(pointer, typ=kind)
+    value.align = 1
+    return value
+
+
+def _store(b: Builder, value: Value, base: Value, offset: Value | int) -> None:
+    pointer = b.bitcast(_gep(b, base, offset), value.type.as_pointer())
+    b.store(value, pointer).align = 1
+
+
+def _prefetch(b: Builder, base: Value, offset: int) -> None:
+    args = [_gep(b, base, offset), *(ir.Constant(_I32, n) for n in (0, 3, 1))]
+    _call(b, "llvm.prefetch.p0", ir.VoidType(), args)
+
+
+def _loop(b: Builder, count: Value, state: list[Value], body: Callable[..., list[Value]]) -> Any:
+    """Emit ``for i in range(count): state = body(i, *state)`` for count >= 1."""
+    before = b.block
+    block, after = b.append_basic_block("body"), b.append_basic_block("after")
+    b.branch(block)
+    b.position_at_end(block)
+    i = b.phi(_I64)
+    phis = [b.phi(value.type) for value in state]
+    results = body(i, *phis)
+    following = b.add(i, ir.Constant(_I64, 1))
+    b.cbranch(b.icmp_signed("<", following, count), block, after)
+    i.add_incoming(ir.Constant(_I64, 0), before)
+    i.add_incoming(following, b.block)
+    for phi, start, result in zip(phis, state, results, strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(result, b.block)
+    b.position_at_end(after)
+    return results
+
+
+class _Dot:
+    """Sums of 4 neighbouring products, weight bytes times activation bytes, a lane a row."""
+
+    def __init__(self, fmt: str) -> None:
+        self.fmt = fmt
+        #: q8_0 weights are signed, which vpdpbusd's first operand is not: shift them by 128.
+        self.shifted = fmt == "q8_0" and LEVEL != "avx2"
+        self.pairs = fmt == "q4_0" and LEVEL == "avx2"
+
+    def start(self, b: Builder, packed: Value) -> Value:
+        """Accumulator from the activation group's start value."""
+        lanes = _splat(b, packed, _INTS)
+        return b.bitcast(lanes, _WORDS) if self.pairs else lanes
+
+    def weights(self, b: Builder, raw: Value) -> Value:
+        return b.xor(raw, _const(_BYTES, 0x80)) if self.shifted else raw
+
+    def step(self, b: Builder, acc: Value, w: Value, x: Value) -> Value:
+        """Add one chunk: ``w`` bytes, ``x`` the same 4 activation bytes in every lane."""
+        if EMULATED:
+            return self._emulated(b, acc, w, b.bitcast(x, _BYTES))
+        if LEVEL != "avx2":
+            return _call(
+                b,
+                f"llvm.x86.avx512.vpdpbusd.{_BITS}",
+                _INTS,
+                [acc, b.bitcast(w, _INTS), x],
+            )
+        if self.pairs:
+            return b.add(acc, self._madd_bytes(b, w, b.bitcast(x, _BYTES)))
+        no_poison = ir.Constant(ir.IntType(1), 0)
+        size = _call(b, "llvm.abs.v32i8", _BYTES, [w, no_poison])
+        signed = _call(b, "llvm.x86.avx2.psign.b", _BYTES, [b.bitcast(x, _BYTES), w])
+        return b.add(acc, self._madd_words(b, self._madd_bytes(b, size, signed)))
+
+    def total(self, b: Builder, acc: Value) -> Value:
+        """The accumulator as float32, one lane a row."""
+        if self.pairs:
+            if EMULATED:
+                low = b.ashr(b.shl(b.bitcast(acc, _INTS), _const(_INTS, 16)), _const(_INTS, 16))
+                acc = b.add(low, b.ashr(b.bitcast(acc, _INTS), _const(_INTS, 16)))
+            else:
+                acc = self._madd_words(b, acc)
+        return b.sitofp(acc, _FLOATS)
+
+    @staticmethod
+    def _madd_bytes(b: Builder, unsigned: Value, signed: Value) -> Value:
+        return _call(b, "llvm.x86.avx2.pmadd.ub.sw", _WORDS, [unsigned, signed])
+
+    @staticmethod
+    def _madd_words(b: Builder, words: Value) -> Value:
+        return _call(b, "llvm.x86.avx2.pmadd.wd", _INTS, [words, _const(_WORDS, 1)])
+
+    def _emulated(self, b: Builder, acc: Value, w: Value, x: Value) -> Value:
+        lane, extend = (_I16, 2) if self.pairs else (_I32, 4)
+        signed_w = self.fmt == "q8_0" and not self.shifted
+        wide = ir.VectorType(lane, 4 * _LANES)
+        products = b.mul(b.sext(w, wide) if signed_w else b.zext(w, wide), b.sext(x, wide))
+        for at in range(extend):
+            picks = ir.Constant(
+                ir.VectorType(_I32, 4 * _LANES // extend),
+                [extend * i + at for i in range(4 * _LANES // extend)],
+            )
+            acc = b.add(acc, b.shuffle_vector(products, ir.Constant(wide, ir.Undefined), picks))
+        return acc
+
+
+def _quantized_dot(
+    b: Builder, fmt: str, w: Value, acts: list[Value], groups: Value, ahead: bool
+) -> list[list[Value]]:
+    """Emit the loop over groups; returns the sums ``[n][parts]`` as float vectors."""
+    dot = _Dot(fmt)
+    n = len(acts)
+    chunks, size = (4, 288) if fmt == "q4_0" else (8, 544)
+    nibble = _const(_BYTES, 15)
+
+    def body(g: Value, *sums: Value) -> list[Value]:
+        base = _gep(b, w, b.mul(g, ir.Constant(_I64, size)))
+        rows = [_gep(b, act, b.mul(g, ir.Constant(_I64, ACT_GROUP))) for act in acts]
+        if ahead:
+            for line in range(0, size, 64):
+                _prefetch(b, base, PREFETCH_BYTES + line)
+        accs = [[dot.start(b, _load(b, row, GROUP + 4, _I32))] * _PARTS for row in rows]
+        for chunk in range(chunks):
+            raw = [_load(b, base, 64 * chunk + p * _BITS // 8, _BYTES) for p in range(_PARTS)]
+            if fmt == "q4_0":
+                high = [
+                    b.bitcast(b.lshr(b.bitcast(v, _WORDS), _const(_WORDS, 4)), _BYTES) for v in raw
+                ]
+                sides = [[b.and_(v, nibble) for v in side] for side in (raw, high)]
+            else:
+                sides = [[dot.weights(b, v) for v in raw]]
+            for t in range(n):
+                for side, codes in enumerate(sides):
+                    at = 4 * chunk + 16 * side
+                    x = _splat(b, _load(b, rows[t], at, _I32), _INTS)
+                    for p in range(_PARTS):
+                        accs[t][p] = dot.step(b, accs[t][p], codes[p], x)
+            accs = [[_pin(b, acc) for acc in row] for row in accs]
+        scales = [
+            b.fpext(_load(b, base, size - 2 * TILE + 2 * _LANES * p, _HALVES), _FLOATS)
+            for p in range(_PARTS)
+        ]
+        out = []
+        for t in range(n):
+            scale = _splat(b, _load(b, rows[t], GROUP, _F32), _FLOATS)
+            for p in range(_PARTS):
+                factor = b.fmul(scale, scales[p])
+                out.append(_fma(b, dot.total(b, accs[t][p]), factor, sums[t * _PARTS + p]))
+        return out
+
+    sums = _loop(b, groups, [_const(_FLOATS, 0.0)] * (n * _PARTS), body)
+    return [sums[t * _PARTS : (t + 1) * _PARTS] for t in range(n)]
+
+
+def _float_dot(
+    b: Builder, fmt: str, w: Value, acts: list[Value], cols: Value, ahead: bool
+) -> list[list[Value]]:
+    """Emit the loop over single inputs for bf16 and f32 weights."""
+    size = 2 if fmt == "bf16" else 4
+
+    def body(k: Value, *sums: Value) -> list[Value]:
+        base = _gep(b, w, b.mul(k, ir.Constant(_I64, TILE * size)))
+        if ahead:
+            _prefetch(b, base, PREFETCH_BYTES)
+        weights = []
+        for p in range(_PARTS):
+            at = size * _LANES * p
+            if fmt == "bf16":
+                bits = b.zext(_load(b, base, at, ir.VectorType(_I16, _LANES)), _INTS)
+                weights.append(b.bitcast(b.shl(bits, _const(_INTS, 16)), _FLOATS))
+            else:
+                weights.append(_load(b, base, at, _FLOATS))
+        out = []
+        for t, act in enumerate(acts):
+            x = _splat(b, _load(b, act, b.mul(k, ir.Constant(_I64, 4)), _F32), _FLOATS)
+            for p in range(_PARTS):
+                out.append(_fma(b, weights[p], x, sums[t * _PARTS + p]))
+        return out
+
+    sums = _loop(b, cols, [_const(_FLOATS, 0.0)] * (len(acts) * _PARTS), body)
+    return [sums[t * _PARTS : (t + 1) * _PARTS] for t in range(len(acts))]
+
+
+def _data(context: Any, b: Builder, array_type: Any, array: Value) -> Value:
+    data = context.make_array(array_type)(context, b, array).data
+    return b.bitcast(data, _I8.as_pointer())
+
+
+def strip_dot(fmt: str, n: int) -> Any:
+    """Return the micro-kernel for ``n`` activation rows as a numba intrinsic.
+
+    ``dot(w, w_at, act, stride, rows, rows_at, inner, out, out_at)`` multiplies the strip that
+    starts at byte ``w_at`` of ``w`` with the activation rows ``rows[rows_at : rows_at + n]``,
+    each ``stride`` bytes in ``act``, over ``inner`` groups (inputs for bf16 and f32), and
+    writes float32 ``[n, 16]`` at ``out[out_at:]``. ``inner`` is at least 1.
+    """
+    emit = _quantized_dot if is_quantized(fmt) else _float_dot
+
+    @intrinsic
+    def dot(typingctx, w, w_at, act, stride, rows, rows_at, inner, out, out_at):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            kinds = signature.args
+            weights = _gep(b, _data(context, b, kinds[0], args[0]), args[1])
+            base = _data(context, b, kinds[2], args[2])
+            index = _data(context, b, kinds[4], args[4])
+            acts = []
+            for t in range(n):
+                at = b.mul(b.add(args[5], ir.Constant(_I64, t)), ir.Constant(_I64, 4))
+                row = b.sext(_load(b, index, at, _I32), _I64)
+                acts.append(_gep(b, base, b.mul(row, args[3])))
+            sums = emit(b, fmt, weights, acts, args[6], n == 1)
+            target = _floats_at(context, b, kinds[7], args[7], args[8])
+            for t in range(n):
+                for p in range(_PARTS):
+                    _store(b, sums[t][p], target, 4 * (t * TILE + p * _LANES))
+            return context.get_dummy_value()
+
+        i64 = types.int64
+        return types.void(w, i64, act, i64, rows, i64, i64, out, i64), codegen
+
+    return dot
+
+
+def _floats_at(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
+    return _gep(b, _data(context, b, kind, array), b.mul(at, ir.Constant(_I64, 4)))
+
+
+def _exp(b: Builder, x: Value) -> Value:
+    """e^x to float32 rounding: 2^n times a polynomial on [-ln2/2, ln2/2]."""
+    kind = x.type
+    lanes = kind.count
+    ints = ir.VectorType(_I32, lanes)
+    low, high = _const(kind, -87.0), _const(kind, 88.0)
+    x = b.select(b.fcmp_ordered("<", x, low), low, x)
+    x = b.select(b.fcmp_ordered(">", x, high), high, x)
+    n = _call(b, f"llvm.rint.v{lanes}f32", kind, [b.fmul(x, _const(kind, 1.4426950408889634))])
+    r = b.fsub(x, b.fmul(n, _const(kind, 0.693359375)))
+    r = b.fadd(r, b.fmul(n, _const(kind, 2.12194440e-4)))
+    poly = _const(kind, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
+        poly = b.fadd(b.fmul(poly, r), _const(kind, c))
+    poly = b.fadd(b.fadd(b.fmul(b.fmul(poly, r), r), r), _const(kind, 1.0))
+    whole = _call(b, f"llvm.fptosi.sat.v{lanes}i32.v{lanes}f32", ints, [n])
+    return b.fmul(poly, b.bitcast(b.shl(b.add(whole, _const(ints, 127)), _const(ints, 23)), kind))
+
+
+@intrinsic
+def silu_strip(typingctx, gate, at, alpha, out, out_at):  # type: ignore[no-untyped-def]
+    """Write ``g * sigmoid(alpha * g)`` for the 16 float32 at ``gate[at:]`` to ``out[out_at:]``."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        vector = ir.VectorType(_F32, TILE)
+        g = _load(b, _floats_at(context, b, kinds[0], args[0], args[1]), 0, vector)
+        e = _exp(b, b.fmul(g, b.fneg(_splat(b, args[2], vector))))
+        y = b.fdiv(g, b.fadd(e, _const(vector, 1.0)))
+        _store(b, y, _floats_at(context, b, kinds[3], args[3], args[4]), 0)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(gate, i64, types.float32, out, i64), codegen
+
+
+@intrinsic
+def quantize_group(typingctx, x, at, offset, act, act_at):  # type: ignore[no-untyped-def]
+    """Quantize the 32 float32 at ``x[at:]`` into the activation group at byte ``act_at``.
+
+    ``offset`` is what the weights' codes are shifted by (8, 128 or 0). Infinite and NaN
+    inputs make the scale infinite or NaN, and so the result NaN.
+    """
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        floats, ints = ir.VectorType(_F32, GROUP), ir.VectorType(_I32, GROUP)
+        v = _load(b, _floats_at(context, b, kinds[0], args[0], args[1]), 0, floats)
+        # As integers, magnitudes order like floats, and NaN is above all of them.
+        bits = b.and_(b.bitcast(v, ints), _const(ints, 0x7FFFFFFF))
+        top = b.bitcast(_call(b, f"llvm.vector.reduce.umax.v{GROUP}i32", _I32, [bits]), _F32)
+        some = b.fcmp_unordered(">", top, ir.Constant(_F32, TINY))
+        inverse = b.fdiv(ir.Constant(_F32, 127.0), top)
+        inverse = b.select(some, inverse, ir.Constant(_F32, 0.0))
+        scaled = b.fmul(v, _splat(b, inverse, floats))
+        whole = _call(b, f"llvm.rint.v{GROUP}f32", floats, [scaled])
+        codes = _call(b, f"llvm.fptosi.sat.v{GROUP}i32.v{GROUP}f32", ints, [whole])
+        target = _gep(b, _data(context, b, kinds[3], args[3]), args[4])
+        _store(b, b.trunc(codes, ir.VectorType(_I8, GROUP)), target, 0)
+        _store(b, b.fdiv(top, ir.Constant(_F32, 127.0)), target, GROUP)
+        half = ir.VectorType(_I32, GROUP // 2)
+        sums = []
+        for first in (0, 2):  # the two int16 lanes of a row add up inputs 0, 1 and 2, 3 of 4
+            at = [4 * i + first + j for i in range(GROUP // 4) for j in range(2)]
+            mask = ir.Constant(half, at)
+            picked = b.shuffle_vector(codes, ir.Constant(ints, ir.Undefined), mask)
+            total = _call(b, f"llvm.vector.reduce.add.v{GROUP // 2}i32", _I32, [picked])
+            sums.append(b.mul(total, b.neg(args[2])))
+        if LEVEL == "avx2":
+            low = b.and_(sums[0], ir.Constant(_I32, 0xFFFF))
+            start = b.or_(low, b.shl(sums[1], ir.Constant(_I32, 16)))
+        else:
+            start = b.add(*sums)
+        _store(b, start, target, GROUP + 4)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(x, i64, types.int32, act, i64), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, counter, at):  # type: ignore[no-untyped-def]
+    """Atomically add 1 to ``counter[at]`` (int64) and return its old value."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        data = _data(context, b, signature.args[0], args[0])
+        pointer = _gep(b, data, b.mul(args[1], ir.Constant(_I64, 8)))
+        pointer = b.bitcast(pointer, _I64.as_pointer())
+        return b.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "monotonic")
+
+    return types.int64(counter, types.int64), codegen
