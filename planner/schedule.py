@@ -1,0 +1,173 @@
+"""Where each activated expert of a layer runs, so that the layer ends as early as possible.
+
+The problem. Expert i takes c_i seconds on the CPU, g_i on the GPU and, if it is not resident,
+t_i on the link before the GPU can start it. The CPU has a start cost c0, the GPU is free from g0,
+the link from p0. Choose the set S that the CPU computes and the order of the copies to
+
+    minimise  max( c0 [S not empty] + sum_{i in S} c_i,  end of the GPU lane ),
+
+where the GPU computes every expert outside S, resident ones at any time, the others after their
+copy, and the link copies one expert at a time (HybriMoE, arXiv 2504.05897, section IV-B).
+
+How it is solved.
+
+- Equal g and equal t (decode, and every prefill whose experts are bound by memory): exactly. Only
+  the numbers matter, `a` residents and `k` copied experts on the GPU; the CPU takes the cheapest
+  of each kind. As `k` grows, the `a` where the two lanes balance only falls, so one sweep over
+  sorted prefix sums finds the best pair: O(n log n).
+- Otherwise: a dynamic program over the experts in Johnson's order. Of more than ``SMALL``
+  experts, the linear relaxation decides all but the ``CORE`` whose place it leaves most in doubt.
+
+Either way the baselines are evaluated too and the least makespan wins, so a plan is never worse
+than any of them under the same cost model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from planner.baselines import BASELINES
+from planner.bounds import relaxations
+from planner.dynamic import dynamic_program
+from planner.plan import LayerPlan
+from planner.problem import LayerCost, Problem
+from planner.spec import LayerWork
+
+SMALL = 16
+"""Up to this many experts the dynamic program places all of them."""
+
+CORE = 12
+"""Of more experts, how many it places; the relaxation decides the others."""
+
+
+def schedule(work: LayerWork, residency: Collection[int], cost: LayerCost) -> LayerPlan:
+    """Plan one layer's step.
+
+    Parameters
+    ----------
+    work
+        The activated experts, their loads, and when the GPU and the link are free.
+    residency
+        Ids of the experts in this layer's GPU slots; others than the activated ones are ignored.
+    cost
+        Durations by load.
+
+    Returns
+    -------
+    LayerPlan
+        Never worse than any of ``planner.baselines.BASELINES``; the same input gives the same
+        plan, byte for byte.
+
+    Raises
+    ------
+    CostError
+        When the cost model returns a negative or non-finite duration.
+    """
+    return solve(Problem.of(work, residency, cost))
+
+
+def solve(problem: Problem) -> LayerPlan:
+    """Plan a priced problem; see ``schedule``."""
+    candidates = [baseline.solve(problem) for baseline in BASELINES]
+    if _is_uniform(problem):
+        best = least(exact_rule(problem), *candidates)
+        return replace(best, lower_bound_s=best.makespan_s)
+    best = least(*candidates)
+    if len(problem) <= SMALL:
+        found, exhaustive = dynamic_program(problem, range(len(problem)), (), best.makespan_s)
+        best = found or best
+        if exhaustive:
+            return replace(best, lower_bound_s=best.makespan_s)
+    # A plan that leaves the CPU idle copies everything: that is one of the baselines.
+    bound_s = candidates[_ON_DEMAND].makespan_s
+    for relaxed in sorted(relaxations(problem), key=lambda relaxed: relaxed.bound_s):
+        bound_s = min(bound_s, relaxed.bound_s)
+        if len(problem) > SMALL and relaxed.bound_s < best.makespan_s:
+            core, on_gpu = relaxed.core(CORE)
+            found, _ = dynamic_program(problem, core, on_gpu, best.makespan_s)
+            best = found or best
+    return replace(best, lower_bound_s=min(bound_s, best.makespan_s))
+
+
+_ON_DEMAND = [baseline.name for baseline in BASELINES].index("on_demand")
+
+
+def least(*plans: LayerPlan) -> LayerPlan:
+    """Return the plan that ends first; among equals the first given."""
+    return min(plans, key=lambda plan: plan.makespan_s)
+
+
+def _is_uniform(problem: Problem) -> bool:
+    missing = problem.missing
+    return len(set(problem.gpu_s)) <= 1 and len({problem.copy_s[i] for i in missing}) <= 1
+
+
+def exact_rule(problem: Problem) -> LayerPlan:
+    """Return an optimal plan when all experts have the same GPU time and the same copy time."""
+    residents, missing = (
+        sorted(positions, key=lambda i: (problem.cpu_s[i], i))
+        for positions in (problem.residents, problem.missing)
+    )
+    on_gpu, copied = best_split(
+        [problem.cpu_s[i] for i in residents],
+        [problem.cpu_s[i] for i in missing],
+        gpu_s=problem.gpu_s[0] if len(problem) else 0.0,
+        copy_s=problem.copy_s[missing[0]] if missing else 0.0,
+        cpu_start_s=problem.cpu_start_s,
+        gpu_free_s=problem.gpu_free_s,
+        link_free_s=problem.link_free_s,
+    )
+    chosen = residents[len(residents) - on_gpu :] + missing[len(missing) - copied :]
+    return problem.place(chosen, "exact")
+
+
+def best_split(
+    resident_cpu_s: Sequence[float],
+    missing_cpu_s: Sequence[float],
+    *,
+    gpu_s: float,
+    copy_s: float,
+    cpu_start_s: float,
+    gpu_free_s: float,
+    link_free_s: float,
+) -> tuple[int, int]:
+    """Return how many resident and how many missing experts the GPU should compute.
+
+    Parameters
+    ----------
+    resident_cpu_s, missing_cpu_s
+        CPU times, each ascending; the CPU takes the first of each.
+    gpu_s, copy_s
+        The time of every expert on the GPU and on the link.
+    cpu_start_s, gpu_free_s, link_free_s
+        As in ``Problem``.
+
+    Returns
+    -------
+    tuple of int
+        ``(a, k)`` with the least makespan; among equals the fewest copies, then the fewest
+        residents, which leaves the GPU free the earliest.
+    """
+    residents, missing = len(resident_cpu_s), len(missing_cpu_s)
+    resident_prefix_s = list(accumulate(resident_cpu_s, initial=cpu_start_s))
+    missing_prefix_s = list(accumulate(missing_cpu_s, initial=0.0))
+    best = (math.inf, 0, 0)
+    a = residents
+    for k in range(missing + 1):
+        on_cpu_s = missing_prefix_s[missing - k]
+        # With copies, either the GPU or the link never waits once they begin.
+        path_s = link_free_s + max(copy_s + k * gpu_s, k * copy_s + gpu_s) if k else 0.0
+        # Go to the least a at which the GPU is the later lane; it only falls as k grows.
+        while a and (
+            max(gpu_free_s + (a - 1 + k) * gpu_s, path_s)
+            >= resident_prefix_s[residents - a + 1] + on_cpu_s
+        ):
+            a -= 1
+        cpu_s = resident_prefix_s[residents - a] + on_cpu_s if a + k < residents + missing else 0.0
+        best = min(best, (max(gpu_free_s + (a + k) * gpu_s, path_s, cpu_s), k, a))
+        if a:  # one resident fewer on the GPU makes the CPU the later lane
+            best = min(best, (resident_prefix_s[residents - a + 1] + on_cpu_s, k, a - 1))
+    return best[2], best[1]
