@@ -24,8 +24,6 @@ from planner.spec import Estimate, Source, weakest
 
 BITS_PER_WEIGHT = {"q4_0": 4.5, "q8_0": 8.5, "bf16": 16.0, "f32": 32.0}
 """Groups of 32 weights share a 16-bit scale in the quantized formats."""
-KERNELS_PER_LAYER = 12
-"""Launches of one decoder layer on the GPU outside the experts: norms, projections, attention."""
 
 
 def weight_bytes(params: float, fmt: str) -> int:
@@ -163,15 +161,18 @@ class CostModel:
         self.dense_format = dense_format
         self.kv_bytes = kv_bytes
         self.experts = ExpertCost(model, hardware, expert_format)
-        self._layers: dict[tuple[Layer, int, int], Estimate] = {}
+        self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
 
     @cached_property
     def on_gpu(self) -> bool:
         """Whether attention and dense weights run on a GPU."""
         return self.hardware.gpu is not None
 
-    def dense_layer(self, layer: Layer, tokens: int, context: int) -> Estimate:
-        """Time of a layer outside its routed experts: mixer, dense or shared FFN, router.
+    def mixer(self, layer: Layer, tokens: int, context: int, sequences: int = 1) -> Estimate:
+        """Time from a layer's input to its router's answer.
+
+        On a GPU the host prepares launches while the device computes, so the slower of the two
+        counts; on the CPU they add up.
 
         Parameters
         ----------
@@ -180,41 +181,47 @@ class CostModel:
         tokens
             Tokens computed in this step, over all sequences.
         context
-            Tokens in the cache of each of them after the step.
+            Tokens in the cache of each sequence after the step.
+        sequences
+            How many sequences the tokens belong to.
         """
-        key = (layer, tokens, context)
-        if key not in self._layers:
+        key = (layer, tokens, context, sequences)
+        if key not in self._mixers:
             mixer = layer.mixer
-            params = mixer.params + layer.ffn_params
-            # A chunk of a prompt sees half of itself on average.
-            seen = mixer.visible(context)
-            mean_seen = seen if tokens == 1 else mixer.visible(max(1, context - tokens // 2))
-            flop = 2 * params * tokens + mixer.score_flops * mean_seen * tokens
-            read = weight_bytes(params, self.dense_format) + mixer.cached(context) * self.kv_bytes
-            self._layers[key] = self._dense(read, flop, KERNELS_PER_LAYER) + constant(
-                self.hardware.cpu.layer_overhead_s
-            )
-        return self._layers[key]
+            # The tokens of a prompt see half of it on average.
+            seen = mixer.visible(max(1, context - tokens // sequences // 2))
+            flop = (2 * mixer.params + mixer.score_flops * seen) * tokens
+            read = mixer.cached(context) * self.kv_bytes * sequences
+            work = self.dense(mixer.params, tokens, extra_bytes=read, flop=flop)
+            host = constant(self.hardware.cpu.layer_overhead_s)
+            self._mixers[key] = larger(work, host) if self.on_gpu else work + host
+        return self._mixers[key]
+
+    def ffn(self, layer: Layer, tokens: int) -> Estimate:
+        """Time of a layer's dense or shared feed-forward."""
+        return self.dense(layer.ffn_params, tokens)
 
     def head(self, tokens: int) -> Estimate:
         """Time of the output head for ``tokens`` positions."""
-        params = self.model.head_params
-        return self._dense(weight_bytes(params, self.dense_format), 2 * params * tokens, 2)
+        return self.dense(self.model.head_params, tokens)
+
+    def dense(
+        self, params: int, tokens: int, extra_bytes: float = 0.0, flop: float | None = None
+    ) -> Estimate:
+        """Time of a product of ``tokens`` rows with dense weights, where those live."""
+        side = self.hardware.gpu or self.hardware.cpu
+        read = weight_bytes(params, self.dense_format) + extra_bytes
+        operations = 2 * params * tokens if flop is None else flop
+        return larger(
+            rate_time(read, side.memory_bytes_per_s, side.memory_efficiency),
+            rate_time(operations, side.flop_per_s, side.flop_efficiency),
+        )
 
     def disk_read(self, count: int = 1) -> Estimate:
         """Time to read ``count`` experts from the disk."""
         disk = self.hardware.disk
         each = rate_time(self.experts.bytes, disk.bytes_per_s) + constant(disk.latency_s)
         return each * count
-
-    def _dense(self, read_bytes: float, flop: float, kernels: int) -> Estimate:
-        side = self.hardware.gpu or self.hardware.cpu
-        time = larger(
-            rate_time(read_bytes, side.memory_bytes_per_s, side.memory_efficiency),
-            rate_time(flop, side.flop_per_s, side.flop_efficiency),
-        )
-        gpu = self.hardware.gpu
-        return time + constant(gpu.launch_s) * kernels if gpu else time
 
 
 def rate_time(amount: float, rate: Quantity, efficiency: Quantity | None = None) -> Estimate:

@@ -72,11 +72,17 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
         fields = Fields(_flatten_dbrx(text), fields.where)
     blocks = _block_types(fields)
     depth = len(blocks) if blocks else fields.count(*_LAYERS)
-    if not fields.has(*_EXPERT_COUNT) or fields.count(*_EXPERT_COUNT, least=0) < 2:
+    switched_off = any(text.get(switch) is False for switch in ("is_moe", "enable_moe_block"))
+    if switched_off or not fields.has(*_EXPERT_COUNT) or fields.count(*_EXPERT_COUNT, least=0) < 2:
         raise SpecError(
             f"{name} ({family}) is not a Mixture-of-Experts model: its config has none of "
             f"{', '.join(_EXPERT_COUNT[:3])} above 1",
             hint="this software places routed experts; run a dense model with llama.cpp or vLLM",
+        )
+    if family == "doge":
+        raise SpecError(
+            f"{name} (doge): its {fields.count(*_EXPERT_COUNT)} experts are rows of an embedding",
+            hint="there is nothing to place: run it whole on one device",
         )
     hidden = fields.count(*_HIDDEN)
     experts = _experts(fields, family, hidden)
@@ -102,7 +108,7 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
         tied=fields.flag("tie_word_embeddings", tied),
         layers=layers,
         experts=experts,
-        other_params=hidden,
+        other_params=hidden + _per_layer_embedding(fields, hidden, depth),
     )
 
 
@@ -232,6 +238,15 @@ def _ffn_params(
         # A dense feed-forward runs beside the experts.
         extra = 3 * hidden * fields.count("intermediate_size")
     return router + projections + shared + norms + extra
+
+
+def _per_layer_embedding(fields: Fields, hidden: int, depth: int) -> int:
+    """Gemma's small models give every layer an embedding of its own, and projections for it."""
+    width = fields.count("hidden_size_per_layer_input", default=0, least=0)
+    if not width:
+        return 0
+    table = fields.count("vocab_size_per_layer_input") * depth * width
+    return table + depth * 3 * hidden * width
 
 
 def _shared_width(fields: Fields, family: str, experts: Experts) -> int:

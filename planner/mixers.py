@@ -5,15 +5,19 @@ from __future__ import annotations
 from planner.fields import Fields
 from planner.model import Mixer
 
-_SLIDING = ("sliding_attention", "chunked_attention", "hybrid_sliding", "local_attention")
-_LINEAR = ("linear_attention", "mamba", "conv", "recurrent", "lightning", "kda")
-_GATED_OUTPUT = {
-    "afmoe": 1.0,
-    "qwen3_next": 1.0,
-    "qwen3_5_moe": 1.0,
-    "qwen3_5_moe_text": 1.0,
-}
-"""Families that multiply attention's output by a gate as wide as the queries."""
+_SLIDING = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+_LINEAR = ("linear_attention", "mamba", "conv")
+_GATED_OUTPUT = (
+    "afmoe",
+    "hy_v4",
+    "inkling2_text",
+    "muse_spark",
+    "muse_spark_text",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+)
+"""Families that multiply attention's output by a gate as wide as it."""
 
 
 def layer_mixers(
@@ -60,6 +64,10 @@ def _mixer(fields: Fields, family: str, hidden: int, kind: str) -> Mixer:
     window = None
     if sliding and fields.has("sliding_window", "sliding_window_size", "attention_chunk_size"):
         window = fields.count("sliding_window", "sliding_window_size", "attention_chunk_size")
+    if fields.has("o_lora_rank"):
+        return _compressed(fields, hidden, kind, window)
+    if family == "jetmoe":
+        return _routed_attention(fields, hidden)
     if fields.has("kv_lora_rank"):
         return _latent(fields, family, hidden, window)
     return _grouped_query(fields, family, hidden, sliding, window)
@@ -71,14 +79,14 @@ def _grouped_query(
     """Multi-head, grouped-query and multi-query attention."""
     swa = ("swa_num_attention_heads", "num_sliding_attention_heads") if sliding else ()
     heads = fields.count(*swa, "num_attention_heads", "n_heads")
-    kv = ("swa_num_key_value_heads",) if sliding else ()
+    kv = ("swa_num_key_value_heads",) if sliding else ("num_global_key_value_heads",)
     kv_heads = fields.count(*kv, "num_key_value_heads", default=heads)
-    width = ("swa_head_dim",) if sliding else ()
+    width = ("swa_head_dim",) if sliding else ("global_head_dim",)
     head_dim = fields.count(*width, "head_dim", default=hidden // heads)
     value_dim = fields.count("v_head_dim", default=head_dim)
     queries = heads * head_dim
     projected = queries + kv_heads * (head_dim + value_dim)
-    gate = int(_GATED_OUTPUT.get(family, 0) * queries)
+    gate = heads * value_dim if family in _GATED_OUTPUT else 0
     bias = fields.flag("attention_bias", fields.flag("qkv_bias", family.startswith("qwen2")))
     params = hidden * (projected + gate + heads * value_dim) + (projected if bias else 0)
     cache = kv_heads * (head_dim + value_dim)
@@ -114,7 +122,7 @@ def _latent(fields: Fields, family: str, hidden: int, window: int | None) -> Mix
         q_rank = hidden
         query_params = hidden * queries
     params = query_params + hidden * (rank + rope) + rank * heads * (nope + value)
-    params += heads * value * hidden
+    params += heads * value * hidden * (2 if family in _GATED_OUTPUT else 1)
     cache = rank + rope
     if fields.has("index_n_heads"):
         # DeepSeek-V3.2's indexer: its queries, one shared key, a weight per head.
@@ -127,6 +135,49 @@ def _latent(fields: Fields, family: str, hidden: int, window: int | None) -> Mix
         cache_per_token=cache + _twice(family, cache),
         window=window,
         score_flops=2 * heads * (2 * rank + rope),
+    )
+
+
+def _compressed(fields: Fields, hidden: int, kind: str, window: int | None) -> Mixer:
+    """DeepSeek-V4: one shared key-value head, grouped low-rank output, compressed far context."""
+    heads, dim = fields.count("num_attention_heads"), fields.count("head_dim")
+    q_rank, o_rank = fields.count("q_lora_rank"), fields.count("o_lora_rank")
+    groups = fields.count("o_groups")
+    queries = heads * dim
+    params = hidden * q_rank + q_rank * queries + hidden * dim
+    params += o_rank * queries + groups * o_rank * hidden
+    rates = fields.data.get("compress_rates") or {}
+    rate = rates.get(kind)
+    if kind == "compressed_sparse_attention":
+        index = fields.count("index_n_heads") * fields.count("index_head_dim")
+        params += 4 * hidden * dim + q_rank * index + 4 * hidden * fields.count("index_head_dim")
+    elif rate:
+        params += 2 * hidden * dim
+    near = dim * fields.count("sliding_window", default=128)
+    return Mixer(
+        kind="full" if rate else "sliding",
+        params=params,
+        cache_per_token=-(-dim // int(rate)) if rate else dim,
+        window=None if rate else fields.count("sliding_window", default=window or 128),
+        state=near if rate else 0,
+        score_flops=4 * queries // int(rate or 1),
+    )
+
+
+def _routed_attention(fields: Fields, hidden: int) -> Mixer:
+    """JetMoE's mixture of attention heads: query and output projections are experts too.
+
+    They stay with the dense weights: only feed-forward experts are placed.
+    """
+    kv_heads, dim = fields.count("num_key_value_heads"), fields.count("kv_channels")
+    inner = kv_heads * dim
+    routed = fields.count("num_local_experts") * 2 * hidden * inner
+    top_k = fields.count("num_experts_per_tok")
+    return Mixer(
+        kind="full",
+        params=routed + 2 * hidden * inner,
+        cache_per_token=2 * inner,
+        score_flops=4 * top_k * inner,
     )
 
 
