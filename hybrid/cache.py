@@ -1,0 +1,47 @@
+"""Converted copies of checkpoints that are loaded without being converted first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from filelock import FileLock
+
+from hybrid.checkpoint import Source, convert
+from hybrid.paths import cache_dir
+from hybrid.store import INDEX_NAME, StoreIndex
+
+
+def converted_copy(
+    source: Path, experts: str, dense: str | None, folder: Path | str | None = None
+) -> tuple[Path, str]:
+    """Return the converted copy of a checkpoint, made on the first call.
+
+    Parameters
+    ----------
+    source
+        The checkpoint directory.
+    experts, dense
+        Formats to convert to.
+    folder
+        Where copies are kept; the cache folder by default.
+
+    Returns
+    -------
+    The copy's directory and its store's id. It is found again by the checkpoint's identity
+    (content and times of change) and the formats, wherever the checkpoint is moved.
+    """
+    checkpoint = Source.open(source)
+    times = [path.stat().st_mtime_ns for path in checkpoint.files]
+    key = json.dumps([checkpoint.identity(), times, experts, dense]).encode()
+    home = cache_dir() / "converted" if folder is None else Path(folder).expanduser()
+    name = f"{checkpoint.name}-{hashlib.sha256(key).hexdigest()[:16]}"
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(home / f"{name}.wait")):
+        if not (home / name).exists():
+            from hybrid.cli.progress import conversion_progress
+
+            with conversion_progress(f"Converting {checkpoint.name}") as progress:
+                convert(source, home / name, experts=experts, dense=dense, progress=progress)
+    return home / name, StoreIndex.read(home / name / INDEX_NAME).id

@@ -1,0 +1,50 @@
+"""``hybrid convert``: make a directory with a packed expert store from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybrid.cli.progress import conversion_progress
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(help="A Hugging Face MoE directory with safetensors.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to make.")],
+    experts: Annotated[
+        str, typer.Option(help="Format of the experts: q4_0, q8_0, bf16 or f32.")
+    ] = "q4_0",
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Format of all other matrices: bf16, q8_0 or q4_0. [default: as in the checkpoint]"
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check SRC against the digests its download left, and DST against its own.",
+        ),
+    ] = False,
+) -> None:
+    """Convert a Mixture-of-Experts checkpoint.
+
+    DST is an ordinary Hugging Face directory plus experts.bin, ready for 'hybrid run DST'. A
+    conversion that was interrupted goes on where it stopped when it is started again.
+    """
+    from hybrid import checkpoint
+
+    with conversion_progress(f"Converting {src.name}") as progress:
+        result = checkpoint.convert(
+            src, dst, experts=experts, dense=dense, verify=verify, progress=progress
+        )
+    kept = f", {result.resumed_layers} layers from an earlier run" if result.resumed_layers else ""
+    typer.echo(
+        f"{result.path}: {result.experts} experts in {result.layers} layers{kept}, "
+        f"{result.expert_bytes / 2**30:.2f} GiB as {experts}, "
+        f"dense weights {result.dense_bytes / 2**30:.2f} GiB, {result.elapsed_s:.0f} s",
+        err=True,
+    )

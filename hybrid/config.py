@@ -1,0 +1,134 @@
+"""The options of a hybrid model, as transformers carries them in ``quantization_config``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cpu_experts.formats import FORMATS
+from hybrid.errors import UsageError
+from hybrid.tensor_files import read_json
+
+QUANT_METHOD = "hybrid"
+DEFAULT_EXPERTS = "q4_0"
+#: Formats for dense weights; None keeps them as the checkpoint has them.
+DENSE_FORMATS = ("bf16", "q8_0", "q4_0")
+
+
+def check_formats(experts: str | None, dense: str | None) -> None:
+    """Refuse unknown weight formats.
+
+    Raises
+    ------
+    UsageError
+        Naming the known ones.
+    """
+    if experts is not None and experts not in FORMATS:
+        raise UsageError(
+            f"unknown format for experts: {experts!r}", hint=f"choose one of: {', '.join(FORMATS)}"
+        )
+    if dense is not None and dense not in DENSE_FORMATS:
+        raise UsageError(
+            f"unknown format for dense weights: {dense!r}",
+            hint=f"choose one of: {', '.join(DENSE_FORMATS)}, or leave it out",
+        )
+
+
+class HybridConfig(QuantizationConfigMixin):
+    """Run a model's experts from a packed store.
+
+    Parameters
+    ----------
+    experts
+        Weight format of the experts: ``"q4_0"``, ``"q8_0"``, ``"bf16"`` or ``"f32"``. None is
+        what a converted directory has, and ``"q4_0"`` for any other.
+    dense
+        Format of all other matrices: ``"bf16"``, ``"q8_0"``, ``"q4_0"``, or None to keep them as
+        the checkpoint has them.
+    cache_dir
+        Where a checkpoint that is not converted yet is converted to; by default the platform's
+        cache folder, or ``HYBRID_CACHE``.
+    verify
+        Compare every expert with its checksum when loading.
+    store
+        Id of the store that belongs to a converted directory; set by the conversion.
+
+    Raises
+    ------
+    UsageError
+        On an unknown format.
+    """
+
+    def __init__(
+        self,
+        experts: str | None = None,
+        dense: str | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        verify: bool = False,
+        store: str | None = None,
+        **_: Any,
+    ) -> None:
+        check_formats(experts, dense)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.experts = experts
+        self.dense = dense
+        self.cache_dir = cache_dir
+        self.verify = verify
+        self.store = store
+
+    @classmethod
+    def for_loading(
+        cls,
+        directory: Path,
+        *,
+        experts: str | None = None,
+        dense: str | None = None,
+        verify: bool = False,
+    ) -> HybridConfig:
+        """Return the config to load ``directory`` with.
+
+        A converted directory keeps its formats; any other is converted to ``experts`` (q4_0
+        by default) and ``dense`` (as in the checkpoint by default).
+
+        Raises
+        ------
+        CheckpointError
+            When its ``config.json`` is missing or damaged.
+        UsageError
+            When a converted directory has other formats than those asked for.
+        """
+        raw = read_json(directory / "config.json")
+        settings = raw.get("quantization_config") if isinstance(raw, dict) else None
+        if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
+            return cls(experts, dense, verify=verify)
+        return cls(experts, dense, verify=verify).merged(settings)
+
+    def merged(self, settings: dict[str, Any]) -> HybridConfig:
+        """Return the config of a converted directory that is loaded with these options.
+
+        Raises
+        ------
+        UsageError
+            When it has other formats than those asked for.
+        """
+        for name in ("experts", "dense"):
+            asked, there = getattr(self, name), settings.get(name)
+            if asked is not None and asked != there:
+                raise UsageError(
+                    f"the directory is converted with {name}={there!r}, "
+                    f"{name}={asked!r} is asked for",
+                    hint="convert the original checkpoint again, or leave the format out",
+                )
+        return HybridConfig(**settings, verify=self.verify)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a converted directory's ``config.json`` holds: nothing of this machine."""
+        return {
+            "quant_method": self.quant_method,
+            "experts": self.experts,
+            "dense": self.dense,
+            "store": self.store,
+        }

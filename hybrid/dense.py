@@ -1,0 +1,146 @@
+"""Matrices outside the experts in quantized form: linear layers, embeddings and the lm_head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpu_experts.ffn import linear
+from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, strip_bytes, unpack
+from hybrid.errors import UnsupportedModelError
+from hybrid.families import ExpertsSpec
+
+
+class _Packed(nn.Module):
+    """A matrix ``[rows, cols]`` in a quantized format, as one uint8 parameter."""
+
+    def __init__(self, rows: int, cols: int, fmt: str) -> None:
+        super().__init__()
+        self.rows, self.cols, self.weight_format = rows, cols, fmt
+        self.packed = nn.Parameter(
+            torch.empty(packed_bytes(rows, cols, fmt), dtype=torch.uint8), requires_grad=False
+        )
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix in float32, for the rare code that reaches for it; made anew each time."""
+        return torch.from_numpy(unpack(self._bytes(), self.rows, self.cols, self.weight_format))
+
+    def _bytes(self) -> Any:
+        if self.packed.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"dense weights in {self.weight_format} run on the CPU, they were moved to "
+                f"{self.packed.device}",
+                hint="convert with --dense bf16 to place dense weights on a GPU",
+            )
+        return self.packed.numpy()
+
+    def extra_repr(self) -> str:
+        return f"{self.rows} x {self.cols}, {self.weight_format}"
+
+
+class QuantizedLinear(_Packed):
+    """``nn.Linear`` on quantized weights, run by the experts' kernels."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: int, cols: int, fmt: str, bias: nn.Parameter | None) -> None:
+        super().__init__(rows, cols, fmt)
+        self.in_features, self.out_features = cols, rows
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.detach().reshape(-1, self.cols).float().contiguous()
+        out = torch.empty(flat.shape[0], self.rows)
+        bias = None if self.bias is None else self.bias.float().numpy()
+        linear(flat.numpy(), self._bytes(), self.weight_format, bias, out.numpy())
+        return out.view(*x.shape[:-1], self.rows).to(x.dtype)
+
+
+class QuantizedEmbedding(_Packed):
+    """``nn.Embedding`` whose rows are dequantized when they are looked up."""
+
+    def __init__(self, rows: int, cols: int, fmt: str, dtype: torch.dtype) -> None:
+        super().__init__(rows, cols, fmt)
+        self.num_embeddings, self.embedding_dim, self.dtype = rows, cols, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        wanted = ids.reshape(-1).numpy()
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.rows:
+            raise IndexError(f"token ids must be in [0, {self.rows}), got {wanted.tolist()}")
+        strips = self._bytes().reshape(-1, strip_bytes(self.cols, self.weight_format))[
+            wanted // TILE
+        ]
+        rows = unpack(strips.reshape(-1), len(wanted) * TILE, self.cols, self.weight_format)
+        chosen = rows[np.arange(len(wanted)) * TILE + wanted % TILE]
+        return torch.from_numpy(chosen).to(self.dtype).view(*ids.shape, self.cols)
+
+
+def dense_matrices(model: Any, specs: Iterable[ExpertsSpec]) -> dict[str, tuple[int, int]]:
+    """List the modules that ``--dense`` quantizes: path to ``[rows, cols]``.
+
+    Linear layers and the input embedding. Routers keep their precision, as in llama.cpp, and
+    so do matrices smaller than a group, towers for other inputs than text, and matrices that
+    are tied to one that cannot be quantized.
+    """
+    kept = [prefix for spec in specs for prefix in _router_prefixes(model, spec)]
+    kept += [
+        f"{path}."
+        for path, module in model.named_modules()
+        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
+    ]
+    embedding = model.get_input_embeddings()
+    found = {
+        path: (module.weight.shape[0], module.weight.shape[1])
+        for path, module in model.named_modules()
+        if (type(module) is nn.Linear or (type(module) is nn.Embedding and module is embedding))
+        and min(module.weight.shape) >= GROUP
+        and not any(f"{path}.".startswith(prefix) for prefix in kept)
+    }
+    for names in model.all_tied_weights_keys.items():
+        paths = [name.removesuffix(".weight") for name in names]
+        if not all(path in found for path in paths):
+            for path in paths:
+                found.pop(path, None)
+    return found
+
+
+def _router_prefixes(model: nn.Module, spec: ExpertsSpec) -> list[str]:
+    """Paths of the experts themselves and of the routers beside them."""
+    block = spec.path.rpartition(".")[0]
+    routers = [
+        name
+        for name, child in model.get_submodule(block).named_children()
+        if name == "gate" or "router" in name
+    ]
+    return [f"{spec.path}.", *(f"{block}.{name}." for name in routers)]
+
+
+def install_dense(model: Any, matrices: Mapping[str, tuple[int, int]], fmt: str | None) -> None:
+    """Replace the modules that a store's index lists by quantized ones."""
+    if fmt is None or not is_quantized(fmt):
+        return
+    for path, (rows, cols) in matrices.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        old = getattr(parent, name)
+        new: nn.Module
+        if isinstance(old, nn.Embedding):
+            new = QuantizedEmbedding(rows, cols, fmt, old.weight.dtype)
+        else:
+            new = QuantizedLinear(rows, cols, fmt, old.bias)
+        setattr(parent, name, new)
+    model.all_tied_weights_keys = {
+        _packed_name(target, matrices): _packed_name(source, matrices)
+        for target, source in model.all_tied_weights_keys.items()
+    }
+
+
+def _packed_name(name: str, matrices: Mapping[str, tuple[int, int]]) -> str:
+    path = name.removesuffix(".weight")
+    return f"{path}.packed" if path in matrices else name

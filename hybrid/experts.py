@@ -1,0 +1,86 @@
+"""The experts of a loaded model: a view of the store and the arithmetic around it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpu_experts.experts import ExpertShape
+from cpu_experts.ffn import project_down, project_up, run_experts
+from hybrid.families import ExpertsSpec, recognise_gating
+from hybrid.store import U8
+
+
+class LayerExperts:
+    """One layer's experts, ready to run.
+
+    Not an ``nn.Module`` and without parameters, so that moving or casting the model leaves
+    the experts where they are.
+
+    Parameters
+    ----------
+    spec
+        What the model says about them.
+    blocks
+        ``[E, stride]`` uint8, usually a view of the mapped store.
+    shape
+        Their layout.
+
+    Attributes
+    ----------
+    own_gating
+        Whether the family's own gating code runs between the projections because the kernels
+        have no parameters for it.
+    """
+
+    def __init__(self, spec: ExpertsSpec, blocks: U8, shape: ExpertShape) -> None:
+        self.spec = spec
+        self.blocks = blocks
+        self.norm = getattr(spec.module, "post_expert_norm", None)
+        known = None if self.norm is not None else recognise_gating(spec, shape)
+        self.own_gating = known is None
+        self.shape = shape if known is None else known
+
+    def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs.
+
+        Parameters
+        ----------
+        hidden
+            ``[..., D]`` in the model's dtype.
+        expert_ids, routing_weights
+            ``[T, A]``, used as they are; ids of E and above contribute nothing.
+        """
+        x = hidden.detach().reshape(-1, self.shape.hidden).float().cpu().contiguous().numpy()
+        ids = expert_ids.detach().cpu().numpy()
+        weights = routing_weights.detach().float().cpu().contiguous()
+        if self.own_gating:
+            out = self._run_apart(x, ids, weights, hidden.dtype)
+        else:
+            out = torch.zeros(x.shape)
+            run_experts(x, ids, weights.numpy(), self.blocks, self.shape, out.numpy())
+        return out.view(hidden.shape).to(hidden.device, hidden.dtype)
+
+    def _run_apart(
+        self, x: np.ndarray, ids: np.ndarray, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Project up, let the family's own code gate, project down, let it normalise."""
+        gate, up = project_up(x, ids, self.blocks, self.shape)
+        gated = self.spec.apply_gate(
+            None if gate is None else torch.from_numpy(gate), torch.from_numpy(up)
+        )
+        h = gated.detach().float().contiguous().numpy()
+        down = torch.from_numpy(project_down(h, ids, self.blocks, self.shape))
+        if self.norm is not None:
+            down = self.norm(down.to(dtype)).float()
+        outside = torch.from_numpy((ids < 0) | (ids >= len(self.blocks)))
+        kept = weights.masked_fill(outside, 0.0)
+        return (down.view(*ids.shape, -1) * kept[..., None]).sum(dim=1)
+
+
+def experts_forward(
+    self: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The function that transformers' experts interface calls under the name ``hybrid``."""
+    return self.hybrid_experts(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return, operator]

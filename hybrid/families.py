@@ -1,0 +1,327 @@
+"""What each model family calls its experts, and how they are made to run from the store.
+
+Nearly every family in transformers declares its experts through one interface and is handled
+by its flags; the families that do not have an adapter here. Whatever is neither raises at load.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpu_experts.experts import ExpertShape
+from hybrid.errors import CheckpointError, UnsupportedModelError
+
+#: Name under which the experts function is registered with transformers.
+IMPLEMENTATION = "hybrid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """The experts of one layer as the model declares them.
+
+    Parameters
+    ----------
+    path, module
+        Where they are in the model.
+    experts
+        E, the number of experts that have weights.
+    hidden, intermediate, gated, bias
+        As in :class:`cpu_experts.experts.ExpertShape`.
+    up, down
+        Names of the parameters, relative to ``module``: one fused or two (gate, up) on the up
+        side. Their biases, if any, are called the same with ``_bias`` appended.
+    transposed_up, transposed_down
+        Whether an expert's matrix is ``[in, out]``.
+    interleaved
+        Whether a fused up side alternates gate and up row by row; else gate comes first.
+    stacked
+        Whether parameters are matrices of all experts' rows, ``[E * F, D]``.
+    forward
+        Replaces the family's own forward; None when transformers' interface does.
+    forward_of
+        Path of the module whose forward is replaced.
+    """
+
+    path: str
+    module: nn.Module
+    experts: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    bias: bool
+    up: tuple[str, ...]
+    down: str
+    transposed_up: bool = False
+    transposed_down: bool = False
+    interleaved: bool = False
+    stacked: bool = False
+    forward: Callable[..., Any] | None = None
+    forward_of: str = ""
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return (*self.up, self.down)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Every parameter that moves into the store."""
+        biases = [f"{name}_bias" for name in self.matrices] if self.bias else []
+        return (*self.matrices, *biases)
+
+    def split_up(self, parts: list[Tensor]) -> list[Tensor]:
+        """Return gate (if gated) and up, ``[F, ...]`` each, from one expert's up-side tensors.
+
+        ``parts`` are in the order of :attr:`up`, without an expert dimension, matrices laid
+        out as the family stores them.
+        """
+        parts = [part.T if self.transposed_up and part.ndim == 2 else part for part in parts]
+        if not self.gated or len(parts) == 2:
+            return parts
+        (fused,) = parts
+        return [fused[0::2], fused[1::2]] if self.interleaved else list(fused.chunk(2))
+
+    def join_up(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """Return ``[S, 2F]`` as the family's own gating takes it (``[S, F]`` without a gate)."""
+        if gate is None:
+            return up
+        if self.interleaved:
+            return torch.stack((gate, up), dim=-1).flatten(-2)
+        return torch.cat((gate, up), dim=-1)
+
+    def apply_gate(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """Apply the family's own gating code to raw gate and up, ``[S, F]`` each."""
+        module: Any = self.module
+        if gate is not None and hasattr(module, "_apply_gate"):
+            gated: Tensor = module._apply_gate(self.join_up(gate, up))
+            return gated
+        act: Callable[[Tensor], Tensor]
+        act = module.act_fn if hasattr(module, "act_fn") else module.mlp.activation_fn
+        return act(up) if gate is None else act(gate) * up
+
+    def install(self, model: nn.Module) -> None:
+        """Make the family call the store's experts."""
+        if self.forward is None:
+            module: Any = self.module
+            module.config._experts_implementation = IMPLEMENTATION
+        else:
+            owner = model.get_submodule(self.forward_of)
+            owner.forward = MethodType(self.forward, owner)
+
+
+def _on_interface(path: str, module: Any) -> ExpertsSpec:
+    """transformers' interface: flags say how the parameters are laid out."""
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, up_name, None), getattr(module, "down_proj", None)
+    if up is None or down is None or up.ndim != 3 or down.ndim != 3:
+        raise _unsupported(path, module, f"no {up_name} and down_proj of three dimensions")
+    hidden, intermediate = down.shape[1:][:: -1 if module.is_transposed else 1]
+    return ExpertsSpec(
+        path=path,
+        module=module,
+        experts=down.shape[0],
+        hidden=hidden,
+        intermediate=intermediate,
+        gated=module.has_gate,
+        bias=module.has_bias,
+        up=(up_name,),
+        down="down_proj",
+        transposed_up=module.is_transposed,
+        transposed_down=module.is_transposed,
+        interleaved=not module.is_concatenated,
+    )
+
+
+def _fused(path: str, module: Any, **more: Any) -> ExpertsSpec:
+    """gate_up_proj and down_proj like the interface's default, but with a forward of its own."""
+    experts, hidden, intermediate = module.down_proj.shape
+    spec = ExpertsSpec(
+        path=path,
+        module=module,
+        experts=experts,
+        hidden=hidden,
+        intermediate=intermediate,
+        gated=True,
+        bias=False,
+        up=("gate_up_proj",),
+        down="down_proj",
+        forward=_forward_routed,
+        forward_of=path,
+    )
+    return replace(spec, **more)
+
+
+def _dbrx(path: str, module: Any) -> ExpertsSpec:
+    """Three parameters that stack all experts' rows; w2 is stored transposed."""
+    return ExpertsSpec(
+        path=path,
+        module=module,
+        experts=module.num_experts,
+        hidden=module.hidden_size,
+        intermediate=module.ffn_hidden_size,
+        gated=True,
+        bias=False,
+        up=("mlp.w1", "mlp.v1"),
+        down="mlp.w2",
+        transposed_down=True,
+        stacked=True,
+        forward=_forward_routed,
+        forward_of=path,
+    )
+
+
+def _llama4(path: str, module: Any) -> ExpertsSpec:
+    """The routing weights scale the experts' input, in the block around the experts."""
+    _, intermediate, hidden = module.down_proj.shape
+    return _fused(
+        path,
+        module,
+        hidden=hidden,
+        intermediate=intermediate,
+        transposed_up=True,
+        transposed_down=True,
+        forward=_forward_llama4_block,
+        forward_of=path.rpartition(".")[0],
+    )
+
+
+_ADAPTERS: dict[str, Callable[[str, Any], ExpertsSpec]] = {
+    "DbrxExperts": _dbrx,
+    "Llama4TextExperts": _llama4,
+    "LongcatFlashExperts": lambda path, module: _fused(
+        path, module, forward=_forward_with_identity
+    ),
+    "Step3p7Experts": _fused,
+}
+
+
+def _forward_routed(self: Any, hidden: Tensor, top_k_index: Tensor, top_k: Tensor) -> Tensor:
+    """An experts module called with tokens, expert ids and routing weights."""
+    return self.hybrid_experts(hidden, top_k_index, top_k)  # type: ignore[no-any-return]
+
+
+def _forward_with_identity(self: Any, hidden: Tensor, top_k_index: Tensor, top_k: Tensor) -> Tensor:
+    """Ids past the routed experts stand for experts that return the token unchanged."""
+    routed = self.hybrid_experts(hidden, top_k_index, top_k)
+    unchanged = (top_k * (top_k_index >= self.num_routed_experts)).sum(-1, keepdim=True)
+    return (routed + hidden * unchanged).to(hidden.dtype)  # type: ignore[no-any-return]
+
+
+def _forward_llama4_block(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Run each chosen expert on the token times its score; add the shared expert."""
+    tokens = hidden_states.reshape(-1, self.hidden_dim)
+    scores, router_logits = self.router(tokens)
+    weights, ids = torch.topk(scores, self.top_k, dim=-1)
+    scaled = (tokens[:, None, :] * weights[..., None]).reshape(-1, self.hidden_dim)
+    routed = self.experts.hybrid_experts(scaled, ids.reshape(-1, 1), torch.ones_like(scaled[:, :1]))
+    out = self.shared_expert(tokens)
+    return out + routed.view(*ids.shape, -1).sum(dim=1), router_logits
+
+
+def _unsupported(path: str, module: nn.Module, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(module).__name__} at {path} cannot run from an expert store: {why}",
+        hint="run this model with transformers alone",
+    )
+
+
+def find_experts(model: nn.Module) -> list[ExpertsSpec]:
+    """List the layers of ``model`` that have experts, in order.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When some experts are of a kind that cannot run from a store.
+    CheckpointError
+        When there are none at all.
+    """
+    specs = list(_describe_all(model))
+    if not specs:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise CheckpointError(
+            f"not a Mixture-of-Experts model: {kind} ({type(model).__name__}) has no experts",
+            hint="dense models need no expert store; load this one with transformers alone",
+        )
+    return specs
+
+
+def _describe_all(model: nn.Module) -> Iterator[ExpertsSpec]:
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in _ADAPTERS:
+            yield _ADAPTERS[kind](path, module)
+        elif hasattr(module, "is_concatenated") and hasattr(module, "has_gate"):
+            yield _on_interface(path, module)
+        elif re.search(r"(?<!Shared)Experts$", kind) or path.rpartition(".")[2] == "experts":
+            raise _unsupported(path, module, "it declares its experts in a way of its own")
+
+
+def recognise_gating(spec: ExpertsSpec, shape: ExpertShape) -> ExpertShape | None:
+    """Find the kernels' parameters for the gating code of a family.
+
+    The family's own code runs on samples that reach far into every clamp and tail, and the
+    parameters that reproduce it are returned as a ``shape``; None means that no parameters do
+    and the family's own code has to run between the two projections.
+    """
+    seeded = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.1, 1.0, 4.0, 16.0, 200.0]).repeat_interleave(64)
+    up = torch.randn(len(scale), generator=seeded) * scale
+    gate = torch.randn(len(scale), generator=seeded) * scale.flip(0).roll(64)
+    rows = [side[:, None].expand(-1, shape.intermediate) for side in (gate, up)]
+    expected = spec.apply_gate(rows[0] if spec.gated else None, rows[1]).float()
+    numbers = [
+        float(value)
+        for value in vars(spec.module).values()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    ]
+    for limit in (math.inf, *numbers):
+        for name, alpha in [*((name, 1.0) for name in _ACTIVATIONS), *_silus(numbers)]:
+            for up_offset in (0.0, 1.0) if spec.gated else (0.0,):
+                found = _gating(gate if spec.gated else None, up, name, limit, alpha, up_offset)
+                if torch.allclose(found[:, None], expected, rtol=1e-5, atol=1e-6):
+                    return ExpertShape(
+                        hidden=shape.hidden,
+                        intermediate=shape.intermediate,
+                        format=shape.format,
+                        gated=shape.gated,
+                        bias=shape.bias,
+                        activation=name,
+                        limit=limit,
+                        alpha=alpha,
+                        up_offset=up_offset,
+                    )
+    return None
+
+
+def _silus(numbers: list[float]) -> list[tuple[str, float]]:
+    """silu with the family's own slopes, and with the slope of quick_gelu."""
+    return [("silu", alpha) for alpha in (1.702, *numbers)]
+
+
+#: The activations by the kernels' names.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "none": lambda x: x,
+}
+
+
+def _gating(
+    gate: Tensor | None, up: Tensor, name: str, limit: float, alpha: float, up_offset: float
+) -> Tensor:
+    """The arithmetic that :class:`ExpertShape` parametrises, in torch."""
+    up = up.clamp(-limit, limit)
+    x = up if gate is None else gate.clamp(max=limit)
+    activated = x * torch.sigmoid(alpha * x) if alpha != 1.0 else _ACTIVATIONS[name](x)
+    return activated if gate is None else activated * (up + up_offset)

@@ -1,0 +1,152 @@
+"""How transformers reaches us: the quantizer that attaches the expert store to a model.
+
+transformers builds the model without memory, hands it to :class:`HybridQuantizer` together
+with the list of weight files, loads the dense weights from those files, and hands the model
+back. In between, the experts' parameters are taken out; at the end the store takes their
+place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.base import HfQuantizer
+
+from hybrid.config import DEFAULT_EXPERTS, QUANT_METHOD, HybridConfig
+from hybrid.errors import CheckpointError, StoreError
+from hybrid.families import ExpertsSpec, find_experts
+from hybrid.store import DATA_NAME, ExpertStore, LayerRecord
+
+
+class HybridQuantizer(HfQuantizer):
+    """Runs the experts from a store, and dense matrices in quantized form if they are.
+
+    A directory made by ``hybrid convert`` is used as it is; any other is converted into the
+    cache folder first, and its weight files are replaced by the converted ones.
+    """
+
+    requires_calibration = False
+    quantization_config: HybridConfig
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        from hybrid.dense import install_dense
+
+        if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
+            raise CheckpointError(
+                "a hybrid model is loaded from safetensors files, got "
+                f"{checkpoint_files[0] if checkpoint_files else 'a state dict'}",
+                hint="save the model with save_pretrained first",
+            )
+        specs = find_experts(model)
+        directory = Path(checkpoint_files[0]).parent
+        if self.quantization_config.store is None:
+            directory = self._converted(directory)
+            checkpoint_files[:] = sorted(map(str, directory.glob("*.safetensors")))
+        self._store = ExpertStore.open(directory, verify=self.quantization_config.verify)
+        self._records = _match(self._store, specs, self.quantization_config.store)
+        for spec in specs:
+            _remove_parameters(model, spec)
+        self._specs = specs
+        index = self._store.index
+        install_dense(model, index.dense, index.dense_format)
+
+    def _converted(self, source: Path) -> Path:
+        from hybrid.cache import converted_copy
+
+        config = self.quantization_config
+        config.experts = config.experts or DEFAULT_EXPERTS
+        directory, store_id = converted_copy(source, config.experts, config.dense, config.cache_dir)
+        config.store = store_id
+        return directory
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        from hybrid.experts import LayerExperts, experts_forward
+        from hybrid.families import IMPLEMENTATION
+
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        fmt = self._store.index.format
+        for spec, record in zip(self._specs, self._records, strict=True):
+            module: Any = spec.module
+            module.hybrid_experts = LayerExperts(
+                spec, self._store.blocks(record), record.shape(fmt)
+            )
+            spec.install(model)
+        model.hybrid_store = self._store
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` would lose the experts; copy the converted directory instead."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _match(
+    store: ExpertStore, specs: list[ExpertsSpec], expected_id: str | None
+) -> list[LayerRecord]:
+    """Find each layer's record and check that it fits.
+
+    Records are matched by the module's path; where the model is wrapped differently than it
+    was at conversion (a text model inside a multimodal one), by what follows the prefix.
+    """
+    where = store.path / DATA_NAME
+    if expected_id is not None and store.index.id != expected_id:
+        raise StoreError(
+            f"{where} belongs to another model: it is store {store.index.id}, "
+            f"config.json asks for store {expected_id}",
+            hint="convert the model again with 'hybrid convert'",
+        )
+    by_path = {_tail(record.module): record for record in store.index.layers}
+    if len(by_path) != len(specs) or not all(_tail(spec.path) in by_path for spec in specs):
+        raise StoreError(
+            f"{where} has experts for {len(by_path)} layers ({', '.join([*by_path][:2])} ...), "
+            f"the model has {len(specs)} ({', '.join([_tail(s.path) for s in specs][:2])} ...)",
+            hint="config.json and the store must come from one conversion; convert again",
+        )
+    records = [by_path[_tail(spec.path)] for spec in specs]
+    for spec, record in zip(specs, records, strict=True):
+        stored = (record.experts, record.hidden, record.intermediate, record.gated, record.bias)
+        wanted = (spec.experts, spec.hidden, spec.intermediate, spec.gated, spec.bias)
+        if stored != wanted:
+            raise StoreError(
+                f"{where} belongs to another model: {record.module} has (experts, hidden, "
+                f"intermediate, gated, bias) = {stored} there, {wanted} in config.json",
+                hint="config.json and the store must come from one conversion; convert again",
+            )
+    return records
+
+
+def _tail(path: str) -> str:
+    """The path from its last numbered list on: ``layers.3.mlp.experts``."""
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[max(0, numbers[0] - 1) :]) if numbers else path
+
+
+def _remove_parameters(model: Any, spec: ExpertsSpec) -> None:
+    for name in spec.parameters:
+        owner_path, _, leaf = f"{spec.path}.{name}".rpartition(".")
+        owner = model.get_submodule(owner_path)
+        owner.register_parameter(leaf, None)
+        owner._is_hf_initialized = True
+    spec.module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def merge_configs(asked: HybridConfig, of_model: Any) -> HybridConfig:
+    """Combine the config passed to ``from_pretrained`` with the one in ``config.json``.
+
+    A checkpoint that is quantized in another way is dequantized when it is converted.
+
+    Raises
+    ------
+    UsageError
+        When a converted directory has other formats than those asked for.
+    """
+    settings = of_model if isinstance(of_model, dict) else of_model.to_dict()
+    return asked.merged(settings) if settings.get("quant_method") == QUANT_METHOD else asked

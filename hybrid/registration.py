@@ -1,0 +1,78 @@
+"""Makes transformers know us, without importing it.
+
+``import hybrid`` must cost nothing, so the quantizer is registered when transformers' own
+registry is imported: at once if it already is, else by a finder that watches for that one
+import.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_REGISTRY = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Register with transformers now, or as soon as it is imported."""
+    loaded = sys.modules.get(_REGISTRY)
+    if loaded is not None and hasattr(loaded, "register_quantizer"):
+        _register(loaded)
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+def _register(registry: Any) -> None:
+    from hybrid.config import QUANT_METHOD, HybridConfig
+    from hybrid.quantizer import HybridQuantizer, merge_configs
+
+    if QUANT_METHOD in registry.AUTO_QUANTIZER_MAPPING:
+        return
+    registry.register_quantization_config(QUANT_METHOD)(HybridConfig)
+    registry.register_quantizer(QUANT_METHOD)(HybridQuantizer)
+    merge = registry.AutoHfQuantizer.merge_quantization_configs
+
+    # Without this, a HybridConfig for a checkpoint that is quantized in another way is refused.
+    def merge_with_ours(cls: Any, of_model: Any, from_args: Any) -> Any:
+        if isinstance(from_args, HybridConfig):
+            return merge_configs(from_args, of_model)
+        return merge(of_model, from_args)
+
+    registry.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_with_ours)
+
+
+class _Watch(MetaPathFinder):
+    """Steps aside for every import but one, whose loader it wraps."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader)
+        return spec
+
+
+class _Registering(Loader):
+    """Runs the wrapped loader, then registers with the module it made."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _register(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

@@ -1,0 +1,82 @@
+"""Quantized checkpoints as sources: fp8 in blocks, mxfp8 and mxfp4, by transformers' own code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+from hybrid.errors import UnsupportedModelError
+
+#: ``quant_method`` of the checkpoints that can be dequantized.
+SOURCES = ("fp8", "mxfp8", "mxfp4")
+
+
+class BlockDequantize(Fp8Dequantize):
+    """transformers' dequantization, also for matrices whose last blocks are not full."""
+
+    def dequantize(self, weight: Tensor, scales: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Return the weights that ``weight`` ``[N, K]`` and its grid of scales stand for."""
+        return self._dequantize_one(weight, scales, dtype)
+
+    def rows_per_scale(self, rows: int, scale_rows: int) -> int:
+        """Rows of a matrix that share one row of its grid of scales."""
+        return self._block(rows, scale_rows, 0)
+
+    def _block(self, size: int, blocks: int, axis: int) -> int:
+        stated = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
+        if size % blocks and stated and -(-size // stated[axis]) == blocks:
+            return int(stated[axis])
+        return -(-size // blocks)
+
+    def _dequantize_one(
+        self, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        *_, rows, cols = quantized.shape
+        grid = scales.shape[-2:] if scales.ndim >= 2 else (1, 1)
+        more_rows = self._block(rows, grid[0], 0) * grid[0] - rows
+        more_cols = self._block(cols, grid[1], 1) * grid[1] - cols
+        if not more_rows and not more_cols:
+            return super()._dequantize_one(quantized, scales, output_dtype)
+        padded = nn.functional.pad(quantized.view(torch.uint8), (0, more_cols, 0, more_rows)).view(
+            quantized.dtype
+        )
+        return super()._dequantize_one(padded, scales, output_dtype)[..., :rows, :cols]
+
+
+class _BlockQuantizer(FineGrainedFP8HfQuantizer):
+    """transformers' fp8 quantizer with :class:`BlockDequantize`."""
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"dequantize": BlockDequantize}
+
+
+def source_quantizer(config: Any) -> Any:
+    """Return the quantizer that dequantizes a checkpoint with this config; None if plain.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When the checkpoint is quantized in another way.
+    """
+    settings = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(settings.get("quant_method"))
+    if method not in SOURCES:
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized with {method!r}; known are: {', '.join(SOURCES)}",
+            hint="convert from the model's unquantized weights",
+        )
+    quantization = AutoQuantizationConfig.from_dict(settings)
+    quantization.dequantize = True
+    kind = AUTO_QUANTIZER_MAPPING[method]
+    kind = _BlockQuantizer if kind is FineGrainedFP8HfQuantizer else kind
+    return kind(quantization, pre_quantized=True)

@@ -1,0 +1,377 @@
+"""safetensors files, read and written piece by piece.
+
+The reader never maps a file: it reads the asked bytes and nothing else, so a conversion holds
+one piece of one tensor at a time. Every header is checked before anything is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+
+from hybrid.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: A header of more than this many bytes is damage, not metadata (the format's own limit).
+_MAX_HEADER_BYTES = 100_000_000
+_AGAIN = "download the file again, or copy it again from where it came"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: its file, dtype, shape and first byte."""
+
+    key: str
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along the first dimension (of everything for a scalar)."""
+        return self.dtype.itemsize * int(torch.Size(self.shape[1:]).numel())
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check one file's header.
+
+    Raises
+    ------
+    CheckpointError
+        When the file cannot be opened, is cut short, or its header is not what the format
+        promises.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file: its header should take {length} "
+                    f"bytes, the file has {size}",
+                    hint=_AGAIN,
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    start = 8 + length
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        infos = {
+            key: TensorInfo(
+                key,
+                path,
+                _DTYPES[entry["dtype"]],
+                tuple(int(n) for n in entry["shape"]),
+                start + int(entry["data_offsets"][0]),
+            )
+            for key, entry in header.items()
+        }
+        ends = {key: start + int(entry["data_offsets"][1]) for key, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} has a damaged safetensors header ({type(error).__name__}: {error})",
+            hint=_AGAIN,
+        ) from error
+    end = start
+    for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end or info.nbytes != ends[info.key] - info.offset:
+            raise CheckpointError(
+                f"{path} has a damaged safetensors header: {info.key} {list(info.shape)} lies at "
+                f"bytes {info.offset} to {ends[info.key]}, expected {end} to {end + info.nbytes}",
+                hint=_AGAIN,
+            )
+        end = ends[info.key]
+    if end != size:
+        raise CheckpointError(
+            f"{path} is {'cut short' if size < end else 'too long'}: "
+            f"its header describes {end} bytes, the file has {size}",
+            hint=_AGAIN,
+        )
+    return infos
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error for a file or folder that the system does not let us read."""
+    return CheckpointError(
+        f"cannot read {path}: {error.strerror or error}",
+        hint="check that it exists and that you may read it",
+    )
+
+
+class TensorReader:
+    """The tensors of a checkpoint directory, by key.
+
+    Parameters
+    ----------
+    files
+        The safetensors files.
+
+    Raises
+    ------
+    CheckpointError
+        See :func:`read_header`; also when two files hold the same key.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = sorted(files)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._open: dict[Path, IO[bytes]] = {}
+        for path in self.files:
+            for key, info in read_header(path).items():
+                if key in self.tensors:
+                    raise CheckpointError(
+                        f"{key} is in both {self.tensors[key].path.name} and {path.name}",
+                        hint=f"keep one set of weights in {path.parent}",
+                    )
+                self.tensors[key] = info
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read ``start:stop`` of a tensor's first dimension (all by default), as a copy."""
+        info = self.tensors[key]
+        if not info.shape:
+            return self._read(info, 0, ())
+        stop = info.shape[0] if stop is None else stop
+        return self._read(info, start * info.row_bytes, (stop - start, *info.shape[1:]))
+
+    def read_matrix_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows ``start:stop`` of a tensor seen as a matrix of its last dimension."""
+        info = self.tensors[key]
+        cols = info.shape[-1]
+        return self._read(info, start * cols * info.dtype.itemsize, (stop - start, cols))
+
+    def _read(self, info: TensorInfo, at: int, shape: tuple[int, ...]) -> torch.Tensor:
+        if 0 in shape:
+            return torch.empty(shape, dtype=info.dtype)
+        data = bytearray(info.dtype.itemsize * int(torch.Size(shape).numel()))
+        try:
+            if info.path not in self._open:
+                self._open[info.path] = info.path.open("rb", buffering=0)
+            file = self._open[info.path]
+            file.seek(info.offset + at)
+            got = read_into(file, data)
+        except OSError as error:
+            raise unreadable(info.path, error) from error
+        if got != len(data):
+            raise CheckpointError(
+                f"{info.path} is cut short: {len(data)} bytes of {info.key} are wanted, "
+                f"{got} are there",
+                hint=_AGAIN,
+            )
+        return torch.frombuffer(data, dtype=info.dtype).reshape(shape)
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_into(file: IO[bytes], data: bytearray) -> int:
+    """Fill ``data`` from an unbuffered file (one read may return less); return the bytes got."""
+    view, got = memoryview(data), 0
+    while got < len(data):
+        n = file.readinto(view[got:])  # type: ignore[attr-defined]
+        if not n:
+            break
+        got += n
+    return got
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """List the safetensors files that make up a checkpoint directory.
+
+    Raises
+    ------
+    CheckpointError
+        When the directory is missing, unreadable, or has no (or not all of its) weights.
+    """
+    try:
+        names = {path.name for path in directory.iterdir()}
+    except OSError as error:
+        raise unreadable(directory, error) from error
+    if INDEX_NAME in names:
+        index = read_json(directory / INDEX_NAME)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{directory / INDEX_NAME} names no weight files", hint=_AGAIN)
+        wanted = sorted(set(map(str, weight_map.values())))
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise CheckpointError(
+                f"{directory} has {len(wanted) - len(missing)} of the {len(wanted)} weight files "
+                f"that its index names; missing: {', '.join(missing[:3])}",
+                hint="finish the download",
+            )
+        return [directory / name for name in wanted]
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if "model.safetensors" in files:
+        files = ["model.safetensors"]
+    if not files:
+        raise CheckpointError(
+            f"{directory} holds no safetensors weights",
+            hint="give the folder of a Hugging Face model with config.json and *.safetensors",
+        )
+    return [directory / name for name in files]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, with a typed error when it cannot be read or parsed."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}", hint=_AGAIN) from error
+
+
+def identity(config_file: Path, files: Iterable[Path], samples: int = 64) -> str:
+    """Return a digest that tells one set of weights from another without reading all of it.
+
+    Covers the config, every header, and ``samples`` pages spread over each file: two
+    fine-tunes of one model differ in the pages although their headers are equal.
+    """
+    digest = hashlib.sha256(config_file.read_bytes())
+    for path in sorted(files):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = struct.unpack("<Q", file.read(8))[0]
+            digest.update(f"{path.name}:{size}:".encode())
+            digest.update(file.read(length))
+            step = max(4096, (size - 8 - length) // samples)
+            for at in range(8 + length, size, step):
+                file.seek(at)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def check_digests(files: Iterable[Path]) -> None:
+    """Compare files with the SHA-256 that the Hugging Face cache keeps of them, if it does.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the damaged file.
+    """
+    for path in files:
+        expected = _known_digest(path)
+        if expected is None:
+            continue
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{path} is damaged: its SHA-256 is {found}, it was published as {expected}",
+                hint=_AGAIN,
+            )
+
+
+def _known_digest(path: Path) -> str | None:
+    """In the hub cache a file's blob is named by it; ``--local-dir`` keeps it in a side file."""
+    note = path.parent / ".cache/huggingface/download" / f"{path.name}.metadata"
+    lines = note.read_text().splitlines() if note.is_file() else []
+    known = lines[1] if len(lines) > 1 else path.resolve().name
+    return known if re.fullmatch("[0-9a-f]{64}", known) else None
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor about to be written."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+def plan_shards(tensors: Iterable[TensorPlan]) -> list[list[TensorPlan]]:
+    """Split tensors into files of at most :data:`SHARD_BYTES`, in order."""
+    shards: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def shard_header(shard: Iterable[TensorPlan]) -> bytes:
+    """Return the bytes that go before the tensors' data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in shard:
+        header[tensor.key] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def shard_names(count: int) -> Iterator[str]:
+    """Yield the file names transformers looks for."""
+    if count == 1:
+        yield "model.safetensors"
+        return
+    for n in range(1, count + 1):
+        yield f"model-{n:05d}-of-{count:05d}.safetensors"
+
+
+def shard_index(shards: Mapping[str, Iterable[TensorPlan]]) -> dict[str, Any]:
+    """Return the content of :data:`INDEX_NAME` for several shards."""
+    weight_map = {tensor.key: name for name, shard in shards.items() for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
