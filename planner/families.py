@@ -251,7 +251,7 @@ def _per_layer_embedding(fields: Fields, hidden: int, depth: int) -> int:
 
 def _shared_width(fields: Fields, family: str, experts: Experts) -> int:
     """Total intermediate width of the shared experts, 0 when there are none."""
-    if family.startswith("llama4"):
+    if family.startswith(("llama4", "hunyuan")):
         return experts.intermediate
     if fields.has(*_SHARED_WIDTH):
         return fields.count(*_SHARED_WIDTH, least=0)
