@@ -16,6 +16,9 @@ Array = NDArray[np.float64]
 WIDTH = 4096
 """States kept after each expert: none are merged before the twelfth."""
 
+NO_COPIES = (0.0, 0.0, -math.inf)
+"""Time on the link, on the GPU, and across both, of copying and computing no experts."""
+
 
 def dynamic_program(
     problem: Problem, free: Collection[int], on_gpu: Collection[int], limit_s: float
@@ -53,17 +56,17 @@ def dynamic_program(
     exhaustive = True
     # The decided copies since the last undecided one, as one step of the flow shop: its time on
     # the link, on the GPU, and from the link's start to the GPU's end when the GPU keeps waiting.
-    run_link_s = run_gpu_s = run_path_s = 0.0
+    run_link_s, run_gpu_s, run_path_s = NO_COPIES
     for i in order:
         if i in decided:
             run_link_s += copy_s[i]
             run_gpu_s += gpu_s[i]
             run_path_s = max(run_path_s, run_link_s) + gpu_s[i]
             continue
-        if run_path_s:
+        if run_path_s >= 0:
             gpu = np.maximum(gpu + run_gpu_s, link + run_path_s)
             link = link + run_link_s
-            run_link_s = run_gpu_s = run_path_s = 0.0
+            run_link_s, run_gpu_s, run_path_s = NO_COPIES
         copied = link if resident[i] else link + copy_s[i]
         computed = (gpu if resident[i] else np.maximum(gpu, copied)) + gpu_s[i]
         left, right = cpu + cpu_s[i] < limit_s, computed < limit_s

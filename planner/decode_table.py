@@ -1,0 +1,124 @@
+"""Decode's plans, made once: with equal loads only the counts of hits and misses matter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from planner.errors import WorkError
+from planner.plan import LayerPlan
+from planner.problem import LayerCost, Problem
+from planner.schedule import exact_rule, schedule
+from planner.spec import LayerWork
+
+
+class DecodeTable:
+    """Plans for up to ``top_k`` experts of equal load, looked up by (hits, misses).
+
+    Parameters
+    ----------
+    cost
+        The cost model; the table is for this one and must be rebuilt when it changes.
+    top_k
+        The most experts a layer activates for one token.
+    load
+        Tokens sent to each activated expert.
+    gpu_free_s, link_free_s
+        When the GPU and the link are free in the steps the table is made for.
+
+    Raises
+    ------
+    WorkError
+        When ``top_k`` or ``load`` is below 1.
+    """
+
+    def __init__(
+        self,
+        cost: LayerCost,
+        top_k: int,
+        *,
+        load: int = 1,
+        gpu_free_s: float = 0.0,
+        link_free_s: float = 0.0,
+    ) -> None:
+        if top_k < 1 or load < 1:
+            raise WorkError(
+                f"a decode table needs top_k and load of at least 1, got {top_k} and {load}",
+                hint="take top_k from the model's configuration",
+            )
+        self.cost = cost
+        self.top_k = top_k
+        self.load = load
+        self.gpu_free_s = gpu_free_s
+        self.link_free_s = link_free_s
+        self._plans = {
+            (hits, misses): self._first_ids(hits, misses)
+            for hits in range(top_k + 1)
+            for misses in range(top_k + 1 - hits)
+        }
+
+    def _first_ids(self, hits: int, misses: int) -> LayerPlan:
+        """Plan the case with the hits as experts 0, 1, ... and the misses after them."""
+        work = LayerWork(
+            layer=0,
+            loads=tuple((expert, self.load) for expert in range(hits + misses)),
+            gpu_free_s=self.gpu_free_s,
+            link_free_s=self.link_free_s,
+        )
+        return schedule(work, range(hits), self.cost)
+
+    def makespan_s(self, hits: int, misses: int) -> float:
+        """Return how long a layer takes at these counts.
+
+        Raises
+        ------
+        WorkError
+            When there are more experts than ``top_k``.
+        """
+        if hits < 0 or misses < 0 or hits + misses > self.top_k:
+            raise WorkError(
+                f"the decode table holds up to {self.top_k} experts, got {hits} hits and "
+                f"{misses} misses",
+                hint="build the table with a larger top_k",
+            )
+        return self._plans[hits, misses].makespan_s
+
+    def plan(self, work: LayerWork, residency: Collection[int]) -> LayerPlan:
+        """Return an optimal plan for a step whose loads are all equal.
+
+        Steps that the table was not made for (another load, more experts, other free times of
+        the lanes) are solved by the exact rule, which takes a few times as long.
+
+        Raises
+        ------
+        WorkError
+            When the loads differ.
+        """
+        first_load = work.loads[0][1] if work.loads else self.load
+        hits: list[int] = []
+        misses: list[int] = []
+        for expert, load in work.loads:
+            if load != first_load:
+                raise WorkError(
+                    f"layer {work.layer} has loads {first_load} and {load}, and decode's table "
+                    "is for equal ones",
+                    hint="plan this step with schedule()",
+                )
+            (hits if expert in residency else misses).append(expert)
+        if (
+            len(work.loads) > self.top_k
+            or first_load != self.load
+            or work.gpu_free_s != self.gpu_free_s
+            or work.link_free_s != self.link_free_s
+        ):
+            exact = exact_rule(Problem.of(work, residency, self.cost))
+            return replace(exact, lower_bound_s=exact.makespan_s)
+        found = self._plans[len(hits), len(misses)]
+        experts = hits + misses
+        return replace(
+            found,
+            layer=work.layer,
+            cpu=tuple(sorted([experts[i] for i in found.cpu])),
+            gpu=tuple([experts[i] for i in found.gpu]),
+            copies=tuple([experts[i] for i in found.copies]),
+        )
