@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hybrid import registration
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -28,3 +30,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+registration.register()

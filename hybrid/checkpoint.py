@@ -135,7 +135,7 @@ def convert(
         plan = DensePlan(weights, matrices, dense)
         partial.begin(index.id)
         _check_room(partial, index.nbytes + plan.nbytes)
-        told = _Told(progress, index.nbytes + plan.nbytes)
+        told = _Told(progress, index.nbytes - PAGE_BYTES + plan.nbytes)
         with partial.reporting_full_disk():
             index, resumed = write_experts(partial, weights, specs, index, told.advance)
             plan.write(partial, told.advance)
