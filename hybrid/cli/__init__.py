@@ -1,1 +1,5 @@
-"""The command line: one file per command."""
+"""The ``hybrid`` command: one file per command, one verb each."""
+
+from hybrid.cli.app import main
+
+__all__ = ["main"]

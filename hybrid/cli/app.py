@@ -1,0 +1,124 @@
+"""The root of the command line: which commands there are, and how errors leave the program.
+
+A command's module is imported when that command is run or asked for its own help, so
+``hybrid --help`` costs no more than typer itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from cpu_experts.errors import CpuExpertsError
+from hybrid import __version__
+from hybrid.errors import HybridError
+from planner.errors import PlannerError
+
+
+class _Mount(NamedTuple):
+    """Where a command lives; ``target`` is a function or a ``typer.Typer`` in ``module``."""
+
+    module: str
+    target: str
+    summary: str
+
+
+COMMANDS = {
+    "run": _Mount("hybrid.cli.run", "run", "Write text from a prompt."),
+    "chat": _Mount("hybrid.cli.chat", "chat", "Talk with a model."),
+    "convert": _Mount(
+        "hybrid.cli.convert", "convert", "Convert a Hugging Face MoE model to an expert store."
+    ),
+    "bench": _Mount("hybrid.cli.bench", "bench_app", "Measure this machine."),
+    "env": _Mount("hybrid.cli.env", "env", "Show what this machine and installation offer."),
+}
+
+
+class _LazyGroup(TyperGroup):
+    """A group that lists commands by name and summary and imports only the one that runs."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, mount in COMMANDS.items():
+            self.add_command(TyperCommand(name=name, help=mount.summary))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else _load_command(name), rest
+
+
+def _load_command(name: str) -> Any:
+    """Import the module that holds command ``name`` and build the command from it."""
+    mount = COMMANDS[name]
+    target = getattr(import_module(mount.module), mount.target)
+    if isinstance(target, typer.Typer):
+        target.rich_markup_mode = None
+        command: Any = typer.main.get_group(target)
+        command.no_args_is_help = False  # a missing command is an error like any other
+    else:
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(name)(target)
+        command = typer.main.get_command(single)
+    command.name = name
+    return command
+
+
+app = typer.Typer(
+    cls=_LazyGroup,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+#: typer exports one of click's usage errors; this is their common base.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hybrid {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Run Mixture-of-Experts language models on machines whose GPU cannot hold them."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0 is success, 2 an error the user can act on (one line and a hint on stderr), 130 an
+    interruption with Ctrl-C. Anything unexpected keeps its traceback.
+    """
+    words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    try:
+        code = typer.main.get_command(app).main(words, prog_name="hybrid", standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except _UsageError as error:
+        code = _report(_describe_usage_error(error))
+    except (HybridError, CpuExpertsError, PlannerError) as error:
+        code = _report(str(error))
+    return code if isinstance(code, int) else 0
+
+
+def _describe_usage_error(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "hybrid"
+    return f"{error.format_message()}\nhint: '{command} --help' lists what can be given"
+
+
+def _report(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2

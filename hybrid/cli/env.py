@@ -1,0 +1,136 @@
+"""``hybrid env``: what this machine and this installation offer. Loads neither torch nor numba."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from cpu_experts import hostcpu
+from hybrid import __version__, host
+from hybrid.demo import demo_path
+from hybrid.paths import cache_dir
+
+_GIB = 1 << 30
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "llvmlite", "tokenizers", "safetensors")
+_VARIABLES = (
+    "HYBRID_SIMD",
+    "HYBRID_CACHE",
+    "NUMBA_CACHE_DIR",
+    "NUMBA_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "HF_HOME",
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Everything ``hybrid env`` shows; sizes are in bytes.
+
+    Attributes
+    ----------
+    versions
+        Installed version of each package, ``"not installed"`` where there is none.
+    cpu
+        Name, cores, vector features, the SIMD level in use and the levels that can run.
+    threads
+        Threads that torch and the kernels use unless told otherwise.
+    variables
+        The environment variables that change any of this, where set.
+    """
+
+    versions: dict[str, str]
+    system: str
+    cpu: dict[str, Any]
+    threads: int
+    memory: dict[str, int]
+    gpus: list[host.Gpu]
+    paths: dict[str, str]
+    variables: dict[str, str]
+
+
+def collect() -> Environment:
+    """Ask the operating system and the installation."""
+    features = hostcpu.host_features()
+    memory = psutil.virtual_memory()
+    return Environment(
+        versions={"hybrid": __version__, "python": platform.python_version()}
+        | {name: _version(name) for name in _PACKAGES},
+        system=platform.platform(),
+        cpu={
+            "name": host.cpu_name(),
+            "physical_cores": psutil.cpu_count(logical=False),
+            "logical_cores": os.cpu_count(),
+            "features": sorted(features),
+            "simd_level": hostcpu.host_level(),
+            "simd_levels": list(hostcpu.available_levels(features)),
+        },
+        threads=host.default_threads(),
+        memory={"total": memory.total, "available": memory.available},
+        gpus=host.gpus(),
+        paths={
+            "python": sys.executable,
+            "package": os.path.dirname(host.__file__),
+            "demo model": str(demo_path()),
+            "cache": str(cache_dir()),
+        },
+        variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe(environment: Environment) -> str:
+    """Return ``environment`` as aligned lines."""
+    cpu, memory = environment.cpu, environment.memory
+    forced = " (set by HYBRID_SIMD)" if "HYBRID_SIMD" in environment.variables else ""
+    rows = [
+        *environment.versions.items(),
+        ("system", environment.system),
+        ("CPU", cpu["name"]),
+        ("cores", f"{cpu['physical_cores']} physical, {cpu['logical_cores']} logical"),
+        ("SIMD level", f"{cpu['simd_level']}{forced}; can run {', '.join(cpu['simd_levels'])}"),
+        ("features", " ".join(filter(_is_vector_feature, cpu["features"]))),
+        ("threads", str(environment.threads)),
+        (
+            "memory",
+            f"{memory['total'] / _GIB:.1f} GiB, {memory['available'] / _GIB:.1f} GiB available",
+        ),
+        *(("GPU", text) for text in list(map(_describe_gpu, environment.gpus)) or ["none found"]),
+        *environment.paths.items(),
+        *environment.variables.items(),
+    ]
+    return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+
+def _describe_gpu(gpu: host.Gpu) -> str:
+    memory = "" if gpu.memory_bytes is None else f", {gpu.memory_bytes / _GIB:.1f} GiB"
+    return f"{gpu.name}{memory}" + (f", driver {gpu.driver}" if gpu.driver else "")
+
+
+def _is_vector_feature(name: str) -> bool:
+    """Tell the features that arithmetic is made of from the many others."""
+    return name.startswith(("avx", "amx", "fma", "f16c", "neon", "sve", "dotprod", "i8mm", "bf16"))
+
+
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what this machine and installation offer."""
+    environment = collect()
+    if as_json:
+        print(json.dumps(asdict(environment), indent=2))
+    else:
+        print(describe(environment))

@@ -1,0 +1,118 @@
+"""What this machine has: cores, memory, GPUs. Loads neither torch nor numba.
+
+Everything here is asked of the operating system; nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
+_NVIDIA_SMI_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One graphics processor; ``memory_bytes`` and ``driver`` are None where not told."""
+
+    name: str
+    memory_bytes: int | None
+    driver: str | None
+
+
+def usable_cores() -> int:
+    """Return how many physical cores this process may keep busy.
+
+    The smallest of the machine's physical cores, the process's CPU affinity and, in a
+    container, the control group's CPU quota.
+    """
+    logical = os.cpu_count() or 1
+    cores = psutil.cpu_count(logical=False) or logical
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    quota = _cgroup_cpu_quota()
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def default_threads() -> int:
+    """Return how many threads to compute with: ``OMP_NUM_THREADS`` if set, else every core."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdigit() and int(chosen) > 0 else usable_cores()
+
+
+def _cgroup_cpu_quota() -> float | None:
+    """Return the CPUs that the control group grants, None when it sets no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in {"model name", "Model"}:
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has had resident, mapped files included."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gpus() -> list[Gpu]:
+    """Return the GPUs: from ``nvidia-smi`` where it works, from the PCI devices elsewhere."""
+    return _nvidia_gpus() or _pci_gpus()
+
+
+def _nvidia_gpus() -> list[Gpu]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_nvidia_smi(answer.stdout)
+
+
+def parse_nvidia_smi(text: str) -> list[Gpu]:
+    """Read ``name, memory.total [MiB], driver_version`` rows; memory can be ``[N/A]``."""
+    found = []
+    for row in filter(str.strip, text.splitlines()):
+        name, memory, driver = (cell.strip() for cell in row.rsplit(",", 2))
+        found.append(Gpu(name, int(memory) << 20 if memory.isdigit() else None, driver))
+    return found
+
+
+def _pci_gpus() -> list[Gpu]:
+    found = []
+    for card in sorted(Path("/sys/class/drm").glob("card[0-9]*/device/vendor")):
+        if "-" in card.parts[-3]:  # a connector of a card, not a card
+            continue
+        vendor = _GPU_VENDORS.get(card.read_text().strip())
+        if vendor:
+            found.append(Gpu(f"{vendor} graphics ({card.parts[-3]})", None, None))
+    return found
