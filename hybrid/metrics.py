@@ -1,0 +1,165 @@
+"""What a run measured, as values and as text; every number says where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+_MIB = 1 << 20
+
+
+class Figure(NamedTuple):
+    """A number with its unit and its source; ``value`` is None when it was not measured."""
+
+    value: float | None
+    unit: str
+    source: str
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"not measured ({self.source})"
+        return f"{_format(self.value, self.unit)} ({self.source})"
+
+
+class SlowPath(NamedTuple):
+    """Something that ran slower than it could, why, and what makes it fast."""
+
+    what: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationTimes:
+    """One call of ``generate``.
+
+    Attributes
+    ----------
+    sequences
+        Sequences in the batch; the token counts below are of one sequence.
+    prompt_tokens, new_tokens
+        Tokens of the prompt, and tokens generated.
+    ttft_s
+        From the call to the first new token; None when no token was seen as it came.
+    decode_s
+        From the first new token to the last.
+    ended
+        Why generation ended: ``"end token"``, ``"stop string"``, ``"max_new_tokens"``,
+        ``"context full"`` or ``"interrupted"``.
+    """
+
+    sequences: int
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float | None
+    decode_s: float
+    ended: str
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the counts and rates that a user compares, by name."""
+        prompt_rate = decode_rate = None
+        if self.ttft_s:
+            prompt_rate = self.sequences * self.prompt_tokens / self.ttft_s
+        if self.new_tokens > 1 and self.decode_s > 0:
+            decode_rate = self.sequences * (self.new_tokens - 1) / self.decode_s
+        seen = "measured" if self.ttft_s is not None else "tokens were not seen as they came"
+        steps = f"measured over {self.new_tokens - 1} steps"
+        return {
+            "prompt_tokens": Figure(self.prompt_tokens, "tokens", "counted"),
+            "new_tokens": Figure(self.new_tokens, "tokens", f"counted; ended: {self.ended}"),
+            "ttft_s": Figure(self.ttft_s, "s", seen),
+            "prompt_tokens_per_s": Figure(prompt_rate, "tokens/s", "prompt tokens / TTFT"),
+            "decode_tokens_per_s": Figure(
+                decode_rate, "tokens/s", steps if decode_rate else "fewer than two new tokens"
+            ),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What ran, how, and how fast. ``str()`` gives the text, ``to_dict()`` the JSON value.
+
+    Attributes
+    ----------
+    model, family
+        The directory that was loaded, and its transformers class.
+    experts_format, dense_format
+        How the weights are stored.
+    compute_dtype
+        The dtype of dense layers that are not quantized, with the reason for it.
+    simd_level, threads
+        What the kernels run on.
+    figures
+        Every number, by name.
+    slow_paths
+        Everything that ran slower than it could.
+    """
+
+    model: str
+    family: str
+    experts_format: str
+    dense_format: str
+    compute_dtype: str
+    simd_level: str
+    threads: str
+    figures: dict[str, Figure]
+    slow_paths: tuple[SlowPath, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a value that ``json.dumps`` takes."""
+        return asdict(self) | {
+            "figures": {name: figure._asdict() for name, figure in self.figures.items()},
+            "slow_paths": [path._asdict() for path in self.slow_paths],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<20} {value}" for name, value in self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "model", f"{self.model} ({self.family})"
+        yield "experts", self.experts_format
+        yield "dense layers", f"{self.dense_format}, computed in {self.compute_dtype}"
+        yield "SIMD level", self.simd_level
+        yield "threads", self.threads
+        for name, figure in self.figures.items():
+            yield _LABELS[name], str(figure)
+        if not self.slow_paths:
+            yield "slow paths", "none"
+        for path in self.slow_paths:
+            yield "slow path", f"{path.what}: {path.reason}; {path.remedy}"
+
+
+_LABELS = {
+    "store_bytes": "expert store",
+    "load_s": "load",
+    "prompt_tokens": "prompt",
+    "new_tokens": "generated",
+    "ttft_s": "TTFT",
+    "prompt_tokens_per_s": "prompt rate",
+    "decode_tokens_per_s": "decode rate",
+    "peak_memory_bytes": "peak memory",
+}
+
+
+def _format(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{value / _MIB:,.1f} MiB"
+    if unit == "tokens":
+        return f"{value:,.0f} tokens"
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+
+
+def summary_line(figures: dict[str, Figure]) -> str:
+    """Return the one line that ends a run: counts, prompt rate, TTFT, decode rate, memory."""
+
+    def show(name: str) -> str:
+        figure = figures[name]
+        return "n/a" if figure.value is None else _format(figure.value, figure.unit)
+
+    return (
+        f"prompt {show('prompt_tokens')}, {show('prompt_tokens_per_s')}"
+        f" | TTFT {show('ttft_s')}"
+        f" | decode {show('new_tokens')}, {show('decode_tokens_per_s')}"
+        f" | peak memory {show('peak_memory_bytes')}"
+    )

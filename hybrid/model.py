@@ -1,0 +1,382 @@
+"""HybridModel: load a Mixture-of-Experts model, write text with it, say how that went."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, overload
+
+import numba
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpu_experts import hostcpu
+from hybrid import host
+from hybrid.cache import converted_copy
+from hybrid.config import DEFAULT_EXPERTS, HybridConfig
+from hybrid.demo import demo_path
+from hybrid.errors import UsageError
+from hybrid.metrics import Figure, GenerationTimes, RunReport
+from hybrid.slow_paths import has_native_bf16, slow_paths
+from hybrid.textstream import TextStream
+from hybrid.watch import OnText, Stopped, Watch
+
+#: New tokens when text is asked for and neither the caller nor the model gives a limit.
+DEFAULT_NEW_TOKENS = 256
+
+_LENGTHS = ("max_length", "max_new_tokens")
+
+Message = dict[str, Any]
+
+
+class HybridModel:
+    """A causal language model whose experts run from the packed store.
+
+    Make one with :meth:`from_pretrained`. One call computes at a time; calls from other
+    threads wait for it.
+
+    Attributes
+    ----------
+    model
+        The transformers model, ready for anything that takes one.
+    tokenizer
+        Its tokenizer.
+    threads
+        Threads of torch and of the kernels; both always have the same number.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, threads: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.threads = threads
+        self._name = name
+        self._load_s = 0.0
+        self._times: GenerationTimes | None = None
+        self._turn = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str] | None = None,
+        *,
+        experts: str | None = None,
+        dense: str | None = None,
+        threads: int | None = None,
+        verify: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> HybridModel:
+        """Load a model directory.
+
+        Parameters
+        ----------
+        path
+            A directory made by ``hybrid convert``, or any Hugging Face MoE directory, which
+            is converted into the cache folder first (once). None or ``"demo"`` is the small
+            model that ships with the package.
+        experts, dense
+            Formats to convert to: ``"q4_0"`` experts and ``"bf16"`` dense layers unless given.
+            A converted directory has its own; asking for another is an error.
+        threads
+            For torch and the kernels alike; ``OMP_NUM_THREADS`` or every core unless given.
+        verify
+            Compare the checksum of every expert with the store's index before use.
+        dtype
+            What dense layers that are not quantized compute in. Unless given, bfloat16 on
+            processors that multiply it natively and float32 on all others, where torch's
+            bfloat16 products were measured 3 to 10 times slower on prompts and no faster on
+            single tokens.
+
+        Raises
+        ------
+        CheckpointError, StoreError, UnsupportedModelError, DiskSpaceError
+            When the directory cannot be read, converted or run.
+        UsageError
+            When an argument has a value that cannot be used.
+        """
+        start = time.perf_counter()
+        threads = host.default_threads() if threads is None else threads
+        _set_threads(threads)
+        directory = Path(demo_path() if path is None or path == "demo" else path).expanduser()
+        config = HybridConfig(experts, dense, verify=verify)
+        if directory.is_dir():
+            config = config.for_loading(directory, experts=experts, dense=dense, verify=verify)
+        if config.store is None:
+            directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            quantization_config=config,
+            dtype=_compute_dtype() if dtype is None else dtype,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        name = "demo" if path is None else str(path)
+        self = cls(model, tokenizer, name=name, threads=threads)
+        self._warm_up()
+        self._load_s = time.perf_counter() - start
+        return self
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model takes, prompt included; None when it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        on_text: OnText | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> str: ...
+
+    @overload
+    def generate(self, prompt: torch.Tensor | Sequence[int], **options: Any) -> Any: ...
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Continue ``prompt``.
+
+        Parameters
+        ----------
+        prompt
+            Text, or token ids ``[T]`` or ``[B, T]``.
+        options
+            What transformers' ``generate`` takes: ``max_new_tokens``, ``do_sample``,
+            ``temperature``, ``streamer``, ``stop_strings``, ``generation_config`` ...
+            For text also ``on_text``, a function that is given every piece of text as soon
+            as it is certain.
+
+        Returns
+        -------
+        For text, the text that follows it, without the prompt and without the stop string;
+        it ends at the model's context if ``max_new_tokens`` reaches beyond. For ids, exactly
+        what transformers' ``generate`` returns.
+
+        Raises
+        ------
+        UsageError
+            When the prompt has no tokens or does not fit into the model's context.
+        """
+        if isinstance(prompt, str):
+            return self._write(self.encode(prompt), **options)
+        ids = torch.as_tensor(prompt, dtype=torch.long)
+        ids = ids[None] if ids.dim() == 1 else ids
+        self._check_length(ids)
+        if options.get("stop_strings"):
+            options.setdefault("tokenizer", self.tokenizer)
+        return self._generate(ids, Watch(streamer=options.pop("streamer", None)), **options)
+
+    def stream(self, prompt: str | torch.Tensor, **options: Any) -> Iterator[str]:
+        """Continue ``prompt`` (text, or ids ``[1, T]``), giving the text piece by piece.
+
+        Takes what :meth:`generate` takes. The model runs in a thread of its own; leaving the
+        loop early stops it.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        self._check_length(ids)
+        return self._pieces(ids, options)
+
+    def _pieces(self, ids: torch.Tensor, options: dict[str, Any]) -> Iterator[str]:
+        pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        left = threading.Event()
+        failure: list[BaseException] = []
+
+        def on_text(piece: str) -> None:
+            if left.is_set():
+                raise Stopped
+            pieces.put(piece)
+
+        def write() -> None:
+            try:
+                self._write(ids, on_text=on_text, **options)
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                pieces.put(None)
+
+        writer = threading.Thread(target=write, name="hybrid-generate", daemon=True)
+        writer.start()
+        try:
+            yield from iter(pieces.get, None)
+        finally:
+            left.set()
+            writer.join()
+        if failure:
+            raise failure[0]
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """Return the model's answer to ``messages`` (``[{"role": ..., "content": ...}]``).
+
+        Takes what :meth:`generate` takes for text.
+
+        Raises
+        ------
+        UsageError
+            When the tokenizer has no chat template, or as :meth:`generate`.
+        """
+        return self._write(self.encode_chat(messages), **options)
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Return the ids ``[1, T]`` of ``text``, special tokens added as the model wants them."""
+        return torch.tensor([self.tokenizer(text)["input_ids"]], dtype=torch.long)
+
+    def encode_chat(self, messages: Sequence[Message]) -> torch.Tensor:
+        """Return the ids ``[1, T]`` that ask for the answer to ``messages``."""
+        self.require_chat_template()
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
+        )
+        return torch.tensor([encoded["input_ids"]], dtype=torch.long)
+
+    def require_chat_template(self) -> None:
+        """Raise UsageError when the tokenizer has no chat template."""
+        if not self.tokenizer.chat_template:
+            raise UsageError(
+                f"the model {self._name} has no chat template: it was not trained to chat",
+                hint="continue a text with it instead ('hybrid run'), or give it a template",
+            )
+
+    def report(self) -> RunReport:
+        """Say what runs, how, how fast the last call was, and what ran slower than it could."""
+        index = self.model.hybrid_store.index
+        figures = {
+            "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
+            "load_s": Figure(self._load_s, "s", "measured"),
+            **({} if self._times is None else self._times.figures()),
+            "peak_memory_bytes": Figure(
+                host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
+            ),
+        }
+        return RunReport(
+            model=self._name,
+            family=type(self.model).__name__,
+            experts_format=index.format,
+            dense_format=index.dense_format or "as in the checkpoint",
+            compute_dtype=f"{self.model.dtype}".removeprefix("torch."),
+            simd_level=hostcpu.host_level(),
+            threads=f"{self.threads} (torch and kernels)",
+            figures=figures,
+            slow_paths=tuple(slow_paths(self.model)),
+        )
+
+    def _warm_up(self) -> None:
+        """Run a few tokens, so that loading the kernels counts as loading and not as TTFT."""
+        self.generate([0, 0], max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        self._times = None
+
+    def _write(
+        self,
+        ids: torch.Tensor,
+        *,
+        on_text: OnText | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> str:
+        """Generate after ``ids``, ``[1, T]``, and return the new text."""
+        self._check_length(ids)
+        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if "" in stops:
+            raise UsageError("a stop string is empty", hint="leave it out")
+        if (self._setting("num_return_sequences", options) or 1) > 1:
+            raise UsageError(
+                "num_return_sequences is more than 1, a text result is one sequence",
+                hint="give token ids as the prompt to get several sequences of ids",
+            )
+        wanted = self._wanted_tokens(options, ids.shape[1])
+        room = wanted if self.context is None else min(wanted, self.context - ids.shape[1])
+        watch = Watch(
+            streamer=streamer,
+            text=TextStream(self.tokenizer, ids[0].tolist(), stops),
+            on_text=on_text,
+            limit=room,
+            limit_name="max_new_tokens" if room == wanted else "context full",
+        )
+        self._generate(
+            ids,
+            watch,
+            attention_mask=torch.ones_like(ids),
+            **self._text_options(options, room),
+        )
+        return watch.written
+
+    def _setting(self, name: str, options: dict[str, Any]) -> Any:
+        """Return a generation setting as transformers resolves it."""
+        if options.get(name) is not None:
+            return options[name]
+        given = getattr(options.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if given is None else given
+
+    def _wanted_tokens(self, options: dict[str, Any], prompt_tokens: int) -> int:
+        new_tokens = self._setting("max_new_tokens", options)
+        if new_tokens is not None:
+            return int(new_tokens)
+        length = self._setting("max_length", options)
+        return DEFAULT_NEW_TOKENS if length is None else int(length) - prompt_tokens
+
+    def _text_options(self, options: dict[str, Any], room: int) -> dict[str, Any]:
+        """Return ``options`` with the number of new tokens and a padding id settled."""
+        settled = {"max_new_tokens": room}
+        if self._setting("pad_token_id", options) is None:
+            end = self._setting("eos_token_id", options)
+            settled["pad_token_id"] = end[0] if isinstance(end, list) else end
+        rest = {name: value for name, value in options.items() if name not in _LENGTHS}
+        if options.get("generation_config") is None:
+            return rest | settled
+        config = copy.deepcopy(options["generation_config"])
+        config.update(max_length=None, **settled)
+        return rest | {"generation_config": config}
+
+    def _generate(self, ids: torch.Tensor, watch: Watch, **options: Any) -> Any:
+        """Run transformers' loop under ``watch``; None when the watch left it early."""
+        streams = (self._setting("num_beams", options) or 1) == 1
+        if streams:
+            options["streamer"] = watch
+        elif watch.streams:
+            raise UsageError(
+                "beam search (num_beams > 1) knows no text before it ends, so it cannot stream",
+                hint="leave out num_beams, or the streamer",
+            )
+        with self._turn:
+            _set_threads(self.threads)
+            watch.start(ids)
+            try:
+                result = self.model.generate(ids.to(self.model.device), **options)
+                if not streams:
+                    watch.take(getattr(result, "sequences", result))
+                return result
+            except Stopped:
+                return None
+            finally:
+                self._times = watch.times()
+
+    def _check_length(self, ids: torch.Tensor) -> None:
+        tokens, context = ids.shape[-1], self.context
+        if tokens == 0:
+            raise UsageError("the prompt has 0 tokens", hint="give it at least one character")
+        if context is not None and tokens >= context:
+            raise UsageError(
+                f"the prompt has {tokens} tokens and the model's context is {context}, which "
+                "must also hold the answer",
+                hint=f"shorten the prompt to {context - 1} tokens or fewer",
+            )
+
+
+def _compute_dtype() -> torch.dtype:
+    return torch.bfloat16 if has_native_bf16() else torch.float32
+
+
+def _set_threads(threads: int) -> None:
+    """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
+    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    if not 1 <= threads <= most:
+        raise UsageError(
+            f"threads is {threads}, it must be between 1 and {most}",
+            hint="NUMBA_NUM_THREADS sets the most there can be",
+        )
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)

@@ -1,0 +1,61 @@
+"""Which parts of a loaded model run slower than they could, why, and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cpu_experts import hostcpu
+from hybrid.metrics import SlowPath
+
+#: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
+_BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
+
+
+def has_native_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 without a detour over float32."""
+    return not _BF16_FEATURES.isdisjoint(hostcpu.host_features())
+
+
+def slow_paths(model: Any) -> Iterator[SlowPath]:
+    """Name everything that runs slower in ``model`` than it could on some machine."""
+    features = hostcpu.host_features()
+    level, best = hostcpu.host_level(), hostcpu.available_levels(features)[0]
+    if level != best:
+        yield SlowPath(
+            f"expert kernels at {level}",
+            f"{hostcpu.ENVIRONMENT_VARIABLE} asks for it, this processor runs {best}",
+            f"unset {hostcpu.ENVIRONMENT_VARIABLE}",
+        )
+    elif level == "portable":
+        yield SlowPath(
+            "expert kernels at portable",
+            "there are no vector kernels for this processor",
+            "use an x86 processor with AVX2 or newer",
+        )
+    if model.dtype == torch.bfloat16 and not has_native_bf16():
+        yield SlowPath(
+            "dense layers in bfloat16",
+            "this processor does not multiply it natively",
+            "load with dtype=torch.float32",
+        )
+    apart = [
+        module.hybrid_experts
+        for module in model.modules()
+        if hasattr(module, "hybrid_experts") and module.hybrid_experts.own_gating
+    ]
+    if apart:
+        yield SlowPath(
+            f"experts of {len(apart)} layers in three steps",
+            "the kernels have no parameters for this family's activation",
+            "none yet: the family's own code runs between the projections",
+        )
+    attention = model.config.get_text_config()._attn_implementation
+    if attention == "eager":
+        yield SlowPath(
+            "attention in eager mode",
+            "transformers has no fused attention for this family",
+            "none yet",
+        )

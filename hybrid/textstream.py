@@ -1,0 +1,119 @@
+"""Turn generated ids into text as they come: whole characters only, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+#: Most ids of the prompt that are decoded with the first new ones.
+_CONTEXT_TOKENS = 8
+
+#: A UTF-8 character has at most 4 bytes, so at most 3 of them can wait for the rest.
+_UNFINISHED_BYTES = 3
+
+
+class Decoder(Protocol):
+    """The part of a transformers tokenizer that is needed here."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class TextStream:
+    """Text of a growing id sequence, piece by piece.
+
+    The pieces, joined, are the text that decoding all the new ids at once gives, cut before
+    the first stop string. A piece is held back only while it may be part of a character
+    or of a stop string that is not complete yet.
+
+    Parameters
+    ----------
+    tokenizer
+        Decodes ids to text.
+    prompt_ids
+        What the new ids follow; its text is not part of the stream.
+    stop_strings
+        The text ends before the first of these. Empty strings are not allowed.
+
+    Attributes
+    ----------
+    stopped
+        Whether a stop string was met; nothing more comes after it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        prompt_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+    ) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        self._held = ""
+        # A token's text can depend on its left neighbour (a leading space), so the ids of the
+        # last complete text stay in the window; they must not start inside a character.
+        self._window = self._whole_end(prompt_ids)
+        self._complete = len(self._window)
+        self._told = len(self._decode(self._window))
+
+    def put(self, ids: Sequence[int]) -> str:
+        """Take the next ids and return the text that is certain by now."""
+        if self.stopped:
+            return ""
+        self._window.extend(ids)
+        text = self._decode(self._window)
+        certain = len(text) - _trailing_replacements(text)
+        piece = text[self._told : certain]
+        if piece and certain == len(text):
+            self._window = self._window[self._complete :]
+            self._complete = len(self._window)
+            self._told = len(self._decode(self._window))
+        else:
+            self._told = max(self._told, certain)
+        return self._until_stop(piece)
+
+    def finish(self) -> str:
+        """Return what was held back, once no more ids will come."""
+        if self.stopped:
+            return ""
+        rest = self._held + self._decode(self._window)[self._told :]
+        self._held = ""
+        return rest
+
+    def _whole_end(self, ids: Sequence[int]) -> list[int]:
+        """Return the fewest last ``ids`` whose text does not start inside a character."""
+        for length in range(1, min(len(ids), _CONTEXT_TOKENS)):
+            if not self._decode(list(ids[-length:])).startswith(_REPLACEMENT):
+                return list(ids[-length:])
+        return list(ids[-_CONTEXT_TOKENS:])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+
+    def _until_stop(self, piece: str) -> str:
+        """Cut ``piece`` before a stop string; hold back an end that may become one."""
+        text = self._held + piece
+        ends = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            self._held = ""
+            return text[: min(ends)]
+        keep = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _trailing_replacements(text: str) -> int:
+    """Count the replacement characters at the end that can be one unfinished character."""
+    end = text[-_UNFINISHED_BYTES:]
+    return len(end) - len(end.rstrip(_REPLACEMENT))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` with which ``stop`` begins."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
