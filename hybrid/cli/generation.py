@@ -1,0 +1,178 @@
+"""What ``hybrid run`` and ``hybrid chat`` share: their options, loading, writing, the summary."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrid.errors import UsageError
+from hybrid.metrics import summary_line
+
+if TYPE_CHECKING:
+    from hybrid.model import HybridModel
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        show_default=False,
+        help="A converted directory or any Hugging Face MoE directory, which is converted into "
+        "the cache first. Without it: the small model that ships with this program.",
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", "-n", min=1, help="End after this many.", show_default="256"),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, help="Sharpness of sampling; 0 is --greedy.", show_default="the model's"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this joint probability."),
+]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many likeliest tokens.")]
+MinP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Drop tokens below this share of the likeliest's probability."),
+]
+RepeatPenalty = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="Above 1, tokens that occurred become less likely."),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Make sampling repeatable; samples if nothing else says.")
+]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End before this text; can be given several times."),
+]
+Experts = Annotated[
+    str | None, typer.Option(help="Format to convert the experts to.", show_default="q4_0")
+]
+Dense = Annotated[
+    str | None,
+    typer.Option(help="Format to convert all other matrices to.", show_default="the checkpoint's"),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, show_default="OMP_NUM_THREADS or all cores")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Check the store's checksums first.")]
+
+
+def sampling_options(
+    *,
+    greedy: bool,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repeat_penalty: float | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    """Return transformers' options for the command line's.
+
+    Any of temperature, top_p, top_k, min_p or seed asks for sampling; none of them leaves
+    the choice to the model's generation config.
+
+    Raises
+    ------
+    UsageError
+        When greedy is asked for together with what only sampling uses.
+    """
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    options: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    penalty = {} if repeat_penalty is None else {"repetition_penalty": repeat_penalty}
+    if temperature == 0:
+        greedy = True
+        del options["temperature"]
+    if greedy and (options or (temperature or 0) > 0):
+        raise UsageError(
+            "greedy decoding was asked for together with sampling options",
+            hint="leave out --greedy (or --temperature 0), or the sampling options",
+        )
+    if greedy:
+        return {"do_sample": False} | penalty
+    if options or seed is not None:
+        return {"do_sample": True} | options | penalty
+    return penalty
+
+
+def load(
+    model: str | None, *, experts: str | None, dense: str | None, threads: int | None, verify: bool
+) -> HybridModel:
+    """Import what is needed and load ``model``.
+
+    Collecting garbage while importing torch and transformers costs a fifth of the start and
+    finds nothing, so it waits until the model is there.
+    """
+    gc.disable()
+    try:
+        from transformers.utils import logging
+
+        from hybrid.model import HybridModel
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return HybridModel.from_pretrained(
+            model, experts=experts, dense=dense, threads=threads, verify=verify
+        )
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def set_seed(seed: int | None) -> None:
+    """Make what is sampled next repeatable."""
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+
+
+def write(piece: str) -> None:
+    """Put ``piece`` on stdout at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def summarise(model: HybridModel, *, whole: bool = False) -> None:
+    """End the text's line on a terminal, then tell on stderr how it went.
+
+    One line of figures and one for everything that ran slowly, or the ``whole`` report.
+    """
+    if sys.stdout.isatty():
+        write("\n")
+    report = model.report()
+    if whole:
+        print(report, file=sys.stderr)
+        return
+    print(summary_line(report.figures), file=sys.stderr)
+    for path in report.slow_paths:
+        print(f"slow: {path.what}: {path.reason}; {path.remedy}", file=sys.stderr)
+
+
+def read_text(file: Path) -> str:
+    """Return the content of ``file``, which must be UTF-8."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {file}: {error.strerror}", hint="check the path and its permissions"
+        ) from error
+    return decode_utf8(data, str(file))
+
+
+def decode_utf8(data: bytes, name: str) -> str:
+    """Return ``data`` as text; ``name`` says where it comes from if it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            hint="convert the text to UTF-8, for example with iconv",
+        ) from error

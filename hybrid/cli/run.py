@@ -1,0 +1,99 @@
+"""``hybrid run``: continue a prompt on stdout; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybrid.cli import generation as cli
+from hybrid.errors import UsageError
+
+
+def run(
+    model: cli.Model = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text to continue.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="A file with the text to continue; - is stdin."),
+    ] = None,
+    max_new_tokens: cli.MaxNewTokens = None,
+    temperature: cli.Temperature = None,
+    top_p: cli.TopP = None,
+    top_k: cli.TopK = None,
+    min_p: cli.MinP = None,
+    repeat_penalty: cli.RepeatPenalty = None,
+    seed: cli.Seed = None,
+    greedy: cli.Greedy = False,
+    stop: cli.Stop = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Write the prompt first.")] = False,
+    experts: cli.Experts = None,
+    dense: cli.Dense = None,
+    threads: cli.Threads = None,
+    verify: cli.Verify = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="End with the whole report instead of one line.")
+    ] = False,
+) -> None:
+    """Write text from a prompt.
+
+    The prompt is -p, a file, or stdin. The text goes to stdout as it is generated; messages
+    and figures go to stderr.
+    """
+    options = cli.sampling_options(
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+    )
+    text = read_prompt(prompt, file)
+    loaded = cli.load(model, experts=experts, dense=dense, threads=threads, verify=verify)
+    cli.set_seed(seed)
+    if echo:
+        cli.write(text)
+    try:
+        loaded.generate(
+            text,
+            on_text=cli.write,
+            stop_strings=stop,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+    except KeyboardInterrupt:
+        cli.summarise(loaded, whole=report)
+        raise
+    cli.summarise(loaded, whole=report)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the text to continue: ``prompt``, or the content of ``file`` or of stdin.
+
+    One newline at the end of a file or of stdin is not part of the prompt, as in llama.cpp.
+
+    Raises
+    ------
+    UsageError
+        When there is no prompt or more than one, when the file cannot be read, or when the
+        text is not UTF-8; the message gives the first wrong byte's offset.
+    """
+    if prompt is not None and file is not None:
+        raise UsageError("both --prompt and --file are given", hint="give one of them")
+    if prompt is not None:
+        return cli.decode_utf8(os.fsencode(prompt), "the prompt")
+    if file is None and sys.stdin.isatty():
+        raise UsageError(
+            "there is no prompt", hint="give -p TEXT or -f FILE, or pipe the text into stdin"
+        )
+    if file is None or str(file) == "-":
+        text = cli.decode_utf8(sys.stdin.buffer.read(), "stdin")
+    else:
+        text = cli.read_text(file)
+    return text.removesuffix("\n").removesuffix("\r")
