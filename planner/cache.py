@@ -1,0 +1,250 @@
+"""Which experts hold a GPU slot in each layer: events in, decisions out, over ids only.
+
+A policy watches what the router chooses and says what each expert is worth keeping; the cache
+holds the sets, the capacities and the pins, and asks the policy whom to evict. Neither moves any
+data: the caller copies what it admits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from planner.errors import CapacityError
+
+Ids = NDArray[np.int64]
+Values = NDArray[np.float64]
+
+
+class Policy:
+    """What each expert of each layer is worth keeping.
+
+    Events and answers are batched over layers, so that a recorded trace replays fast; a running
+    model passes one layer at a time.
+
+    Parameters
+    ----------
+    layers, experts
+        L and E of the model.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.layers = layers
+        self.experts = experts
+
+    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+        """Learn what the router chose in one step.
+
+        Parameters
+        ----------
+        layers
+            Which layers, ``[n]``, each at most once.
+        ids, weights
+            The activated experts, ``[n, A]``, each once a row, and their routing weights. In
+            prefill a row holds every expert that got a token, and the mean of its weights.
+        """
+        raise NotImplementedError
+
+    def value(self, layers: Ids) -> Values:
+        """Return what each expert is worth keeping, ``[n, E]``: only the order matters."""
+        raise NotImplementedError
+
+    def victim(self, layer: int, incoming: int, candidates: Sequence[int]) -> int:
+        """Return whom to evict for ``incoming``: the least value, among equals the lowest id."""
+        value = self.value(np.array([layer]))[0]
+        return min(candidates, key=lambda expert: (value[expert], expert))
+
+    def admitted(self, layer: int, expert: int) -> None:
+        """Learn that ``expert`` got a slot; most policies do not care."""
+
+    def evicted(self, layer: int, expert: int) -> None:
+        """Learn that ``expert`` lost its slot; most policies do not care."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """The activated experts of one step, by whether they were resident; each ascending."""
+
+    hits: tuple[int, ...]
+    misses: tuple[int, ...]
+
+
+class ExpertCache:
+    """The resident experts of every layer.
+
+    Parameters
+    ----------
+    policy
+        Says what is worth keeping.
+    capacities
+        Slots of each layer, ``[L]``.
+
+    Raises
+    ------
+    CapacityError
+        When there is not one capacity per layer, or one is negative or above E.
+    """
+
+    def __init__(self, policy: Policy, capacities: Sequence[int]) -> None:
+        if len(capacities) != policy.layers:
+            raise CapacityError(
+                f"{len(capacities)} capacities for {policy.layers} layers",
+                hint="give each MoE layer its number of slots",
+            )
+        for layer, capacity in enumerate(capacities):
+            if not 0 <= capacity <= policy.experts:
+                raise CapacityError(
+                    f"layer {layer} has {capacity} slots for {policy.experts} experts",
+                    hint="a layer has from 0 slots to one per expert",
+                )
+        self.policy = policy
+        self.capacities = tuple(capacities)
+        self._residents: list[set[int]] = [set() for _ in capacities]
+        self._pins: list[Counter[int]] = [Counter() for _ in capacities]
+        self._in_use: list[frozenset[int]] = [frozenset() for _ in capacities]
+
+    def residency(self, layer: int) -> frozenset[int]:
+        """Return the experts in this layer's slots."""
+        return frozenset(self._residents[layer])
+
+    def value(self, layer: int) -> Values:
+        """Return what the policy thinks each expert is worth keeping, ``[E]``."""
+        value: Values = self.policy.value(np.array([layer]))[0]
+        return value
+
+    def step(self, layer: int, ids: ArrayLike, weights: ArrayLike) -> Lookup:
+        """Take the router's choice: look it up, protect it until the next step, learn from it.
+
+        Parameters
+        ----------
+        ids, weights
+            As one row of ``Policy.observe``.
+        """
+        chosen = np.asarray(ids, dtype=np.int64)
+        activated = sorted(chosen.tolist())
+        held = self._residents[layer]
+        self._in_use[layer] = frozenset(activated)
+        self.policy.observe(
+            np.array([layer]), chosen[None], np.asarray(weights, dtype=np.float64)[None]
+        )
+        return Lookup(
+            hits=tuple([expert for expert in activated if expert in held]),
+            misses=tuple([expert for expert in activated if expert not in held]),
+        )
+
+    def admit(self, layer: int, expert: int) -> int | None:
+        """Give ``expert`` a slot.
+
+        Returns
+        -------
+        int or None
+            The expert that was evicted for it, or None when a slot was free.
+
+        Raises
+        ------
+        CapacityError
+            When it is resident already, or every slot is pinned or in use.
+        """
+        held = self._residents[layer]
+        if expert in held:
+            raise CapacityError(
+                f"layer {layer}: expert {expert} is resident already",
+                hint="look it up before admitting it",
+            )
+        evicted = None
+        if len(held) >= self.capacities[layer]:
+            evicted = self.victim(layer, expert)
+            if evicted is None:
+                raise CapacityError(
+                    f"layer {layer}: no slot for expert {expert}, all "
+                    f"{self.capacities[layer]} are pinned or in use",
+                    hint="compute it on the CPU, or give the layer more slots",
+                )
+            held.remove(evicted)
+            self.policy.evicted(layer, evicted)
+        held.add(expert)
+        self.policy.admitted(layer, expert)
+        return evicted
+
+    def victim(self, layer: int, incoming: int) -> int | None:
+        """Return whom a full layer would evict for ``incoming``; None when it may evict no one."""
+        candidates = self.evictable(layer)
+        return self.policy.victim(layer, incoming, candidates) if candidates else None
+
+    def evictable(self, layer: int) -> list[int]:
+        """Return the residents that are neither pinned nor part of the current step, ascending."""
+        pins, in_use = self._pins[layer], self._in_use[layer]
+        return sorted(
+            expert for expert in self._residents[layer] if expert not in in_use and not pins[expert]
+        )
+
+    def has_room(self, layer: int) -> bool:
+        """Whether a slot is free or can be freed."""
+        held = self._residents[layer]
+        return len(held) < self.capacities[layer] or bool(self.evictable(layer))
+
+    def worth_admitting(self, layer: int, expert: int) -> bool:
+        """Whether ``expert`` is worth more than whom it would evict; always, into a free slot."""
+        if len(self._residents[layer]) < self.capacities[layer]:
+            return True
+        evicted = self.victim(layer, expert)
+        if evicted is None:
+            return False
+        value = self.value(layer)
+        return bool(value[expert] > value[evicted])
+
+    def pin(self, layer: int, expert: int) -> None:
+        """Forbid evicting a resident expert until as many ``unpin`` calls.
+
+        Raises
+        ------
+        CapacityError
+            When it is not resident.
+        """
+        if expert not in self._residents[layer]:
+            raise CapacityError(
+                f"layer {layer}: cannot pin expert {expert}, it is not resident",
+                hint="admit it first",
+            )
+        self._pins[layer][expert] += 1
+
+    def unpin(self, layer: int, expert: int) -> None:
+        """Take back one ``pin``.
+
+        Raises
+        ------
+        CapacityError
+            When it is not pinned.
+        """
+        pins = self._pins[layer]
+        if not pins[expert]:
+            raise CapacityError(
+                f"layer {layer}: expert {expert} is not pinned", hint="unpin once for each pin"
+            )
+        pins[expert] -= 1
+        if not pins[expert]:
+            del pins[expert]
+
+    def check_integrity(self) -> None:
+        """Raise if a layer holds more than its slots, or a pinned expert is not resident.
+
+        Raises
+        ------
+        CapacityError
+            Naming the layer.
+        """
+        for layer, held in enumerate(self._residents):
+            lost = sorted(expert for expert in self._pins[layer] if expert not in held)
+            if len(held) > self.capacities[layer] or lost:
+                raise CapacityError(
+                    f"layer {layer} holds {len(held)} experts in {self.capacities[layer]} slots "
+                    f"and lost the pinned experts {lost}",
+                    hint="this is a defect of the cache: please report it",
+                )

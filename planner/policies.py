@@ -1,0 +1,195 @@
+"""What to keep: the textbook's answers and the field's."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from planner.cache import Ids, Policy, Values
+from planner.errors import CapacityError
+
+
+class LRU(Policy):
+    """Keep what was used last; among the experts of one step, what the router weighed most."""
+
+    name = "lru"
+
+    def __init__(self, layers: int, experts: int) -> None:
+        super().__init__(layers, experts)
+        self._last = np.zeros((layers, experts))
+        self._now = np.zeros(layers)
+
+    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+        self._now[layers] += 2.0
+        # Weights are at most 1, so a step never reaches into the next one.
+        self._last[layers[:, None], ids] = self._now[layers][:, None] + np.clip(weights, 0, 1)
+
+    def value(self, layers: Ids) -> Values:
+        return self._last[layers]
+
+
+class LFU(Policy):
+    """Keep what was used most often; ties by the last use."""
+
+    name = "lfu"
+
+    def __init__(self, layers: int, experts: int) -> None:
+        super().__init__(layers, experts)
+        self._uses = np.zeros((layers, experts))
+        self._last = LRU(layers, experts)
+
+    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+        self._uses[layers[:, None], ids] += 1.0
+        self._last.observe(layers, ids, weights)
+
+    def value(self, layers: Ids) -> Values:
+        last = self._last.value(layers)
+        value: Values = self._uses[layers] + last / (last.max(axis=1, keepdims=True) + 1.0)
+        return value
+
+
+class StaticPopularity(Policy):
+    """Keep the experts that were popular when somebody counted (Fiddler, arXiv 2402.07033).
+
+    Parameters
+    ----------
+    counts
+        Uses of each expert in the sample, ``[L, E]``.
+
+    Raises
+    ------
+    CapacityError
+        When ``counts`` has another shape.
+    """
+
+    name = "static"
+
+    def __init__(self, layers: int, experts: int, counts: ArrayLike) -> None:
+        super().__init__(layers, experts)
+        self._counts = np.asarray(counts, dtype=np.float64)
+        if self._counts.shape != (layers, experts):
+            raise CapacityError(
+                f"counts are {list(self._counts.shape)}, the model is [{layers}, {experts}]",
+                hint="count the uses of every expert of every layer",
+            )
+
+    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+        """Learn nothing: that is the point."""
+
+    def value(self, layers: Ids) -> Values:
+        return self._counts[layers]
+
+
+class MRS(Policy):
+    """Minus recent score (HybriMoE, arXiv 2504.05897, section IV-D).
+
+    After each step ``S <- alpha * TopP(s) + (1 - alpha) * S``, with s the router's probabilities
+    of the step; keep the highest S. The caller decides what TopP holds by how many ids it passes:
+    the paper keeps twice as many as are activated; a trace often records only those.
+    """
+
+    name = "mrs"
+
+    def __init__(self, layers: int, experts: int, alpha: float = 0.5) -> None:
+        super().__init__(layers, experts)
+        if not 0 < alpha <= 1:
+            raise CapacityError(
+                f"MRS has alpha {alpha!r}",
+                hint="alpha is above 0 and at most 1; the paper's is 0.5",
+            )
+        self._alpha = alpha
+        self._score = np.zeros((layers, experts))
+
+    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+        self._score[layers] *= 1 - self._alpha
+        self._score[layers[:, None], ids] += self._alpha * weights
+
+    def value(self, layers: Ids) -> Values:
+        return self._score[layers]
+
+
+class ARC(Policy):
+    """Adaptive replacement cache (Megiddo and Modha, FAST 2003), one for each layer.
+
+    Experts used once since they came (``once``) and those used again (``again``) share the slots;
+    ghosts remember who was evicted from which, and a ghost that is asked for again moves the
+    target share of its list. The experts of one step are taken as requests one after the other.
+
+    Parameters
+    ----------
+    capacities
+        Slots of each layer, ``[L]``.
+    """
+
+    name = "arc"
+
+    def __init__(self, layers: int, experts: int, capacities: Sequence[int]) -> None:
+        super().__init__(layers, experts)
+        self._capacities = tuple(capacities)
+        self._target = [0.0] * layers
+        # Each ordered from the least to the most recently used.
+        self._once, self._again, self._once_ghosts, self._again_ghosts = (
+            [OrderedDict[int, None]() for _ in range(layers)] for _ in range(4)
+        )
+
+    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+        for layer, row in zip(layers.tolist(), ids.tolist(), strict=True):
+            for expert in row:
+                self._request(layer, expert)
+
+    def _request(self, layer: int, expert: int) -> None:
+        once_ghosts, again_ghosts = self._once_ghosts[layer], self._again_ghosts[layer]
+        if self._once[layer].pop(expert, 0) is None or expert in self._again[layer]:
+            self._again[layer][expert] = None
+            self._again[layer].move_to_end(expert)
+        elif expert in once_ghosts:
+            more = max(len(again_ghosts) / len(once_ghosts), 1.0)
+            self._target[layer] = min(self._capacities[layer], self._target[layer] + more)
+        elif expert in again_ghosts:
+            less = max(len(once_ghosts) / len(again_ghosts), 1.0)
+            self._target[layer] = max(0.0, self._target[layer] - less)
+
+    def value(self, layers: Ids) -> Values:
+        """Rank the residents in the order they would be evicted if nothing more happened."""
+        value = np.full((len(layers), self.experts), -1.0)
+        for row, layer in enumerate(layers.tolist()):
+            once, again = list(self._once[layer]), list(self._again[layer])
+            spare = max(0, len(once) - int(self._target[layer]))
+            order = once[:spare] + again + once[spare:]
+            value[row, order] = np.arange(len(order))
+        return value
+
+    def victim(self, layer: int, incoming: int, candidates: Sequence[int]) -> int:
+        allowed = set(candidates)
+        once = [expert for expert in self._once[layer] if expert in allowed]
+        again = [expert for expert in self._again[layer] if expert in allowed]
+        held, target = len(self._once[layer]), self._target[layer]
+        from_once = held > target or (incoming in self._again_ghosts[layer] and held == target)
+        # Pins may leave only the other list.
+        return (once or again)[0] if from_once and held else (again or once)[0]
+
+    def evicted(self, layer: int, expert: int) -> None:
+        if self._once[layer].pop(expert, 0) is None:
+            self._once_ghosts[layer][expert] = None
+        else:
+            del self._again[layer][expert]
+            self._again_ghosts[layer][expert] = None
+
+    def admitted(self, layer: int, expert: int) -> None:
+        once, again = self._once[layer], self._again[layer]
+        once_ghosts, again_ghosts = self._once_ghosts[layer], self._again_ghosts[layer]
+        if once_ghosts.pop(expert, 0) is None or again_ghosts.pop(expert, 0) is None:
+            again[expert] = None
+            return
+        capacity = self._capacities[layer]
+        while once_ghosts and len(once) + len(once_ghosts) >= capacity:
+            once_ghosts.popitem(last=False)
+        while (
+            again_ghosts
+            and len(once) + len(again) + len(once_ghosts) + len(again_ghosts) >= 2 * capacity
+        ):
+            again_ghosts.popitem(last=False)
+        once[expert] = None
