@@ -13,7 +13,6 @@ import math
 import numpy as np
 from numba import config, prange
 
-from cpu_experts import portable
 from cpu_experts.compiled import kernel
 from cpu_experts.formats import GROUP, TILE
 from cpu_experts.hostcpu import host_level
@@ -27,9 +26,8 @@ else:
         silu_strip,
         strip_dot,
     )
-fetch_add = portable.fetch_add
+from cpu_experts.portable import ACT_GROUP, fetch_add, wait_for
 
-ACT_GROUP = portable.ACT_GROUP
 #: Formats and activations by the numbers that the loops switch on.
 Q4_0, Q8_0, BF16, F32 = range(4)
 NONE, SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID = range(7)
@@ -221,6 +219,9 @@ def _up_items(  # type: ignore[no-untyped-def]
                     at = (p + t) * intermediate + group * GROUP
                     for i in range(min(GROUP, intermediate - group * GROUP)):
                         flat_h[at + i] = buf[h_at + t * GROUP + i]
+        fetch_add(counter, 2)
+    # Items are taken and never given back, so whoever waits here waits for running threads only.
+    wait_for(counter, 2, active * per_expert)
 
 
 @kernel()
@@ -262,7 +263,7 @@ def run_pairs(  # type: ignore[no-untyped-def]
     offset, active, experts, first, pairs, rows, order, top_k, weights, h, h_stride,
     strips_an_item, counter, scratch, threads, out,
 ):  # fmt: skip
-    """Add every pair's weighted expert output to ``out``: two regions, up and down."""
+    """Add every pair's weighted expert output to ``out``: one region, up then down."""
     counter[:] = 0
     for p in range(first[active]):
         rows[p] = pairs[p] // top_k
@@ -273,7 +274,6 @@ def run_pairs(  # type: ignore[no-untyped-def]
             kind, alpha, limit, up_offset, gated, up_bias, intermediate, offset,
             active, experts, first, rows, h, h_stride, scratch[w],
         )  # fmt: skip
-    for w in prange(threads):
         _down_items(
             counter, fmt, blocks, block_stride, section, down_strip, down_inner, h, h_stride,
             down_bias, active, experts, first, order, pairs, top_k, weights, strips_an_item,

@@ -19,6 +19,7 @@ the codes for q4_0) into the accumulator.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ from cpu_experts.hostcpu import host_level
 
 ACT_GROUP = GROUP + 8
 PREFETCH_BYTES = 2048
+#: Looks at a counter before the waiting thread offers its core to others.
+_SPINS = 2000
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -394,14 +397,48 @@ def quantize_group(typingctx, x, at, offset, act, act_at):  # type: ignore[no-un
     return types.void(x, i64, types.int32, act, i64), codegen
 
 
+def _counter(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
+    data = _gep(b, _data(context, b, kind, array), b.mul(at, ir.Constant(_I64, 8)))
+    return b.bitcast(data, _I64.as_pointer())
+
+
 @intrinsic
 def fetch_add(typingctx, counter, at):  # type: ignore[no-untyped-def]
     """Atomically add 1 to ``counter[at]`` (int64) and return its old value."""
 
     def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
-        data = _data(context, b, signature.args[0], args[0])
-        pointer = _gep(b, data, b.mul(args[1], ir.Constant(_I64, 8)))
-        pointer = b.bitcast(pointer, _I64.as_pointer())
-        return b.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "monotonic")
+        pointer = _counter(context, b, signature.args[0], args[0], args[1])
+        return b.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "acq_rel")
 
     return types.int64(counter, types.int64), codegen
+
+
+@intrinsic
+def wait_for(typingctx, counter, at, value):  # type: ignore[no-untyped-def]
+    """Wait until ``counter[at]`` (int64) is at least ``value``; lets other threads run."""
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _counter(context, b, signature.args[0], args[0], args[1])
+        look, spin = b.append_basic_block("look"), b.append_basic_block("spin")
+        rest, done = b.append_basic_block("rest"), b.append_basic_block("done")
+        before = b.block
+        b.branch(look)
+        b.position_at_end(look)
+        tries = b.phi(_I64)
+        seen = b.load_atomic(pointer, "acquire", 8, typ=_I64)
+        b.cbranch(b.icmp_signed(">=", seen, args[2]), done, spin)
+        b.position_at_end(spin)
+        again = b.add(tries, ir.Constant(_I64, 1))
+        patient = b.icmp_signed("<", again, ir.Constant(_I64, _SPINS))
+        b.cbranch(patient, look, rest)
+        b.position_at_end(rest)
+        if os.name == "posix":
+            _call(b, "sched_yield", _I32, [])
+        b.branch(look)
+        tries.add_incoming(ir.Constant(_I64, 0), before)
+        tries.add_incoming(again, spin)
+        tries.add_incoming(again, rest)
+        b.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(counter, types.int64, types.int64), codegen

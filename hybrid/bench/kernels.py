@@ -1,0 +1,196 @@
+"""``hybrid bench kernels``: the expert kernels beside the machine's read bandwidth.
+
+Experts come from memory, not from a cache: at least ``ROTATION_BYTES`` of them take turns,
+and every call draws other experts than the one before. Each call is paired with a streaming
+read of the same memory, so that ratios compare neighbours in time on a machine whose speed
+drifts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_experts.compiled import kernel
+from cpu_experts.experts import ExpertShape, pack_expert
+from cpu_experts.ffn import run_experts
+from cpu_experts.formats import pad
+from cpu_experts.kernels import fetch_add
+from hybrid.bench.record import provenance, spread
+
+ROTATION_BYTES = 1 << 30
+_PAGE = 4096
+_READ_BLOCK = 1 << 17
+
+
+class Case(NamedTuple):
+    """One layer's shape and one load: ``tokens`` spread uniformly over the experts."""
+
+    format: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    tokens: int
+
+
+SHAPES = ((2048, 768, 128, 8), (4096, 14336, 8, 2))
+TOKENS = (1, 4, 16, 32, 128, 512)
+
+
+def cases(formats: tuple[str, ...] = ("q4_0", "q8_0")) -> list[Case]:
+    """Return every case measured by default: all token counts on the first shape."""
+    many = [Case(f, *SHAPES[0], tokens) for f in formats for tokens in TOKENS]
+    return many + [Case(f, *SHAPES[1], 1) for f in formats]
+
+
+@kernel()
+def _read_items(counter, words, total):  # type: ignore[no-untyped-def]
+    block = _READ_BLOCK
+    acc = np.uint64(0)
+    while True:
+        item = fetch_add(counter, 0)
+        if item * block >= words.size:
+            break
+        for i in range(item * block, min((item + 1) * block, words.size)):
+            acc ^= words[i]
+    total[0] = acc
+
+
+@kernel(parallel=True)
+def _stream(counter, words, totals, threads):  # type: ignore[no-untyped-def]
+    """Read all of ``words`` with every thread taking blocks of 1 MiB in turn."""
+    counter[:] = 0
+    for w in numba.prange(threads):
+        _read_items(counter, words, totals[w])
+
+
+def _read_seconds(words: NDArray[np.uint64], threads: int) -> float:
+    counter, totals = np.zeros(1, np.int64), np.zeros((threads, 16), np.uint64)
+    start = time.perf_counter()
+    _stream(counter, words, totals, threads)
+    return time.perf_counter() - start
+
+
+def _fill(shape: ExpertShape, experts: int) -> NDArray[np.uint8]:
+    """Random experts ``[layers * experts, stride]``, at least ``ROTATION_BYTES`` in all."""
+    rng = np.random.default_rng(0)
+    f, d = shape.intermediate, shape.hidden
+    gate, up, down = (
+        rng.standard_normal(size, dtype=np.float32) * np.float32(0.02)
+        for size in ((f, d), (f, d), (d, f))
+    )
+    one = pack_expert(shape, gate=gate, up=up, down=down)
+    stride = pad(shape.block_bytes, _PAGE)
+    layers = -(-ROTATION_BYTES // (experts * stride))
+    blocks = np.empty((layers * experts, stride), np.uint8)
+    blocks[:, : one.size] = one
+    blocks[:, one.size :] = 0
+    return blocks
+
+
+def _calls(
+    case: Case, blocks: NDArray[np.uint8], shape: ExpertShape
+) -> Iterator[tuple[Callable[[], None], int]]:
+    """Yield calls on ever other layers and experts, and how many experts each one reads."""
+    rng = np.random.default_rng(1)
+    layers = len(blocks) // case.experts
+    x = rng.standard_normal((case.tokens, case.hidden), dtype=np.float32)
+    out = np.zeros_like(x)
+    weights = np.full((case.tokens, case.top_k), 1 / case.top_k, np.float32)
+    order: list[int] = []
+    at = 0
+    while True:
+        layer = blocks[at % layers * case.experts :][: case.experts]
+        if case.tokens * case.top_k <= case.experts:
+            # A few experts a call: deal all of the layer's out before any comes again.
+            need = case.tokens * case.top_k
+            if len(order) < need:
+                order = list(rng.permutation(case.experts))
+            ids = np.array([order.pop() for _ in range(need)]).reshape(case.tokens, case.top_k)
+        else:
+            scores = rng.random((case.tokens, case.experts))
+            ids = np.argsort(scores, axis=1)[:, : case.top_k]
+        active = len(np.unique(ids))
+        yield lambda: run_experts(x, ids, weights, layer, shape, out), active
+        at += 1
+
+
+def run(
+    chosen: list[Case],
+    *,
+    repeat: int = 30,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure ``chosen`` cases and return one record.
+
+    Parameters
+    ----------
+    repeat
+        Timed calls a case; each has a streaming read of all of the experts' memory beside it
+        when the case is the first of its memory, one read every ten calls otherwise.
+    threads
+        Threads for kernels and reads; all cores by default.
+    progress
+        Called with a line about what is measured next.
+
+    Returns
+    -------
+    ``read_bandwidth_bytes_per_s`` (median over all reads) and ``results``, a dict per case:
+    the case's fields, ``seconds_median`` with quartiles and samples, ``bytes_per_s`` of
+    expert weights, ``read_fraction`` of the bandwidth read beside it, and ``gflops``.
+    """
+    if threads is not None:
+        numba.set_num_threads(threads)
+    threads = numba.get_num_threads()
+    results: list[dict[str, Any]] = []
+    all_reads: list[float] = []
+    memory: tuple[Any, ...] = ()
+    blocks = np.empty((0, 0), np.uint8)
+    for case in chosen:
+        shape = ExpertShape(hidden=case.hidden, intermediate=case.intermediate, format=case.format)
+        if memory != (shape, case.experts):
+            progress(f"filling experts {case.hidden} x {case.intermediate} {case.format}")
+            memory, blocks = (shape, case.experts), _fill(shape, case.experts)
+        progress(" ".join(f"{k}={v}" for k, v in case._asdict().items()))
+        words = blocks.reshape(-1).view(np.uint64)
+        calls = _calls(case, blocks, shape)
+        for _ in range(3):
+            next(calls)[0]()
+        _read_seconds(words, threads)
+        samples: list[float] = []
+        rates: list[float] = []
+        reads: list[float] = []
+        for i in range(repeat):
+            if i % 10 == 0:
+                reads.append(words.nbytes / _read_seconds(words, threads))
+            call, active = next(calls)
+            start = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - start)
+            rates.append(active * shape.block_bytes / samples[-1])
+        all_reads += reads
+        matrices = 3 if shape.gated else 2
+        flops = 2 * matrices * case.hidden * case.intermediate * case.tokens * case.top_k
+        bytes_per_s = median(rates)
+        results.append(
+            case._asdict()
+            | spread(samples)
+            | {
+                "bytes_per_s": bytes_per_s,
+                "read_fraction": bytes_per_s / median(reads),
+                "gflops": flops / median(samples) / 1e9,
+                "reads_bytes_per_s": reads,
+            }
+        )
+    return provenance("hybrid bench kernels", threads) | {
+        "read_bandwidth_bytes_per_s": median(all_reads),
+        "results": results,
+    }

@@ -1,0 +1,78 @@
+"""What every recorded result says of how it came about, and appending it to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from cpu_experts import hostcpu
+from hybrid import __version__, host
+
+
+def provenance(command: str, threads: int) -> dict[str, Any]:
+    """Return command, date, commit, machine and versions of a measurement.
+
+    ``commit`` is None outside a checkout; a working tree that differs from its commit is
+    marked with ``+changes``.
+    """
+    versions = {name: metadata.version(name) for name in ("numba", "llvmlite", "numpy", "torch")}
+    return {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": {
+            "cpu": host.cpu_name(),
+            "cores": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "simd_level": hostcpu.host_level(),
+            "system": platform.system(),
+        },
+        "threads": threads,
+        "versions": {"hybrid": __version__, "python": platform.python_version(), **versions},
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+changes" if changed else commit
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def spread(samples: list[float]) -> dict[str, Any]:
+    """Return median, quartiles and every sample, in seconds."""
+    ordered = sorted(samples)
+    quarter = len(ordered) // 4
+    return {
+        "seconds_median": median(ordered),
+        "seconds_quartiles": [ordered[quarter], ordered[-1 - quarter]],
+        "samples_s": samples,
+    }
+
+
+def append(result: dict[str, Any], path: Path) -> None:
+    """Add ``result`` as one line to a ``.jsonl`` file, whole or not at all."""
+    line = json.dumps(result) + "\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
