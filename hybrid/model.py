@@ -15,12 +15,12 @@ import numba
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpu_experts import hostcpu
+from cpu_experts import simd
 from hybrid import host
 from hybrid.cache import converted_copy
 from hybrid.config import DEFAULT_EXPERTS, HybridConfig
 from hybrid.demo import demo_path
-from hybrid.errors import UsageError
+from hybrid.errors import CheckpointError, UsageError
 from hybrid.metrics import Figure, GenerationTimes, RunReport
 from hybrid.slow_paths import has_native_bf16, slow_paths
 from hybrid.textstream import TextStream
@@ -112,7 +112,7 @@ class HybridModel:
             quantization_config=config,
             dtype=_compute_dtype() if dtype is None else dtype,
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = _load_tokenizer(directory)
         name = "demo" if path is None else str(path)
         self = cls(model, tokenizer, name=name, threads=threads)
         self._warm_up()
@@ -243,6 +243,7 @@ class HybridModel:
     def report(self) -> RunReport:
         """Say what runs, how, how fast the last call was, and what ran slower than it could."""
         index = self.model.hybrid_store.index
+        config = self.model.hf_quantizer.quantization_config
         figures = {
             "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
             "load_s": Figure(self._load_s, "s", "measured"),
@@ -255,9 +256,9 @@ class HybridModel:
             model=self._name,
             family=type(self.model).__name__,
             experts_format=index.format,
-            dense_format=index.dense_format or "as in the checkpoint",
+            dense_format=config.dense or "as in the checkpoint",
             compute_dtype=f"{self.model.dtype}".removeprefix("torch."),
-            simd_level=hostcpu.host_level(),
+            simd_level=simd.LEVEL,
             threads=f"{self.threads} (torch and kernels)",
             figures=figures,
             slow_paths=tuple(slow_paths(self.model)),
@@ -364,6 +365,25 @@ class HybridModel:
                 "must also hold the answer",
                 hint=f"shorten the prompt to {context - 1} tokens or fewer",
             )
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    hint = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory} has no tokenizer that transformers can load: {_first_line(error)}",
+            hint=hint,
+        ) from error
+    # Without files transformers makes a tokenizer that knows its special tokens only.
+    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < 2:
+        raise CheckpointError(f"{directory} has no tokenizer", hint=hint)
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _compute_dtype() -> torch.dtype:

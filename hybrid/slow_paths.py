@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cpu_experts import hostcpu
+from cpu_experts import hostcpu, simd
 from hybrid.metrics import SlowPath
 
 #: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
@@ -21,9 +21,14 @@ def has_native_bf16() -> bool:
 
 def slow_paths(model: Any) -> Iterator[SlowPath]:
     """Name everything that runs slower in ``model`` than it could on some machine."""
-    features = hostcpu.host_features()
-    level, best = hostcpu.host_level(), hostcpu.available_levels(features)[0]
-    if level != best:
+    level, best = simd.LEVEL, hostcpu.available_levels(hostcpu.host_features())[0]
+    if simd.EMULATED:
+        yield SlowPath(
+            f"expert kernels at {level}",
+            "its dot product is emulated for a check",
+            f"unset {hostcpu.ENVIRONMENT_VARIABLE}",
+        )
+    elif level != best:
         yield SlowPath(
             f"expert kernels at {level}",
             f"{hostcpu.ENVIRONMENT_VARIABLE} asks for it, this processor runs {best}",

@@ -10,9 +10,6 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 #: Most ids of the prompt that are decoded with the first new ones.
 _CONTEXT_TOKENS = 8
 
-#: A UTF-8 character has at most 4 bytes, so at most 3 of them can wait for the rest.
-_UNFINISHED_BYTES = 3
-
 
 class Decoder(Protocol):
     """The part of a transformers tokenizer that is needed here."""
@@ -64,7 +61,9 @@ class TextStream:
             return ""
         self._window.extend(ids)
         text = self._decode(self._window)
-        certain = len(text) - _trailing_replacements(text)
+        # An unfinished character decodes to replacement characters; tokenizers that spell
+        # characters in bytes replace the whole characters right before it as well.
+        certain = len(text.rstrip(_REPLACEMENT))
         piece = text[self._told : certain]
         if piece and certain == len(text):
             self._window = self._window[self._complete :]
@@ -103,12 +102,6 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _trailing_replacements(text: str) -> int:
-    """Count the replacement characters at the end that can be one unfinished character."""
-    end = text[-_UNFINISHED_BYTES:]
-    return len(end) - len(end.rstrip(_REPLACEMENT))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -6,6 +6,7 @@ A command's module is imported when that command is run or asked for its own hel
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -102,6 +103,9 @@ def main(args: Sequence[str] | None = None) -> int:
     0 is success, 2 an error the user can act on (one line and a hint on stderr), 130 an
     interruption with Ctrl-C. Anything unexpected keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a model may write what a terminal cannot show
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
         code = typer.main.get_command(app).main(words, prog_name="hybrid", standalone_mode=False)
