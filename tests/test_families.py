@@ -1,0 +1,161 @@
+"""Every text family of transformers that has experts runs from the store like it does without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import VOCAB, families, multimodal, tiny_config
+from torch import Tensor
+
+from cpu_experts.experts import pack_expert, unpack_expert
+from cpu_experts.formats import round_activations
+from hybrid.checkpoint import convert
+from hybrid.errors import UnsupportedModelError
+from hybrid.families import ExpertsSpec, find_experts
+from hybrid.store import ExpertStore
+
+#: jetmoe routes its attention through experts too; no other family is left out.
+UNSUPPORTED = {"jetmoe"}
+FAMILIES = families()
+#: Families of several modalities that have no class for text alone, or are often used so.
+MULTIMODAL = multimodal("step3p7", "llama4", "qwen3_vl_moe", "qwen3_5_moe", "minimax_m3_vl")
+ALL = FAMILIES | MULTIMODAL
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Tiny matrices are fastest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(kind: str, **changes: Any) -> Any:
+    """Return a random eager model whose experts matter: their weights are not small."""
+    config_kind, model_kind = ALL[kind]
+    torch.manual_seed(sum(map(ord, kind)))
+    config = tiny_config(config_kind, **changes)
+    model = model_kind._from_config(config, experts_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if "experts" in name and parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=ids).logits
+    return out
+
+
+def generate(model: Any, ids: Tensor) -> list[int]:
+    """Greedy, and to the end: an end token in the config would only shorten the test."""
+    out = model.generate(
+        input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return [int(i) for i in out[0]]
+
+
+class Reference:
+    """Stands in for ``LayerExperts``: plain float32 on the store's dequantized weights.
+
+    Activations are rounded where the kernels round them; gating is the family's own code.
+    """
+
+    def __init__(self, spec: ExpertsSpec, store: ExpertStore, layer: int) -> None:
+        record = store.index.layers[layer]
+        self.spec, self.shape = spec, record.shape(store.index.format)
+        self.rounds = self.shape.format in ("q4_0", "q8_0")
+        size = self.shape.block_bytes
+        self.weights = [unpack_expert(self.shape, b[:size]) for b in store.blocks(record)]
+
+    def project(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
+        rows = round_activations(x.numpy()) if self.rounds else x.numpy()
+        return torch.from_numpy(rows @ weight.T + (0 if bias is None else bias))
+
+    def __call__(self, hidden: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
+        x = hidden.detach().reshape(-1, self.shape.hidden).float()
+        out = torch.zeros_like(x)
+        norm = getattr(self.spec.module, "post_expert_norm", None)
+        for e, w in enumerate(self.weights):
+            tokens, choices = torch.where(ids == e)
+            if not len(tokens):
+                continue
+            gate = None if w.gate is None else self.project(x[tokens], w.gate, w.gate_bias)
+            up = self.project(x[tokens], w.up, w.up_bias)
+            down = self.project(self.spec.apply_gate(gate, up), w.down, w.down_bias)
+            down = down if norm is None else norm(down)
+            out.index_add_(0, tokens, down * routing_weights[tokens, choices, None])
+        return out.view(hidden.shape).to(hidden.dtype)
+
+
+def test_every_family_is_listed() -> None:
+    """The families are found by introspection: this is how many the adapters were made for."""
+    assert len(FAMILIES) >= 50
+    assert FAMILIES.keys() >= UNSUPPORTED
+
+
+@pytest.mark.parametrize("kind", sorted(ALL.keys() - UNSUPPORTED))
+def test_family_runs_from_the_store(kind: str, tmp_path: Path) -> None:
+    """f32 store: eager's logits to 1e-5 and its greedy text; q4_0: those of a reference.
+
+    Both stores hold, byte for byte, what ``pack_expert`` makes of the model's weights, and no
+    expert parameter stays in memory.
+    """
+    eager = build(kind)
+    ids = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed(1))
+    expected, text = logits(eager, ids), generate(eager, ids)
+    assert expected.isfinite().all()
+    moved = {f"{spec.path}.{name}" for spec in find_experts(eager) for name in spec.parameters}
+    assert moved <= dict(eager.named_parameters()).keys()
+    eager.save_pretrained(tmp_path / "src")
+    loaded = type(eager)
+
+    convert(tmp_path / "src", tmp_path / "f32", experts="f32")
+    exact = loaded.from_pretrained(tmp_path / "f32", dtype=torch.float32)
+    torch.testing.assert_close(logits(exact, ids), expected, rtol=1e-5, atol=1e-5)
+    assert generate(exact, ids) == text
+    assert not moved & dict(exact.named_parameters()).keys()
+    assert not moved & exact.state_dict().keys()
+
+    convert(tmp_path / "src", tmp_path / "q4", experts="q4_0")
+    quantized = loaded.from_pretrained(tmp_path / "q4", dtype=torch.float32)
+    got = logits(quantized, ids)
+    assert_same_weights(exact.hybrid_store, quantized.hybrid_store)
+    replace_experts(quantized)
+    reference = logits(quantized, ids)
+    # A sum that lands on the other side of a rounding boundary moves one activation by one
+    # step; nothing else may differ, and quantization itself has to show.
+    apart = (got - reference).abs()
+    assert apart.median() < 1e-3 * reference.std()
+    assert apart.max() < 0.05 * (expected - reference).abs().max()
+
+
+def replace_experts(model: Any) -> None:
+    attached = [module for module in model.modules() if hasattr(module, "hybrid_experts")]
+    for layer, module in enumerate(attached):
+        module.hybrid_experts = Reference(module.hybrid_experts.spec, model.hybrid_store, layer)
+
+
+def assert_same_weights(exact: ExpertStore, quantized: ExpertStore) -> None:
+    """Prove that quantizing piece by piece gives the bytes of quantizing at once."""
+    for record, other in zip(exact.index.layers, quantized.index.layers, strict=True):
+        full, small = record.shape("f32"), other.shape(quantized.index.format)
+        for block, found in zip(exact.blocks(record), quantized.blocks(other), strict=True):
+            weights = unpack_expert(full, block[: full.block_bytes])
+            packed = pack_expert(small, **weights._asdict())
+            np.testing.assert_array_equal(found[: small.block_bytes], packed)
+
+
+@pytest.mark.parametrize("kind", sorted(UNSUPPORTED))
+def test_unsupported_family_is_refused(kind: str, tmp_path: Path) -> None:
+    """What cannot run raises at once, naming the module, and nothing is written."""
+    build(kind).save_pretrained(tmp_path / "src")
+    with pytest.raises(UnsupportedModelError, match="it declares its experts in a way of its own"):
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
