@@ -29,21 +29,32 @@ def read_table(path: Path) -> dict[str, Any]:
     Raises
     ------
     SpecError
-        When the file cannot be read, is cut short, or holds something else than a table.
+        When the file cannot be read, is damaged, or holds something else than a table.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read {path}: {error}", hint="check the path") from error
+    return parse_table(text, str(path))
+
+
+def parse_table(text: str, where: str) -> dict[str, Any]:
+    """Parse JSON, or TOML where the name says so, whose top level is a table.
+
+    Raises
+    ------
+    SpecError
+        When it is damaged, cut short, or something else than a table.
+    """
     try:
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        data = tomllib.loads(text) if where.endswith(".toml") else json.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise SpecError(
-            f"{path} is damaged or cut short: {error}", hint="write or download the file again"
+            f"{where} is damaged or cut short: {error}", hint="write or download the file again"
         ) from error
     if not isinstance(data, dict):
         raise SpecError(
-            f"{path} holds a {type(data).__name__}, not a table", hint="expected key-value pairs"
+            f"{where} holds a {type(data).__name__}, not a table", hint="expected key-value pairs"
         )
     return data
 

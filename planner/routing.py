@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,14 +34,32 @@ SAMPLED = 256
 """Prompt tokens drawn one by one; the loads of a longer prompt are these, scaled up."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the router chose in one layer of one step; experts without weights are left out.
+
+    Parameters
+    ----------
+    ids, weights
+        Each activated expert once, ascending, and the mean of its routing weights.
+    loads
+        The same experts with the tokens they get.
+    """
+
+    ids: list[int]
+    weights: list[float]
+    loads: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Routing:
     """The experts chosen for a prompt and the tokens decoded after it.
 
     Parameters
     ----------
-    prompt
-        ``[L, E]`` tokens of all sequences that each expert of each MoE layer gets in prefill.
+    prompt, prompt_weights
+        ``[L, E]`` tokens of all sequences that each expert of each MoE layer gets in prefill, and
+        the mean of their routing weights.
     decode
         ``[T, L, B, A]`` ids chosen at each decode step for each of B sequences.
     weights
@@ -51,11 +71,56 @@ class Routing:
     """
 
     prompt: NDArray[np.int64]
+    prompt_weights: NDArray[np.float64]
     decode: NDArray[np.int64]
     weights: NDArray[np.float32]
     guess: NDArray[np.int64]
     source: Source
     origin: str
+
+    def prefill(self, count: int) -> list[Choice]:
+        """Return each layer's choice in prefill, of the first ``count`` experts."""
+        layers = zip(
+            self.prompt[:, :count].tolist(), self.prompt_weights[:, :count].tolist(), strict=True
+        )
+        return [_choice(enumerate(loads), weights) for loads, weights in layers]
+
+    def steps(self, count: int) -> Iterator[list[Choice]]:
+        """Yield each decode step's choices, layer by layer."""
+        for ids, weights in zip(self.decode.tolist(), self.weights.tolist(), strict=True):
+            yield [_merge(i, w, count) for i, w in zip(ids, weights, strict=True)]
+
+    def uses(self) -> NDArray[np.int64]:
+        """Return how many tokens each expert of each layer gets in all, ``[L, E]``."""
+        layers, choices = self.prompt.shape
+        decoded = [
+            np.bincount(self.decode[:, layer].ravel(), minlength=choices) for layer in range(layers)
+        ]
+        return self.prompt + np.stack(decoded)
+
+
+def _choice(loads: Iterable[tuple[int, int]], weights: Sequence[float]) -> Choice:
+    used = [(expert, load) for expert, load in loads if load]
+    return Choice(
+        [expert for expert, _ in used], [weights[expert] for expert, _ in used], tuple(used)
+    )
+
+
+def _merge(ids: list[list[int]], weights: list[list[float]], count: int) -> Choice:
+    """Merge the sequences of a batch into one choice."""
+    if len(ids) == 1:
+        pairs = sorted(pair for pair in zip(ids[0], weights[0], strict=True) if pair[0] < count)
+        experts = [expert for expert, _ in pairs]
+        return Choice(experts, [weight for _, weight in pairs], tuple((e, 1) for e in experts))
+    loads: Counter[int] = Counter()
+    total: defaultdict[int, float] = defaultdict(float)
+    for row, row_weights in zip(ids, weights, strict=True):
+        for expert, weight in zip(row, row_weights, strict=True):
+            if expert < count:
+                loads[expert] += 1
+                total[expert] += weight
+    used = sorted(loads.items())
+    return Choice([e for e, _ in used], [total[e] / load for e, load in used], tuple(used))
 
 
 def synthetic(model: ModelSpec, prompt: int, tokens: int, batch: int = 1, seed: int = 0) -> Routing:
@@ -188,11 +253,14 @@ def _split(
 ) -> Routing:
     """Cut ``[T, L, B, A]`` choices into a prompt's loads and decode steps with their guesses."""
     choices = model.experts.count + model.experts.identity
-    layers = model.moe_layers
-    loads = np.stack(
-        [np.bincount(ids[:prompt, layer].ravel(), minlength=choices) for layer in range(layers)]
-    )
+    loads = np.zeros((model.moe_layers, choices), dtype=np.int64)
+    total = np.zeros(loads.shape)
+    for layer in range(model.moe_layers):
+        chosen, weighed = ids[:prompt, layer].ravel(), weights[:prompt, layer].ravel()
+        loads[layer] = np.bincount(chosen, minlength=choices)
+        total[layer] = np.bincount(chosen, weights=weighed, minlength=choices)
     decode = ids[prompt:]
     missed = rng.random(decode.shape) >= RECALL
     guess = np.where(missed, rng.integers(0, choices, decode.shape), decode)
-    return Routing(loads, decode, weights[prompt:], guess, source, origin)
+    mean = total / np.maximum(loads, 1)
+    return Routing(loads, mean, decode, weights[prompt:], guess, source, origin)

@@ -1,0 +1,243 @@
+"""What a model will do on a machine: one run as the runtime would do it, and what else could be.
+
+The dry run simulates the request with the runtime's own decisions, then the same routing with
+the rules other systems use, with an oracle's cache, and with one thing changed at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from planner import advice
+from planner.baselines import all_cpu, on_demand, static_split
+from planner.cache import ExpertCache, Policy
+from planner.cost import CostModel
+from planner.memory import Fit
+from planner.outcome import CPU, DISK, GPU, HEAD, LINK, MIXER, TERMS, Run
+from planner.policies import LRU, MRS, StaticPopularity
+from planner.request import Request
+from planner.routing import Routing
+from planner.schedule import schedule
+from planner.simulate import Scheduler, Simulator
+from planner.spec import Estimate, Source, weakest
+
+RECORDED = 4
+"""Decode steps whose events are kept for the timeline, after the prompt's."""
+WORTHWHILE = 1.01
+"""A change is named when it makes tokens at least this many times as fast."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to place and keep experts.
+
+    Parameters
+    ----------
+    name, meaning
+        For the report.
+    scheduler
+        Places one layer's experts.
+    policy
+        Makes the cache policy for a routing.
+    prefetch
+        Whether idle link time is used.
+    """
+
+    name: str
+    meaning: str
+    scheduler: Scheduler
+    policy: Callable[[Request, Routing], Policy]
+    prefetch: bool = False
+
+    def run(self, request: Request, placed: Fit, routing: Routing, record: int = 0) -> Run:
+        """Simulate ``request`` under this rule; slots start with what the policy values most."""
+        cost = request.cost()
+        cache = None
+        if cost.on_gpu:
+            cache = ExpertCache(self.policy(request, routing), placed.slots)
+            for layer, slots in enumerate(placed.slots):
+                for expert in (-cache.value(layer)).argsort(kind="stable")[:slots].tolist():
+                    cache.admit(layer, expert)
+        simulator = Simulator(cost, placed, routing, cache, self.scheduler, self.prefetch, record)
+        return simulator.simulate(request.prompt, request.batch)
+
+
+def _mrs(request: Request, routing: Routing) -> Policy:
+    return MRS(request.model.moe_layers, request.model.experts.count)
+
+
+def _lru(request: Request, routing: Routing) -> Policy:
+    return LRU(request.model.moe_layers, request.model.experts.count)
+
+
+def _popular(request: Request, routing: Routing) -> Policy:
+    count = request.model.experts.count
+    return StaticPopularity(request.model.moe_layers, count, routing.uses()[:, :count])
+
+
+OURS = Rule("hybrid", "exact schedule, MRS cache, prefetch", schedule, _mrs, prefetch=True)
+OTHERS = (
+    Rule("all CPU", "every expert on the CPU", all_cpu, _popular),
+    Rule("on demand", "every expert copied to the GPU, LRU cache", on_demand, _lru),
+    Rule("static split", "the most used experts stay on the GPU", static_split, _popular),
+)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The same request under other rules."""
+
+    name: str
+    meaning: str
+    ttft_s: float
+    tpot_s: float
+    hit_rate: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing changed in the request, and what comes of it."""
+
+    what: str
+    ttft_s: float
+    tpot_s: float
+    changes_output: bool
+    """Whether the model's answers change: other weight formats do that."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model that fits will do.
+
+    Parameters
+    ----------
+    routing_source, routing_origin
+        Where the choice of experts comes from.
+    run
+        The simulated run with the runtime's own decisions.
+    ttft, tpot
+        Time to the first token, and per output token.
+    terms, prefill_terms
+        What a decode step and the prompt consist of; they add up to ``tpot`` and ``ttft``.
+    binding
+        The resource that the largest term of decode waits for.
+    alternatives
+        Other rules on the same routing.
+    why
+        Reasons for the placement of some experts.
+    changes
+        The changes that help most, best first.
+    """
+
+    routing_source: Source
+    routing_origin: str
+    run: Run
+    ttft: Estimate
+    tpot: Estimate
+    terms: dict[str, Estimate]
+    prefill_terms: dict[str, Estimate]
+    binding: str
+    alternatives: tuple[Alternative, ...]
+    why: tuple[str, ...]
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """The answer to a ``Request``.
+
+    Parameters
+    ----------
+    request, fit
+        What was asked, and how it lies in memory.
+    prediction
+        What it will do; None when it does not fit.
+    remedies
+        When it does not fit: what does.
+    """
+
+    request: Request
+    fit: Fit
+    prediction: Prediction | None
+    remedies: tuple[str, ...] = ()
+
+
+def dry_run(request: Request) -> PlanResult:
+    """Answer ``request``.
+
+    Raises
+    ------
+    SpecError, CostError, TraceError
+        When lengths contradict the model, a duration is missing, or the trace is not the model's.
+    """
+    placed = request.fit()
+    if not placed.fits:
+        return PlanResult(request, placed, None, tuple(advice.remedies(request)))
+    routing = request.routing()
+    cost = request.cost()
+    run = OURS.run(request, placed, routing, record=RECORDED)
+    terms = _estimates(cost, run.decode_terms(), request.batch)
+    prefill = _estimates(cost, run.prefill.terms, request.prompt * request.batch)
+    rules = OTHERS if cost.on_gpu else ()
+    others = [(rule, rule.run(request, placed, routing)) for rule in rules]
+    prediction = Prediction(
+        routing_source=routing.source,
+        routing_origin=routing.origin,
+        run=run,
+        ttft=_total(prefill, routing.source),
+        tpot=_total(terms, routing.source),
+        terms=terms,
+        prefill_terms=prefill,
+        binding=advice.binding_resource(cost, run.decode_terms(), request.batch),
+        alternatives=tuple(
+            Alternative(rule.name, rule.meaning, other.ttft_s, other.tpot_s, other.hit_rate)
+            for rule, other in others
+        ),
+        why=tuple(advice.explain(run, cost)),
+        changes=tuple(_best_changes(request, routing, run)),
+    )
+    return PlanResult(request, placed, prediction)
+
+
+def _estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[str, Estimate]:
+    """Give each term the source and the relative error of the durations it is made of."""
+    experts = cost.experts
+    last = cost.model.layers[-1]
+    like: dict[str, Callable[[], Estimate]] = {
+        MIXER: lambda: cost.mixer(last, tokens, tokens),
+        CPU: lambda: experts.cpu_estimate(1),
+        GPU: lambda: experts.gpu_estimate(1),
+        LINK: experts.copy_estimate,
+        DISK: cost.disk_read,
+        HEAD: lambda: cost.head(1),
+    }
+    found = {}
+    for term in TERMS:
+        value = terms.get(term, 0.0)
+        made_of = like.get(term, lambda: cost.ffn(last, tokens))() if value else None
+        if made_of is None:
+            found[term] = Estimate(0.0, Source.MEASURED, 0.0)
+            continue
+        error = None if made_of.error is None else made_of.error / made_of.value * value
+        found[term] = Estimate(value, made_of.source, error)
+    return found
+
+
+def _total(terms: dict[str, Estimate], routing: Source) -> Estimate:
+    """Sum of the terms; no more certain than the routing that led to them."""
+    total = sum(terms.values(), Estimate(0.0, Source.MEASURED, 0.0))
+    return Estimate(total.value, weakest(total.source, routing), total.error)
+
+
+def _best_changes(request: Request, routing: Routing, run: Run) -> list[Change]:
+    """Try one change at a time and return the three that speed decoding up the most."""
+    found = []
+    for what, changes_output, changed in advice.variants(request):
+        placed = changed.fit()
+        if not placed.fits:
+            continue
+        other = OURS.run(changed, placed, routing)
+        if run.tpot_s / other.tpot_s >= WORTHWHILE:
+            found.append(Change(what, other.ttft_s, other.tpot_s, changes_output))
+    return sorted(found, key=lambda change: change.tpot_s)[:3]

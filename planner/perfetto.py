@@ -1,0 +1,59 @@
+"""A run as Chrome trace events, which Perfetto and chrome://tracing open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from planner.outcome import Event
+
+LANES = ("cpu", "gpu", "link", "disk", "cache")
+"""Threads of the trace, in the order they are shown."""
+
+
+def perfetto(events: Iterable[Event], title: str) -> str:
+    """Return the trace as JSON.
+
+    Parameters
+    ----------
+    events
+        What happened on the lanes; events of the lane ``cache`` have no duration and become
+        instants.
+    title
+        The process's name in the viewer.
+
+    Notes
+    -----
+    The format's timestamps are microseconds; "X" is a span, "i" an instant, "M" metadata.
+    """
+    thread = {lane: number for number, lane in enumerate(LANES, start=1)}
+    rows: list[dict[str, object]] = [
+        {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": title}}
+    ]
+    for lane, number in thread.items():
+        rows.append(
+            {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": lane}}
+        )
+        rows.append(
+            {
+                "ph": "M",
+                "pid": 1,
+                "tid": number,
+                "name": "thread_sort_index",
+                "args": {"sort_index": number},
+            }
+        )
+    for event in events:
+        row: dict[str, object] = {
+            "pid": 1,
+            "tid": thread[event.lane],
+            "name": event.name,
+            "cat": event.lane,
+            "ts": round(event.start_s * 1e6, 3),
+        }
+        if event.lane == "cache":
+            row |= {"ph": "i", "s": "t"}
+        else:
+            row |= {"ph": "X", "dur": round((event.end_s - event.start_s) * 1e6, 3)}
+        rows.append(row)
+    return json.dumps({"displayTimeUnit": "ms", "traceEvents": rows}, separators=(",", ":"))

@@ -1,0 +1,74 @@
+"""What a forecast is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.cost import BITS_PER_WEIGHT, CostModel
+from planner.errors import SpecError
+from planner.hardware import HardwareSpec
+from planner.memory import Fit, fit
+from planner.model import ModelSpec
+from planner.routing import Routing, from_trace, synthetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked.
+
+    Parameters
+    ----------
+    model, hardware
+        What runs, and where.
+    experts, dense
+        Weight formats.
+    context, prompt, tokens, batch
+        Tokens of cache per sequence, of the prompt, decoded; sequences.
+    trace
+        A recorded routing, or None for a synthetic one.
+    seed
+        Of the synthetic routing.
+
+    Raises
+    ------
+    SpecError
+        When a count is below 1 or a format is unknown.
+    """
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    experts: str = "q4_0"
+    dense: str = "bf16"
+    context: int = 4096
+    prompt: int = 512
+    tokens: int = 32
+    batch: int = 1
+    trace: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context", "prompt", "tokens", "batch"):
+            value = getattr(self, name)
+            if value < 1:
+                raise SpecError(f"--{name} is {value}", hint=f"--{name} must be at least 1")
+        for name in ("experts", "dense"):
+            value = getattr(self, name)
+            if value not in BITS_PER_WEIGHT:
+                raise SpecError(
+                    f"--{name} {value!r} is not a weight format",
+                    hint=f"use one of {', '.join(BITS_PER_WEIGHT)}",
+                )
+
+    def cost(self) -> CostModel:
+        """The cost model of this request."""
+        return CostModel(self.model, self.hardware, self.experts, self.dense)
+
+    def fit(self) -> Fit:
+        """How it lies in memory."""
+        return fit(self.cost(), context=self.context, prompt=self.prompt, batch=self.batch)
+
+    def routing(self) -> Routing:
+        """The routing every variant of this request replays."""
+        sizes = (self.model, self.prompt, self.tokens, self.batch, self.seed)
+        return from_trace(self.trace, *sizes) if self.trace else synthetic(*sizes)
