@@ -101,6 +101,11 @@ def quantize(w: F32, fmt: str) -> tuple[I8, NDArray[np.float16]]:
     """
     rows, cols = w.shape
     groups = w.reshape(rows, cols // GROUP, GROUP)
+    if not np.isfinite(w).all():
+        raise FormatError(
+            f"{np.count_nonzero(~np.isfinite(w))} of {w.size} weights are infinite or NaN",
+            hint="the source is damaged; bf16 and f32 would keep such values",
+        )
     if fmt == "q4_0":
         at = np.argmax(np.abs(groups), axis=-1)[..., None]
         d = np.take_along_axis(groups, at, axis=-1)[..., 0] / np.float32(-8)
@@ -117,8 +122,8 @@ def quantize(w: F32, fmt: str) -> tuple[I8, NDArray[np.float16]]:
         scales = d.astype(np.float16)
     if not np.isfinite(scales).all():
         raise FormatError(
-            f"weights up to {np.nanmax(np.abs(w)):.3g} have no finite fp16 scale in {fmt}",
-            hint="the source holds inf, NaN or values out of range; use bf16 or f32",
+            f"weights up to {np.abs(w).max():.3g} have no fp16 scale in {fmt}",
+            hint="use bf16 or f32 for weights this large",
         )
     return codes.astype(np.int8).reshape(rows, cols), scales
 

@@ -322,7 +322,7 @@ def _exp(b: Builder, x: Value) -> Value:
     kind = x.type
     lanes = kind.count
     ints = ir.VectorType(_I32, lanes)
-    low, high = _const(kind, -87.0), _const(kind, 88.0)
+    low, high = _const(kind, -87.0), _const(kind, 89.0)  # 2^128 is infinite
     x = b.select(b.fcmp_ordered("<", x, low), low, x)
     x = b.select(b.fcmp_ordered(">", x, high), high, x)
     n = _call(b, f"llvm.rint.v{lanes}f32", kind, [b.fmul(x, _const(kind, 1.4426950408889634))])

@@ -1,0 +1,93 @@
+"""The micro-kernels by themselves: every format, every number of rows at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numba import njit, types
+
+from cpu_experts.formats import FORMATS, GROUP, is_quantized, pack, round_activations, unpack
+from cpu_experts.hostcpu import host_level
+from cpu_experts.kernels import ACT_GROUP, ROW_BLOCKS, quantize_group, silu_strip, strip_dot
+
+OFFSETS = {"q4_0": 8, "q8_0": 0 if host_level().startswith(("avx2", "portable")) else 128}
+
+
+def _caller(fmt: str, n: int):
+    dot = strip_dot(fmt, n)
+
+    @njit
+    def call(w, w_at, act, stride, rows, rows_at, inner, out, out_at):
+        dot(w, w_at, act, stride, rows, rows_at, inner, out, out_at)
+
+    return call
+
+
+def assembly(fmt: str) -> str:
+    """The widest micro-kernel's machine code for the processor that numba compiles for."""
+    act, rows, out = (
+        types.Array(kind, 1, "C") for kind in (types.uint8, types.int32, types.float32)
+    )
+    i64 = types.int64
+    call = _caller(fmt, ROW_BLOCKS[0])
+    call.compile((act, i64, act, i64, rows, i64, i64, out, i64))
+    return "\n".join(call.inspect_asm().values())
+
+
+def _activation_rows(x: np.ndarray, fmt: str) -> tuple[np.ndarray, int, int]:
+    if not is_quantized(fmt):
+        return x.reshape(-1).view(np.uint8), 4 * x.shape[1], x.shape[1]
+    groups = x.shape[1] // GROUP
+
+    @njit
+    def quantize(x, offset, act, groups):
+        for g in range(groups):
+            quantize_group(x, g * GROUP, offset, act, g * ACT_GROUP)
+
+    act = np.zeros(x.shape[0] * groups * ACT_GROUP, np.uint8)
+    quantize(x.reshape(-1), np.int32(OFFSETS[fmt]), act, x.shape[0] * groups)
+    return act, groups * ACT_GROUP, groups
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("n", ROW_BLOCKS)
+def test_strip_dot_equals_numpy(fmt: str, n: int) -> None:
+    """16 rows times n gathered activation rows; extreme codes do not overflow a lane."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((16, 96)).astype(np.float32)
+    x = rng.standard_normal((n + 2, 96)).astype(np.float32)
+    w[0], x[0] = 1, 1  # every code at its largest, all of one sign
+    w[1], x[1] = -1, -1
+    w[2] = np.where(np.arange(96) % 2, 1, -1)
+    packed = pack(w, fmt)
+    act, stride, inner = _activation_rows(x, fmt)
+    rows = np.arange(n + 1, -1, -1).astype(np.int32)
+    padded = np.concatenate([np.zeros(64, np.uint8), packed])
+    for first in range(3):
+        out = np.full(16 * n + 7, np.nan, np.float32)
+        _caller(fmt, n)(padded, 64, act, stride, rows, first, inner, out, 7)
+        seen = round_activations(x) if is_quantized(fmt) else x
+        want = seen[rows[first : first + n]].astype(np.float64) @ unpack(packed, 16, 96, fmt).T
+        np.testing.assert_allclose(out[7:].reshape(n, 16), want, atol=5e-5)
+        assert np.isnan(out[:7]).all()
+
+
+def test_silu_is_accurate_over_the_whole_range() -> None:
+    """As good as a float32 exponent allows, and no overflow at either end."""
+    g = np.concatenate(
+        [np.linspace(-90, 90, 4096), [-1e30, 1e30, 0.0, -0.0], np.linspace(-1, 1, 4092)]
+    ).astype(np.float32)
+    out = np.zeros_like(g)
+
+    @njit
+    def call(g, alpha, out):
+        for at in range(0, g.size, 16):
+            silu_strip(g, at, alpha, out, at)
+
+    with np.errstate(over="ignore"):
+        call(g, np.float32(1.702), out)
+    exponent = np.float64(1.702) * g
+    exact = g / (1 + np.exp(-np.maximum(exponent, -700)))
+    # The exponent itself is a float32: half a step of it is a relative error of the result.
+    bound = (5e-7 + np.minimum(np.abs(exponent), 90) * 2**-23) * np.abs(exact) + 2e-36
+    assert (np.abs(out - exact) <= bound).all()
