@@ -11,15 +11,13 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import llvmlite
 import numba
 from numba.core.caching import FunctionCache
 
 from cpu_experts.hostcpu import host_level
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @cache
@@ -36,13 +34,13 @@ class _SaltedCache(FunctionCache):  # type: ignore[misc]
         return (*super()._index_key(sig, codegen), _salt())
 
 
-def kernel(*, parallel: bool = False) -> Callable[[F], F]:
+def kernel(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function without bounds checks, free of the GIL, cached on disk."""
 
-    def decorate(function: F) -> F:
+    def decorate(function: Callable[..., Any]) -> Any:
         compiled = numba.njit(nogil=True, parallel=parallel, error_model="numpy")(function)
         if not numba.config.DISABLE_JIT:
             compiled._cache = _SaltedCache(function)
-        return compiled  # type: ignore[no-any-return]
+        return compiled
 
     return decorate

@@ -110,7 +110,6 @@ def quantize(w: F32, fmt: str) -> tuple[I8, NDArray[np.float16]]:
         at = np.argmax(np.abs(groups), axis=-1)[..., None]
         d = np.take_along_axis(groups, at, axis=-1)[..., 0] / np.float32(-8)
         codes = np.clip(groups * _inverse(d)[..., None] + np.float32(8.5), 0, 15)
-        codes = codes.astype(np.uint8)
     elif fmt == "q8_0":
         d = np.max(np.abs(groups), axis=-1) / np.float32(127)
         scaled = groups * _inverse(d)[..., None]
@@ -176,7 +175,7 @@ def pack(w: F32, fmt: str, out: U8 | None = None) -> U8:
     # [strip, row, group, chunk, byte] -> [strip, group, chunk, row, byte]
     q = codes.view(np.uint8).reshape(strips, TILE, -1, GROUP // 4, 4).transpose(0, 2, 3, 1, 4)
     if fmt == "q4_0":
-        q = q[:, :, :4] | (q[:, :, 4:] << 4)
+        q = np.bitwise_or(q[:, :, :4], q[:, :, 4:] << 4, dtype=np.uint8)
     units[:, :, : size - 2 * TILE] = q.reshape(strips, -1, size - 2 * TILE)
     d = np.ascontiguousarray(scales.reshape(strips, TILE, -1).transpose(0, 2, 1))
     units[:, :, size - 2 * TILE :] = d.view(np.uint8)
@@ -200,14 +199,14 @@ def unpack(buf: U8, rows: int, cols: int, fmt: str) -> F32:
     strips = pad(rows, TILE) // TILE
     if not is_quantized(fmt):
         kind = np.uint16 if fmt == "bf16" else np.float32
-        tiles = np.ascontiguousarray(buf).view(kind).reshape(strips, -1, TILE).transpose(0, 2, 1)
-        flat = tiles.reshape(strips * TILE, -1)
+        numbers: NDArray[Any] = np.ascontiguousarray(buf).view(kind)
+        flat = numbers.reshape(strips, -1, TILE).transpose(0, 2, 1).reshape(strips * TILE, -1)
         values = from_bf16(flat) if fmt == "bf16" else flat
         return np.ascontiguousarray(values[:rows, :cols])
     units = buf.reshape(strips, -1, size)
     q = units[:, :, : size - 2 * TILE].reshape(strips, units.shape[1], -1, TILE, 4)
     if fmt == "q4_0":
-        codes = np.concatenate((q & 15, q >> 4), axis=2).view(np.int8) - np.int8(8)
+        codes: I8 = np.concatenate((q & 15, q >> 4), axis=2).view(np.int8) - np.int8(8)
     else:
         codes = q.view(np.int8)
     d = np.ascontiguousarray(units[:, :, size - 2 * TILE :]).view(np.float16).astype(np.float32)

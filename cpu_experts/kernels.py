@@ -6,6 +6,9 @@ join; inside it each thread takes the next item off a shared counter until none 
 that threads finish together whatever slows one of them down.
 """
 
+# numba infers the types of compiled functions from their callers.
+# mypy: disable-error-code="no-untyped-def, assignment"
+
 from __future__ import annotations
 
 import math
@@ -20,13 +23,15 @@ from cpu_experts.hostcpu import host_level
 if host_level() == "portable" or config.DISABLE_JIT:
     from cpu_experts.portable import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
 else:
-    from cpu_experts.simd import (  # type: ignore[assignment]
+    from cpu_experts.simd import (
         ROW_BLOCKS,
         quantize_group,
         silu_strip,
         strip_dot,
     )
-from cpu_experts.portable import ACT_GROUP, fetch_add, wait_for
+from cpu_experts.portable import ACT_GROUP as ACT_GROUP
+from cpu_experts.portable import fetch_add as fetch_add
+from cpu_experts.portable import wait_for
 
 #: Formats and activations by the numbers that the loops switch on.
 Q4_0, Q8_0, BF16, F32 = range(4)
@@ -42,7 +47,7 @@ _f4_wide, _f4_middle, _f4_one = (strip_dot("f32", n) for n in ROW_BLOCKS)
 
 
 @kernel()
-def dot_rows(fmt, w, w_at, act, stride, rows, first, count, inner, out, out_at):  # type: ignore[no-untyped-def]
+def dot_rows(fmt, w, w_at, act, stride, rows, first, count, inner, out, out_at):
     """Multiply one strip with ``count`` <= WIDE activation rows into ``out`` ``[count, 16]``."""
     t = np.int64(0)
     while t < count:
@@ -81,7 +86,7 @@ def dot_rows(fmt, w, w_at, act, stride, rows, first, count, inner, out, out_at):
 
 
 @kernel()
-def sort_pairs(ids, num_experts, experts, first, pairs):  # type: ignore[no-untyped-def]
+def sort_pairs(ids, num_experts, experts, first, pairs):
     """Sort the flat ids by expert; return how many experts have pairs.
 
     ``pairs`` receives the flat positions, ``experts`` and ``first`` their runs; ids outside
@@ -111,7 +116,7 @@ def sort_pairs(ids, num_experts, experts, first, pairs):  # type: ignore[no-unty
 
 
 @kernel()
-def _quantize_row(x, row, cols, offset, tail, act, stride):  # type: ignore[no-untyped-def]
+def _quantize_row(x, row, cols, offset, tail, act, stride):
     """Quantize ``x[row, :cols]`` into activation row ``row``; ``tail`` is 32 floats of scratch."""
     flat = x.reshape(-1)
     whole = cols // GROUP
@@ -125,7 +130,7 @@ def _quantize_row(x, row, cols, offset, tail, act, stride):  # type: ignore[no-u
 
 
 @kernel(parallel=True)
-def quantize_rows(x, offset, scratch, act, stride, threads):  # type: ignore[no-untyped-def]
+def quantize_rows(x, offset, scratch, act, stride, threads):
     """Quantize the rows of ``x`` ``[T, K]`` into activation rows of ``stride`` bytes."""
     tokens, cols = x.shape
     if tokens * cols < 65536:
@@ -138,7 +143,7 @@ def quantize_rows(x, offset, scratch, act, stride, threads):  # type: ignore[no-
 
 
 @kernel()
-def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at):  # type: ignore[no-untyped-def]
+def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at):
     """Write ``act(gate) * up`` (or ``act(up)``) of 16 rows to ``buf[out_at:]``."""
     if gated and limit < np.inf:
         for i in range(TILE):
@@ -175,7 +180,7 @@ def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at)
 
 
 @kernel()
-def _up_items(  # type: ignore[no-untyped-def]
+def _up_items(
     counter, fmt, blocks, block_stride, strip, inner, act, act_stride,
     kind, alpha, limit, up_offset, gated, bias_at, intermediate, offset,
     active, experts, first, rows, h, h_stride, buf,
@@ -225,7 +230,7 @@ def _up_items(  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _down_items(  # type: ignore[no-untyped-def]
+def _down_items(
     counter, fmt, blocks, block_stride, section, strip, inner, h, h_stride,
     bias_at, active, experts, first, rows, pairs, top_k, weights, strips_an_item, out, buf,
 ):  # fmt: skip
@@ -257,7 +262,7 @@ def _down_items(  # type: ignore[no-untyped-def]
 
 
 @kernel(parallel=True)
-def run_pairs(  # type: ignore[no-untyped-def]
+def run_pairs(
     fmt, blocks, block_stride, up_strip, up_inner, section, down_strip, down_inner,
     act, act_stride, kind, alpha, limit, up_offset, gated, up_bias, down_bias, intermediate,
     offset, active, experts, first, pairs, rows, order, top_k, weights, h, h_stride,
@@ -282,7 +287,7 @@ def run_pairs(  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _project_items(  # type: ignore[no-untyped-def]
+def _project_items(
     counter, fmt, blocks, block_stride, section, strip, inner, act, act_stride,
     bias_at, active, experts, first, rows, targets, strips_an_item, out, buf,
 ):  # fmt: skip
@@ -313,7 +318,7 @@ def _project_items(  # type: ignore[no-untyped-def]
 
 
 @kernel(parallel=True)
-def project_pairs(  # type: ignore[no-untyped-def]
+def project_pairs(
     fmt, blocks, block_stride, section, strip, inner, act, act_stride, bias_at,
     active, experts, first, rows, targets, strips_an_item, counter, scratch, threads, out,
 ):  # fmt: skip

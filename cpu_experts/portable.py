@@ -4,6 +4,9 @@ Compiled by numba on machines without a vector level of ours, and run uncompiled
 (``NUMBA_DISABLE_JIT=1``). Same arguments, same results up to the order of float additions.
 """
 
+# numba infers the types of compiled functions from their callers.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+
 from __future__ import annotations
 
 import math
@@ -97,9 +100,7 @@ def strip_dot(fmt: str, n: int) -> Any:
     one = _ONE_ROW[fmt]
 
     @njit(nogil=True)
-    def dot(  # type: ignore[no-untyped-def]
-        w, w_at, act, stride, rows, rows_at, inner, out, out_at
-    ):
+    def dot(w, w_at, act, stride, rows, rows_at, inner, out, out_at):
         for t in range(n):
             at = out_at + TILE * t
             out[at : at + TILE] = 0

@@ -17,6 +17,9 @@ codes, a float32 scale, and a start value that folds the weights' offset (-8 tim
 the codes for q4_0) into the accumulator.
 """
 
+# numba calls the intrinsics with its own types and compiler state.
+# mypy: disable-error-code="no-untyped-def, misc"
+
 from __future__ import annotations
 
 import os
@@ -289,8 +292,8 @@ def strip_dot(fmt: str, n: int) -> Any:
     emit = _quantized_dot if is_quantized(fmt) else _float_dot
 
     @intrinsic
-    def dot(typingctx, w, w_at, act, stride, rows, rows_at, inner, out, out_at):  # type: ignore[no-untyped-def]
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def dot(typingctx, w, w_at, act, stride, rows, rows_at, inner, out, out_at):
+        def codegen(context, b, signature, args):
             kinds = signature.args
             weights = _gep(b, _data(context, b, kinds[0], args[0]), args[1])
             base = _data(context, b, kinds[2], args[2])
@@ -337,10 +340,10 @@ def _exp(b: Builder, x: Value) -> Value:
 
 
 @intrinsic
-def silu_strip(typingctx, gate, at, alpha, out, out_at):  # type: ignore[no-untyped-def]
+def silu_strip(typingctx, gate, at, alpha, out, out_at):
     """Write ``g * sigmoid(alpha * g)`` for the 16 float32 at ``gate[at:]`` to ``out[out_at:]``."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         kinds = signature.args
         vector = ir.VectorType(_F32, TILE)
         g = _load(b, _floats_at(context, b, kinds[0], args[0], args[1]), 0, vector)
@@ -354,14 +357,14 @@ def silu_strip(typingctx, gate, at, alpha, out, out_at):  # type: ignore[no-unty
 
 
 @intrinsic
-def quantize_group(typingctx, x, at, offset, act, act_at):  # type: ignore[no-untyped-def]
+def quantize_group(typingctx, x, at, offset, act, act_at):
     """Quantize the 32 float32 at ``x[at:]`` into the activation group at byte ``act_at``.
 
     ``offset`` is what the weights' codes are shifted by (8, 128 or 0). Infinite and NaN
     inputs make the scale infinite or NaN, and so the result NaN.
     """
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         kinds = signature.args
         floats, ints = ir.VectorType(_F32, GROUP), ir.VectorType(_I32, GROUP)
         v = _load(b, _floats_at(context, b, kinds[0], args[0], args[1]), 0, floats)
@@ -403,10 +406,10 @@ def _counter(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Va
 
 
 @intrinsic
-def fetch_add(typingctx, counter, at):  # type: ignore[no-untyped-def]
+def fetch_add(typingctx, counter, at):
     """Atomically add 1 to ``counter[at]`` (int64) and return its old value."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         pointer = _counter(context, b, signature.args[0], args[0], args[1])
         return b.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "acq_rel")
 
@@ -414,10 +417,10 @@ def fetch_add(typingctx, counter, at):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def wait_for(typingctx, counter, at, value):  # type: ignore[no-untyped-def]
+def wait_for(typingctx, counter, at, value):
     """Wait until ``counter[at]`` (int64) is at least ``value``; lets other threads run."""
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         pointer = _counter(context, b, signature.args[0], args[0], args[1])
         look, spin = b.append_basic_block("look"), b.append_basic_block("spin")
         rest, done = b.append_basic_block("rest"), b.append_basic_block("done")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def cases(formats: tuple[str, ...] = ("q4_0", "q8_0")) -> list[Case]:
 
 
 @kernel()
-def _read_items(counter, words, total):  # type: ignore[no-untyped-def]
+def _read_items(counter: Any, words: Any, total: Any) -> None:
     block = _READ_BLOCK
     acc = np.uint64(0)
     while True:
@@ -64,7 +65,7 @@ def _read_items(counter, words, total):  # type: ignore[no-untyped-def]
 
 
 @kernel(parallel=True)
-def _stream(counter, words, totals, threads):  # type: ignore[no-untyped-def]
+def _stream(counter: Any, words: Any, totals: Any, threads: Any) -> None:
     """Read all of ``words`` with every thread taking blocks of 1 MiB in turn."""
     counter[:] = 0
     for w in numba.prange(threads):
@@ -118,7 +119,7 @@ def _calls(
             scores = rng.random((case.tokens, case.experts))
             ids = np.argsort(scores, axis=1)[:, : case.top_k]
         active = len(np.unique(ids))
-        yield lambda: run_experts(x, ids, weights, layer, shape, out), active
+        yield partial(run_experts, x, ids, weights, layer, shape, out), active
         at += 1
 
 
