@@ -34,11 +34,21 @@ class _SaltedCache(FunctionCache):  # type: ignore[misc]
         return (*super()._index_key(sig, codegen), _salt())
 
 
-def kernel(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function without bounds checks, free of the GIL, cached on disk."""
+def kernel(
+    *, parallel: bool = False, reassociate: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function without bounds checks, free of the GIL, cached on disk.
+
+    ``reassociate`` lets sums be added up in vector lanes; infinities and NaN keep their meaning.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = numba.njit(nogil=True, parallel=parallel, error_model="numpy")(function)
+        compiled = numba.njit(
+            nogil=True,
+            parallel=parallel,
+            error_model="numpy",
+            fastmath={"reassoc", "contract", "nsz"} if reassociate else False,
+        )(function)
         if not numba.config.DISABLE_JIT:
             compiled._cache = _SaltedCache(function)
         return compiled

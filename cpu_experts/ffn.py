@@ -23,7 +23,7 @@ from cpu_experts.hostcpu import host_level
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
 
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
 
 
 @dataclass
@@ -54,7 +54,7 @@ def workspace_bytes() -> int:
     return sum(buffer.nbytes for buffer in _WORKSPACE.buffers.values())
 
 
-def _offset(fmt: str) -> int:
+def code_offset(fmt: str) -> int:
     """What the micro-kernels shift a format's codes by; activations carry its product."""
     if fmt == "q4_0":
         return 8
@@ -85,7 +85,7 @@ def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
     stride = groups * kernels.ACT_GROUP
     act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
     scratch = _WORKSPACE.scratch(threads)
-    kernels.quantize_rows(x, np.int32(_offset(fmt)), scratch, act, stride, threads)
+    kernels.quantize_rows(x, np.int32(code_offset(fmt)), scratch, act, stride, threads)
     return act, stride, groups
 
 
@@ -148,7 +148,7 @@ def run_experts(
     if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0]:
         raise ShapeError(f"expert_ids are {list(expert_ids.shape)} for {x.shape[0]} tokens")
     flat = _check_blocks(blocks, shape)
-    with _LOCK:
+    with LOCK:
         active, experts, first, pairs = _pairs(expert_ids, blocks.shape[0])
         if active == 0:
             return
@@ -178,7 +178,7 @@ def run_experts(
             shape.bias_offset if shape.bias else -1,
             shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
             shape.intermediate,
-            np.int32(_offset(shape.format)),
+            np.int32(code_offset(shape.format)),
             active,
             experts,
             first,
@@ -190,7 +190,7 @@ def run_experts(
             _WORKSPACE.get("h", pad(count * h_stride, 4), np.uint8),
             h_stride,
             max(1, min(4, strips // (8 * threads))),
-            _WORKSPACE.get("counter", 3, np.int64),
+            _WORKSPACE.get("counter", 4, np.int64),
             _WORKSPACE.scratch(threads),
             threads,
             out,
@@ -210,7 +210,7 @@ def _project(
     out: F32,
 ) -> None:
     """Write one matrix's product for every (token, choice) pair to ``out`` ``[pairs, rows]``."""
-    with _LOCK:
+    with LOCK:
         active, experts, first, pairs = _pairs(expert_ids, num_experts)
         if active == 0:
             return
@@ -235,7 +235,7 @@ def _project(
             rows,
             targets,
             max(1, min(4, strips // (8 * threads))),
-            _WORKSPACE.get("counter", 3, np.int64),
+            _WORKSPACE.get("counter", 4, np.int64),
             _WORKSPACE.scratch(threads),
             threads,
             out,

@@ -259,6 +259,7 @@ def _down_items(
                         token, weight = pair // top_k, weights[pair]
                         for i in range(columns):
                             out[token, s * TILE + i] += weight * buf[t * TILE + i]
+        fetch_add(counter, 3)
 
 
 @kernel(parallel=True)

@@ -136,6 +136,13 @@ def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
         codes[i] = np.int8(np.rint(x[at + i] * inverse)) if finite else np.int8(0)
 
 
+@njit(nogil=True)
+def exp_strip(x: Any, at: Any, shift: Any) -> None:
+    """See :func:`cpu_experts.simd_dense.exp_strip`."""
+    for i in range(TILE):
+        x[at + i] = np.exp(x[at + i] - shift)
+
+
 if config.DISABLE_JIT:
 
     def fetch_add(counter: Any, at: Any) -> Any:

@@ -1,0 +1,113 @@
+"""Keys and values of one sequence, laid out for the one-token kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_experts.errors import ShapeError
+from cpu_experts.formats import F32, TILE, pad
+from cpu_experts.tables import STATE
+
+#: Positions by which buffers grow at least.
+_STEP = 256
+
+
+@dataclass
+class _Layer:
+    """``keys [H, capacity / 16, dim, 16]``, ``values [H, strips, capacity, 16]``."""
+
+    keys: F32
+    values: F32
+    dim: int
+    window: int
+
+
+class KeyValues:
+    """Keys and values of all layers, growing as tokens come.
+
+    Parameters
+    ----------
+    windows
+        For every layer how many positions its attention sees, the token itself included; 0
+        for all. What has left the window is forgotten when the buffer is full.
+    """
+
+    def __init__(self, windows: list[int]) -> None:
+        self.states = np.zeros(len(windows), STATE)
+        self._windows = windows
+        self._layers: list[_Layer | None] = [None] * len(windows)
+
+    def length(self, layer: int) -> int:
+        """How many positions the layer holds."""
+        return int(self.states[layer]["length"])
+
+    @property
+    def capacity(self) -> int:
+        """The most positions that any layer has room for."""
+        return int(self.states["capacity"].max())
+
+    def store(self, layer: int, keys: F32, values: F32) -> None:
+        """Replace what a layer holds by ``keys`` and ``values``, ``[H, T, dim]`` float32."""
+        if keys.shape != values.shape or keys.ndim != 3:
+            raise ShapeError(f"keys are {list(keys.shape)}, values {list(values.shape)}")
+        heads, length, dim = keys.shape
+        self._allocate(layer, heads, dim, length + 1)
+        buffers = self._buffers(layer)
+        whole, strips = pad(length, TILE), pad(dim, TILE) // TILE
+        padded = np.zeros((heads, whole, dim), np.float32)
+        padded[:, :length] = keys
+        turned = padded.reshape(heads, -1, TILE, dim).transpose(0, 1, 3, 2)
+        buffers.keys[:, : whole // TILE] = turned
+        wide = np.zeros((heads, length, strips * TILE), np.float32)
+        wide[:, :, :dim] = values
+        buffers.values[:, :, :length] = wide.reshape(heads, length, strips, TILE).swapaxes(1, 2)
+        self.states[layer]["length"] = length
+
+    def read(self, layer: int) -> tuple[F32, F32]:
+        """Return what a layer holds as new arrays ``[H, T, dim]``."""
+        buffers, length = self._buffers(layer), self.length(layer)
+        heads, strips = buffers.values.shape[:2]
+        whole = pad(length, TILE) // TILE
+        keys = buffers.keys[:, :whole].swapaxes(2, 3).reshape(heads, whole * TILE, -1)
+        values = buffers.values[:, :, :length].swapaxes(1, 2).reshape(heads, length, -1)
+        return (
+            np.ascontiguousarray(keys[:, :length]),
+            np.ascontiguousarray(values[:, :, : buffers.dim]),
+        )
+
+    def drop(self, layer: int, count: int) -> None:
+        """Forget the last ``count`` positions of a layer."""
+        self.states[layer]["length"] = max(0, self.length(layer) - count)
+
+    def make_room(self) -> None:
+        """Give every layer room for one more position."""
+        for layer in np.flatnonzero(self.states["length"] >= self.states["capacity"]):
+            keys, values = self.read(int(layer))
+            window = self._windows[layer]
+            kept = min(keys.shape[1], window - 1) if window else keys.shape[1]
+            first = keys.shape[1] - kept
+            self.store(int(layer), keys[:, first:], values[:, first:])
+
+    def advance(self) -> None:
+        """Count the position that a decode step has written."""
+        self.states["length"] += 1
+
+    def _buffers(self, layer: int) -> _Layer:
+        buffers = self._layers[layer]
+        if buffers is None:
+            raise ShapeError(f"layer {layer} has no keys yet", hint="store some, even of length 0")
+        return buffers
+
+    def _allocate(self, layer: int, heads: int, dim: int, needed: int) -> None:
+        if self.states[layer]["capacity"] >= needed:
+            return
+        capacity = pad(needed + max(_STEP, needed // 2), _STEP)
+        keys: NDArray[np.float32] = np.zeros((heads, capacity // TILE, dim, TILE), np.float32)
+        values = np.zeros((heads, pad(dim, TILE) // TILE, capacity, TILE), np.float32)
+        self._layers[layer] = _Layer(keys, values, dim, self._windows[layer])
+        state = self.states[layer]
+        state["keys"], state["values"] = keys.ctypes.data, values.ctypes.data
+        state["capacity"] = capacity
