@@ -289,7 +289,6 @@ def strip_dot(fmt: str, n: int) -> Any:
     each ``stride`` bytes in ``act``, over ``inner`` groups (inputs for bf16 and f32), and
     writes float32 ``[n, 16]`` at ``out[out_at:]``. ``inner`` is at least 1.
     """
-    emit = _quantized_dot if is_quantized(fmt) else _float_dot
 
     @intrinsic
     def dot(typingctx, w, w_at, act, stride, rows, rows_at, inner, out, out_at):
@@ -297,23 +296,44 @@ def strip_dot(fmt: str, n: int) -> Any:
             kinds = signature.args
             weights = _gep(b, _data(context, b, kinds[0], args[0]), args[1])
             base = _data(context, b, kinds[2], args[2])
-            index = _data(context, b, kinds[4], args[4])
-            acts = []
-            for t in range(n):
-                at = b.mul(b.add(args[5], ir.Constant(_I64, t)), ir.Constant(_I64, 4))
-                row = b.sext(_load(b, index, at, _I32), _I64)
-                acts.append(_gep(b, base, b.mul(row, args[3])))
-            sums = emit(b, fmt, weights, acts, args[6], n == 1)
+            index = _floats_at(context, b, kinds[4], args[4], args[5])
             target = _floats_at(context, b, kinds[7], args[7], args[8])
-            for t in range(n):
-                for p in range(_PARTS):
-                    _store(b, sums[t][p], target, 4 * (t * TILE + p * _LANES))
+            function = _micro_kernel(b.module, fmt, n)
+            b.call(function, [weights, base, args[3], index, args[6], target])
             return context.get_dummy_value()
 
         i64 = types.int64
         return types.void(w, i64, act, i64, rows, i64, i64, out, i64), codegen
 
     return dot
+
+
+def _micro_kernel(module: Any, fmt: str, n: int) -> Any:
+    """Emit the micro-kernel into a module once, as a function that stays one.
+
+    Copies of it at every call would make the compiler's work several times longer.
+    """
+    name = f"strip_dot_{fmt}_{n}"
+    if name in module.globals:
+        return module.globals[name]
+    pointer = _I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, _I64, pointer, _I64, pointer])
+    function = ir.Function(module, kind, name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    weights, base, stride, index, inner, target = function.args
+    b = ir.IRBuilder(function.append_basic_block())
+    acts = []
+    for t in range(n):
+        row = b.sext(_load(b, index, 4 * t, _I32), _I64)
+        acts.append(_gep(b, base, b.mul(row, stride)))
+    emit = _quantized_dot if is_quantized(fmt) else _float_dot
+    sums = emit(b, fmt, weights, acts, inner, n == 1)
+    for t in range(n):
+        for p in range(_PARTS):
+            _store(b, sums[t][p], target, 4 * (t * TILE + p * _LANES))
+    b.ret_void()
+    return function
 
 
 def _floats_at(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
