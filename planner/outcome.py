@@ -34,8 +34,6 @@ class Event:
 class Step:
     """One forward pass: the prompt, or one token of every sequence."""
 
-    start_s: float
-    end_s: float = 0.0
     bound_s: float = 0.0
     """How long it would take with every layer at its plan's lower bound."""
     terms: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -45,7 +43,7 @@ class Step:
     @property
     def duration_s(self) -> float:
         """Seconds."""
-        return self.end_s - self.start_s
+        return sum(self.terms.values())
 
 
 @dataclass

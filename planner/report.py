@@ -35,6 +35,7 @@ All after ``fit`` but ``remedies`` is null when the model does not fit.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -228,19 +229,17 @@ def _changes(prediction: Prediction) -> Table:
     return Table("What would help most", ("", "first token s", "token ms", "speed"), rows)
 
 
-def to_markdown(result: PlanResult) -> str:
-    """Return the report as Markdown."""
-    lines = [f"# {result.request.model.name} on {result.request.hardware.name}", ""]
-    for table in tables(result):
+def to_markdown(found: Iterable[Table]) -> str:
+    """Return tables as Markdown."""
+    lines = []
+    for table in found:
         lines += [f"## {table.title}", ""]
         if len(table.columns) == 1:
             lines += [f"- {row[0]}" for row in table.rows]
         else:
-            rule = "|".join(
-                [" --- "] + [" --- " if table.prose else " ---: "] * (len(table.columns) - 1)
-            )
-            lines += [f"| {' | '.join(table.columns)} |", f"|{rule}|"]
-            lines += [f"| {' | '.join(row)} |" for row in table.rows]
+            other = "---" if table.prose else "---:"
+            marks = ["---", *[other] * (len(table.columns) - 1)]
+            lines += [f"| {' | '.join(cells)} |" for cells in (table.columns, marks, *table.rows)]
         lines.append("")
     return "\n".join(lines)
 

@@ -77,6 +77,9 @@ class Simulator:
         Whether idle link time copies experts for the next layer.
     record
         How many decode steps to keep events of, besides the prefill's; none at all when 0.
+    shares
+        ``[L]`` how many layers each decoder layer stands for; those of 0 are left out. By
+        default every layer stands for itself.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class Simulator:
         scheduler: Scheduler = schedule,
         prefetch: bool = False,
         record: int = 0,
+        shares: Sequence[float] | None = None,
     ) -> None:
         self.cost = cost
+        self._shares = shares or [1.0] * len(cost.model.layers)
         self.routing = routing
         self.cache = cache
         self.scheduler = scheduler
@@ -102,9 +107,13 @@ class Simulator:
         self._arrival_s: dict[tuple[int, int], float] = {}
         self._recording = False
         self._tables: dict[float, DecodeTable] = {}
-        layers = cost.model.moe_layers
-        self._ram = RamCache(fit.in_ram, cost.model.experts.count * layers)
-        self._layers: list[Counter[str]] = [Counter() for _ in range(layers)]
+        self._share = 1.0
+        simulated = sum(
+            layer.moe and share > 0
+            for layer, share in zip(cost.model.layers, self._shares, strict=True)
+        )
+        self._ram = RamCache(fit.in_ram, cost.model.experts.count * simulated)
+        self._layers: list[Counter[str]] = [Counter() for _ in range(cost.model.moe_layers)]
         self._events: list[Event] = []
         self._busy_s: defaultdict[str, float] = defaultdict(float)
         self._plans: dict[int, LayerPlan] = {}
@@ -135,27 +144,29 @@ class Simulator:
 
     def _step(self, choices: Sequence[Choice], tokens: int, context: int, batch: int) -> Step:
         """One forward pass over all layers and the head."""
-        step = Step(self._now_s)
+        step = Step()
         moe = 0
         for index, layer in enumerate(self.cost.model.layers):
-            mixer_s = self.cost.mixer(layer, tokens, context, batch).value
-            self._dense(step, MIXER, mixer_s, f"mixer {index}")
-            ffn_s = self.cost.ffn(layer, tokens).value
-            if layer.moe:
-                self._experts(step, choices[moe], moe, ffn_s, mixer_s)
-                moe += 1
-            else:
-                self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
+            self._share = self._shares[index]
+            if self._share:
+                mixer_s = self.cost.mixer(layer, tokens, context, batch).value
+                self._dense(step, MIXER, mixer_s, f"mixer {index}")
+                ffn_s = self.cost.ffn(layer, tokens).value
+                if layer.moe:
+                    self._experts(step, choices[moe], moe, ffn_s, mixer_s)
+                else:
+                    self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
+            moe += layer.moe
+        self._share = 1.0
         self._dense(step, HEAD, self.cost.head(batch).value, "head")
-        step.end_s = self._now_s
         return step
 
     def _dense(self, step: Step, term: str, duration_s: float, name: str) -> None:
         """Advance time by dense work, on the device that holds dense weights."""
         lane = "gpu" if self.cost.on_gpu else "cpu"
         self._occupy(lane, name, self._now_s, self._now_s + duration_s)
-        step.terms[term] += duration_s
-        step.bound_s += duration_s
+        step.terms[term] += duration_s * self._share
+        step.bound_s += duration_s * self._share
         self._now_s += duration_s
 
     def _occupy(self, lane: str, name: str, start_s: float, end_s: float) -> None:
@@ -252,9 +263,9 @@ class Simulator:
         cpu_end_s, gpu_end_s, read_s = ends_s
         shared_s = work.gpu_free_s
         end_s = max(cpu_end_s, gpu_end_s, shared_s)
-        step.terms[DENSE] += shared_s
+        step.terms[DENSE] += shared_s * self._share
         if read_s and end_s > max(plan.makespan_s, shared_s):
-            step.terms[DISK] += end_s - max(plan.makespan_s, shared_s)
+            step.terms[DISK] += (end_s - max(plan.makespan_s, shared_s)) * self._share
             end_s = max(plan.makespan_s, shared_s)
         if cpu_end_s >= gpu_end_s:
             last = CPU
@@ -262,8 +273,8 @@ class Simulator:
             # The GPU lane is the link's when its last expert starts as its copy arrives.
             waited = gpu_end_s > shared_s + self._gpu_work_s(plan, work) * 1.001
             last = LINK if waited else GPU
-        step.terms[last] += end_s - shared_s
-        step.bound_s += max(plan.lower_bound_s, shared_s)
+        step.terms[last] += (end_s - shared_s) * self._share
+        step.bound_s += max(plan.lower_bound_s, shared_s) * self._share
         step.activated += len(work.loads)
         step.hits += hits
         self._layers[plan.layer].update(
