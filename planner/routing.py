@@ -25,8 +25,8 @@ from planner.model import ModelSpec
 from planner.spec import Source
 
 SKEW = 0.85
-LOCALITY = 1.3
-PERSISTENCE = 0.8
+LOCALITY = 1.4
+PERSISTENCE = 0.74
 RECALL = 0.85
 """Share of the next layer's experts that its router names one layer early: assumed, after what is
 published of reusing the next routers (HybriMoE, arXiv 2504.05897; HOBBIT, arXiv 2411.01433)."""
