@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import numba
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpu_experts import simd
@@ -107,11 +108,7 @@ class HybridModel:
             config = config.for_loading(directory, experts=experts, dense=dense, verify=verify)
         if config.store is None:
             directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            quantization_config=config,
-            dtype=_compute_dtype() if dtype is None else dtype,
-        )
+        model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
         tokenizer = _load_tokenizer(directory)
         name = "demo" if path is None else str(path)
         self = cls(model, tokenizer, name=name, threads=threads)
@@ -367,6 +364,18 @@ class HybridModel:
             )
 
 
+def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=config, dtype=dtype
+        )
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"a weight file of {directory} is damaged: {_first_line(error)}",
+            hint="copy it again, or convert the model again with 'hybrid convert'",
+        ) from error
+
+
 def _load_tokenizer(directory: Path) -> Any:
     hint = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
     try:
@@ -392,7 +401,7 @@ def _compute_dtype() -> torch.dtype:
 
 def _set_threads(threads: int) -> None:
     """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
-    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    most = int(numba.config.NUMBA_NUM_THREADS)
     if not 1 <= threads <= most:
         raise UsageError(
             f"threads is {threads}, it must be between 1 and {most}",

@@ -11,14 +11,14 @@ from typing import Any
 import numba
 import pytest
 import torch
-from tiny_model import CONTEXT, TEMPLATE
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import hybrid
 from hybrid import slow_paths
-from hybrid.errors import CheckpointError, HybridError, UsageError
+from hybrid.errors import CheckpointError, HybridError, StoreError, UsageError
 from hybrid.model import DEFAULT_NEW_TOKENS, HybridModel
+from tiny_model import CONTEXT, TEMPLATE
 
 GREEDY = {"do_sample": False}
 
@@ -295,6 +295,24 @@ def test_directories_that_hold_no_model(tmp_path: Path, tiny_model: Path) -> Non
     ):
         with pytest.raises(CheckpointError, match=match) as caught:
             HybridModel.from_pretrained(directory)
+        assert caught.value.hint
+
+
+def test_a_converted_directory_that_was_cut_short(
+    model: HybridModel, hybrid_cache: Path, tmp_path: Path
+) -> None:
+    """Dense weights or experts that end early are a typed error, not half a model."""
+    copy = next((hybrid_cache / "converted").glob("tiny-*/experts.bin")).parent
+    for name, error, match in (
+        ("model.safetensors", CheckpointError, "weight file of .*cut-model"),
+        ("experts.bin", StoreError, r"cut-experts.*should have \d+ bytes"),
+    ):
+        broken = tmp_path / f"cut-{name}"
+        shutil.copytree(copy, broken)
+        data = (broken / name).read_bytes()
+        (broken / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(error, match=match) as caught:
+            HybridModel.from_pretrained(broken)
         assert caught.value.hint
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny_model import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hybrid.textstream import TextStream
+from tiny_model import byte_tokenizer
 
 
 @cache
