@@ -308,3 +308,13 @@ def test_gpus_are_read_from_nvidia_smi() -> None:
         host.Gpu("NVIDIA H200", 143771 << 20, "570.86"),
         host.Gpu("Odd, Name", None, "1.2"),
     ]
+
+
+def test_the_demo_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without MODEL, and as ``demo``, the shipped model writes; the API's default is the same."""
+    text = HybridModel.from_pretrained(threads=1).generate(
+        "import ", max_new_tokens=8, do_sample=False
+    )
+    for model in ([], ["demo"]):
+        assert main(["run", *model, "-p", "import ", "-n", "8", "--greedy", "-t", "1"]) == 0
+        assert capsys.readouterr().out == text
