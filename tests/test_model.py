@@ -65,7 +65,7 @@ def test_pieces_join_to_the_text(model: HybridModel) -> None:
     model.generate("x", max_new_tokens=40, on_text=told.append, **GREEDY)
     assert "".join(told) == whole
     assert list(model.stream("x", max_new_tokens=40, **GREEDY)) == told
-    assert list(model.stream(model.encode("x"), max_new_tokens=40, **GREEDY)) == told
+    assert list(model.stream(model.encode("x")[0].tolist(), max_new_tokens=40, **GREEDY)) == told
     assert len(told) > 1
 
 
@@ -184,8 +184,13 @@ def test_text_ends_where_the_context_does(model: HybridModel) -> None:
 
 def test_options_that_no_text_can_satisfy(model: HybridModel) -> None:
     """Several sequences and an empty stop string are refused by name."""
-    with pytest.raises(UsageError, match="num_return_sequences"):
+    with pytest.raises(UsageError, match="one sequence, 2 are"):
         model.generate("a", num_return_sequences=2, do_sample=True)
+    with pytest.raises(UsageError, match="one sequence, 3 are"):
+        list(model.stream(torch.ones(3, 2, dtype=torch.long)))
+    for prompts in (["a", "b"], [[1, 2], [3]], {"a": 1}):
+        with pytest.raises(UsageError, match="token ids"):
+            model.generate(prompts)
     with pytest.raises(UsageError, match="stop string"):
         model.generate("a", stop_strings=[""])
 
