@@ -60,8 +60,11 @@ class Run:
     """Seconds of work on each lane over all decode steps."""
     plans: list[LayerPlan]
     """The plans of the last decode step, one per MoE layer."""
-    prefetch: Counter[str]
-    """Experts prefetched in decode: ``fetched`` and ``used``."""
+    prefetched: int
+    prefetch_used: int
+    """Experts fetched in decode before their router asked, and those of them it then chose."""
+    refilled: int
+    """Experts that the CPU computed in decode and idle link time brought to the cache after."""
 
     @property
     def ttft_s(self) -> float:

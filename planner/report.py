@@ -23,7 +23,8 @@ layers          per MoE layer: slots, hit_rate, and experts per token that run o
                 resident on the GPU, or copied
 alternatives    other rules on the same routing: ttft_s, tpot_s, hit_rate
 lower_bound_s   no placement of these experts has a smaller tpot with this cache's contents
-prefetch        experts fetched and used in decode
+prefetch        experts fetched in decode before they were asked for (fetched), those
+                then used, and those kept in idle link time after their use (refilled)
 why             sentences
 changes         what would help most: ttft_s, tpot_s, changes_output
 remedies        when it does not fit: sentences
@@ -130,8 +131,11 @@ def _disk_note(result: PlanResult) -> str:
 
 
 def _prefetch_note(prediction: Prediction) -> str:
-    fetched, used = prediction.run.prefetch["fetched"], prediction.run.prefetch["used"]
-    return f"; {fetched} experts prefetched, {used / fetched:.0%} of them used" if fetched else ""
+    run, note = prediction.run, ""
+    if run.prefetched:
+        used = run.prefetch_used / run.prefetched
+        note = f"; {run.prefetched} experts prefetched, {used:.0%} of them used"
+    return note + (f"; {run.refilled} kept after use" if run.refilled else "")
 
 
 def _fit(result: PlanResult) -> Table:
@@ -328,7 +332,7 @@ def _predicted(result: PlanResult) -> dict[str, Any]:
         layers,
         [asdict(other) for other in prediction.alternatives],
         run.bound_s,
-        {key: run.prefetch[key] for key in ("fetched", "used")},
+        {"fetched": run.prefetched, "used": run.prefetch_used, "refilled": run.refilled},
         list(prediction.why),
         [asdict(change) for change in prediction.changes],
     )
