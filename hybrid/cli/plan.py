@@ -47,7 +47,7 @@ def plan(
     ram: Annotated[str | None, typer.Option(help="Use this much RAM, such as 16GiB.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of cache to reserve per sequence.")] = 4096,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    tokens: Annotated[int, typer.Option(help="Tokens to decode in the simulation.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode in the simulation.")] = 16,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     experts: Annotated[str, typer.Option(help="Weight format of the experts.")] = "q4_0",
     dense: Annotated[str, typer.Option(help="Weight format of everything else.")] = "bf16",
