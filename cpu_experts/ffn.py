@@ -105,7 +105,14 @@ def _check_blocks(blocks: U8, shape: ExpertShape) -> U8:
             f"blocks are {blocks.dtype} {list(blocks.shape)}; they must be C-contiguous uint8"
             f" [experts, at least {shape.block_bytes}], rows of a multiple of 4"
         )
-    return blocks.reshape(-1)
+    return _read_only(blocks)
+
+
+def _read_only(weights: U8) -> U8:
+    """A flat view that kernels cannot write: one compiled signature for mapped and own memory."""
+    flat = weights.reshape(-1)
+    flat.flags.writeable = False
+    return flat
 
 
 def run_experts(
@@ -347,6 +354,6 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
             f" [{out.shape[1]}, {x.shape[1]}] takes uint8 [{size}], C-contiguous"
         )
     ids = np.zeros((x.shape[0], 1), np.int64)
-    _project(x, ids, weight, 1, size, fmt, 0, -1, True, out)
+    _project(x, ids, _read_only(weight), 1, size, fmt, 0, -1, True, out)
     if bias is not None:
         out += bias

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def convert(
     source = Source.open(src)
     if verify:
         check_digests(source.files)
-    with TensorReader(source.files) as reader, Partial(dst) as partial:
+    with TensorReader(source.files) as reader, Partial(dst) as partial, _one_thread():
         _check_destination(dst)
         model = source.empty_model()
         specs = find_experts(model)
@@ -243,6 +244,17 @@ class _Told:
         self._done += n_bytes
         if self._progress is not None:
             self._progress(self._done, self._total, what)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch on this thread: its pieces are too small to be worth waking others for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_destination(dst: Path) -> None:

@@ -26,8 +26,8 @@ from hybrid.tensor_files import (
 )
 from hybrid.weight_map import Target, WeightMap
 
-#: Bytes of source that are handled at a time, about.
-_CHUNK_BYTES = 16 << 20
+#: Bytes of float32 that are handled at a time, about: few enough to stay in the cache.
+_CHUNK_BYTES = 1 << 20
 
 Advance = Callable[[int, str], None]
 

@@ -22,8 +22,8 @@ from hybrid.partial import Partial
 from hybrid.store import DATA_NAME, LayerRecord, StoreIndex, header_page
 from hybrid.weight_map import WeightMap
 
-#: Values that are widened to float32 and quantized at a time.
-_VALUES = 1 << 20
+#: Values that are widened to float32 and quantized at a time: few enough to stay in the cache.
+_VALUES = 1 << 17
 
 Advance = Callable[[int, str], None]
 

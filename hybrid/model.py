@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import numba
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpu_experts import simd
@@ -79,8 +80,9 @@ class HybridModel:
             is converted into the cache folder first (once). None or ``"demo"`` is the small
             model that ships with the package.
         experts, dense
-            Formats to convert to: ``"q4_0"`` experts and ``"bf16"`` dense layers unless given.
-            A converted directory has its own; asking for another is an error.
+            Formats to convert to: ``"q4_0"`` experts, and dense layers as the checkpoint has
+            them, unless given. A converted directory has its own; asking for another is an
+            error.
         threads
             For torch and the kernels alike; ``OMP_NUM_THREADS`` or every core unless given.
         verify
@@ -107,11 +109,7 @@ class HybridModel:
             config = config.for_loading(directory, experts=experts, dense=dense, verify=verify)
         if config.store is None:
             directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            quantization_config=config,
-            dtype=_compute_dtype() if dtype is None else dtype,
-        )
+        model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
         tokenizer = _load_tokenizer(directory)
         name = "demo" if path is None else str(path)
         self = cls(model, tokenizer, name=name, threads=threads)
@@ -163,20 +161,19 @@ class HybridModel:
         """
         if isinstance(prompt, str):
             return self._write(self.encode(prompt), **options)
-        ids = torch.as_tensor(prompt, dtype=torch.long)
-        ids = ids[None] if ids.dim() == 1 else ids
+        ids = _as_ids(prompt)
         self._check_length(ids)
         if options.get("stop_strings"):
             options.setdefault("tokenizer", self.tokenizer)
         return self._generate(ids, Watch(streamer=options.pop("streamer", None)), **options)
 
-    def stream(self, prompt: str | torch.Tensor, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str | torch.Tensor | Sequence[int], **options: Any) -> Iterator[str]:
         """Continue ``prompt`` (text, or ids ``[1, T]``), giving the text piece by piece.
 
         Takes what :meth:`generate` takes. The model runs in a thread of its own; leaving the
         loop early stops it.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
         self._check_length(ids)
         return self._pieces(ids, options)
 
@@ -283,10 +280,11 @@ class HybridModel:
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         if "" in stops:
             raise UsageError("a stop string is empty", hint="leave it out")
-        if (self._setting("num_return_sequences", options) or 1) > 1:
+        rows = len(ids) * (self._setting("num_return_sequences", options) or 1)
+        if rows != 1:
             raise UsageError(
-                "num_return_sequences is more than 1, a text result is one sequence",
-                hint="give token ids as the prompt to get several sequences of ids",
+                f"a text result is one sequence, {rows} are asked for",
+                hint="generate() with token ids as the prompt returns several sequences of ids",
             )
         wanted = self._wanted_tokens(options, ids.shape[1])
         room = wanted if self.context is None else min(wanted, self.context - ids.shape[1])
@@ -367,6 +365,30 @@ class HybridModel:
             )
 
 
+def _as_ids(prompt: Any) -> torch.Tensor:
+    """Return token ids as ``[B, T]``."""
+    try:
+        ids = torch.as_tensor(prompt, dtype=torch.long)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"a prompt is a text or token ids, not {type(prompt).__name__}: {_first_line(error)}",
+            hint="generate from one text at a time, or from ids of equal length",
+        ) from error
+    return ids[None] if ids.dim() == 1 else ids
+
+
+def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=config, dtype=dtype
+        )
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"a weight file of {directory} is damaged: {_first_line(error)}",
+            hint="copy it again, or convert the model again with 'hybrid convert'",
+        ) from error
+
+
 def _load_tokenizer(directory: Path) -> Any:
     hint = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
     try:
@@ -392,7 +414,7 @@ def _compute_dtype() -> torch.dtype:
 
 def _set_threads(threads: int) -> None:
     """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
-    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    most = int(numba.config.NUMBA_NUM_THREADS)
     if not 1 <= threads <= most:
         raise UsageError(
             f"threads is {threads}, it must be between 1 and {most}",

@@ -164,6 +164,11 @@ def _bytes(value: str | int, option: str) -> int:
     return parse_bytes(str(value), option)
 
 
+def shipped_names(kind: str) -> list[str]:
+    """Return the names of the shipped ``models``, ``hardware`` or ``experiments``."""
+    return [entry.name.removesuffix(".toml") for entry in _shipped(kind)]
+
+
 def _shipped(kind: str) -> list[Traversable]:
     folder = files("hybrid.configs") / kind
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".toml")]

@@ -11,6 +11,10 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 8
 
 
+#: After so many ids that make no text, what they decode to is told and decoding starts afresh.
+_MOST_WAITING = 32
+
+
 class Decoder(Protocol):
     """The part of a transformers tokenizer that is needed here."""
 
@@ -63,9 +67,10 @@ class TextStream:
         text = self._decode(self._window)
         # An unfinished character decodes to replacement characters; tokenizers that spell
         # characters in bytes replace the whole characters right before it as well.
-        certain = len(text.rstrip(_REPLACEMENT))
+        waiting = len(self._window) - self._complete
+        certain = len(text.rstrip(_REPLACEMENT)) if waiting < _MOST_WAITING else len(text)
         piece = text[self._told : certain]
-        if piece and certain == len(text):
+        if certain == len(text) and (piece or waiting >= _MOST_WAITING):
             self._window = self._window[self._complete :]
             self._complete = len(self._window)
             self._told = len(self._decode(self._window))

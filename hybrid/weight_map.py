@@ -28,7 +28,7 @@ from hybrid.families import ExpertsSpec
 from hybrid.tensor_files import TensorReader
 
 #: An expert's matrices are read in pieces when they are larger than this.
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 #: Pieces start at multiples of this many rows: whole strips of the kernels' layout.
 PIECE_ROWS = 32
 

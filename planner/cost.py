@@ -161,6 +161,7 @@ class CostModel:
         self.dense_format = dense_format
         self.kv_bytes = kv_bytes
         self.experts = ExpertCost(model, hardware, expert_format)
+        self._ffns: dict[tuple[int, int], Estimate] = {}
         self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
 
     @cached_property
@@ -199,7 +200,10 @@ class CostModel:
 
     def ffn(self, layer: Layer, tokens: int) -> Estimate:
         """Time of a layer's dense or shared feed-forward."""
-        return self.dense(layer.ffn_params, tokens)
+        key = (layer.ffn_params, tokens)
+        if key not in self._ffns:
+            self._ffns[key] = self.dense(*key)
+        return self._ffns[key]
 
     def head(self, tokens: int) -> Estimate:
         """Time of the output head for ``tokens`` positions."""

@@ -6,14 +6,19 @@ the rules other systems use, with an oracle's cache, and with one thing changed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner import advice
 from planner.baselines import all_cpu, on_demand, static_split
-from planner.cache import ExpertCache, Policy
+from planner.cache import ExpertCache, Ids, Policy, Values
 from planner.cost import CostModel
 from planner.memory import Fit
+from planner.model import Layer, ModelSpec
+from planner.oracles import Belady
 from planner.outcome import CPU, DISK, GPU, HEAD, LINK, MIXER, TERMS, Run
 from planner.policies import LRU, MRS, StaticPopularity
 from planner.request import Request
@@ -24,6 +29,10 @@ from planner.spec import Estimate, Source, weakest
 
 RECORDED = 4
 """Decode steps whose events are kept for the timeline, after the prompt's."""
+COMPARED_LAYERS = 8
+"""Layers that stand for all when other rules and requests are compared with ours."""
+COMPARED_TOKENS = 16
+"""Decode steps of those comparisons."""
 WORTHWHILE = 1.01
 """A change is named when it makes tokens at least this many times as fast."""
 
@@ -50,7 +59,14 @@ class Rule:
     policy: Callable[[Request, Routing], Policy]
     prefetch: bool = False
 
-    def run(self, request: Request, placed: Fit, routing: Routing, record: int = 0) -> Run:
+    def run(
+        self,
+        request: Request,
+        placed: Fit,
+        routing: Routing,
+        record: int = 0,
+        shares: Sequence[float] | None = None,
+    ) -> Run:
         """Simulate ``request`` under this rule; slots start with what the policy values most."""
         cost = request.cost()
         cache = None
@@ -59,7 +75,9 @@ class Rule:
             for layer, slots in enumerate(placed.slots):
                 for expert in (-cache.value(layer)).argsort(kind="stable")[:slots].tolist():
                     cache.admit(layer, expert)
-        simulator = Simulator(cost, placed, routing, cache, self.scheduler, self.prefetch, record)
+        simulator = Simulator(
+            cost, placed, routing, cache, self.scheduler, self.prefetch, record, shares
+        )
         return simulator.simulate(request.prompt, request.batch)
 
 
@@ -73,14 +91,33 @@ def _lru(request: Request, routing: Routing) -> Policy:
 
 def _popular(request: Request, routing: Routing) -> Policy:
     count = request.model.experts.count
-    return StaticPopularity(request.model.moe_layers, count, routing.uses()[:, :count])
+    return StaticPopularity(request.model.moe_layers, count, routing.uses())
+
+
+class _Hindsight(Belady):
+    """Belady's oracle over the decode steps; what the prompt uses tells it nothing."""
+
+    def __init__(self, decode: NDArray[np.int64], experts: int) -> None:
+        # The prompt's step stands first and repeats the first decode step's choice.
+        super().__init__(np.concatenate([decode[:1], decode]), experts)
+
+    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+        prompt = self._step[layers] < 0
+        super().observe(layers, self._trace[0, layers] if prompt.all() else ids, weights)
+
+
+def _hindsight(request: Request, routing: Routing) -> Policy:
+    return _Hindsight(np.sort(routing.decode[:, :, 0], axis=-1), request.model.experts.count)
 
 
 OURS = Rule("hybrid", "exact schedule, MRS cache, prefetch", schedule, _mrs, prefetch=True)
-OTHERS = (
+RULES = (
     Rule("all CPU", "every expert on the CPU", all_cpu, _popular),
     Rule("on demand", "every expert copied to the GPU, LRU cache", on_demand, _lru),
-    Rule("static split", "the most used experts stay on the GPU", static_split, _popular),
+    Rule(
+        "static split", "the most used, known in hindsight, stay on the GPU", static_split, _popular
+    ),
+    Rule("oracle cache", "our schedule, a cache that knows the future", schedule, _hindsight),
 )
 
 
@@ -179,8 +216,7 @@ def dry_run(request: Request) -> PlanResult:
     run = OURS.run(request, placed, routing, record=RECORDED)
     terms = _estimates(cost, run.decode_terms(), request.batch)
     prefill = _estimates(cost, run.prefill.terms, request.prompt * request.batch)
-    rules = OTHERS if cost.on_gpu else ()
-    others = [(rule, rule.run(request, placed, routing)) for rule in rules]
+    comparison = _Comparison(request, placed, routing, run)
     prediction = Prediction(
         routing_source=routing.source,
         routing_origin=routing.origin,
@@ -190,12 +226,9 @@ def dry_run(request: Request) -> PlanResult:
         terms=terms,
         prefill_terms=prefill,
         binding=advice.binding_resource(cost, run.decode_terms(), request.batch),
-        alternatives=tuple(
-            Alternative(rule.name, rule.meaning, other.ttft_s, other.tpot_s, other.hit_rate)
-            for rule, other in others
-        ),
+        alternatives=tuple(comparison.alternatives()),
         why=tuple(advice.explain(run, cost)),
-        changes=tuple(_best_changes(request, routing, run)),
+        changes=tuple(comparison.best_changes()),
     )
     return PlanResult(request, placed, prediction)
 
@@ -230,14 +263,62 @@ def _total(terms: dict[str, Estimate], routing: Source) -> Estimate:
     return Estimate(total.value, weakest(total.source, routing), total.error)
 
 
-def _best_changes(request: Request, routing: Routing, run: Run) -> list[Change]:
-    """Try one change at a time and return the three that speed decoding up the most."""
-    found = []
-    for what, changes_output, changed in advice.variants(request):
-        placed = changed.fit()
-        if not placed.fits:
-            continue
-        other = OURS.run(changed, placed, routing)
-        if run.tpot_s / other.tpot_s >= WORTHWHILE:
-            found.append(Change(what, other.ttft_s, other.tpot_s, changes_output))
-    return sorted(found, key=lambda change: change.tpot_s)[:3]
+class _Comparison:
+    """Runs under other rules and other requests, each scaled by how ours does on the same layers.
+
+    A few layers of each kind stand for all: what is compared is the ratio.
+    """
+
+    def __init__(self, request: Request, placed: Fit, routing: Routing, ours: Run) -> None:
+        self.request = request
+        self.placed = placed
+        self.routing = routing.shortened(COMPARED_TOKENS)
+        self.shares = _sample(request.model)
+        few = OURS.run(request, placed, self.routing, shares=self.shares)
+        self._ttft_ratio = ours.ttft_s / few.ttft_s
+        self._tpot_ratio = ours.tpot_s / few.tpot_s
+        self._tpot_s = ours.tpot_s
+
+    def _times(self, run: Run) -> tuple[float, float]:
+        return run.ttft_s * self._ttft_ratio, run.tpot_s * self._tpot_ratio
+
+    def alternatives(self) -> Iterator[Alternative]:
+        """Run the rules of other systems, and ours with a cache that knows the future."""
+        if self.request.hardware.gpu is None:
+            return
+        for rule in RULES:
+            if rule.policy is _hindsight and not _is_regular(self.request):
+                continue
+            run = rule.run(self.request, self.placed, self.routing, shares=self.shares)
+            yield Alternative(rule.name, rule.meaning, *self._times(run), run.hit_rate)
+
+    def best_changes(self) -> list[Change]:
+        """Try one change at a time; return the three that speed decoding up the most."""
+        found = []
+        for what, changes_output, changed in advice.variants(self.request):
+            placed = changed.fit()
+            if not placed.fits:
+                continue
+            run = OURS.run(changed, placed, self.routing, shares=self.shares)
+            ttft_s, tpot_s = self._times(run)
+            if self._tpot_s / tpot_s >= WORTHWHILE:
+                found.append(Change(what, ttft_s, tpot_s, changes_output))
+        return sorted(found, key=lambda change: change.tpot_s)[:3]
+
+
+def _sample(model: ModelSpec) -> list[float]:
+    """Choose evenly spaced layers of each kind, and how many layers each stands for."""
+    kinds: dict[Layer, list[int]] = {}
+    for index, layer in enumerate(model.layers):
+        kinds.setdefault(layer, []).append(index)
+    shares = [0.0] * len(model.layers)
+    for indices in kinds.values():
+        kept = max(1, round(COMPARED_LAYERS * len(indices) / len(model.layers)))
+        for number in range(kept):
+            shares[indices[(2 * number + 1) * len(indices) // (2 * kept)]] = len(indices) / kept
+    return shares
+
+
+def _is_regular(request: Request) -> bool:
+    """Whether every decode step activates the same number of experts, as oracles need."""
+    return request.batch == 1 and not request.model.experts.identity

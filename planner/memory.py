@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.capacity import equal_capacities
 from planner.cost import CostModel, weight_bytes
 from planner.errors import SpecError
 
@@ -108,12 +109,11 @@ def fit(cost: CostModel, *, context: int, prompt: int, batch: int) -> Fit:
     kept = min(stored, max(0, room))
     items.append(Item(f"experts in RAM ({cost.expert_format})", "ram", kept))
     items.append(Item(f"expert store ({cost.expert_format})", "disk", stored))
-    each, extra = divmod(slots, model.moe_layers)
     return Fit(
         items=tuple(items),
         vram_bytes=vram,
         ram_bytes=ram,
-        slots=tuple(each + (layer < extra) for layer in range(model.moe_layers)),
+        slots=equal_capacities(slots, model.moe_layers, experts.count),
         in_ram=kept / stored,
         shortage=shortage,
     )

@@ -34,8 +34,6 @@ class Event:
 class Step:
     """One forward pass: the prompt, or one token of every sequence."""
 
-    start_s: float
-    end_s: float = 0.0
     bound_s: float = 0.0
     """How long it would take with every layer at its plan's lower bound."""
     terms: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -45,7 +43,7 @@ class Step:
     @property
     def duration_s(self) -> float:
         """Seconds."""
-        return self.end_s - self.start_s
+        return sum(self.terms.values())
 
 
 @dataclass
@@ -62,8 +60,11 @@ class Run:
     """Seconds of work on each lane over all decode steps."""
     plans: list[LayerPlan]
     """The plans of the last decode step, one per MoE layer."""
-    prefetch: Counter[str]
-    """Experts prefetched in decode: ``fetched`` and ``used``."""
+    prefetched: int
+    prefetch_used: int
+    """Experts fetched in decode before their router asked, and those of them it then chose."""
+    refilled: int
+    """Experts that the CPU computed in decode and idle link time brought to the cache after."""
 
     @property
     def ttft_s(self) -> float:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 
-from planner.outcome import Event
+from planner.dryrun import PlanResult
 
 LANES = ("cpu", "gpu", "link", "disk", "cache")
 """Threads of the trace, in the order they are shown."""
 
 
-def perfetto(events: Iterable[Event], title: str) -> str:
-    """Return the trace as JSON.
+def to_perfetto(result: PlanResult) -> str:
+    """Return the recorded part of a dry run, the prompt and the first tokens, as JSON.
 
-    Parameters
-    ----------
-    events
-        What happened on the lanes; events of the lane ``cache`` have no duration and become
-        instants.
-    title
-        The process's name in the viewer.
+    A model that does not fit leaves the lanes empty.
 
     Notes
     -----
-    The format's timestamps are microseconds; "X" is a span, "i" an instant, "M" metadata.
+    The format's timestamps are microseconds; "X" is a span, "i" an instant (what the cache does
+    takes no time), "M" metadata.
     """
+    title = f"{result.request.model.name} on {result.request.hardware.name}"
     thread = {lane: number for number, lane in enumerate(LANES, start=1)}
     rows: list[dict[str, object]] = [
         {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": title}}
@@ -43,7 +38,7 @@ def perfetto(events: Iterable[Event], title: str) -> str:
                 "args": {"sort_index": number},
             }
         )
-    for event in events:
+    for event in result.prediction.run.events if result.prediction else ():
         row: dict[str, object] = {
             "pid": 1,
             "tid": thread[event.lane],

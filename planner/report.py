@@ -23,7 +23,8 @@ layers          per MoE layer: slots, hit_rate, and experts per token that run o
                 resident on the GPU, or copied
 alternatives    other rules on the same routing: ttft_s, tpot_s, hit_rate
 lower_bound_s   no placement of these experts has a smaller tpot with this cache's contents
-prefetch        experts fetched and used in decode
+prefetch        experts fetched in decode before they were asked for (fetched), those
+                then used, and those kept in idle link time after their use (refilled)
 why             sentences
 changes         what would help most: ttft_s, tpot_s, changes_output
 remedies        when it does not fit: sentences
@@ -35,6 +36,7 @@ All after ``fit`` but ``remedies`` is null when the model does not fit.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,8 +131,11 @@ def _disk_note(result: PlanResult) -> str:
 
 
 def _prefetch_note(prediction: Prediction) -> str:
-    fetched, used = prediction.run.prefetch["fetched"], prediction.run.prefetch["used"]
-    return f"; {fetched} experts prefetched, {used / fetched:.0%} of them used" if fetched else ""
+    run, note = prediction.run, ""
+    if run.prefetched:
+        used = run.prefetch_used / run.prefetched
+        note = f"; {run.prefetched} experts prefetched, {used:.0%} of them used"
+    return note + (f"; {run.refilled} kept after use" if run.refilled else "")
 
 
 def _fit(result: PlanResult) -> Table:
@@ -228,19 +233,17 @@ def _changes(prediction: Prediction) -> Table:
     return Table("What would help most", ("", "first token s", "token ms", "speed"), rows)
 
 
-def to_markdown(result: PlanResult) -> str:
-    """Return the report as Markdown."""
-    lines = [f"# {result.request.model.name} on {result.request.hardware.name}", ""]
-    for table in tables(result):
+def to_markdown(found: Iterable[Table]) -> str:
+    """Return tables as Markdown."""
+    lines = []
+    for table in found:
         lines += [f"## {table.title}", ""]
         if len(table.columns) == 1:
             lines += [f"- {row[0]}" for row in table.rows]
         else:
-            rule = "|".join(
-                [" --- "] + [" --- " if table.prose else " ---: "] * (len(table.columns) - 1)
-            )
-            lines += [f"| {' | '.join(table.columns)} |", f"|{rule}|"]
-            lines += [f"| {' | '.join(row)} |" for row in table.rows]
+            other = "---" if table.prose else "---:"
+            marks = ["---", *[other] * (len(table.columns) - 1)]
+            lines += [f"| {' | '.join(cells)} |" for cells in (table.columns, marks, *table.rows)]
         lines.append("")
     return "\n".join(lines)
 
@@ -329,7 +332,7 @@ def _predicted(result: PlanResult) -> dict[str, Any]:
         layers,
         [asdict(other) for other in prediction.alternatives],
         run.bound_s,
-        {key: run.prefetch[key] for key in ("fetched", "used")},
+        {"fetched": run.prefetched, "used": run.prefetch_used, "refilled": run.refilled},
         list(prediction.why),
         [asdict(change) for change in prediction.changes],
     )

@@ -42,7 +42,7 @@ class Request:
     dense: str = "bf16"
     context: int = 4096
     prompt: int = 512
-    tokens: int = 32
+    tokens: int = 16
     batch: int = 1
     trace: Path | None = None
     seed: int = 0

@@ -13,8 +13,9 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ from planner.model import ModelSpec
 from planner.spec import Source
 
 SKEW = 0.85
-LOCALITY = 1.3
-PERSISTENCE = 0.8
+LOCALITY = 1.4
+PERSISTENCE = 0.74
 RECALL = 0.85
 """Share of the next layer's experts that its router names one layer early: assumed, after what is
 published of reusing the next routers (HybriMoE, arXiv 2504.05897; HOBBIT, arXiv 2411.01433)."""
@@ -41,7 +42,8 @@ class Choice:
     Parameters
     ----------
     ids, weights
-        Each activated expert once, ascending, and the mean of its routing weights.
+        Each activated expert once, ascending, and its routing weight averaged over all tokens of
+        the step, so that in prefill popular experts weigh more.
     loads
         The same experts with the tokens they get.
     """
@@ -59,13 +61,15 @@ class Routing:
     ----------
     prompt, prompt_weights
         ``[L, E]`` tokens of all sequences that each expert of each MoE layer gets in prefill, and
-        the mean of their routing weights.
+        its routing weight averaged over all of the prompt's tokens.
     decode
         ``[T, L, B, A]`` ids chosen at each decode step for each of B sequences.
     weights
         ``[T, L, B, A]`` the router's weights of those choices.
     guess
         ``[T, L, B, A]`` what the layer before would have predicted.
+    experts
+        Experts per layer that have weights; higher ids stand for zero-computation ones.
     source, origin
         Where the choices come from, for the report.
     """
@@ -75,20 +79,27 @@ class Routing:
     decode: NDArray[np.int64]
     weights: NDArray[np.float32]
     guess: NDArray[np.int64]
+    experts: int
     source: Source
     origin: str
 
-    def prefill(self, count: int) -> list[Choice]:
-        """Return each layer's choice in prefill, of the first ``count`` experts."""
+    @cached_property
+    def choices(self) -> tuple[list[Choice], ...]:
+        """Each step's choices, layer by layer: the prompt's first, then every decode step's."""
+        count = self.experts
         layers = zip(
             self.prompt[:, :count].tolist(), self.prompt_weights[:, :count].tolist(), strict=True
         )
-        return [_choice(enumerate(loads), weights) for loads, weights in layers]
+        prompt = [_choice(enumerate(loads), weights) for loads, weights in layers]
+        steps = zip(self.decode.tolist(), self.weights.tolist(), strict=True)
+        return prompt, *(
+            [_merge(i, w, count) for i, w in zip(*step, strict=True)] for step in steps
+        )
 
-    def steps(self, count: int) -> Iterator[list[Choice]]:
-        """Yield each decode step's choices, layer by layer."""
-        for ids, weights in zip(self.decode.tolist(), self.weights.tolist(), strict=True):
-            yield [_merge(i, w, count) for i, w in zip(ids, weights, strict=True)]
+    def shortened(self, tokens: int) -> Routing:
+        """Return the same routing with no more than ``tokens`` decode steps."""
+        kept = {name: getattr(self, name)[:tokens] for name in ("decode", "weights", "guess")}
+        return replace(self, **kept)
 
     def uses(self) -> NDArray[np.int64]:
         """Return how many tokens each expert of each layer gets in all, ``[L, E]``."""
@@ -120,7 +131,7 @@ def _merge(ids: list[list[int]], weights: list[list[float]], count: int) -> Choi
                 loads[expert] += 1
                 total[expert] += weight
     used = sorted(loads.items())
-    return Choice([e for e, _ in used], [total[e] / load for e, load in used], tuple(used))
+    return Choice([e for e, _ in used], [total[e] / len(ids) for e, _ in used], tuple(used))
 
 
 def synthetic(model: ModelSpec, prompt: int, tokens: int, batch: int = 1, seed: int = 0) -> Routing:
@@ -262,5 +273,6 @@ def _split(
     decode = ids[prompt:]
     missed = rng.random(decode.shape) >= RECALL
     guess = np.where(missed, rng.integers(0, choices, decode.shape), decode)
-    mean = total / np.maximum(loads, 1)
-    return Routing(loads, mean, decode, weights[prompt:], guess, source, origin)
+    mean = total / (prompt * ids.shape[2])
+    count = model.experts.count
+    return Routing(loads, mean, decode, weights[prompt:], guess, count, source, origin)

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.cache import ExpertCache
 from planner.cost import CostModel
@@ -17,8 +21,9 @@ from planner.decode_table import DecodeTable
 from planner.memory import Fit
 from planner.outcome import CPU, DENSE, DISK, GPU, HEAD, LINK, MIXER, Event, Run, Step
 from planner.plan import LayerPlan
+from planner.prefetch import Ahead, NoPrefetch, ValuePrefetch
 from planner.problem import LayerCost, Problem, timeline
-from planner.routing import Choice, Routing
+from planner.routing import RECALL, Choice, Routing
 from planner.schedule import schedule
 from planner.spec import LayerWork
 
@@ -74,9 +79,13 @@ class Simulator:
     scheduler
         Ours, or a baseline.
     prefetch
-        Whether idle link time copies experts for the next layer.
+        Whether idle link time copies experts: first those the next layer will likely use, then
+        those of this layer that the CPU computed and the cache would rather hold.
     record
         How many decode steps to keep events of, besides the prefill's; none at all when 0.
+    shares
+        ``[L]`` how many layers each decoder layer stands for; those of 0 are left out. By
+        default every layer stands for itself.
     """
 
     def __init__(
@@ -88,8 +97,10 @@ class Simulator:
         scheduler: Scheduler = schedule,
         prefetch: bool = False,
         record: int = 0,
+        shares: Sequence[float] | None = None,
     ) -> None:
         self.cost = cost
+        self._shares = shares or [1.0] * len(cost.model.layers)
         self.routing = routing
         self.cache = cache
         self.scheduler = scheduler
@@ -102,26 +113,36 @@ class Simulator:
         self._arrival_s: dict[tuple[int, int], float] = {}
         self._recording = False
         self._tables: dict[float, DecodeTable] = {}
-        layers = cost.model.moe_layers
-        self._ram = RamCache(fit.in_ram, cost.model.experts.count * layers)
-        self._layers: list[Counter[str]] = [Counter() for _ in range(layers)]
+        self._share = 1.0
+        self._guess: NDArray[np.int64] | None = None
+        moe = [
+            share for layer, share in zip(cost.model.layers, self._shares, strict=True) if layer.moe
+        ]
+        simulated = [number for number, share in enumerate(moe) if share]
+        self._following = dict(pairwise(simulated))
+        self._ram = RamCache(fit.in_ram, cost.model.experts.count * len(simulated))
+        self._layers: list[Counter[str]] = [Counter() for _ in range(cost.model.moe_layers)]
         self._events: list[Event] = []
         self._busy_s: defaultdict[str, float] = defaultdict(float)
         self._plans: dict[int, LayerPlan] = {}
-        self._prefetch: Counter[str] = Counter()
+        self._prefetcher: NoPrefetch = NoPrefetch()
+        self._refilled = 0
 
     def simulate(self, prompt: int, batch: int = 1) -> Run:
         """Run the prompt of every sequence, then every decode step of the routing."""
-        count = self.cost.model.experts.count
+        prompt_choices, *steps = self.routing.choices
         self._recording = self.record > 0
-        prefill = self._step(self.routing.prefill(count), prompt * batch, prompt, batch)
+        prefill = self._step(prompt_choices, prompt * batch, prompt, batch)
         # Decode's figures leave out what the prompt did.
         self._busy_s.clear()
         self._layers = [Counter() for _ in self._layers]
-        self._prefetch.clear()
+        self._refilled = 0
+        if self.prefetch:
+            self._prefetcher = self._value_prefetch()
         decode = []
-        for at, choices in enumerate(self.routing.steps(count)):
+        for at, choices in enumerate(steps):
             self._recording = at < self.record
+            self._guess = self.routing.guess[at]
             decode.append(self._step(choices, batch, prompt + at + 1, batch))
         return Run(
             prefill=prefill,
@@ -130,32 +151,36 @@ class Simulator:
             events=self._events,
             busy_s=dict(self._busy_s),
             plans=[plan for _, plan in sorted(self._plans.items())],
-            prefetch=self._prefetch,
+            prefetched=self._prefetcher.fetched,
+            prefetch_used=self._prefetcher.used,
+            refilled=self._refilled,
         )
 
     def _step(self, choices: Sequence[Choice], tokens: int, context: int, batch: int) -> Step:
         """One forward pass over all layers and the head."""
-        step = Step(self._now_s)
+        step = Step()
         moe = 0
         for index, layer in enumerate(self.cost.model.layers):
-            mixer_s = self.cost.mixer(layer, tokens, context, batch).value
-            self._dense(step, MIXER, mixer_s, f"mixer {index}")
-            ffn_s = self.cost.ffn(layer, tokens).value
-            if layer.moe:
-                self._experts(step, choices[moe], moe, ffn_s, mixer_s)
-                moe += 1
-            else:
-                self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
+            self._share = self._shares[index]
+            if self._share:
+                mixer_s = self.cost.mixer(layer, tokens, context, batch).value
+                self._dense(step, MIXER, mixer_s, f"mixer {index}")
+                ffn_s = self.cost.ffn(layer, tokens).value
+                if layer.moe:
+                    self._experts(step, choices[moe], moe, ffn_s, mixer_s)
+                else:
+                    self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
+            moe += layer.moe
+        self._share = 1.0
         self._dense(step, HEAD, self.cost.head(batch).value, "head")
-        step.end_s = self._now_s
         return step
 
     def _dense(self, step: Step, term: str, duration_s: float, name: str) -> None:
         """Advance time by dense work, on the device that holds dense weights."""
         lane = "gpu" if self.cost.on_gpu else "cpu"
         self._occupy(lane, name, self._now_s, self._now_s + duration_s)
-        step.terms[term] += duration_s
-        step.bound_s += duration_s
+        step.terms[term] += duration_s * self._share
+        step.bound_s += duration_s * self._share
         self._now_s += duration_s
 
     def _occupy(self, lane: str, name: str, start_s: float, end_s: float) -> None:
@@ -177,39 +202,102 @@ class Simulator:
         work = LayerWork(layer, choice.loads, shared_s, link_free_s)
         plan = self._plan(work, residency) if cache else self._cpu_only(work)
         read = self._ram.read(layer, plan.cpu + plan.copies)
-        cpu_end_s, gpu_end_s, read_s = self._ends(plan, work, read)
+        idle_copies: list[tuple[int, int]] = []
+        link_end_s = max(plan.link_end_s, link_free_s)
+        if cache:
+            for expert in self._prefetcher.resolve(layer, choice.ids):
+                cache.unpin(layer, expert)
+            self._admit(cache, [(layer, expert) for expert in plan.copies])
+            if self.prefetch:
+                idle_s = plan.makespan_s + mixer_s - link_end_s
+                idle_copies = self._use_idle_link(cache, plan, idle_s, residency)
+                link_end_s += len(idle_copies) * self.cost.experts.copy_s()
+        cpu_end_s, gpu_end_s, read_s = self._ends(plan, work, read, link_end_s)
         hits = sum(expert in residency for expert in choice.ids)
         self._account(step, plan, work, hits, (cpu_end_s, gpu_end_s, read_s))
         self._note(work, plan, residency, read_s)
+        self._note_idle(plan, link_free_s, idle_copies)
         self._plans[layer] = plan
-        end_s = max(cpu_end_s, gpu_end_s, shared_s)
-        if cache:
-            self._admit(cache, layer, plan.copies)
-            if plan.copies:
-                self._link_free_s = self._now_s + plan.link_end_s
-        self._now_s += end_s
+        if plan.copies or idle_copies:
+            self._link_free_s = self._now_s + link_end_s
+        self._now_s += max(cpu_end_s, gpu_end_s, shared_s)
 
-    def _admit(self, cache: ExpertCache, layer: int, copies: Sequence[int]) -> None:
-        """Keep what was copied where it is worth more than what it replaces."""
-        for expert in copies:
+    def _use_idle_link(
+        self, cache: ExpertCache, plan: LayerPlan, idle_s: float, residency: Collection[int]
+    ) -> list[tuple[int, int]]:
+        """Choose, admit and return copies that end before the next router answers.
+
+        First what the next layer will likely use, by the runtime's prefetch rule; then what the
+        CPU computed in this layer, where the cache values it above whom it evicts.
+        """
+        room = int(idle_s / self.cost.experts.copy_s())
+        if room <= 0:
+            return []
+        chosen: list[tuple[int, int]] = []
+        following = self._following.get(plan.layer)
+        if following is not None and self._guess is not None:
+            ahead = Ahead(following, self._probability(self._guess[following]), idle_s)
+            chosen = [(f.layer, f.expert) for f in self._prefetcher.choose([ahead], cache)]
+            for layer, expert in chosen:
+                self._take(cache, layer, expert)
+                cache.pin(layer, expert)
+        if len(chosen) < room:
+            value = cache.value(plan.layer)
+            missing = [expert for expert in plan.cpu if expert not in residency]
+            missing.sort(key=lambda expert: -value[expert])
+            refills = [(plan.layer, expert) for expert in missing[: room - len(chosen)]]
+            refills = self._admit(cache, refills)
+            self._refilled += len(refills)
+            chosen += refills
+        return chosen
+
+    def _value_prefetch(self) -> ValuePrefetch:
+        """Make the runtime's prefetch rule from decode's makespans."""
+        shared_s = next(
+            self.cost.ffn(layer, 1).value for layer in self.cost.model.layers if layer.moe
+        )
+        experts = self.cost.experts
+        return ValuePrefetch(self._table(shared_s).by_hits(), experts.copy_s(), experts.bytes)
+
+    def _probability(self, guess: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What a predictor that names ``guess`` and is right ``RECALL`` of the time believes."""
+        experts = self.cost.model.experts
+        rest = (1 - RECALL) * experts.top_k / experts.count
+        belief = np.full(experts.count + experts.identity, rest)
+        belief[guess.ravel()] = RECALL
+        return belief[: experts.count]
+
+    def _admit(
+        self, cache: ExpertCache, copies: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Keep what is worth more than what it replaces; return what was kept."""
+        kept = []
+        for layer, expert in copies:
             if cache.worth_admitting(layer, expert):
-                evicted = cache.admit(layer, expert)
-                if self._recording:
-                    name = f"layer {layer}: {expert} in" + (
-                        "" if evicted is None else f", {evicted} out"
-                    )
-                    self._events.append(Event("cache", name, self._now_s, self._now_s))
+                self._take(cache, layer, expert)
+                kept.append((layer, expert))
+        return kept
+
+    def _take(self, cache: ExpertCache, layer: int, expert: int) -> None:
+        """Give an expert a slot."""
+        evicted = cache.admit(layer, expert)
+        if self._recording:
+            out = "" if evicted is None else f", {evicted} out"
+            name = f"layer {layer}: expert {expert} in{out}"
+            self._events.append(Event("cache", name, self._now_s, self._now_s))
 
     def _plan(self, work: LayerWork, residency: Collection[int]) -> LayerPlan:
         """Ask the scheduler; steps of equal loads are looked up in decode's table."""
         if self.scheduler is not schedule or len({load for _, load in work.loads}) != 1:
             return self.scheduler(work, residency, self.cost.experts)
-        table = self._tables.get(work.gpu_free_s)
-        if table is None:
+        return self._table(work.gpu_free_s).plan(work, residency)
+
+    def _table(self, gpu_free_s: float) -> DecodeTable:
+        """Decode's plans for a layer whose shared expert takes ``gpu_free_s``."""
+        if gpu_free_s not in self._tables:
             top_k = self.cost.model.experts.top_k
-            table = DecodeTable(self.cost.experts, top_k, gpu_free_s=work.gpu_free_s)
-            self._tables[work.gpu_free_s] = table
-        return table.plan(work, residency)
+            self._tables[gpu_free_s] = DecodeTable(self.cost.experts, top_k, gpu_free_s=gpu_free_s)
+        return self._tables[gpu_free_s]
 
     def _cpu_only(self, work: LayerWork) -> LayerPlan:
         """Everything on the CPU, the shared expert first."""
@@ -218,7 +306,7 @@ class Simulator:
         return LayerPlan(work.layer, work.expert_ids, (), (), end_s, 0.0, 0.0, end_s, "all_cpu")
 
     def _ends(
-        self, plan: LayerPlan, work: LayerWork, read: list[int]
+        self, plan: LayerPlan, work: LayerWork, read: list[int], link_end_s: float
     ) -> tuple[float, float, float]:
         """When CPU, GPU and disk are done, with what the plan leaves out.
 
@@ -227,8 +315,8 @@ class Simulator:
         them is computed when all are read.
         """
         cpu_end_s, gpu_end_s = plan.cpu_end_s, plan.gpu_end_s
-        if plan.cpu and plan.link_end_s > 0:
-            lost_s = plan.link_end_s * (1 - 1 / self._slowdown)
+        if plan.cpu and link_end_s > 0:
+            lost_s = link_end_s * (1 - 1 / self._slowdown)
             cpu_end_s = min(cpu_end_s * self._slowdown, cpu_end_s + lost_s)
         if not read:
             return cpu_end_s, gpu_end_s, 0.0
@@ -252,9 +340,9 @@ class Simulator:
         cpu_end_s, gpu_end_s, read_s = ends_s
         shared_s = work.gpu_free_s
         end_s = max(cpu_end_s, gpu_end_s, shared_s)
-        step.terms[DENSE] += shared_s
+        step.terms[DENSE] += shared_s * self._share
         if read_s and end_s > max(plan.makespan_s, shared_s):
-            step.terms[DISK] += end_s - max(plan.makespan_s, shared_s)
+            step.terms[DISK] += (end_s - max(plan.makespan_s, shared_s)) * self._share
             end_s = max(plan.makespan_s, shared_s)
         if cpu_end_s >= gpu_end_s:
             last = CPU
@@ -262,8 +350,8 @@ class Simulator:
             # The GPU lane is the link's when its last expert starts as its copy arrives.
             waited = gpu_end_s > shared_s + self._gpu_work_s(plan, work) * 1.001
             last = LINK if waited else GPU
-        step.terms[last] += end_s - shared_s
-        step.bound_s += max(plan.lower_bound_s, shared_s)
+        step.terms[last] += (end_s - shared_s) * self._share
+        step.bound_s += max(plan.lower_bound_s, shared_s) * self._share
         step.activated += len(work.loads)
         step.hits += hits
         self._layers[plan.layer].update(
@@ -273,6 +361,16 @@ class Simulator:
             resident=len(plan.gpu) - len(plan.copies),
             copied=len(plan.copies),
         )
+
+    def _note_idle(
+        self, plan: LayerPlan, link_free_s: float, copies: Sequence[tuple[int, int]]
+    ) -> None:
+        """Keep what the link did besides the plan."""
+        at_s = self._now_s + max(plan.link_end_s, link_free_s)
+        for layer, expert in copies:
+            end_s = at_s + self.cost.experts.copy_s()
+            self._occupy("link", f"prefetch: layer {layer} expert {expert}", at_s, end_s)
+            at_s = end_s
 
     def _gpu_work_s(self, plan: LayerPlan, work: LayerWork) -> float:
         """Seconds the GPU computes routed experts in this plan."""

@@ -11,14 +11,14 @@ from typing import Any
 import numba
 import pytest
 import torch
-from tiny_model import CONTEXT, TEMPLATE
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import hybrid
 from hybrid import slow_paths
-from hybrid.errors import CheckpointError, HybridError, UsageError
+from hybrid.errors import CheckpointError, HybridError, StoreError, UsageError
 from hybrid.model import DEFAULT_NEW_TOKENS, HybridModel
+from tiny_model import CONTEXT, TEMPLATE
 
 GREEDY = {"do_sample": False}
 
@@ -65,7 +65,7 @@ def test_pieces_join_to_the_text(model: HybridModel) -> None:
     model.generate("x", max_new_tokens=40, on_text=told.append, **GREEDY)
     assert "".join(told) == whole
     assert list(model.stream("x", max_new_tokens=40, **GREEDY)) == told
-    assert list(model.stream(model.encode("x"), max_new_tokens=40, **GREEDY)) == told
+    assert list(model.stream(model.encode("x")[0].tolist(), max_new_tokens=40, **GREEDY)) == told
     assert len(told) > 1
 
 
@@ -184,8 +184,13 @@ def test_text_ends_where_the_context_does(model: HybridModel) -> None:
 
 def test_options_that_no_text_can_satisfy(model: HybridModel) -> None:
     """Several sequences and an empty stop string are refused by name."""
-    with pytest.raises(UsageError, match="num_return_sequences"):
+    with pytest.raises(UsageError, match="one sequence, 2 are"):
         model.generate("a", num_return_sequences=2, do_sample=True)
+    with pytest.raises(UsageError, match="one sequence, 3 are"):
+        list(model.stream(torch.ones(3, 2, dtype=torch.long)))
+    for prompts in (["a", "b"], [[1, 2], [3]], {"a": 1}):
+        with pytest.raises(UsageError, match="token ids"):
+            model.generate(prompts)
     with pytest.raises(UsageError, match="stop string"):
         model.generate("a", stop_strings=[""])
 
@@ -295,6 +300,24 @@ def test_directories_that_hold_no_model(tmp_path: Path, tiny_model: Path) -> Non
     ):
         with pytest.raises(CheckpointError, match=match) as caught:
             HybridModel.from_pretrained(directory)
+        assert caught.value.hint
+
+
+def test_a_converted_directory_that_was_cut_short(
+    model: HybridModel, hybrid_cache: Path, tmp_path: Path
+) -> None:
+    """Dense weights or experts that end early are a typed error, not half a model."""
+    copy = next((hybrid_cache / "converted").glob("tiny-*/experts.bin")).parent
+    for name, error, match in (
+        ("model.safetensors", CheckpointError, "weight file of .*cut-model"),
+        ("experts.bin", StoreError, r"cut-experts.*should have \d+ bytes"),
+    ):
+        broken = tmp_path / f"cut-{name}"
+        shutil.copytree(copy, broken)
+        data = (broken / name).read_bytes()
+        (broken / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(error, match=match) as caught:
+            HybridModel.from_pretrained(broken)
         assert caught.value.hint
 
 

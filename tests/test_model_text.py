@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny_model import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hybrid.textstream import TextStream
+from tiny_model import byte_tokenizer
 
 
 @cache
@@ -132,3 +133,32 @@ def test_only_what_may_become_a_stop_string_waits() -> None:
     ids = byte_ids()
     pieces = stream(byte_level(), [], [ids[b] for b in b"aabac"], ("abb",))
     assert pieces == ["", "a", "", "ab", "ac", ""]
+
+
+def test_endless_nonsense_is_told_in_time() -> None:
+    """A model that writes no text at all does not make the stream wait for its end."""
+    ids = [byte_ids()[0xFF]] * 200
+    pieces = stream(byte_level(), [], ids)
+    assert "".join(pieces) == "\ufffd" * 200
+    assert max(map(len, pieces)) <= 32
+
+
+class Counting:
+    """A tokenizer that counts the ids it decodes."""
+
+    decoded = 0
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        self.decoded += len(token_ids)
+        return str(byte_level().decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+@pytest.mark.parametrize("byte", [0x61, 0xFF])
+def test_the_work_does_not_grow_with_the_text(byte: int) -> None:
+    """Twice the ids are twice the work, for text and for bytes that are none."""
+    work = []
+    for count in (500, 1000):
+        tokenizer = Counting()
+        stream(tokenizer, [], [byte_ids()[byte]] * count)
+        work.append(tokenizer.decoded)
+    assert work[1] < 2.2 * work[0]

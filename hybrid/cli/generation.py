@@ -29,7 +29,13 @@ MaxNewTokens = Annotated[
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0, help="Sharpness of sampling; 0 is --greedy.", show_default="the model's"),
+    typer.Option(
+        "--temperature",
+        "--temp",
+        min=0,
+        help="Sharpness of sampling; 0 is --greedy.",
+        show_default="the model's",
+    ),
 ]
 TopP = Annotated[
     float | None,
@@ -60,7 +66,14 @@ Dense = Annotated[
     typer.Option(help="Format to convert all other matrices to.", show_default="the checkpoint's"),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, show_default="OMP_NUM_THREADS or all cores")
+    int | None,
+    typer.Option(
+        "--threads",
+        "-t",
+        min=1,
+        help="For everything.",
+        show_default="OMP_NUM_THREADS or all cores",
+    ),
 ]
 Verify = Annotated[bool, typer.Option("--verify", help="Check the store's checksums first.")]
 

@@ -26,8 +26,13 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from hybrid.demo.corpus import stdlib_files
@@ -63,7 +68,17 @@ ARCHITECTURE: dict[str, Any] = {  # 2.9 M parameters, of which 1.2 M work on a t
     "decoder_sparse_step": 1,
     "router_aux_loss_coef": BALANCE_WEIGHT,
     "tie_word_embeddings": True,
-    "bos_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+# What ``generate`` does unless told otherwise: greedy text of a model this small soon repeats.
+SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
@@ -72,7 +87,7 @@ ARCHITECTURE: dict[str, Any] = {  # 2.9 M parameters, of which 1.2 M work on a t
 # each. No newline ends the prompt, for the tokenizer keeps a newline and the indentation that
 # follows it together.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% if not loop.first and message['role'] != 'assistant' %}{{ '\\n' }}{% endif %}"
     "{{ message['content'] }}"
     "{% endfor %}"
@@ -82,7 +97,10 @@ Tokens = npt.NDArray[np.int64]
 
 
 def train_tokenizer(texts: Iterable[str]) -> Any:
-    """Byte-level BPE over the training files; id 0 ends a document."""
+    """Byte-level BPE over the training files; id 0 stands between documents.
+
+    It also begins every prompt: without it a prompt reads like the middle of a file, cut anywhere.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,9 +111,15 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A $B",
+        special_tokens=[(END_OF_TEXT, 0)],
+    )
     fast: Callable[..., Any] = PreTrainedTokenizerFast
     return fast(
         tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         model_max_length=CONTEXT,
@@ -241,6 +265,15 @@ class Training:
                 self.save()
 
 
+def write_model(directory: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    """Write what makes up an ordinary Hugging Face directory, and how it was made."""
+    generation: Callable[..., Any] = GenerationConfig
+    model.generation_config = generation(**SAMPLING)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> None:
     """Command line of ``python -m hybrid.demo.train``."""
     parser = argparse.ArgumentParser(
@@ -312,9 +345,7 @@ def main() -> None:
             "tokenizers": tokenizers.__version__,
         },
     }
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_model(partial, model, tokenizer, record)
     partial.rename(out)
     (out / training.path.name).unlink()
     console.print(f"held-out perplexity {measured.perplexity:.2f}; written to {out}")

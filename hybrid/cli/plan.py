@@ -1,0 +1,215 @@
+"""``hybrid plan``: what a model will do on a machine, before it is downloaded.
+
+This module and all it imports load neither torch nor numba.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from io import StringIO
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import Annotated
+
+import typer
+
+from hybrid.errors import UsageError
+from hybrid.planning import find_hardware, find_model, resolve, shipped_names
+from hybrid.planning import plan as make_plan
+from planner.fields import read_table
+from planner.report import Table, tables, to_json, to_markdown
+
+_WIDTH = 110
+"""Columns when the output is no terminal."""
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            show_default=False,
+            metavar="MODEL | diff",
+            help="A name such as Qwen3-30B-A3B, a config.json or the directory that holds one. "
+            "Or: diff A.json B.json, to compare two plans written with --json.",
+        ),
+    ] = "",
+    others: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware", "-H", help="A name such as rtx4060-laptop, or a hardware TOML file."
+        ),
+    ] = None,
+    vram: Annotated[str | None, typer.Option(help="Use this much VRAM, such as 6GiB.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Use this much RAM, such as 16GiB.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of cache to reserve per sequence.")] = 4096,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode in the simulation.")] = 16,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    experts: Annotated[str, typer.Option(help="Weight format of the experts.")] = "q4_0",
+    dense: Annotated[str, typer.Option(help="Weight format of everything else.")] = "bf16",
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Replay this recorded routing (.npz) instead of a made-up one."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the made-up routing.")] = 0,
+    experiment: Annotated[
+        Path | None, typer.Option(help="Run an experiment file and print it beside its reference.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Also write a trace for ui.perfetto.dev.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+) -> None:
+    """Say whether a model fits a machine, how fast it will be, why, and what would help.
+
+    Needs the model's config.json only. Every time says where it comes from: measured, fitted,
+    analytic or assumed.
+    """
+    if as_json and markdown:
+        raise UsageError("--json and --markdown were both given", hint="choose one")
+    if model == "diff":
+        _deliver(_diff(others or []), markdown=markdown)
+        return
+    if others:
+        raise UsageError(
+            f"unexpected {str(others[0])!r} after the model", hint="plan one model at a time"
+        )
+    if experiment is not None:
+        _experiment(experiment, as_json=as_json, markdown=markdown)
+        return
+    if not model or hardware is None:
+        _missing(model)
+    for path in (html, perfetto):
+        if path is not None and path.exists() and not force:
+            raise UsageError(f"{path} exists", hint="choose another name, or add --force")
+    result = make_plan(
+        model,
+        hardware,
+        vram=vram,
+        ram=ram,
+        context=context,
+        prompt=prompt,
+        tokens=tokens,
+        batch=batch,
+        experts=experts,
+        dense=dense,
+        trace=trace,
+        seed=seed,
+    )
+    if as_json:
+        print(to_json(result))
+    else:
+        _deliver(tables(result), markdown=markdown)
+    if html is not None:
+        from hybrid.plan_page import to_html
+
+        write_file(html, to_html(result))
+    if perfetto is not None:
+        from planner.perfetto import to_perfetto
+
+        write_file(perfetto, to_perfetto(result))
+
+
+def _deliver(found: list[Table], *, markdown: bool) -> None:
+    if markdown:
+        print(to_markdown(found))
+    else:
+        width = get_terminal_size().columns if sys.stdout.isatty() else _WIDTH
+        print(to_text(found, width))
+
+
+def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
+    from planner.experiment import (
+        experiment_dict,
+        experiment_tables,
+        read_experiment,
+        run_experiment,
+    )
+
+    data = read_table(path) if path.is_file() else resolve(path.name, "experiments")
+    experiment = read_experiment(data, path.name, find_model, find_hardware)
+    outcomes = run_experiment(experiment)
+    if as_json:
+        print(json.dumps(experiment_dict(experiment, outcomes), indent=2))
+    else:
+        _deliver(experiment_tables(experiment, outcomes), markdown=markdown)
+
+
+def _missing(model: str) -> None:
+    """Say which of model and hardware was left out, and what there is to choose from."""
+    kind, word = ("hardware", "--hardware") if model else ("models", "MODEL")
+    raise UsageError(
+        f"{word} is missing",
+        hint=f"one of {', '.join(shipped_names(kind))}; or a file that describes another",
+    )
+
+
+def _diff(paths: list[Path]) -> list[Table]:
+    from planner.compare import compare, read_plan
+
+    if len(paths) != 2:
+        raise UsageError(
+            f"diff needs two plans, got {len(paths)}", hint="hybrid plan diff A.json B.json"
+        )
+    return compare(read_plan(paths[0]), read_plan(paths[1]))
+
+
+def to_text(found: Iterable[Table], width: int) -> str:
+    """Return tables as text of at most ``width`` columns that needs no colour."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    written = StringIO()
+    console = Console(file=written, width=width, color_system=None, legacy_windows=False)
+    for table in found:
+        console.print(Text(table.title))
+        shown = RichTable(
+            box=None if table.prose else SIMPLE_HEAD,
+            show_header=any(table.columns),
+            pad_edge=False,
+            show_edge=False,
+        )
+        for number, heading in enumerate(table.columns):
+            if table.prose or number == 0:
+                shown.add_column(
+                    Text(heading), no_wrap=table.prose and len(table.columns) > 1 > number
+                )
+            else:
+                shown.add_column(Text(heading), justify="right", no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*map(Text, row if len(row) > 1 else (f"- {row[0]}",)))
+        console.print(Padding(shown, (0, 0, 1, 2)))
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write ``text`` whole or not at all: aside, flushed, then renamed.
+
+    Raises
+    ------
+    UsageError
+        When the place cannot be written.
+    """
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}", hint="choose a place that exists"
+        ) from error
+    print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,103 @@
+"""Hardware specs: the shipped files, what a bad one says, and what overrides do."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.errors import SpecError
+from planner.fields import read_table
+from planner.hardware import HardwareSpec, Quantity
+from planner.spec import Source
+
+HARDWARE = Path(__file__).parents[1] / "configs" / "hardware"
+LAPTOP: dict[str, Any] = read_table(HARDWARE / "rtx4060-laptop-8gb.toml")
+SHIPPED = {
+    "a6000-xeon5220r-10core",
+    "cpu-only-laptop",
+    "orin-32gb",
+    "rtx3050-laptop-4gb",
+    "rtx3060-desktop-12gb",
+    "rtx4060-laptop-8gb",
+    "rtx4090-desktop",
+    "t4-cloud",
+}
+
+
+def test_shipped_machines_state_a_source_for_every_number() -> None:
+    """All eight machines parse; every number says where it comes from, and lies in its range."""
+    assert {path.stem for path in HARDWARE.glob("*.toml")} == SHIPPED
+    for name in SHIPPED:
+        spec = HardwareSpec.from_table(read_table(HARDWARE / f"{name}.toml"), name)
+        assert spec.name == name
+        for part in (spec.gpu, spec.cpu, spec.link, spec.disk):
+            for value in vars(part).values() if part else ():
+                if isinstance(value, Quantity):
+                    assert value.origin
+                    assert value.value >= 0
+        # No file claims what nobody measured.
+        text = (HARDWARE / f"{name}.toml").read_text()
+        assert '"measured"' not in text
+    assert HardwareSpec.from_table(read_table(HARDWARE / "cpu-only-laptop.toml"), "x").gpu is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("gpu", "vram_bytes"), 8e9, "without a source"),
+        (("gpu", "vram_bytes", "value"), "8 GiB", "vram_bytes: value is '8 GiB'"),
+        (("gpu", "vram_bytes", "value"), 0, "vram_bytes is 0"),
+        (("gpu", "vram_bytes", "value"), -1.0, "outside"),
+        (("gpu", "vram_bytes", "source"), "guessed", "source is 'guessed'"),
+        (("gpu", "vram_bytes", "from"), None, "lacks from"),
+        (("gpu", "vram_gib"), {"value": 8}, "unknown field 'vram_gib'"),
+        (("link", "gb_per_s"), {"value": 13}, "unknown field 'gb_per_s'"),
+        (("cpu", "memory_efficiency", "value"), 75.0, "outside [0, 1]"),
+        (("link", "cpu_slowdown", "value"), 0.5, "outside [1"),
+        (("cpu", "start_s"), None, "lacks start_s"),
+        (("link",), None, "only one of [gpu] and [link]"),
+        (("disk",), None, "lacks disk"),
+        (("cpu",), [1], "not a table"),
+        (("points",), [{"lane": "tpu"}], "lane is 'tpu'"),
+    ],
+)
+def test_bad_machines_are_refused(path: tuple[str, ...], value: Any, words: str) -> None:
+    """A wrong unit, type, source or missing part names itself, its value and a remedy."""
+    data = copy.deepcopy(LAPTOP)
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is None:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    with pytest.raises(SpecError) as caught:
+        HardwareSpec.from_table(data, "laptop.toml")
+    assert words in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_wrong_unit_is_told_the_right_name() -> None:
+    """The hint names the field with its SI unit that was probably meant."""
+    data = copy.deepcopy(LAPTOP)
+    data["gpu"]["memory_gb_per_s"] = data["gpu"].pop("memory_bytes_per_s")
+    with pytest.raises(SpecError) as caught:
+        HardwareSpec.from_table(data, "laptop.toml")
+    assert "memory_bytes_per_s" in str(caught.value.hint)
+
+
+def test_overrides_are_marked_as_assumed() -> None:
+    """What the user sets replaces the number and its source; zero and missing parts are refused."""
+    spec = HardwareSpec.from_table(LAPTOP, "laptop.toml")
+    changed = spec.with_values("gpu", vram_bytes=6 * 2**30)
+    assert changed.gpu is not None
+    assert changed.gpu.vram_bytes == Quantity(6 * 2**30, Source.ASSUMED, "set by the user")
+    assert changed.cpu == spec.cpu
+    with pytest.raises(SpecError, match="not above 0"):
+        spec.with_values("gpu", vram_bytes=0)
+    bare = HardwareSpec.from_table(read_table(HARDWARE / "cpu-only-laptop.toml"), "bare.toml")
+    with pytest.raises(SpecError, match="has no gpu"):
+        bare.with_values("gpu", vram_bytes=1e9)
