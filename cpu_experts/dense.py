@@ -33,6 +33,8 @@ else:
 
 #: Positions that one item of attention looks at.
 CHUNK = 256
+#: Arguments of one type: numba compiles a function anew for every number written out in a call.
+_ZERO, _ONE, _FLOATS = np.int64(0), np.int64(1), np.int64(F32)
 
 
 @kernel(reassociate=True)
@@ -84,7 +86,7 @@ def multiply_strips(matrix, first, last, act, rows, buf, scale, add, out, out_at
     bias = floats_at(matrix["bias"], count)
     for s in range(first, last):
         dot_rows(
-            matrix["format"], weights, s * size, act, 0, rows, 0, 1, matrix["inner"], buf, 0
+            matrix["format"], weights, s * size, act, _ZERO, rows, _ZERO, _ONE, matrix["inner"], buf, _ZERO
         )
         columns = min(TILE, count - s * TILE)
         if matrix["bias"]:
@@ -109,7 +111,7 @@ def multiply_items(counter, at, matrix, act, rows, buf, scale, add, out):
         if first >= strips:
             break
         last = min(first + step, strips)
-        multiply_strips(matrix, first, last, act, rows, buf, scale, add, out, 0)
+        multiply_strips(matrix, first, last, act, rows, buf, scale, add, out, _ZERO)
         fetch_add(counter, at + 1)
     return -(-strips // step)
 
@@ -126,7 +128,7 @@ def project_items(counter, at, layer, act, rows, buf, qkv):
         if first >= strips:
             break
         last = min(first + step, strips)
-        multiply_strips(q, first, min(last, in_q), act, rows, buf, one, False, qkv, 0)
+        multiply_strips(q, first, min(last, in_q), act, rows, buf, one, False, qkv, _ZERO)
         first, last = max(first - in_q, 0), last - in_q
         multiply_strips(k, first, min(last, in_k), act, rows, buf, one, False, qkv, q["rows"])
         first, last = max(first - in_k, 0), last - in_k
@@ -178,7 +180,7 @@ def _append(layer, state, head, qkv, cos, sin, paired, key):
     values = floats_at(state["values"], layer["kv_heads"] * strips * capacity * TILE)
     q_size, k_size, clip = layer["q"]["rows"], layer["k"]["rows"], layer["clip"]
     _prepare(
-        layer["k_norm"], clip, qkv, q_size, k_size, head, dim, cos, sin, paired, key, 0
+        layer["k_norm"], clip, qkv, q_size, k_size, head, dim, cos, sin, paired, key, _ZERO
     )
     strip = (head * (capacity // TILE) + slot // TILE) * dim
     value_at = q_size + k_size + head * dim
@@ -229,7 +231,7 @@ def _attend(layer, state, head, chunk, queries, scores, rows, buf, parts, part_a
     act = queries.view(np.uint8)
     for p in range(base, stop, TILE):
         at = 4 * (head * capacity + p) * dim
-        dot_rows(F32, keys, at, act, 4 * dim, rows, 0, many, dim, buf, 0)
+        dot_rows(_FLOATS, keys, at, act, 4 * dim, rows, _ZERO, many, dim, buf, _ZERO)
         for t in range(many):
             for i in range(TILE):
                 scores[t * CHUNK + p - base + i] = buf[t * TILE + i]
@@ -241,7 +243,9 @@ def _attend(layer, state, head, chunk, queries, scores, rows, buf, parts, part_a
     act = scores.view(np.uint8)
     for s in range(strips):
         at = 4 * ((head * strips + s) * capacity + base) * TILE
-        dot_rows(F32, values, at, act, 4 * CHUNK, rows, 0, many, stop - base, buf, 0)
+        dot_rows(
+            _FLOATS, values, at, act, np.int64(4 * CHUNK), rows, _ZERO, many, stop - base, buf, _ZERO
+        )
         for t in range(many):
             for i in range(min(TILE, dim - s * TILE)):
                 parts[part_at + t, s * TILE + i] = buf[t * TILE + i]
@@ -299,7 +303,7 @@ def attention_items(
             _append(layer, state, head, qkv, cos, sin, paired, key)
         for t in range(many):
             _prepare(
-                layer["q_norm"], layer["clip"], qkv, 0, layer["q"]["rows"], head * many + t, dim,
+                layer["q_norm"], layer["clip"], qkv, _ZERO, layer["q"]["rows"], head * many + t, dim,
                 cos, sin, paired, queries, t * dim,
             )  # fmt: skip
         for i in range(many * dim):

@@ -32,7 +32,8 @@ from cpu_experts.kernels import _down_items, _up_items, wait_for
 
 #: Where a layer's counters start: whole cache lines apart, attention's last because it has
 #: one more for every key-value head.
-PROJECT, OUTPUT, ROUTE, EXPERTS, SHARED, ATTEND = range(0, 48, 8)
+PROJECT, OUTPUT, ROUTE, EXPERTS, SHARED, ATTEND = (np.int64(at) for at in range(0, 48, 8))
+_ZERO, _ONE = np.int64(0), np.int64(1)
 
 
 class Work(NamedTuple):
@@ -72,7 +73,7 @@ def _up(experts, counter, act, work, ids, active, h, buf):
     blocks = bytes_at(experts["at"], experts["count"] * experts["stride"])
     _up_items(
         counter, experts["format"], blocks, experts["stride"], experts["up_strip"],
-        experts["up_inner"], act, 0, experts["kind"], experts["alpha"], experts["limit"],
+        experts["up_inner"], act, _ZERO, experts["kind"], experts["alpha"], experts["limit"],
         experts["up_offset"], experts["gated"], experts["up_bias"], experts["intermediate"],
         experts["offset"], active, ids, work.firsts, work.zeros, h, experts["h_stride"], buf,
     )  # fmt: skip
@@ -90,7 +91,7 @@ def _down(experts, counter, work, ids, active, weights, h, buf):
         step, work.x_row, buf,
     )  # fmt: skip
     strips = -(-work.x.size // TILE)
-    wait_for(counter, 3, -(-strips // step))
+    wait_for(counter, np.int64(3), -(-strips // step))
 
 
 @kernel()
@@ -98,7 +99,7 @@ def _attention(layer, state, counter, cos, sin, paired, work, w):
     one = np.float32(1)
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
     q, o = layer["q"], layer["o"]
-    normalize(layer["norm"], work.x, 0, normed, 0)
+    normalize(layer["norm"], work.x, _ZERO, normed, _ZERO)
     act = activate(q["format"], q["offset"], normed, q["cols"], memory)
     items = project_items(counter, PROJECT, layer, act, work.rows, buf, work.qkv)
     wait_for(counter, PROJECT + 1, items)
@@ -122,7 +123,7 @@ def _feed_forward(layer, counter, work, w):
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
     ids, weights = work.my_ids[w], work.my_weights[w]
     one = np.float32(1)
-    normalize(layer["ffn_norm"], work.x, 0, normed, 0)
+    normalize(layer["ffn_norm"], work.x, _ZERO, normed, _ZERO)
     for i in range(work.x.size, -(-work.x.size // GROUP) * GROUP):
         normed[i] = 0
     share = layer["residual"] * one
@@ -145,12 +146,12 @@ def _feed_forward(layer, counter, work, w):
         _up(experts, counter[EXPERTS:], act, work, ids, top_k, work.h, buf)
     if shared["count"]:
         act = activate(shared["format"], shared["offset"], normed, work.x.size, memory)
-        _up(shared, counter[SHARED:], act, work, work.firsts, 1, work.h_shared, buf)
+        _up(shared, counter[SHARED:], act, work, work.firsts, _ONE, work.h_shared, buf)
     if top_k:
         _down(experts, counter[EXPERTS:], work, ids, top_k, weights, work.h, buf)
     if shared["count"]:
         weights[0] = share
-        _down(shared, counter[SHARED:], work, work.firsts, 1, weights, work.h_shared, buf)
+        _down(shared, counter[SHARED:], work, work.firsts, _ONE, weights, work.h_shared, buf)
 
 
 @kernel()
@@ -161,7 +162,7 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
         _feed_forward(layers[i], counter, work, w)
     last, normed = head[0], work.my_normed[w]
     matrix = last["matrix"]
-    normalize(last["norm"], work.x, 0, normed, 0)
+    normalize(last["norm"], work.x, _ZERO, normed, _ZERO)
     act = activate(matrix["format"], matrix["offset"], normed, matrix["cols"], work.my_act[w])
     scale = last["scale"] * np.float32(1)
     multiply_items(
@@ -178,4 +179,4 @@ def decode(layers, states, head, cos, sin, paired, work, logits, threads):
     """
     work.counters[:] = 0
     for w in prange(threads):
-        _walk(layers, states, head, cos, sin, paired, work, logits, w)
+        _walk(layers, states, head, cos, sin, paired, work, logits, np.int64(w))
