@@ -300,20 +300,21 @@ class Layer:
         for name in ("norm", "q", "k", "v", "o", "q_norm", "k_norm", "ffn_norm", "router"):
             part = getattr(self, name)
             if part is not None:
-                _fill(record[name], part.record())
+                fill_record(record[name], part.record())
         for name in ("experts", "shared"):
             part = getattr(self, name)
             if part is not None:
-                _fill(record[name], part.record(threads))
+                fill_record(record[name], part.record(threads))
         for name in ("heads", "kv_heads", "head_dim", "window", "scaling", "clip", "residual"):
             record[name] = getattr(self, name)
         record["sinks"] = _address(self.sinks)
 
 
-def _fill(record: Any, values: dict[str, Any]) -> None:
+def fill_record(record: Any, values: dict[str, Any]) -> None:
+    """Write values into a record of :mod:`cpu_experts.tables`, nested ones included."""
     for name, value in values.items():
         if isinstance(value, dict):
-            _fill(record[name], value)
+            fill_record(record[name], value)
         else:
             record[name] = value
 
@@ -348,7 +349,7 @@ class Decoder:
                 raise ShapeError(f"a layer of {sizes} in a decoder of {self.hidden}")
         self._norm, self._lm_head, self._paired = norm, lm_head, paired
         self._head = np.zeros(1, HEAD)
-        _fill(self._head[0], {"norm": norm.record(), "matrix": lm_head.record(), "scale": scale})
+        fill_record(self._head[0], {"norm": norm.record(), "matrix": lm_head.record(), "scale": scale})
         self._table = np.zeros(len(self.layers), LAYER)
         self._threads = 0
         self._work: onetoken.Work | None = None

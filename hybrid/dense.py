@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpu_experts.ffn import linear
+from cpu_experts.experts import ExpertShape
+from cpu_experts.ffn import linear, run_experts
 from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, strip_bytes, unpack
 from hybrid.errors import UnsupportedModelError
-from hybrid.families import ExpertsSpec
+from hybrid.families import ExpertsSpec, recognise_gating
 
 
 class _Packed(nn.Module):
@@ -79,6 +80,103 @@ class QuantizedEmbedding(_Packed):
         rows = unpack(strips.reshape(-1), len(wanted) * TILE, self.cols, self.weight_format)
         chosen = rows[np.arange(len(wanted)) * TILE + wanted % TILE]
         return torch.from_numpy(chosen).to(self.dtype).view(*ids.shape, self.cols)
+
+
+class PackedMlp(nn.Module):
+    """A gated MLP as one expert's block, run by the experts' kernels."""
+
+    def __init__(self, block: Tensor, shape: ExpertShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.block = nn.Parameter(block, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.detach().reshape(-1, self.shape.hidden).float().contiguous()
+        ids = torch.zeros(len(flat), 1, dtype=torch.int64)
+        out = torch.zeros_like(flat)
+        block = self.block.numpy()[None]
+        run_experts(
+            flat.numpy(), ids.numpy(), torch.ones(ids.shape).numpy(), block, self.shape, out.numpy()
+        )
+        return out.view(x.shape).to(x.dtype)
+
+
+def pack_linear(linear: nn.Linear) -> QuantizedLinear:
+    """Lay an ordinary linear layer's weights out for the kernels, without rounding them.
+
+    As bfloat16 where that holds every one of them (they were stored so), as float32 elsewhere.
+    """
+    weight = linear.weight.detach()
+    short = weight.bfloat16()
+    exact = weight.dtype == torch.bfloat16 or torch.equal(short.to(weight.dtype), weight)
+    values = short if exact else weight.float()
+    rows, cols = weight.shape
+    strips = nn.functional.pad(values, (0, 0, 0, -rows % TILE)).view(-1, TILE, cols)
+    packed = strips.transpose(1, 2).contiguous().view(torch.uint8).reshape(-1)
+    new = QuantizedLinear(rows, cols, "bf16" if exact else "f32", linear.bias)
+    new.packed = nn.Parameter(packed, requires_grad=False)
+    return new
+
+
+def pack_tied(model: Any) -> None:
+    """Pack an lm_head that shares its weights with the input embedding, for both."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is not nn.Linear or type(embedding) is not nn.Embedding:
+        return
+    if head.weight.data_ptr() == embedding.weight.data_ptr():
+        packed = pack_linear(head)
+        new = QuantizedEmbedding(
+            packed.rows, packed.cols, packed.weight_format, embedding.weight.dtype
+        )
+        new.packed = packed.packed
+        model.set_output_embeddings(packed)
+        model.set_input_embeddings(new)
+        model.all_tied_weights_keys = {}
+
+
+def pack_mlp(mlp: Any) -> PackedMlp | None:
+    """Return a gated MLP as one expert; None when the kernels have no such expert."""
+    parts = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        module = getattr(mlp, name, None)
+        module = pack_linear(module) if type(module) is nn.Linear else module
+        if type(module) is not QuantizedLinear:
+            return None
+        parts.append(module)
+    gate, up, down = parts
+    biases = [part.bias is not None for part in parts]
+    if len({part.weight_format for part in parts}) > 1 or any(biases) != all(biases):
+        return None
+    shape = ExpertShape(
+        hidden=up.cols, intermediate=up.rows, format=up.weight_format, bias=all(biases)
+    )
+    spec = ExpertsSpec(
+        path="",
+        module=mlp,
+        experts=1,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        gated=True,
+        bias=shape.bias,
+        up=("gate_proj", "up_proj"),
+        down="down_proj",
+    )
+    known = recognise_gating(spec, shape)
+    if known is None:
+        return None
+    block = torch.zeros(known.block_bytes, dtype=torch.uint8)
+    strips = [side.packed.view(-1, known.up_strip_bytes) for side in (gate, up)]
+    sides = block[: known.up_rows // TILE * known.up_strip_bytes]
+    for at, side in enumerate(strips):
+        sides.view(-1, 2, known.up_strip_bytes)[: len(side), at] = side
+    block[known.down_offset : known.down_offset + down.packed.numel()] = down.packed
+    if known.bias:
+        floats = block[known.bias_offset :].view(torch.float32)
+        for at, part in enumerate((gate, up)):
+            bias = nn.functional.pad(part.bias.float(), (0, -part.rows % GROUP))
+            floats[: known.up_rows].view(-1, 2, TILE)[:, at] = bias.view(-1, TILE)
+        floats[known.up_rows : known.up_rows + down.rows] = down.bias.float()
+    return PackedMlp(block, known)
 
 
 def dense_matrices(model: Any, specs: Iterable[ExpertsSpec]) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,186 @@
+"""The fast path for one token: under ``generate()``, around transformers' modelling code.
+
+A model's ``forward`` is wrapped. A call with one new token of one sequence goes through the
+one-token kernels, everything else through transformers; both write the same cache. Which path
+a model has is decided once, when it is loaded, by computing a few tokens both ways.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from cpu_experts.decoder import Decoder
+from hybrid.decoder_parts import UnfitError, read_decoder, rotary_row
+from hybrid.kv_cache import Sequence, can_share
+
+#: Positions whose rotary embedding is computed at a time.
+_POSITIONS = 512
+#: Kinds of rotary embedding whose angles depend on how long the sequence is by now.
+_GROWING = ("dynamic", "longrope")
+#: How far the two paths' logits may be apart, relative to their spread. Rounding of
+#: activations to int8 differs by single steps between them, which is well below this.
+_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.1}
+#: Arguments of ``forward`` that the fast path understands or that change nothing for it.
+_KNOWN = {
+    *("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+    *("return_dict", "logits_to_keep", "cache_position"),
+}
+
+
+@dataclass(frozen=True)
+class DecodePath:
+    """Which path single tokens take, and why.
+
+    Attributes
+    ----------
+    fast
+        Whether it is the one-token kernels.
+    reason
+        What was found when the model was loaded.
+    """
+
+    fast: bool
+    reason: str
+
+
+class FastDecoder:
+    """A loaded model's one-token path.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers.
+    decoder
+        What it computes, for the kernels.
+    pairs
+        How many pairs its rotary embedding turns.
+    """
+
+    def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
+        self.decoder = decoder
+        self._base = model.get_decoder()
+        self._config = model.config
+        self._dtype = model.dtype
+        self._pairs = pairs
+        self._scale = float(getattr(self._base, "embedding_multiplier", 1.0))
+        self._shapes = [(layer.kv_heads, layer.head_dim) for layer in decoder.layers]
+        self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in _GROWING
+        self._angles: list[tuple[Any, Any]] = []
+
+    def takes(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call of ``forward`` is one new token of one sequence and nothing special."""
+        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        if not isinstance(ids, Tensor) or ids.shape != (1, 1) or ids.device.type != "cpu":
+            return False
+        if any(value not in (None, False) for name, value in arguments.items() if name not in _KNOWN):
+            return False
+        wanted = ("output_attentions", "output_hidden_states", "output_router_logits")
+        if any(getattr(self._config, name, False) for name in wanted):
+            return False
+        if arguments.get("return_dict") is False or arguments.get("use_cache") is False:
+            return False
+        mask = arguments.get("attention_mask")
+        if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
+            return False
+        return can_share(cache, len(self._shapes)) and not torch.is_grad_enabled()
+
+    def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast:
+        """Compute the token of a call that :meth:`takes`."""
+        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        sequence = Sequence.of(cache, self.decoder.new_cache)
+        given = arguments.get("position_ids")
+        position = int(cache.get_seq_length() if given is None else given)
+        if sequence.plain:
+            sequence.pack(self._shapes, self._dtype)
+        x = self._base.embed_tokens(ids).detach().float().reshape(-1)
+        if self._scale != 1.0:
+            x = x * self._scale
+        cos, sin = self._rotary(position)
+        logits = torch.empty(1, 1, self.decoder.vocabulary)
+        self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
+        sequence.advance()
+        return MoeCausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
+
+    def _rotary(self, position: int) -> tuple[Any, Any]:
+        if self._growing:
+            return self._turn(torch.tensor([[position]]))[0]
+        while position >= len(self._angles):
+            start = len(self._angles)
+            self._angles += self._turn(torch.arange(start, start + _POSITIONS)[None])
+        return self._angles[position]
+
+    def _turn(self, positions: Tensor) -> list[tuple[Any, Any]]:
+        cos, sin = self._base.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
+        return [
+            (rotary_row(c, self._pairs), rotary_row(s, self._pairs))
+            for c, s in zip(cos[0], sin[0], strict=True)
+        ]
+
+
+def install_fast_decode(model: Any) -> DecodePath:
+    """Give a loaded model the fast path if its decoder is one that the kernels compute.
+
+    Returns, and keeps as ``model.hybrid_decode``, which path it has. A model that should have
+    the fast path and fails its test says so on stderr.
+    """
+    try:
+        decoder, pairs = read_decoder(model)
+    except UnfitError as unfit:
+        return _settle(model, DecodePath(False, str(unfit)))
+    fast = FastDecoder(model, decoder, pairs)
+    distance = _distance(model, fast)
+    limit = _TOLERANCE.get(model.dtype, max(_TOLERANCE.values()))
+    if not distance <= limit:
+        path = DecodePath(
+            False, f"its logits differ by {distance:.2g} of their spread, more than {limit:.2g}"
+        )
+        print(f"hybrid: single tokens take the slow path: {path.reason}", file=sys.stderr)
+        return _settle(model, path)
+    _wrap(model, fast)
+    return _settle(
+        model, DecodePath(True, f"tested: logits within {distance:.1g} of their spread")
+    )
+
+
+def _settle(model: Any, path: DecodePath) -> DecodePath:
+    model.hybrid_decode = path
+    return path
+
+
+@torch.no_grad()
+def _distance(model: Any, fast: FastDecoder) -> float:
+    """Compute a few tokens both ways; the middle one of the logits' relative distances."""
+    ids = torch.arange(1, 4)[None] % model.config.get_text_config().vocab_size
+    caches = [DynamicCache(config=model.config.get_text_config()) for _ in range(2)]
+    for cache in caches:
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    distances = []
+    for token in ids[0]:
+        call = {"input_ids": token.reshape(1, 1), "past_key_values": caches[0]}
+        slow = model(**call, use_cache=True).logits.float().reshape(-1)
+        quick = fast.forward(call | {"past_key_values": caches[1]}).logits.float().reshape(-1)
+        spread = (slow - slow.mean()).norm()
+        distances.append(float((quick - slow).norm() / spread) if spread > 0 else float("nan"))
+    return sorted(distances)[1]
+
+
+def _wrap(model: Any, fast: FastDecoder) -> None:
+    """Put the fast path in front of ``model.forward``; its signature stays."""
+    slow = model.forward
+
+    @functools.wraps(slow)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not args and fast.takes(kwargs):
+            return fast.forward(kwargs)
+        return slow(*args, **kwargs)
+
+    model.forward = forward
+    model.hybrid_fast_decoder = fast

@@ -1,0 +1,318 @@
+"""Reads a transformers decoder into the values that the one-token kernels take.
+
+Nothing is believed by name alone: norms, routers and rotary embeddings are run on samples and
+compared with the formula that the kernels would use in their place.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from cpu_experts import dense as kernels
+from cpu_experts import tables
+from cpu_experts.decoder import Decoder, Experts, Layer, Matrix, Norm, Router, fill_record
+from cpu_experts.errors import CpuExpertsError
+from cpu_experts.formats import F32
+from hybrid.dense import PackedMlp, QuantizedLinear, pack_linear, pack_mlp, pack_tied
+
+
+class UnfitError(Exception):
+    """Why a model's decoder is none that the one-token kernels know."""
+
+
+def _floats(tensor: Tensor | None) -> F32 | None:
+    if tensor is None:
+        return None
+    return tensor.detach().float().reshape(-1).contiguous().numpy().copy()
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    tolerance = 2e-2 if wanted.dtype == torch.bfloat16 else 1e-4
+    return torch.allclose(found.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+
+
+def _sample(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _only(module: nn.Module, allowed: str, what: str) -> None:
+    strange = [name for name, _ in module.named_children() if name not in allowed.split()]
+    if strange:
+        raise UnfitError(f"{what} has {', '.join(strange)}")
+
+
+def read_norm(module: Any) -> Norm:
+    """Return a norm, a weight that means ``1 + weight`` folded in."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if eps is None or getattr(module, "weight", None) is None:
+        raise UnfitError(f"{type(module).__name__} has no eps or no weight")
+    weight = module.weight.detach()
+    x = _sample(3, weight.numel()).to(weight.dtype) * 2 + 1
+    wanted = module(x)
+    bias = getattr(module, "bias", None)
+    for offset, centered in product((0.0, 1.0), (False, True)):
+        y = x.float() - (x.float().mean(-1, keepdim=True) if centered else 0)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (weight.float() + offset)
+        if _close(y if bias is None else y + bias.float(), wanted):
+            folded = np.ascontiguousarray((weight.float() + offset).numpy())
+            return Norm(weight=folded, eps=float(eps), bias=_floats(bias), centered=centered)
+    raise UnfitError(f"{type(module).__name__} is another norm")
+
+
+def _matrix(owner: Any, name: str) -> Matrix:
+    """Return a projection, its module replaced by a packed one where it is not yet."""
+    module = getattr(owner, name)
+    if type(module) is nn.Linear:
+        module = pack_linear(module)
+        setattr(owner, name, module)
+    if type(module) is not QuantizedLinear:
+        raise UnfitError(f"{name} is a {type(module).__name__}")
+    return Matrix(
+        weight=module.packed.numpy(),
+        rows=module.rows,
+        cols=module.cols,
+        format=module.weight_format,
+        bias=_floats(module.bias),
+    )
+
+
+def _packed_rows(weight: Tensor, bias: Tensor | None) -> Matrix:
+    rows, cols = weight.shape
+    linear = nn.Linear(cols, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    module = pack_linear(linear)
+    return Matrix(
+        weight=module.packed.numpy(),
+        rows=rows,
+        cols=cols,
+        format=module.weight_format,
+        bias=_floats(bias),
+    )
+
+
+def read_router(module: Any, shared_gate: Tensor | None) -> Router:
+    """Return a router: the parameters that choose as the family's own code does."""
+    weight = module.weight.detach()
+    bias = getattr(module, "bias", None)
+    rows = weight if shared_gate is None else torch.cat((weight, shared_gate.detach().to(weight)))
+    if shared_gate is not None and bias is not None:
+        bias = torch.cat((bias, torch.zeros(1).to(bias)))
+    matrix = _packed_rows(rows, bias)
+    x = _sample(24, weight.shape[1]).to(weight.dtype)
+    outputs = module(x)
+    if not isinstance(outputs, tuple) or len(outputs) != 3:
+        raise UnfitError(f"{type(module).__name__} returns something else than three tensors")
+    logits, weights, ids = outputs
+    logits = torch.nn.functional.linear(x.float(), weight.float(), getattr(module, "bias", None))
+    wanted = _as_rows(ids, weights, weight.shape[0])
+    base = Router(
+        matrix=matrix,
+        experts=weight.shape[0],
+        top_k=ids.shape[-1],
+        gated_shared=shared_gate is not None,
+    )
+    for candidate in _router_candidates(module, base):
+        # In bfloat16 the family's own choice between near equals is a matter of rounding.
+        same = [
+            _close(a, b) for a, b in zip(_choices(candidate, logits), wanted, strict=True)
+        ]
+        if sum(same) >= (len(same) if weight.dtype == torch.float32 else 0.8 * len(same)):
+            return candidate
+    raise UnfitError(f"{type(module).__name__} chooses in another way")
+
+
+def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    return torch.zeros(ids.shape[0], experts).scatter_(1, ids, weights.float())
+
+
+def _choices(router: Router, logits: Tensor) -> Tensor:
+    record = np.zeros(1, tables.ROUTER)
+    fill_record(record[0], router.record())
+    rows = []
+    for row in logits.detach().float().numpy():
+        ids = np.zeros(max(router.top_k, router.groups), np.int64)
+        weights = np.zeros(ids.size, np.float32)
+        scratch = np.zeros((2, router.experts), np.float32)
+        kernels.route(record[0], np.ascontiguousarray(row), ids, weights, scratch[0], scratch[1])
+        k = router.top_k
+        rows.append(
+            _as_rows(torch.from_numpy(ids[None, :k]), torch.from_numpy(weights[None, :k]), len(row))
+        )
+    return torch.cat(rows)
+
+
+def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
+    statics = getattr(module, "moe_statics", module)
+    correction = _floats(getattr(statics, "e_score_correction_bias", None))
+    scales = {1.0, float(getattr(module, "routed_scaling_factor", None) or 1.0)}
+    groups = int(getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1)
+    top_groups = int(getattr(module, "topk_group", None) or 1)
+    floor = float(getattr(module, "norm_min", 1e-20))
+    scorings = (tables.SOFTMAX, tables.SOFTMAX_OF_CHOSEN, tables.SIGMOID)
+    for scoring, normalize, scale in product(scorings, (True, False), sorted(scales)):
+        yield replace(
+            base,
+            scoring=scoring,
+            normalize=normalize,
+            scale=scale,
+            floor=floor,
+            correction=correction,
+            groups=groups,
+            top_groups=top_groups,
+        )
+    jitter = getattr(module, "router_jitter_noise", None)
+    if jitter is not None and base.top_k == 2:
+        yield replace(base, scoring=tables.SPARSEMIXER, jitter=float(jitter))
+
+
+def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
+    """Return whether the rotary embedding turns neighbours (or halves), and how many pairs.
+
+    Families give cosines once for every pair, or all of them twice in a row.
+    """
+    code = sys.modules[type(model).__module__]
+    if not hasattr(code, "apply_rotary_pos_emb"):
+        raise UnfitError(f"{code.__name__} has no apply_rotary_pos_emb")
+    q = _sample(1, 1, 1, head_dim)
+    cos, sin = rotary(q, torch.tensor([[5]]))
+    wanted, _ = code.apply_rotary_pos_emb(q, q, cos, sin)
+    for pairs, paired in product((cos.numel() // 2, cos.numel()), (False, True)):
+        turned = q.reshape(-1).numpy().copy()
+        if 2 * pairs <= head_dim:
+            angles = (rotary_row(cos, pairs), rotary_row(sin, pairs))
+            kernels.rotate(turned, np.int64(0), *angles, paired)
+            if _close(torch.from_numpy(turned), wanted.reshape(-1)):
+                return paired, pairs
+    raise UnfitError("the rotary embedding turns in another way")
+
+
+def rotary_row(values: Tensor, pairs: int) -> F32:
+    """Return one position's cosines or sines, ``[pairs]`` float32."""
+    return np.ascontiguousarray(values.detach().float().reshape(-1)[:pairs].numpy())
+
+
+def _shared(block: Any) -> tuple[Experts | None, Tensor | None]:
+    """The shared expert of a block, packed, and the row that weighs it."""
+    for name in ("shared_expert", "shared_experts", "shared_mlp"):
+        if getattr(block, name, None) is not None:
+            gate = getattr(block, "shared_expert_gate", None)
+            return _mlp(block, name), None if gate is None else gate.weight
+    return None, None
+
+
+def _mlp(owner: Any, name: str) -> Experts:
+    module = getattr(owner, name)
+    if not isinstance(module, PackedMlp):
+        _only(module, "gate_proj up_proj down_proj act_fn", f"{name} ({type(module).__name__})")
+        packed = pack_mlp(module)
+        if packed is None:
+            raise UnfitError(f"{type(module).__name__} has another form than gate, up and down")
+        setattr(owner, name, packed)
+        module = packed
+    return Experts(blocks=module.block.numpy()[None], shape=module.shape)
+
+
+def _read_layer(layer: Any, window: int) -> Layer:
+    _only(
+        layer,
+        "self_attn input_layernorm post_attention_layernorm mlp block_sparse_moe",
+        f"a layer ({type(layer).__name__})",
+    )
+    attention = layer.self_attn
+    _only(
+        attention,
+        "q_proj k_proj v_proj o_proj q_norm k_norm rotary_emb rotary_fn",
+        f"attention ({type(attention).__name__})",
+    )
+    name = "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
+    block = getattr(layer, name)
+    router = experts = None
+    if hasattr(block, "experts"):
+        _only(
+            block,
+            "gate router experts shared_expert shared_experts shared_expert_gate",
+            f"the experts' block ({type(block).__name__})",
+        )
+        runner = getattr(block.experts, "hybrid_experts", None)
+        if runner is None or runner.own_gating:
+            raise UnfitError("the experts' activation has no kernel")
+        shared, shared_gate = _shared(block)
+        router = read_router(block.gate if hasattr(block, "gate") else block.router, shared_gate)
+        experts = Experts(blocks=runner.blocks, shape=runner.shape)
+    else:
+        shared = _mlp(layer, name)
+    head_dim = attention.head_dim
+    q, k, v, o = (_matrix(attention, f"{x}_proj") for x in "qkvo")
+    clip = getattr(attention.config, "clip_qkv", None)
+    norms = [
+        read_norm(module) if isinstance(module, nn.Module) else None
+        for module in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+    ]
+    return Layer(
+        norm=read_norm(layer.input_layernorm),
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        heads=q.rows // head_dim,
+        kv_heads=k.rows // head_dim,
+        head_dim=head_dim,
+        scaling=float(attention.scaling),
+        q_norm=norms[0],
+        k_norm=norms[1],
+        sinks=_floats(getattr(attention, "sinks", None)),
+        window=window,
+        clip=float("inf") if clip is None else float(clip),
+        residual=float(getattr(layer, "residual_multiplier", 1.0)),
+        ffn_norm=read_norm(layer.post_attention_layernorm),
+        router=router,
+        experts=experts,
+        shared=shared,
+    )
+
+
+def read_decoder(model: Any) -> tuple[Decoder, int]:
+    """Describe a causal language model's decoder; its dense weights are packed on the way.
+
+    Returns the decoder, and how many pairs its rotary embedding turns.
+
+    Raises
+    ------
+    UnfitError
+        When some part of it is none that the kernels compute.
+    """
+    base, config = model.get_decoder(), model.config.get_text_config()
+    _only(base, "embed_tokens layers norm rotary_emb", f"the decoder ({type(base).__name__})")
+    if not hasattr(base, "rotary_emb"):
+        raise UnfitError("there is no single rotary embedding")
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise UnfitError("dense weights are not on the CPU")
+    kinds = DynamicCache(config=config).layers
+    if any(type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds):
+        raise UnfitError("its cache keeps something else than keys and values")
+    windows = [int(getattr(kind, "sliding_window", 0)) for kind in kinds] or [0] * len(base.layers)
+    pack_tied(model)
+    try:
+        layers = [
+            _read_layer(layer, window) for layer, window in zip(base.layers, windows, strict=True)
+        ]
+        paired, pairs = read_rotary(model, base.rotary_emb, layers[0].head_dim)
+        decoder = Decoder(
+            layers,
+            norm=read_norm(base.norm),
+            lm_head=_matrix(model, "lm_head"),
+            scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
+            paired=paired,
+        )
+        return decoder, pairs
+    except (CpuExpertsError, AttributeError) as error:
+        raise UnfitError(str(error).splitlines()[0]) from error
