@@ -8,6 +8,7 @@ hash of all of these is part of the key.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,21 @@ def _salt() -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
+def _announce() -> None:
+    """Say once that this start takes longer than the next one."""
+    logging.getLogger("cpu_experts").info(
+        "compiling the kernels for this processor (%s); later starts reuse them", host_level()
+    )
+
+
 class _SaltedCache(FunctionCache):  # type: ignore[misc]
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = super().load_overload(sig, target_context)
+        if found is None:
+            _announce()
+        return found
+
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return (*super()._index_key(sig, codegen), _salt())
 
