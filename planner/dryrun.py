@@ -49,8 +49,8 @@ class Rule:
         Places one layer's experts.
     policy
         Makes the cache policy for a routing.
-    prefetch
-        Whether idle link time is used.
+    prefetch, refill
+        What idle link time is used for; see ``Simulator``.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Rule:
     scheduler: Scheduler
     policy: Callable[[Request, Routing], Policy]
     prefetch: bool = False
+    refill: bool = False
 
     def run(
         self,
@@ -76,7 +77,15 @@ class Rule:
                 for expert in (-cache.value(layer)).argsort(kind="stable")[:slots].tolist():
                     cache.admit(layer, expert)
         simulator = Simulator(
-            cost, placed, routing, cache, self.scheduler, self.prefetch, record, shares
+            cost,
+            placed,
+            routing,
+            cache,
+            self.scheduler,
+            prefetch=self.prefetch,
+            refill=self.refill,
+            record=record,
+            shares=shares,
         )
         return simulator.simulate(request.prompt, request.batch)
 
@@ -110,14 +119,23 @@ def _hindsight(request: Request, routing: Routing) -> Policy:
     return _Hindsight(np.sort(routing.decode[:, :, 0], axis=-1), request.model.experts.count)
 
 
-OURS = Rule("hybrid", "exact schedule, MRS cache, prefetch", schedule, _mrs, prefetch=True)
+OURS = Rule(
+    "hybrid", "exact schedule, MRS cache, prefetch", schedule, _mrs, prefetch=True, refill=True
+)
 RULES = (
     Rule("all CPU", "every expert on the CPU", all_cpu, _popular),
     Rule("on demand", "every expert copied to the GPU, LRU cache", on_demand, _lru),
     Rule(
         "static split", "the most used, known in hindsight, stay on the GPU", static_split, _popular
     ),
-    Rule("oracle cache", "our schedule, a cache that knows the future", schedule, _hindsight),
+    Rule(
+        "oracle cache",
+        "ours with a cache that knows the future",
+        schedule,
+        _hindsight,
+        prefetch=True,
+        refill=True,
+    ),
 )
 
 

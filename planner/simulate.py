@@ -79,8 +79,10 @@ class Simulator:
     scheduler
         Ours, or a baseline.
     prefetch
-        Whether idle link time copies experts: first those the next layer will likely use, then
-        those of this layer that the CPU computed and the cache would rather hold.
+        Whether idle link time copies experts that the next layer will likely use.
+    refill
+        Whether what is left of it copies experts that the CPU computed and the cache values
+        above whom it evicts.
     record
         How many decode steps to keep events of, besides the prefill's; none at all when 0.
     shares
@@ -96,6 +98,7 @@ class Simulator:
         cache: ExpertCache | None,
         scheduler: Scheduler = schedule,
         prefetch: bool = False,
+        refill: bool = False,
         record: int = 0,
         shares: Sequence[float] | None = None,
     ) -> None:
@@ -105,6 +108,7 @@ class Simulator:
         self.cache = cache
         self.scheduler = scheduler
         self.prefetch = prefetch
+        self.refill = refill
         self.record = record
         link = cost.hardware.link
         self._slowdown = link.cpu_slowdown.value if link else 1.0
@@ -208,7 +212,7 @@ class Simulator:
             for expert in self._prefetcher.resolve(layer, choice.ids):
                 cache.unpin(layer, expert)
             self._admit(cache, [(layer, expert) for expert in plan.copies])
-            if self.prefetch:
+            if self.prefetch or self.refill:
                 idle_s = plan.makespan_s + mixer_s - link_end_s
                 idle_copies = self._use_idle_link(cache, plan, idle_s, residency)
                 link_end_s += len(idle_copies) * self.cost.experts.copy_s()
@@ -235,13 +239,13 @@ class Simulator:
             return []
         chosen: list[tuple[int, int]] = []
         following = self._following.get(plan.layer)
-        if following is not None and self._guess is not None:
+        if self.prefetch and following is not None and self._guess is not None:
             ahead = Ahead(following, self._probability(self._guess[following]), idle_s)
             chosen = [(f.layer, f.expert) for f in self._prefetcher.choose([ahead], cache)]
             for layer, expert in chosen:
                 self._take(cache, layer, expert)
                 cache.pin(layer, expert)
-        if len(chosen) < room:
+        if self.refill and len(chosen) < room:
             value = cache.value(plan.layer)
             missing = [expert for expert in plan.cpu if expert not in residency]
             missing.sort(key=lambda expert: -value[expert])

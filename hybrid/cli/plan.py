@@ -136,10 +136,11 @@ def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
     data = read_table(path) if path.is_file() else resolve(path.name, "experiments")
     experiment = read_experiment(data, path.name, find_model, find_hardware)
     outcomes = run_experiment(experiment)
+    other = run_experiment(experiment, experiment.what_if[1]) if experiment.what_if else []
     if as_json:
-        print(json.dumps(experiment_dict(experiment, outcomes), indent=2))
+        print(json.dumps(experiment_dict(experiment, outcomes, other), indent=2))
     else:
-        _deliver(experiment_tables(experiment, outcomes), markdown=markdown)
+        _deliver(experiment_tables(experiment, outcomes, other), markdown=markdown)
 
 
 def _missing(model: str) -> None:
