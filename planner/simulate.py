@@ -141,7 +141,7 @@ class Simulator:
         self._busy_s.clear()
         self._layers = [Counter() for _ in self._layers]
         self._refilled = 0
-        if self.prefetch:
+        if self.prefetch and self.cache:
             self._prefetcher = self._value_prefetch()
         decode = []
         for at, choices in enumerate(steps):
