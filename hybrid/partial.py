@@ -102,10 +102,10 @@ class Partial:
 
     def finish(self) -> None:
         """Flush everything and give the directory its final name."""
-        (self.path / _JOURNAL).unlink()
         for path in sorted(self.path.rglob("*")):
             if path.is_file():
                 sync(path)
+        (self.path / _JOURNAL).unlink()
         sync(self.path)
         if self.dst.exists():
             self.dst.rmdir()
