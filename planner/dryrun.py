@@ -29,9 +29,9 @@ from planner.spec import Estimate, Source, weakest
 
 RECORDED = 4
 """Decode steps whose events are kept for the timeline, after the prompt's."""
-COMPARED_LAYERS = 8
+COMPARED_LAYERS = 4
 """Layers that stand for all when other rules and requests are compared with ours."""
-COMPARED_TOKENS = 16
+COMPARED_TOKENS = 12
 """Decode steps of those comparisons."""
 WORTHWHILE = 1.01
 """A change is named when it makes tokens at least this many times as fast."""
@@ -69,13 +69,15 @@ class Rule:
         shares: Sequence[float] | None = None,
     ) -> Run:
         """Simulate ``request`` under this rule; slots start with what the policy values most."""
-        cost = request.cost()
+        cost = request.cost
         cache = None
         if cost.on_gpu:
             cache = ExpertCache(self.policy(request, routing), placed.slots)
-            for layer, slots in enumerate(placed.slots):
-                for expert in (-cache.value(layer)).argsort(kind="stable")[:slots].tolist():
-                    cache.admit(layer, expert)
+            moe = [i for i, layer in enumerate(request.model.layers) if layer.moe]
+            for number, (index, slots) in enumerate(zip(moe, placed.slots, strict=True)):
+                if shares is None or shares[index]:
+                    for expert in (-cache.value(number)).argsort(kind="stable")[:slots].tolist():
+                        cache.admit(number, expert)
         simulator = Simulator(
             cost,
             placed,
@@ -230,7 +232,7 @@ def dry_run(request: Request) -> PlanResult:
     if not placed.fits:
         return PlanResult(request, placed, None, tuple(advice.remedies(request)))
     routing = request.routing()
-    cost = request.cost()
+    cost = request.cost
     run = OURS.run(request, placed, routing, record=RECORDED)
     terms = _estimates(cost, run.decode_terms(), request.batch)
     prefill = _estimates(cost, run.prefill.terms, request.prompt * request.batch)

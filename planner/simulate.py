@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.cache import ExpertCache
 from planner.cost import CostModel
-from planner.decode_table import DecodeTable
 from planner.memory import Fit
 from planner.outcome import CPU, DENSE, DISK, GPU, HEAD, LINK, MIXER, Event, Run, Step
 from planner.plan import LayerPlan
@@ -33,18 +32,23 @@ Scheduler = Callable[[LayerWork, Collection[int], LayerCost], LayerPlan]
 class RamCache:
     """Which experts RAM holds when it cannot hold all: the least recently used is dropped.
 
+    It starts full, with the first experts of every layer.
+
     Parameters
     ----------
     share
         Part of the experts that fits.
-    count
-        Experts of all layers.
+    layers
+        Which MoE layers there are.
+    experts
+        Experts of each.
     """
 
-    def __init__(self, share: float, count: int) -> None:
-        self._capacity = count if share >= 1 else int(share * count)
+    def __init__(self, share: float, layers: Sequence[int], experts: int) -> None:
+        self._capacity = int(share * len(layers) * experts)
         self._holds_all = share >= 1
-        self._held: OrderedDict[tuple[int, int], None] = OrderedDict()
+        every = ((layer, expert) for expert in range(experts) for layer in layers)
+        self._held = OrderedDict.fromkeys(islice(every, 0 if self._holds_all else self._capacity))
 
     def read(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Use experts of a layer; return those that had to come from disk."""
@@ -116,7 +120,6 @@ class Simulator:
         self._link_free_s = 0.0
         self._arrival_s: dict[tuple[int, int], float] = {}
         self._recording = False
-        self._tables: dict[float, DecodeTable] = {}
         self._share = 1.0
         self._guess: NDArray[np.int64] | None = None
         moe = [
@@ -124,7 +127,7 @@ class Simulator:
         ]
         simulated = [number for number, share in enumerate(moe) if share]
         self._following = dict(pairwise(simulated))
-        self._ram = RamCache(fit.in_ram, cost.model.experts.count * len(simulated))
+        self._ram = RamCache(fit.in_ram, simulated, cost.model.experts.count)
         self._layers: list[Counter[str]] = [Counter() for _ in range(cost.model.moe_layers)]
         self._events: list[Event] = []
         self._busy_s: defaultdict[str, float] = defaultdict(float)
@@ -261,7 +264,9 @@ class Simulator:
             self.cost.ffn(layer, 1).value for layer in self.cost.model.layers if layer.moe
         )
         experts = self.cost.experts
-        return ValuePrefetch(self._table(shared_s).by_hits(), experts.copy_s(), experts.bytes)
+        return ValuePrefetch(
+            self.cost.decode_table(shared_s).by_hits(), experts.copy_s(), experts.bytes
+        )
 
     def _probability(self, guess: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a predictor that names ``guess`` and is right ``RECALL`` of the time believes."""
@@ -294,14 +299,7 @@ class Simulator:
         """Ask the scheduler; steps of equal loads are looked up in decode's table."""
         if self.scheduler is not schedule or len({load for _, load in work.loads}) != 1:
             return self.scheduler(work, residency, self.cost.experts)
-        return self._table(work.gpu_free_s).plan(work, residency)
-
-    def _table(self, gpu_free_s: float) -> DecodeTable:
-        """Decode's plans for a layer whose shared expert takes ``gpu_free_s``."""
-        if gpu_free_s not in self._tables:
-            top_k = self.cost.model.experts.top_k
-            self._tables[gpu_free_s] = DecodeTable(self.cost.experts, top_k, gpu_free_s=gpu_free_s)
-        return self._tables[gpu_free_s]
+        return self.cost.decode_table(work.gpu_free_s).plan(work, residency)
 
     def _cpu_only(self, work: LayerWork) -> LayerPlan:
         """Everything on the CPU, the shared expert first."""

@@ -184,13 +184,13 @@ def test_experts_on_disk_cost_reading_time() -> None:
 
 
 def test_ram_cache_is_lru() -> None:
-    """It holds the stated share and forgets what was used longest ago; all of it reads nothing."""
-    cache = RamCache(0.5, 4)
-    assert cache.read(0, [1, 2]) == [1, 2]
-    assert cache.read(0, [1]) == []
-    assert cache.read(0, [3]) == [3]
+    """It starts with the first experts and forgets what was used longest ago."""
+    cache = RamCache(0.5, [0], 4)
+    assert cache.read(0, [0, 1]) == []
     assert cache.read(0, [2]) == [2]
-    assert RamCache(1.0, 4).read(0, [1, 2, 3]) == []
+    assert cache.read(0, [1]) == []
+    assert cache.read(0, [0]) == [0]
+    assert RamCache(1.0, [0], 4).read(0, [1, 2, 3]) == []
 
 
 def test_sampled_layers_stand_for_all() -> None:
