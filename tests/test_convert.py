@@ -232,7 +232,7 @@ def test_killed_at_any_moment(at: int, tiny_model: Path, tmp_path: Path) -> None
     assert os.WIFSIGNALED(status)
     assert not dst.exists()
     result = convert(tiny_model, dst, verify=True)
-    assert result.resumed_layers == {1: 0, 5: 0, 9: 1, 16: 1, 17: 2, 25: 2}.get(at, 0)
+    assert result.resumed_layers == {1: 0, 5: 0, 9: 1, 16: 1, 17: 2, 25: 2, 10_000: 2}[at]
     convert(tiny_model, tmp_path / "clean")
     assert content(dst) == content(tmp_path / "clean")
     assert {path.name for path in tmp_path.iterdir()} == {"dst", "clean"}
@@ -258,6 +258,15 @@ def test_partial_of_another_plan_is_replaced(tiny_model: Path, tmp_path: Path) -
         convert(tiny_model, tmp_path / "dst", experts="q8_0", progress=interrupt(12))
     result = convert(tiny_model, tmp_path / "dst", experts="q4_0", verify=True)
     assert result.resumed_layers == 0
+
+
+def test_foreign_partial_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """A directory that only happens to have the name is not deleted."""
+    (tmp_path / "dst.partial").mkdir()
+    (tmp_path / "dst.partial" / "thesis").write_text("data")
+    with pytest.raises(UsageError, match="was not made by a conversion"):
+        convert(tiny_model, tmp_path / "dst")
+    assert (tmp_path / "dst.partial" / "thesis").read_text() == "data"
 
 
 def test_damaged_partial_layer_is_written_again(tiny_model: Path, tmp_path: Path) -> None:

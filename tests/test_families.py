@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cpu_experts.experts import pack_expert, unpack_expert
 from cpu_experts.formats import round_activations
+from hybrid import HybridConfig
 from hybrid.checkpoint import convert
 from hybrid.errors import UnsupportedModelError
 from hybrid.families import ExpertsSpec, find_experts
@@ -162,4 +163,6 @@ def test_unsupported_family_is_refused(kind: str, tmp_path: Path) -> None:
     build(kind).save_pretrained(tmp_path / "src")
     with pytest.raises(UnsupportedModelError, match="it declares its experts in a way of its own"):
         convert(tmp_path / "src", tmp_path / "dst")
+    with pytest.raises(UnsupportedModelError, match="declares its experts in a way of its own"):
+        ALL[kind][1].from_pretrained(tmp_path / "src", quantization_config=HybridConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["src"]

@@ -122,6 +122,12 @@ def test_a_quantized_checkpoint_is_converted_too(tmp_path: Path) -> None:
     assert model.config.quantization_config.quant_method == "hybrid"
 
 
+def test_misspelt_option() -> None:
+    """An option that does not exist is not swallowed."""
+    with pytest.raises(TypeError, match="expert"):
+        HybridConfig(expert="q4_0")  # type: ignore[call-arg]
+
+
 def test_bfloat16_model(converted: Path) -> None:
     """A bfloat16 model: sums in float32, hidden states in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.bfloat16)
