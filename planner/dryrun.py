@@ -116,6 +116,13 @@ class _Hindsight(Belady):
         prompt = self._step[layers] < 0
         super().observe(layers, self._trace[0, layers] if prompt.all() else ids, weights)
 
+    def value(self, layers: Ids) -> Values:
+        if (self._step[layers] >= 0).all():
+            return super().value(layers)
+        # Before the prompt it knows the future already, so the slots start with the best.
+        first: Values = -self._ahead[0, layers].astype(np.float64)
+        return first
+
 
 def _hindsight(request: Request, routing: Routing) -> Policy:
     return _Hindsight(np.sort(routing.decode[:, :, 0], axis=-1), request.model.experts.count)
@@ -126,13 +133,11 @@ OURS = Rule(
 )
 RULES = (
     Rule("all CPU", "every expert on the CPU", all_cpu, _popular),
-    Rule("on demand", "every expert copied to the GPU, LRU cache", on_demand, _lru),
-    Rule(
-        "static split", "the most used, known in hindsight, stay on the GPU", static_split, _popular
-    ),
+    Rule("on demand", "all on the GPU, LRU cache", on_demand, _lru),
+    Rule("static split", "the most used on the GPU, in hindsight", static_split, _popular),
     Rule(
         "oracle cache",
-        "ours with a cache that knows the future",
+        "ours, knowing the future",
         schedule,
         _hindsight,
         prefetch=True,
