@@ -38,6 +38,9 @@ SHARES = (0.25, 0.5)
 LEARNED_SHARE = 0.25
 """First part of a trace that static popularity and marginal capacities are taken from."""
 
+WARM_UP = 10
+"""Decisions made before the timed ones."""
+
 Progress = Callable[[str], None]
 
 
@@ -124,12 +127,12 @@ def _decisions(cost: ExpertCost, repeat: int, seed: int) -> Iterator[dict[str, A
     ]
     for name, experts, tokens, decide in cases:
         samples = []
-        works = list(_layers(np.random.default_rng(seed), experts, tokens, repeat))
-        for work, residency in works[:10] + works:
+        layers = _layers(np.random.default_rng(seed), experts, tokens, WARM_UP + repeat)
+        for work, residency in layers:
             start = time.perf_counter()
             decide(work, residency)
             samples.append(time.perf_counter() - start)
-        yield {"case": name, "experts": experts, "tokens": tokens or 1} | spread(samples[10:])
+        yield {"case": name, "experts": experts, "tokens": tokens or 1} | spread(samples[WARM_UP:])
 
 
 def _schedule(cost: LayerCost, work: LayerWork, residency: frozenset[int]) -> object:
