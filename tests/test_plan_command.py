@@ -7,37 +7,23 @@ import json
 import re
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.planning import find_hardware, find_model, parse_bytes, plan, resolve
 from planner.report import SCHEMA, to_dict
-from planner_examples import SMALL, machine_table
+from planner_examples import hybrid_plan, save_config
 
 LAPTOP = ("--hardware", "rtx4060-laptop")
 QUICK = ("--tokens", "2", "--prompt", "16", "--context", "64")
 
 
-def hybrid(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Run the command line in this process."""
-    code = main(["plan", *words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A config.json of the small model."""
-    folder = tmp_path / "small-moe"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(SMALL))
-    return folder
+    """The directory of the small model's config.json."""
+    return save_config(tmp_path / "small-moe")
 
 
 def test_names_resolve_when_unique() -> None:
@@ -84,7 +70,7 @@ def test_sizes_are_read_with_their_units() -> None:
 
 def test_text_report(capsys: pytest.CaptureFixture[str]) -> None:
     """The report says whether it fits, how fast, what binds, why, beside what, and what helps."""
-    code, out, err = hybrid("Qwen3-30B-A3B", *LAPTOP, *QUICK, capsys=capsys)
+    code, out, err = hybrid_plan("Qwen3-30B-A3B", *LAPTOP, *QUICK, capsys=capsys)
     assert (code, err) == (0, "")
     for words in (
         "verdict              fits",
@@ -113,7 +99,7 @@ def test_text_report(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_is_the_documented_schema(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every documented field is there; terms add up; the same request gives the same bytes."""
     first, again = (
-        hybrid(str(small), *LAPTOP, *QUICK, "--json", capsys=capsys)[1] for _ in range(2)
+        hybrid_plan(str(small), *LAPTOP, *QUICK, "--json", capsys=capsys)[1] for _ in range(2)
     )
     assert first == again
     data = json.loads(first)
@@ -138,7 +124,7 @@ def test_the_api_gives_the_same_as_the_command(
     """``plan`` returns objects whose JSON is what the command prints."""
     result = plan(small, "rtx4060-laptop", tokens=2, prompt=16, context=64, vram="6GiB")
     words = (*LAPTOP, *QUICK, "--vram", "6GiB", "--json")
-    assert json.loads(hybrid(str(small), *words, capsys=capsys)[1]) == to_dict(result)
+    assert json.loads(hybrid_plan(str(small), *words, capsys=capsys)[1]) == to_dict(result)
     assert result.fit.vram_bytes == 6 * 2**30
     assert result.prediction is not None
     assert result.prediction.tpot.value > 0
@@ -146,7 +132,7 @@ def test_the_api_gives_the_same_as_the_command(
 
 def test_markdown_tables_are_regular(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every row of a Markdown table has as many cells as its heading."""
-    _, out, _ = hybrid(str(small), *LAPTOP, *QUICK, "--markdown", capsys=capsys)
+    _, out, _ = hybrid_plan(str(small), *LAPTOP, *QUICK, "--markdown", capsys=capsys)
     blocks = [block for block in out.split("\n\n") if block.startswith("|")]
     assert len(blocks) >= 5
     for block in blocks:
@@ -155,7 +141,7 @@ def test_markdown_tables_are_regular(small: Path, capsys: pytest.CaptureFixture[
 
 def test_cpu_only_machines(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a GPU there are no slots, no link and nothing to compare."""
-    code, out, _ = hybrid(
+    code, out, _ = hybrid_plan(
         str(small), "-H", "cpu-only-laptop", *QUICK, "--json", "--batch", "2", capsys=capsys
     )
     data = json.loads(out)
@@ -169,15 +155,15 @@ def test_cpu_only_machines(small: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str]) -> None:
     """The verdict names the shortage; each remedy, taken, fits."""
     words = ("DeepSeek-V3", "-H", "rtx4090", *QUICK)
-    code, out, _ = hybrid(*words, capsys=capsys)
+    code, out, _ = hybrid_plan(*words, capsys=capsys)
     assert code == 0
     assert "does not fit: VRAM is short by" in out
     assert "--dense q8_0" in out
-    data = json.loads(hybrid(*words, "--json", capsys=capsys)[1])
+    data = json.loads(hybrid_plan(*words, "--json", capsys=capsys)[1])
     assert data["fit"]["fits"] is False
     assert data["tpot"] is None
     assert data["remedies"]
-    fixed = json.loads(hybrid(*words, "--dense", "q8_0", "--json", capsys=capsys)[1])
+    fixed = json.loads(hybrid_plan(*words, "--dense", "q8_0", "--json", capsys=capsys)[1])
     assert fixed["fit"]["fits"] is True
     # 342 GiB of experts against 64 GiB of RAM: the disk binds, and the report says so.
     assert fixed["fit"]["in_ram"] < 0.2
@@ -187,7 +173,9 @@ def test_what_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str]) ->
 def test_perfetto_trace(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The trace has the named lanes, spans with microseconds, and the cache's instants."""
     path = tmp_path / "trace.json"
-    hybrid(str(small), *LAPTOP, *QUICK, "--vram", "1GiB", "--perfetto", str(path), capsys=capsys)
+    hybrid_plan(
+        str(small), *LAPTOP, *QUICK, "--vram", "1GiB", "--perfetto", str(path), capsys=capsys
+    )
     rows = json.loads(path.read_text())["traceEvents"]
     lanes = {row["args"]["name"]: row["tid"] for row in rows if row["name"] == "thread_name"}
     assert set(lanes) == {"cpu", "gpu", "link", "disk", "cache"}
@@ -222,7 +210,7 @@ def test_html_page_is_whole_and_self_contained(
     """Tags nest, nothing is loaded from elsewhere, names are escaped, the timeline has data."""
     folder = small.rename(tmp_path / "<b>&model")
     path = tmp_path / "page.html"
-    code, _, err = hybrid(str(folder), *LAPTOP, *QUICK, "--html", str(path), capsys=capsys)
+    code, _, err = hybrid_plan(str(folder), *LAPTOP, *QUICK, "--html", str(path), capsys=capsys)
     assert code == 0
     assert f"wrote {path}" in err
     text = path.read_text()
@@ -244,16 +232,16 @@ def test_files_are_not_overwritten_unasked(
     path = tmp_path / "page.html"
     path.write_text("mine")
     words = (str(small), *LAPTOP, *QUICK, "--html", str(path))
-    code, out, err = hybrid(*words, capsys=capsys)
+    code, out, err = hybrid_plan(*words, capsys=capsys)
     assert (code, out) == (2, "")
     assert f"{path} exists" in err
     assert "--force" in err
     assert path.read_text() == "mine"
-    assert hybrid(*words, "--force", capsys=capsys)[0] == 0
+    assert hybrid_plan(*words, "--force", capsys=capsys)[0] == 0
     assert path.read_text().startswith("<!doctype html>")
     assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
     missing = tmp_path / "no" / "page.html"
-    code, _, err = hybrid(*words[:-1], str(missing), capsys=capsys)
+    code, _, err = hybrid_plan(*words[:-1], str(missing), capsys=capsys)
     assert code == 2
     assert "cannot write" in err
 
@@ -262,15 +250,15 @@ def test_diff(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """Two plans: what was asked differently, what follows, where memory differs."""
     paths = []
     for name, extra in (("a", ()), ("b", ("--context", "4096", "--vram", "1GiB"))):
-        _, out, _ = hybrid(str(small), *LAPTOP, *QUICK, *extra, "--json", capsys=capsys)
+        _, out, _ = hybrid_plan(str(small), *LAPTOP, *QUICK, *extra, "--json", capsys=capsys)
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(out)
-    code, out, _ = hybrid("diff", *map(str, paths), capsys=capsys)
+    code, out, _ = hybrid_plan("diff", *map(str, paths), capsys=capsys)
     assert code == 0
     for words in ("What differs", "context", "64", "4096", "Prediction", "A ms", "B ms", "Memory"):
         assert words in out
     assert "experts  " not in out.split("Prediction")[0]
-    code, out, _ = hybrid("diff", str(paths[0]), str(paths[0]), capsys=capsys)
+    code, out, _ = hybrid_plan("diff", str(paths[0]), str(paths[0]), capsys=capsys)
     assert "What differs" not in out
     assert "+0.0%" in out
     for words, problem in (
@@ -278,170 +266,13 @@ def test_diff(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ((str(paths[0]), str(small / "config.json")), "schema None"),
         ((str(paths[0]), "none.json"), "cannot read"),
     ):
-        code, _, err = hybrid("diff", *words, capsys=capsys)
+        code, _, err = hybrid_plan("diff", *words, capsys=capsys)
         assert code == 2
         assert problem in err
     paths[1].write_text(paths[1].read_text()[:200])
-    code, _, err = hybrid("diff", *map(str, paths), capsys=capsys)
+    code, _, err = hybrid_plan("diff", *map(str, paths), capsys=capsys)
     assert code == 2
     assert "cut short" in err
-
-
-def experiment_text() -> str:
-    folder = files("hybrid.configs") / "experiments"
-    return (folder / "hybrimoe-table3.toml").read_text("utf-8")
-
-
-def test_the_experiment_stands_beside_the_paper(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every published ratio is printed beside ours; one further than 20% off points to a note."""
-    code, out, _ = hybrid("--experiment", "hybrimoe-table3", "--json", capsys=capsys)
-    assert code == 0
-    data = json.loads(out)
-    published = [(row["published_prefill"], row["published_decode"]) for row in data["rows"]]
-    assert published[:5] == [(1.0, 1.0), (1.26, 1.46), (1.06, 1.15), (None, 1.38), (1.31, 1.86)]
-    assert data["published_s"] == [1.47, 0.21]
-    ours = [row["decode_speedup"] for row in data["what_if"]["rows"]]
-    # The paper's order holds where its CPU's pace is supposed: every part helps, all help most.
-    assert min(ours[1:]) > 1.0
-    assert ours[4] == max(ours[:5])
-    assert data["notes"]
-    path = tmp_path / "short.toml"
-    path.write_text(experiment_text().replace("tokens = 64", "tokens = 2"))
-    text = hybrid("--experiment", str(path), capsys=capsys)[1]
-    assert "see notes" in text
-    assert "1.86" in text
-
-
-def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An unknown schedule, cache, field or file is named."""
-    good = experiment_text()
-    path = tmp_path / "x.toml"
-    for old, new, words in (
-        ('schedule = "exact"', 'schedule = "best"', "schedule is 'best'"),
-        ('cache = "lru"', 'cache = "fifo"', "cache is 'fifo'"),
-        ("capacity = 0.25", "capacity = 25", "capacity is 25"),
-        ("capacity", "capcity", "unknown field 'capcity'"),
-        ('hardware = "a6000-xeon5220r-10core"', 'hardware = "cpu-only-laptop"', "has no GPU"),
-    ):
-        path.write_text(good.replace(old, new, 1))
-        code, _, err = hybrid("--experiment", str(path), capsys=capsys)
-        assert code == 2
-        assert words in err
-        assert "hint:" in err
-    code, _, err = hybrid("--experiment", "hybrimoe-table4", capsys=capsys)
-    assert code == 2
-    assert "hybrimoe-table3" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (("Qwen3-31B", *LAPTOP), "unknown model 'Qwen3-31B'"),
-        (("Mixtral", "-H", "rtx9999"), "unknown hardware 'rtx9999'"),
-        (("Mixtral",), "--hardware is missing"),
-        ((), "MODEL is missing"),
-        (("none/config.json", *LAPTOP), "there is no file none/config.json"),
-        (("Mixtral", "extra", *LAPTOP), "unexpected 'extra'"),
-        (("Mixtral", *LAPTOP, "--vram", "0"), "--vram '0' is not above 0"),
-        (("Mixtral", *LAPTOP, "--vram", "lots"), "--vram 'lots' is not a size"),
-        (("Mixtral", "-H", "cpu-only", "--vram", "6GiB"), "has no gpu to change"),
-        (("Mixtral", *LAPTOP, "--context", "99999"), "exceeds the 32768 tokens"),
-        (("Mixtral", *LAPTOP, "--context", "0"), "--context is 0"),
-        (("Mixtral", *LAPTOP, "--prompt", "5000"), "--prompt 5000 exceeds --context 4096"),
-        (("Mixtral", *LAPTOP, "--batch", "-1"), "--batch is -1"),
-        (("Mixtral", *LAPTOP, "--experts", "q5_1"), "--experts 'q5_1' is not a weight format"),
-        (("Mixtral", *LAPTOP, "--trace", "none.npz"), "none.npz cannot be read"),
-        (("Mixtral", *LAPTOP, "--json", "--markdown"), "--json and --markdown"),
-    ],
-)
-def test_bad_input_is_one_line_and_a_hint(
-    words: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit code 2, what is wrong with both values, a remedy, nothing on stdout, no traceback."""
-    code, out, err = hybrid(*words, capsys=capsys)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert problem in err
-    assert "\nhint: " in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"num_experts": None}, "not a Mixture-of-Experts model"),
-        ({"num_experts": 10**14}, "num_experts is 1e+14"),
-        ({"hidden_size": None}, "lacks hidden_size"),
-        ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1"),
-    ],
-)
-def test_bad_config_json(
-    small: Path, change: dict[str, Any], problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A config.json that is not MoE, lacks a field or has an absurd value is refused by name."""
-    (small / "config.json").write_text(json.dumps({**SMALL, **change}))
-    code, _, err = hybrid(str(small), *LAPTOP, capsys=capsys)
-    assert code == 2
-    assert problem in err
-    (small / "config.json").write_text(json.dumps(SMALL)[:-20])
-    code, _, err = hybrid(str(small), *LAPTOP, capsys=capsys)
-    assert code == 2
-    assert "cut short" in err
-
-
-def test_own_hardware_file(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A TOML of the user's machine works; a wrong unit or type in it is named."""
-    path = tmp_path / "mine.toml"
-    path.write_text(toml(machine_table()))
-    code, out, _ = hybrid(str(small), "-H", str(path), *QUICK, "--json", capsys=capsys)
-    assert code == 0
-    assert json.loads(out)["hardware"]["name"] == "round"
-    path.write_text(toml(machine_table()).replace("ram_bytes", "ram_gb"))
-    code, _, err = hybrid(str(small), "-H", str(path), capsys=capsys)
-    assert code == 2
-    assert "unknown field" in err
-    path.write_text(toml(machine_table()).replace("100000000000.0", "'100 GB/s'", 1))
-    code, _, err = hybrid(str(small), "-H", str(path), capsys=capsys)
-    assert code == 2
-    assert "write a plain number in SI units" in err
-
-
-def toml(table: dict[str, Any]) -> str:
-    """A machine's table as TOML."""
-    lines = [f"name = '{table['name']}'"]
-    for part, values in table.items():
-        if isinstance(values, dict):
-            lines.append(f"[{part}]")
-            for name, value in values.items():
-                if isinstance(value, dict):
-                    inner = ", ".join(f"{k} = {v!r}" for k, v in value.items())
-                    value = f"{{ {inner} }}"
-                else:
-                    value = repr(value)
-                lines.append(f"{name} = {value}")
-    return "\n".join(lines)
-
-
-def test_a_trace_of_another_model(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A recorded trace is replayed; one of another model or cut short is refused."""
-    ids = np.argsort(np.random.default_rng(0).random((24, 6, 16)), axis=-1)[..., :4]
-    path = tmp_path / "t.npz"
-    np.savez(path, expert_ids=ids.astype(np.uint8), routing_weights=ids / 100)
-    words = (str(small), *LAPTOP, *QUICK, "--trace", str(path))
-    code, out, _ = hybrid(*words, "--json", capsys=capsys)
-    assert code == 0
-    assert json.loads(out)["routing"] == {"source": "measured", "origin": "trace t.npz"}
-    code, _, err = hybrid("Mixtral", *words[1:], capsys=capsys)
-    assert code == 2
-    assert "has 6 MoE layers, Mixtral-8x7B has 32" in err
-    path.write_bytes(path.read_bytes()[:-50])
-    code, _, err = hybrid(*words, capsys=capsys)
-    assert code == 2
-    assert "cannot be read as a routing trace" in err
 
 
 def test_neither_torch_nor_numba_is_loaded() -> None:

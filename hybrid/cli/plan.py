@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -143,7 +143,7 @@ def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
         _deliver(experiment_tables(experiment, outcomes, other), markdown=markdown)
 
 
-def _missing(model: str) -> None:
+def _missing(model: str) -> NoReturn:
     """Say which of model and hardware was left out, and what there is to choose from."""
     kind, word = ("hardware", "--hardware") if model else ("models", "MODEL")
     raise UsageError(
