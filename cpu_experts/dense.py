@@ -19,14 +19,14 @@ from __future__ import annotations
 import numpy as np
 from numba import config
 
+from cpu_experts import simd
 from cpu_experts.addresses import bytes_at, floats_at
 from cpu_experts.compiled import kernel
 from cpu_experts.formats import GROUP, TILE
-from cpu_experts.hostcpu import host_level
 from cpu_experts.kernels import ACT_GROUP, F32, Q8_0, dot_rows, fetch_add, quantize_group
 from cpu_experts.tables import SIGMOID, SOFTMAX_OF_CHOSEN, SPARSEMIXER
 
-if host_level() == "portable" or config.DISABLE_JIT:
+if simd.LEVEL == "portable" or config.DISABLE_JIT:
     from cpu_experts.portable import exp_strip
 else:
     from cpu_experts.simd_dense import exp_strip

@@ -15,11 +15,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts import kernels
+from cpu_experts import kernels, simd
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ACTIVATIONS, ExpertShape, separate
 from cpu_experts.formats import F32, FORMATS, GROUP, TILE, U8, is_quantized, pad, strip_bytes
-from cpu_experts.hostcpu import host_level
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
 
@@ -58,7 +57,7 @@ def code_offset(fmt: str) -> int:
     """What the micro-kernels shift a format's codes by; activations carry its product."""
     if fmt == "q4_0":
         return 8
-    return 128 if fmt == "q8_0" and not host_level().startswith("avx2") else 0
+    return 128 if fmt == "q8_0" and simd.LEVEL != "avx2" else 0
 
 
 def _check_matrix(name: str, x: Any, shape: tuple[int | None, ...]) -> None:
@@ -96,6 +95,14 @@ def _pairs(expert_ids: Ids, num_experts: int) -> tuple[int, Any, Any, Any]:
     first = _WORKSPACE.get("first", num_experts + 1, np.int64)[: num_experts + 1]
     pairs = _WORKSPACE.get("pairs", max(flat.size, 1), np.int32)
     return kernels.sort_pairs(flat, num_experts, experts, first, pairs), experts, first, pairs
+
+
+def _check_ids(expert_ids: Ids, tokens: int) -> None:
+    if expert_ids.ndim != 2 or expert_ids.shape[0] != tokens or expert_ids.dtype.kind not in "iu":
+        raise ShapeError(
+            f"expert_ids are {expert_ids.dtype} {list(expert_ids.shape)} for {tokens} tokens;"
+            f" they must be integers [{tokens}, choices]"
+        )
 
 
 def _check_blocks(blocks: U8, shape: ExpertShape) -> U8:
@@ -152,8 +159,7 @@ def run_experts(
     _check_matrix("x", x, (None, shape.hidden))
     _check_matrix("out", out, x.shape)
     _check_matrix("routing_weights", routing_weights, expert_ids.shape)
-    if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0]:
-        raise ShapeError(f"expert_ids are {list(expert_ids.shape)} for {x.shape[0]} tokens")
+    _check_ids(expert_ids, x.shape[0])
     flat = _check_blocks(blocks, shape)
     with LOCK:
         active, experts, first, pairs = _pairs(expert_ids, blocks.shape[0])
@@ -270,8 +276,7 @@ def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> tuple
         When shapes, types or layouts disagree.
     """
     _check_matrix("x", x, (None, shape.hidden))
-    if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0]:
-        raise ShapeError(f"expert_ids are {list(expert_ids.shape)} for {x.shape[0]} tokens")
+    _check_ids(expert_ids, x.shape[0])
     out = np.zeros((expert_ids.size, shape.up_rows), np.float32)
     _project(
         x,
@@ -347,6 +352,10 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
     """
     _check_matrix("x", x, (None, None))
     _check_matrix("out", out, (x.shape[0], None))
+    if bias is not None:
+        _check_matrix("bias", bias, (out.shape[1],))
+    if x.shape[1] == 0:
+        raise ShapeError(f"a matrix of {out.shape[1]} x 0 has no weights")
     size = pad(out.shape[1], TILE) // TILE * strip_bytes(x.shape[1], fmt)
     if weight.dtype != np.uint8 or weight.shape != (size,) or not weight.flags.c_contiguous:
         raise ShapeError(

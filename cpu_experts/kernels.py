@@ -16,11 +16,11 @@ import math
 import numpy as np
 from numba import config, prange
 
+from cpu_experts import simd
 from cpu_experts.compiled import kernel
 from cpu_experts.formats import GROUP, TILE
-from cpu_experts.hostcpu import host_level
 
-if host_level() == "portable" or config.DISABLE_JIT:
+if simd.LEVEL == "portable" or config.DISABLE_JIT:
     from cpu_experts.portable import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
 else:
     from cpu_experts.simd import (

@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from hybrid.checkpoint import Source, convert
 from hybrid.paths import cache_dir
+from hybrid.progress import conversion_progress
 from hybrid.store import INDEX_NAME, StoreIndex
 
 
@@ -40,8 +41,6 @@ def converted_copy(
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(str(home / f"{name}.wait")):
         if not (home / name).exists():
-            from hybrid.cli.progress import conversion_progress
-
             with conversion_progress(f"Converting {checkpoint.name}") as progress:
                 convert(source, home / name, experts=experts, dense=dense, progress=progress)
     return home / name, StoreIndex.read(home / name / INDEX_NAME).id

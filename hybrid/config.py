@@ -54,6 +54,8 @@ class HybridConfig(QuantizationConfigMixin):
         Compare every expert with its checksum when loading.
     store
         Id of the store that belongs to a converted directory; set by the conversion.
+    quant_method
+        Always ``"hybrid"``: by this name transformers finds the class.
 
     Raises
     ------
@@ -69,10 +71,10 @@ class HybridConfig(QuantizationConfigMixin):
         cache_dir: str | Path | None = None,
         verify: bool = False,
         store: str | None = None,
-        **_: Any,
+        quant_method: str = QUANT_METHOD,
     ) -> None:
         check_formats(experts, dense)
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.experts = experts
         self.dense = dense
         self.cache_dir = cache_dir

@@ -314,5 +314,6 @@ def read_decoder(model: Any) -> tuple[Decoder, int]:
             paired=paired,
         )
         return decoder, pairs
-    except (CpuExpertsError, AttributeError) as error:
+    except (CpuExpertsError, AttributeError, TypeError, ValueError, IndexError) as error:
+        # A family whose parts are called or shaped in other ways than those that fit.
         raise UnfitError(str(error).splitlines()[0]) from error

@@ -88,6 +88,8 @@ class RunReport:
         How the weights are stored.
     compute_dtype
         The dtype of dense layers that are not quantized, with the reason for it.
+    decode_path
+        What computes single tokens, and why.
     simd_level, threads
         What the kernels run on.
     figures
@@ -101,6 +103,7 @@ class RunReport:
     experts_format: str
     dense_format: str
     compute_dtype: str
+    decode_path: str
     simd_level: str
     threads: str
     figures: dict[str, Figure]
@@ -120,6 +123,7 @@ class RunReport:
         yield "model", f"{self.model} ({self.family})"
         yield "experts", self.experts_format
         yield "dense layers", f"{self.dense_format}, computed in {self.compute_dtype}"
+        yield "single tokens", self.decode_path
         yield "SIMD level", self.simd_level
         yield "threads", self.threads
         for name, figure in self.figures.items():

@@ -20,6 +20,7 @@ from cpu_experts import simd
 from hybrid import host
 from hybrid.cache import converted_copy
 from hybrid.config import DEFAULT_EXPERTS, HybridConfig
+from hybrid.decode import install_fast_decode
 from hybrid.demo import demo_path
 from hybrid.errors import CheckpointError, UsageError
 from hybrid.metrics import Figure, GenerationTimes, RunReport
@@ -112,6 +113,7 @@ class HybridModel:
         model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
         tokenizer = _load_tokenizer(directory)
         name = "demo" if path is None else str(path)
+        install_fast_decode(model)
         self = cls(model, tokenizer, name=name, threads=threads)
         self._warm_up()
         self._load_s = time.perf_counter() - start
@@ -255,6 +257,7 @@ class HybridModel:
             experts_format=index.format,
             dense_format=config.dense or "as in the checkpoint",
             compute_dtype=f"{self.model.dtype}".removeprefix("torch."),
+            decode_path=str(self.model.hybrid_decode),
             simd_level=simd.LEVEL,
             threads=f"{self.threads} (torch and kernels)",
             figures=figures,

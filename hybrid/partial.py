@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +50,8 @@ class Partial:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):  # where an open file cannot be removed, the release does it
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
 
     @property
@@ -59,8 +60,19 @@ class Partial:
         return sum(_allocated(path) for path in self.path.iterdir())
 
     def begin(self, plan_id: str) -> None:
-        """Take over what an interrupted run of the same plan left, or start afresh."""
+        """Take over what an interrupted run of the same plan left, or start afresh.
+
+        Raises
+        ------
+        UsageError
+            When there is a directory of this name that no conversion made.
+        """
         journal = self.path / _JOURNAL
+        if self.path.exists() and any(self.path.iterdir()) and not journal.exists():
+            raise UsageError(
+                f"{self.path} exists and was not made by a conversion",
+                hint="move it away, or choose another destination",
+            )
         entries = _read_entries(journal)
         if entries[:1] == [{"plan": plan_id}]:
             self._checksums = {entry["module"]: entry["checksums"] for entry in entries[1:]}
@@ -102,7 +114,6 @@ class Partial:
 
     def finish(self) -> None:
         """Flush everything and give the directory its final name."""
-        (self.path / _JOURNAL).unlink()
         for path in sorted(self.path.rglob("*")):
             if path.is_file():
                 sync(path)
@@ -110,6 +121,7 @@ class Partial:
         if self.dst.exists():
             self.dst.rmdir()
         self.path.rename(self.dst)
+        (self.dst / _JOURNAL).unlink()
         sync(self.dst.parent)
 
 

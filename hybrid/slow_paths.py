@@ -57,6 +57,13 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
             "the kernels have no parameters for this family's activation",
             "none yet: the family's own code runs between the projections",
         )
+    decode = getattr(model, "hybrid_decode", None)
+    if decode is not None and not decode.fast:
+        yield SlowPath(
+            "single tokens in transformers' code",
+            decode.reason,
+            "none yet: the one-token kernels do not compute this decoder",
+        )
     attention = model.config.get_text_config()._attn_implementation
     if attention == "eager":
         yield SlowPath(

@@ -17,7 +17,10 @@ SOURCES = ("fp8", "mxfp8", "mxfp4")
 
 
 class BlockDequantize(Fp8Dequantize):
-    """transformers' dequantization, also for matrices whose last blocks are not full."""
+    """transformers' dequantization, also for matrices whose last blocks are not full.
+
+    Published fp8 checkpoints have such matrices: 576 rows in blocks of 128, for example.
+    """
 
     def dequantize(self, weight: Tensor, scales: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Return the weights that ``weight`` ``[N, K]`` and its grid of scales stand for."""
@@ -29,9 +32,9 @@ class BlockDequantize(Fp8Dequantize):
 
     def _block(self, size: int, blocks: int, axis: int) -> int:
         stated = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
-        if size % blocks and stated and -(-size // stated[axis]) == blocks:
+        if stated and -(-size // stated[axis]) == blocks:
             return int(stated[axis])
-        return -(-size // blocks)
+        return -(-size // blocks)  # one checkpoint may hold several kinds of blocks
 
     def _dequantize_one(
         self, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None

@@ -80,7 +80,8 @@ class Target:
         with torch.no_grad():
             made = self.converter.convert(self.name, model=model, config=model.config)
         return {
-            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+            name: (value[0] if isinstance(value, list) else value).detach()
+            for name, value in made.items()
         }
 
 

@@ -24,6 +24,9 @@ from planner.problem import Problem
 
 Array = NDArray[np.float64]
 
+TINY = 1e-300
+"""Keeps a ratio of durations finite where the lower one is 0."""
+
 STEPS = 6
 """Values of rho to try between 0 and 1; each is a valid bound, so fewer only makes it looser."""
 
@@ -122,9 +125,7 @@ def _split(
         part of each expert that is on the lane, ``[n]``.
     """
     on_lane = np.ones(len(cpu_s))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = cpu_s / lane_s
-    order = np.argsort(ratio, kind="stable")  # 0/0 is nan and sorts last: it costs nothing anywhere
+    order = np.argsort(cpu_s / (lane_s + TINY), kind="stable")
     # What each lane holds once the CPU has taken the first j experts of the order, j = 0..n.
     taken_s = np.cumsum(cpu_s[order])
     left_s = np.cumsum(lane_s[order][::-1])[::-1]

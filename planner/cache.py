@@ -108,7 +108,7 @@ class ExpertCache:
         self.capacities = tuple(capacities)
         self._residents: list[set[int]] = [set() for _ in capacities]
         self._pins: list[Counter[int]] = [Counter() for _ in capacities]
-        self._in_use: list[frozenset[int]] = [frozenset() for _ in capacities]
+        self._in_use: tuple[int, frozenset[int]] = (-1, frozenset())
 
     def residency(self, layer: int) -> frozenset[int]:
         """Return the experts in this layer's slots."""
@@ -120,7 +120,10 @@ class ExpertCache:
         return value
 
     def step(self, layer: int, ids: ArrayLike, weights: ArrayLike) -> Lookup:
-        """Take the router's choice: look it up, protect it until the next step, learn from it.
+        """Take the router's choice: look it up, protect it, learn from it.
+
+        What was chosen is not evicted before ``release`` or the next step, of this layer or
+        another; pin what must stay for longer.
 
         Parameters
         ----------
@@ -130,7 +133,7 @@ class ExpertCache:
         chosen = np.asarray(ids, dtype=np.int64)
         activated = sorted(chosen.tolist())
         held = self._residents[layer]
-        self._in_use[layer] = frozenset(activated)
+        self._in_use = (layer, frozenset(activated))
         self.policy.observe(
             np.array([layer]), chosen[None], np.asarray(weights, dtype=np.float64)[None]
         )
@@ -138,6 +141,10 @@ class ExpertCache:
             hits=tuple([expert for expert in activated if expert in held]),
             misses=tuple([expert for expert in activated if expert not in held]),
         )
+
+    def release(self) -> None:
+        """End the current step: what it used may be evicted."""
+        self._in_use = (-1, frozenset())
 
     def admit(self, layer: int, expert: int) -> int | None:
         """Give ``expert`` a slot.
@@ -180,9 +187,13 @@ class ExpertCache:
 
     def evictable(self, layer: int) -> list[int]:
         """Return the residents that are neither pinned nor part of the current step, ascending."""
-        pins, in_use = self._pins[layer], self._in_use[layer]
+        pins = self._pins[layer]
+        stepping, chosen = self._in_use
+        in_use = chosen if stepping == layer else frozenset()
         return sorted(
-            expert for expert in self._residents[layer] if expert not in in_use and not pins[expert]
+            expert
+            for expert in self._residents[layer]
+            if expert not in in_use and expert not in pins
         )
 
     def has_room(self, layer: int) -> bool:

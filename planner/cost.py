@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 
+from planner.decode_table import DecodeTable
 from planner.errors import CostError
 from planner.hardware import HardwareSpec, Point, Quantity
 from planner.model import Layer, ModelSpec
@@ -161,6 +162,7 @@ class CostModel:
         self.dense_format = dense_format
         self.kv_bytes = kv_bytes
         self.experts = ExpertCost(model, hardware, expert_format)
+        self._tables: dict[float, DecodeTable] = {}
         self._ffns: dict[tuple[int, int], Estimate] = {}
         self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
 
@@ -204,6 +206,14 @@ class CostModel:
         if key not in self._ffns:
             self._ffns[key] = self.dense(*key)
         return self._ffns[key]
+
+    def decode_table(self, gpu_free_s: float) -> DecodeTable:
+        """Return decode's plans for layers whose shared expert takes ``gpu_free_s``."""
+        if gpu_free_s not in self._tables:
+            self._tables[gpu_free_s] = DecodeTable(
+                self.experts, self.model.experts.top_k, gpu_free_s=gpu_free_s
+            )
+        return self._tables[gpu_free_s]
 
     def head(self, tokens: int) -> Estimate:
         """Time of the output head for ``tokens`` positions."""

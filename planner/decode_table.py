@@ -83,6 +83,10 @@ class DecodeTable:
             )
         return self._plans[hits, misses].makespan_s
 
+    def by_hits(self) -> list[float]:
+        """Return the makespan of ``top_k`` experts with 0, 1, ... ``top_k`` hits, in seconds."""
+        return [self.makespan_s(hits, self.top_k - hits) for hits in range(self.top_k + 1)]
+
     def plan(self, work: LayerWork, residency: Collection[int]) -> LayerPlan:
         """Return an optimal plan for a step whose loads are all equal.
 

@@ -29,9 +29,9 @@ from planner.spec import Estimate, Source, weakest
 
 RECORDED = 4
 """Decode steps whose events are kept for the timeline, after the prompt's."""
-COMPARED_LAYERS = 8
+COMPARED_LAYERS = 4
 """Layers that stand for all when other rules and requests are compared with ours."""
-COMPARED_TOKENS = 16
+COMPARED_TOKENS = 12
 """Decode steps of those comparisons."""
 WORTHWHILE = 1.01
 """A change is named when it makes tokens at least this many times as fast."""
@@ -49,8 +49,8 @@ class Rule:
         Places one layer's experts.
     policy
         Makes the cache policy for a routing.
-    prefetch
-        Whether idle link time is used.
+    prefetch, refill
+        What idle link time is used for; see ``Simulator``.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Rule:
     scheduler: Scheduler
     policy: Callable[[Request, Routing], Policy]
     prefetch: bool = False
+    refill: bool = False
 
     def run(
         self,
@@ -68,15 +69,25 @@ class Rule:
         shares: Sequence[float] | None = None,
     ) -> Run:
         """Simulate ``request`` under this rule; slots start with what the policy values most."""
-        cost = request.cost()
+        cost = request.cost
         cache = None
         if cost.on_gpu:
             cache = ExpertCache(self.policy(request, routing), placed.slots)
-            for layer, slots in enumerate(placed.slots):
-                for expert in (-cache.value(layer)).argsort(kind="stable")[:slots].tolist():
-                    cache.admit(layer, expert)
+            moe = [i for i, layer in enumerate(request.model.layers) if layer.moe]
+            for number, (index, slots) in enumerate(zip(moe, placed.slots, strict=True)):
+                if shares is None or shares[index]:
+                    for expert in (-cache.value(number)).argsort(kind="stable")[:slots].tolist():
+                        cache.admit(number, expert)
         simulator = Simulator(
-            cost, placed, routing, cache, self.scheduler, self.prefetch, record, shares
+            cost,
+            placed,
+            routing,
+            cache,
+            self.scheduler,
+            prefetch=self.prefetch,
+            refill=self.refill,
+            record=record,
+            shares=shares,
         )
         return simulator.simulate(request.prompt, request.batch)
 
@@ -105,19 +116,33 @@ class _Hindsight(Belady):
         prompt = self._step[layers] < 0
         super().observe(layers, self._trace[0, layers] if prompt.all() else ids, weights)
 
+    def value(self, layers: Ids) -> Values:
+        if (self._step[layers] >= 0).all():
+            return super().value(layers)
+        # Before the prompt it knows the future already, so the slots start with the best.
+        first: Values = -self._ahead[0, layers].astype(np.float64)
+        return first
+
 
 def _hindsight(request: Request, routing: Routing) -> Policy:
     return _Hindsight(np.sort(routing.decode[:, :, 0], axis=-1), request.model.experts.count)
 
 
-OURS = Rule("hybrid", "exact schedule, MRS cache, prefetch", schedule, _mrs, prefetch=True)
+OURS = Rule(
+    "hybrid", "exact schedule, MRS cache, prefetch", schedule, _mrs, prefetch=True, refill=True
+)
 RULES = (
     Rule("all CPU", "every expert on the CPU", all_cpu, _popular),
-    Rule("on demand", "every expert copied to the GPU, LRU cache", on_demand, _lru),
+    Rule("on demand", "all on the GPU, LRU cache", on_demand, _lru),
+    Rule("static split", "the most used on the GPU, in hindsight", static_split, _popular),
     Rule(
-        "static split", "the most used, known in hindsight, stay on the GPU", static_split, _popular
+        "oracle cache",
+        "ours, knowing the future",
+        schedule,
+        _hindsight,
+        prefetch=True,
+        refill=True,
     ),
-    Rule("oracle cache", "our schedule, a cache that knows the future", schedule, _hindsight),
 )
 
 
@@ -212,7 +237,7 @@ def dry_run(request: Request) -> PlanResult:
     if not placed.fits:
         return PlanResult(request, placed, None, tuple(advice.remedies(request)))
     routing = request.routing()
-    cost = request.cost()
+    cost = request.cost
     run = OURS.run(request, placed, routing, record=RECORDED)
     terms = _estimates(cost, run.decode_terms(), request.batch)
     prefill = _estimates(cost, run.prefill.terms, request.prompt * request.batch)

@@ -38,9 +38,10 @@ _FIELDS = (
     "published_prefill_s",
     "published_decode_s",
     "rows",
+    "what_if",
     "notes",
 )
-_ROW = ("name", "schedule", "cache", "prefetch", "prefill", "decode")
+_ROW = ("name", "schedule", "cache", "prefetch", "refill", "prefill", "decode")
 _SCHEDULERS: dict[str, Scheduler] = {
     "exact": schedule,
     **{baseline.name: baseline for baseline in BASELINES},
@@ -67,6 +68,8 @@ class Experiment:
     published_s: tuple[float, float]
     """Seconds of prefill and of a decode step in the first row, as published."""
     rows: tuple[Row, ...]
+    what_if: tuple[str, HardwareSpec] | None
+    """A reason and another machine that the same rows are run on."""
     notes: tuple[str, ...]
 
 
@@ -124,13 +127,14 @@ def read_experiment(
         capacity=table.number("capacity", most=1.0),
         published_s=(table.number("published_prefill_s"), table.number("published_decode_s")),
         rows=tuple(_row(Fields(row, f"{where} rows[{i}]")) for i, row in enumerate(rows)),
+        what_if=_what_if(table, request.hardware),
         notes=tuple(str(note) for note in notes),
     )
 
 
-def run_experiment(experiment: Experiment) -> list[Outcome]:
-    """Simulate every row on the same routing."""
-    request = experiment.request
+def run_experiment(experiment: Experiment, hardware: HardwareSpec | None = None) -> list[Outcome]:
+    """Simulate every row on the same routing, on the experiment's machine or another."""
+    request = replace(experiment.request, hardware=hardware or experiment.request.hardware)
     slots = round(experiment.capacity * request.model.experts.count)
     placed = replace(request.fit(), slots=(slots,) * request.model.moe_layers)
     routing = request.routing()
@@ -152,8 +156,10 @@ def run_experiment(experiment: Experiment) -> list[Outcome]:
     return outcomes
 
 
-def experiment_tables(experiment: Experiment, outcomes: list[Outcome]) -> list[Table]:
-    """Return ours beside the published figures, and the notes."""
+def experiment_tables(
+    experiment: Experiment, outcomes: list[Outcome], other: list[Outcome]
+) -> list[Table]:
+    """Return ours beside the published figures, the same for the what-if machine, and notes."""
     request = experiment.request
     asked = (
         ("experiment", f"{experiment.name}: {experiment.source}"),
@@ -165,7 +171,21 @@ def experiment_tables(experiment: Experiment, outcomes: list[Outcome]) -> list[T
             f"slots for {experiment.capacity:.0%} of the experts, synthetic routing (assumed)",
         ),
     )
-    ratios = []
+    found = [
+        Table("Experiment", ("", ""), asked, prose=True),
+        _ratios("Times as fast as the first row", outcomes),
+        _seconds("The first row in seconds", outcomes[0], experiment.published_s),
+    ]
+    if experiment.what_if:
+        reason = f"What if: {experiment.what_if[0]}"
+        found.append(_ratios(reason, other))
+        found.append(_seconds("The first row then, in seconds", other[0], experiment.published_s))
+    notes = tuple((note,) for note in experiment.notes)
+    return [*found, Table("Notes", ("",), notes, prose=True)]
+
+
+def _ratios(title: str, outcomes: list[Outcome]) -> Table:
+    rows = []
     for ours in outcomes:
         pairs = (
             (ours.prefill_speedup, ours.published_prefill),
@@ -173,22 +193,22 @@ def experiment_tables(experiment: Experiment, outcomes: list[Outcome]) -> list[T
         )
         far = any(p is not None and abs(o / p - 1) > FAR for o, p in pairs)
         cells = [cell for o, p in pairs for cell in (f"{o:.2f}", "-" if p is None else f"{p:.2f}")]
-        ratios.append((ours.name, *cells, f"{ours.hit_rate:.1%}", "see notes" if far else ""))
+        rows.append((ours.name, *cells, f"{ours.hit_rate:.1%}", "see notes" if far else ""))
     columns = ("", "prefill", "published", "decode", "published", "hit rate", "over 20% apart")
-    first, published = outcomes[0], experiment.published_s
-    seconds = (
+    return Table(title, columns, tuple(rows))
+
+
+def _seconds(title: str, first: Outcome, published: tuple[float, float]) -> Table:
+    rows = (
         ("prefill", f"{first.prefill_s:.3f}", f"{published[0]:.3f}"),
         ("decode step", f"{first.decode_s:.3f}", f"{published[1]:.3f}"),
     )
-    return [
-        Table("Experiment", ("", ""), asked, prose=True),
-        Table("Times as fast as the first row", columns, tuple(ratios)),
-        Table("The first row in seconds", ("", "ours", "published"), seconds),
-        Table("Notes", ("",), tuple((note,) for note in experiment.notes), prose=True),
-    ]
+    return Table(title, ("", "ours", "published"), rows)
 
 
-def experiment_dict(experiment: Experiment, outcomes: list[Outcome]) -> dict[str, Any]:
+def experiment_dict(
+    experiment: Experiment, outcomes: list[Outcome], other: list[Outcome]
+) -> dict[str, Any]:
     """Return the experiment as plain values."""
     return {
         "schema": SCHEMA,
@@ -199,6 +219,8 @@ def experiment_dict(experiment: Experiment, outcomes: list[Outcome]) -> dict[str
         "capacity": experiment.capacity,
         "published_s": list(experiment.published_s),
         "rows": [asdict(outcome) for outcome in outcomes],
+        "what_if": experiment.what_if
+        and {"reason": experiment.what_if[0], "rows": [asdict(outcome) for outcome in other]},
         "notes": list(experiment.notes),
     }
 
@@ -227,9 +249,20 @@ def _row(entry: Fields) -> Row:
         scheduler,
         lambda request, routing: make(request.model.moe_layers, request.model.experts.count),
         entry.flag("prefetch"),
+        entry.flag("refill"),
     )
     published = [entry.number(n) if entry.has(n) else None for n in ("prefill", "decode")]
     return Row(rule, (published[0], published[1]))
+
+
+def _what_if(table: Fields, hardware: HardwareSpec) -> tuple[str, HardwareSpec] | None:
+    """Read the machine that an experiment's explanation supposes."""
+    if not table.has("what_if"):
+        return None
+    entry = table.table("what_if")
+    entry.only(("reason", "cpu_memory_bytes_per_s"))
+    rate = entry.number("cpu_memory_bytes_per_s")
+    return entry.text("reason"), hardware.with_values("cpu", memory_bytes_per_s=rate)
 
 
 def _one_of(entry: Fields, name: str, known: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ def _grouped_query(
     swa = ("swa_num_attention_heads", "num_sliding_attention_heads") if sliding else ()
     heads = fields.count(*swa, "num_attention_heads", "n_heads")
     kv = ("swa_num_key_value_heads",) if sliding else ("num_global_key_value_heads",)
-    kv_heads = fields.count(*kv, "num_key_value_heads", default=heads)
+    kv_heads = fields.count(*kv, "num_key_value_heads", "num_attention_groups", default=heads)
     width = ("swa_head_dim",) if sliding else ("global_head_dim",)
     head_dim = fields.count(*width, "head_dim", default=hidden // heads)
     value_dim = fields.count("v_head_dim", default=head_dim)

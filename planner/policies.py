@@ -13,22 +13,22 @@ from planner.errors import CapacityError
 
 
 class LRU(Policy):
-    """Keep what was used last; among the experts of one step, what the router weighed most."""
+    """Keep what was used last; the experts of one step count as used in the order given."""
 
     name = "lru"
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
         self._last = np.zeros((layers, experts))
-        self._now = np.zeros(layers)
+        self._now = np.zeros((layers, 1))
 
     def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
-        self._now[layers] += 2.0
-        # Weights are at most 1, so a step never reaches into the next one.
-        self._last[layers[:, None], ids] = self._now[layers][:, None] + np.clip(weights, 0, 1)
+        self._last[layers[:, None], ids] = self._now[layers] + np.arange(1, ids.shape[1] + 1)
+        self._now[layers] += ids.shape[1]
 
     def value(self, layers: Ids) -> Values:
-        return self._last[layers]
+        value: Values = self._last[layers]
+        return value
 
 
 class LFU(Policy):

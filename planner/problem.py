@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from planner.errors import CostError
@@ -35,7 +36,7 @@ class LayerCost(Protocol):
         """Time to copy one expert over the link."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """The activated experts of one layer as parallel tuples, in ascending order of id.
 
@@ -77,7 +78,8 @@ class Problem:
         """
         held = residency if isinstance(residency, set | frozenset) else frozenset(residency)
         # Loads repeat: each distinct one is priced once.
-        prices = {load: (cost.cpu_s(load), cost.gpu_s(load)) for _, load in work.loads}
+        experts, loads = zip(*work.loads, strict=True) if work.loads else ((), ())
+        prices = {load: (cost.cpu_s(load), cost.gpu_s(load)) for load in set(loads)}
         copy_s, cpu_start_s = cost.copy_s(), cost.cpu_start_s
         for price in (copy_s, cpu_start_s, *(value for pair in prices.values() for value in pair)):
             if not 0 <= price < math.inf:
@@ -87,12 +89,12 @@ class Problem:
                 )
         return cls(
             layer=work.layer,
-            experts=tuple([expert for expert, _ in work.loads]),
-            loads=tuple([load for _, load in work.loads]),
-            cpu_s=tuple([prices[load][0] for _, load in work.loads]),
-            gpu_s=tuple([prices[load][1] for _, load in work.loads]),
-            copy_s=(copy_s,) * len(work.loads),
-            resident=tuple([expert in held for expert, _ in work.loads]),
+            experts=experts,
+            loads=loads,
+            cpu_s=tuple([prices[load][0] for load in loads]),
+            gpu_s=tuple([prices[load][1] for load in loads]),
+            copy_s=(copy_s,) * len(loads),
+            resident=tuple([expert in held for expert in experts]),
             cpu_start_s=cpu_start_s,
             gpu_free_s=work.gpu_free_s,
             link_free_s=work.link_free_s,
@@ -113,13 +115,19 @@ class Problem:
 
     def johnson(self, positions: Iterable[int]) -> list[int]:
         """Order the copies at ``positions`` by Johnson's rule; ties by id."""
-        gpu_s, copy_s = self.gpu_s, self.copy_s
+        return sorted(positions, key=self._johnson_rank.__getitem__)
 
-        def key(i: int) -> tuple[bool, float, int]:
-            link_first = copy_s[i] < gpu_s[i]
-            return (not link_first, copy_s[i] if link_first else -gpu_s[i], i)
-
-        return sorted(positions, key=key)
+    @cached_property
+    def _johnson_rank(self) -> list[int]:
+        """The place of each position when all of them are copied."""
+        keys = [
+            (0, copy_s) if copy_s < gpu_s else (1, -gpu_s)
+            for copy_s, gpu_s in zip(self.copy_s, self.gpu_s, strict=True)
+        ]
+        rank = [0] * len(keys)
+        for place, i in enumerate(sorted(range(len(keys)), key=keys.__getitem__)):
+            rank[i] = place
+        return rank
 
     def place(self, on_gpu: Iterable[int], method: str) -> LayerPlan:
         """Return the best plan that runs the positions ``on_gpu`` on the GPU, the rest not."""

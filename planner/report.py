@@ -159,13 +159,13 @@ def _terms(prediction: Prediction) -> Table:
             term,
             f"{decode.value * 1e3:.2f}",
             f"{decode.value / prediction.tpot.value:.0%}",
-            f"{prediction.prefill_terms[term].value * 1e3:.0f}",
-            str(decode.source),
+            f"{prediction.prefill_terms[term].value * 1e3:.1f}",
+            str((decode if decode.value else prediction.prefill_terms[term]).source),
         )
         for term, decode in prediction.terms.items()
         if decode.value or prediction.prefill_terms[term].value
     ]
-    total = (f"{prediction.tpot.value * 1e3:.2f}", "100%", f"{prediction.ttft.value * 1e3:.0f}")
+    total = (f"{prediction.tpot.value * 1e3:.2f}", "100%", f"{prediction.ttft.value * 1e3:.1f}")
     rows.append(("total", *total, str(prediction.tpot.source)))
     columns = ("", "token ms", "share", "prompt ms", "source")
     return Table("Where the time goes", columns, tuple(rows))
@@ -199,7 +199,7 @@ def _alternatives(prediction: Prediction) -> Table:
     rows = [
         (
             f"{other.name}: {other.meaning}",
-            f"{other.ttft_s:.2f}",
+            f"{other.ttft_s:.3f}",
             f"{other.tpot_s * 1e3:.2f}",
             f"{other.hit_rate:.1%}",
             f"{other.tpot_s / prediction.tpot.value:.2f}",
@@ -209,7 +209,7 @@ def _alternatives(prediction: Prediction) -> Table:
     bound = prediction.run.bound_s
     rows.append(
         (
-            "lower bound: any placement with this plan's cache",
+            "lower bound: with this plan's cache",
             "",
             f"{bound * 1e3:.2f}",
             "",
@@ -224,7 +224,7 @@ def _changes(prediction: Prediction) -> Table:
     rows = tuple(
         (
             change.what + (" (changes the output)" if change.changes_output else ""),
-            f"{change.ttft_s:.2f}",
+            f"{change.ttft_s:.3f}",
             f"{change.tpot_s * 1e3:.2f}",
             f"{prediction.tpot.value / change.tpot_s - 1:+.0%}",
         )
@@ -350,7 +350,7 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
 
 
 def _duration(estimate: Estimate, unit: str) -> str:
-    scale, digits = (1.0, 2) if unit == "s" else (1e3, 1)
+    scale, digits = (1.0, 3) if unit == "s" else (1e3, 1)
     error = "" if estimate.error is None else f" ± {estimate.error * scale:.{digits}f}"
     return f"{estimate.value * scale:.{digits}f}{error} {unit} ({estimate.source})"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from planner.cost import BITS_PER_WEIGHT, CostModel
@@ -60,13 +61,14 @@ class Request:
                     hint=f"use one of {', '.join(BITS_PER_WEIGHT)}",
                 )
 
+    @cached_property
     def cost(self) -> CostModel:
         """The cost model of this request."""
         return CostModel(self.model, self.hardware, self.experts, self.dense)
 
     def fit(self) -> Fit:
         """How it lies in memory."""
-        return fit(self.cost(), context=self.context, prompt=self.prompt, batch=self.batch)
+        return fit(self.cost, context=self.context, prompt=self.prompt, batch=self.batch)
 
     def routing(self) -> Routing:
         """The routing every variant of this request replays."""

@@ -29,7 +29,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from planner.baselines import BASELINES
+from planner.baselines import BASELINES, on_demand
 from planner.bounds import relaxations
 from planner.dynamic import dynamic_program
 from planner.plan import LayerPlan
@@ -71,28 +71,25 @@ def schedule(work: LayerWork, residency: Collection[int], cost: LayerCost) -> La
 
 def solve(problem: Problem) -> LayerPlan:
     """Plan a priced problem; see ``schedule``."""
-    candidates = [baseline.solve(problem) for baseline in BASELINES]
+    baselines = {baseline.name: baseline.solve(problem) for baseline in BASELINES}
     if _is_uniform(problem):
-        best = least(exact_rule(problem), *candidates)
+        best = least(exact_rule(problem), *baselines.values())
         return replace(best, lower_bound_s=best.makespan_s)
-    best = least(*candidates)
+    best = least(*baselines.values())
     if len(problem) <= SMALL:
         found, exhaustive = dynamic_program(problem, range(len(problem)), (), best.makespan_s)
-        best = found or best
+        best = least(best, found or best)
         if exhaustive:
             return replace(best, lower_bound_s=best.makespan_s)
     # A plan that leaves the CPU idle copies everything: that is one of the baselines.
-    bound_s = candidates[_ON_DEMAND].makespan_s
+    bound_s = baselines[on_demand.name].makespan_s
     for relaxed in sorted(relaxations(problem), key=lambda relaxed: relaxed.bound_s):
         bound_s = min(bound_s, relaxed.bound_s)
         if len(problem) > SMALL and relaxed.bound_s < best.makespan_s:
             core, on_gpu = relaxed.core(CORE)
             found, _ = dynamic_program(problem, core, on_gpu, best.makespan_s)
-            best = found or best
+            best = least(best, found or best)
     return replace(best, lower_bound_s=min(bound_s, best.makespan_s))
-
-
-_ON_DEMAND = [baseline.name for baseline in BASELINES].index("on_demand")
 
 
 def least(*plans: LayerPlan) -> LayerPlan:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.cache import ExpertCache
 from planner.cost import CostModel
-from planner.decode_table import DecodeTable
 from planner.memory import Fit
 from planner.outcome import CPU, DENSE, DISK, GPU, HEAD, LINK, MIXER, Event, Run, Step
 from planner.plan import LayerPlan
@@ -33,18 +32,23 @@ Scheduler = Callable[[LayerWork, Collection[int], LayerCost], LayerPlan]
 class RamCache:
     """Which experts RAM holds when it cannot hold all: the least recently used is dropped.
 
+    It starts full, with the first experts of every layer.
+
     Parameters
     ----------
     share
         Part of the experts that fits.
-    count
-        Experts of all layers.
+    layers
+        Which MoE layers there are.
+    experts
+        Experts of each.
     """
 
-    def __init__(self, share: float, count: int) -> None:
-        self._capacity = count if share >= 1 else int(share * count)
+    def __init__(self, share: float, layers: Sequence[int], experts: int) -> None:
+        self._capacity = int(share * len(layers) * experts)
         self._holds_all = share >= 1
-        self._held: OrderedDict[tuple[int, int], None] = OrderedDict()
+        every = ((layer, expert) for expert in range(experts) for layer in layers)
+        self._held = OrderedDict.fromkeys(islice(every, 0 if self._holds_all else self._capacity))
 
     def read(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Use experts of a layer; return those that had to come from disk."""
@@ -79,8 +83,10 @@ class Simulator:
     scheduler
         Ours, or a baseline.
     prefetch
-        Whether idle link time copies experts: first those the next layer will likely use, then
-        those of this layer that the CPU computed and the cache would rather hold.
+        Whether idle link time copies experts that the next layer will likely use.
+    refill
+        Whether what is left of it copies experts that the CPU computed and the cache values
+        above whom it evicts.
     record
         How many decode steps to keep events of, besides the prefill's; none at all when 0.
     shares
@@ -96,6 +102,7 @@ class Simulator:
         cache: ExpertCache | None,
         scheduler: Scheduler = schedule,
         prefetch: bool = False,
+        refill: bool = False,
         record: int = 0,
         shares: Sequence[float] | None = None,
     ) -> None:
@@ -105,6 +112,7 @@ class Simulator:
         self.cache = cache
         self.scheduler = scheduler
         self.prefetch = prefetch
+        self.refill = refill
         self.record = record
         link = cost.hardware.link
         self._slowdown = link.cpu_slowdown.value if link else 1.0
@@ -112,7 +120,6 @@ class Simulator:
         self._link_free_s = 0.0
         self._arrival_s: dict[tuple[int, int], float] = {}
         self._recording = False
-        self._tables: dict[float, DecodeTable] = {}
         self._share = 1.0
         self._guess: NDArray[np.int64] | None = None
         moe = [
@@ -120,7 +127,7 @@ class Simulator:
         ]
         simulated = [number for number, share in enumerate(moe) if share]
         self._following = dict(pairwise(simulated))
-        self._ram = RamCache(fit.in_ram, cost.model.experts.count * len(simulated))
+        self._ram = RamCache(fit.in_ram, simulated, cost.model.experts.count)
         self._layers: list[Counter[str]] = [Counter() for _ in range(cost.model.moe_layers)]
         self._events: list[Event] = []
         self._busy_s: defaultdict[str, float] = defaultdict(float)
@@ -137,7 +144,7 @@ class Simulator:
         self._busy_s.clear()
         self._layers = [Counter() for _ in self._layers]
         self._refilled = 0
-        if self.prefetch:
+        if self.prefetch and self.cache:
             self._prefetcher = self._value_prefetch()
         decode = []
         for at, choices in enumerate(steps):
@@ -208,7 +215,7 @@ class Simulator:
             for expert in self._prefetcher.resolve(layer, choice.ids):
                 cache.unpin(layer, expert)
             self._admit(cache, [(layer, expert) for expert in plan.copies])
-            if self.prefetch:
+            if self.prefetch or self.refill:
                 idle_s = plan.makespan_s + mixer_s - link_end_s
                 idle_copies = self._use_idle_link(cache, plan, idle_s, residency)
                 link_end_s += len(idle_copies) * self.cost.experts.copy_s()
@@ -235,13 +242,13 @@ class Simulator:
             return []
         chosen: list[tuple[int, int]] = []
         following = self._following.get(plan.layer)
-        if following is not None and self._guess is not None:
+        if self.prefetch and following is not None and self._guess is not None:
             ahead = Ahead(following, self._probability(self._guess[following]), idle_s)
             chosen = [(f.layer, f.expert) for f in self._prefetcher.choose([ahead], cache)]
             for layer, expert in chosen:
                 self._take(cache, layer, expert)
                 cache.pin(layer, expert)
-        if len(chosen) < room:
+        if self.refill and len(chosen) < room:
             value = cache.value(plan.layer)
             missing = [expert for expert in plan.cpu if expert not in residency]
             missing.sort(key=lambda expert: -value[expert])
@@ -257,7 +264,9 @@ class Simulator:
             self.cost.ffn(layer, 1).value for layer in self.cost.model.layers if layer.moe
         )
         experts = self.cost.experts
-        return ValuePrefetch(self._table(shared_s).by_hits(), experts.copy_s(), experts.bytes)
+        return ValuePrefetch(
+            self.cost.decode_table(shared_s).by_hits(), experts.copy_s(), experts.bytes
+        )
 
     def _probability(self, guess: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a predictor that names ``guess`` and is right ``RECALL`` of the time believes."""
@@ -290,14 +299,7 @@ class Simulator:
         """Ask the scheduler; steps of equal loads are looked up in decode's table."""
         if self.scheduler is not schedule or len({load for _, load in work.loads}) != 1:
             return self.scheduler(work, residency, self.cost.experts)
-        return self._table(work.gpu_free_s).plan(work, residency)
-
-    def _table(self, gpu_free_s: float) -> DecodeTable:
-        """Decode's plans for a layer whose shared expert takes ``gpu_free_s``."""
-        if gpu_free_s not in self._tables:
-            top_k = self.cost.model.experts.top_k
-            self._tables[gpu_free_s] = DecodeTable(self.cost.experts, top_k, gpu_free_s=gpu_free_s)
-        return self._tables[gpu_free_s]
+        return self.cost.decode_table(work.gpu_free_s).plan(work, residency)
 
     def _cpu_only(self, work: LayerWork) -> LayerPlan:
         """Everything on the CPU, the shared expert first."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from hybrid.cli import main
 from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
@@ -77,3 +82,17 @@ def machine(**parts: Any) -> HardwareSpec:
 def bare_machine() -> HardwareSpec:
     """The same machine without its GPU."""
     return machine(gpu=None, link=None)
+
+
+def save_config(folder: Path) -> Path:
+    """Write the small model's config.json into a new folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    return folder
+
+
+def hybrid_plan(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run ``hybrid plan`` in this process; return exit code, stdout and stderr."""
+    code = main(["plan", *words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err

@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_families import VOCAB, families, multimodal, tiny_config
 from torch import Tensor
 
 from cpu_experts.experts import pack_expert, unpack_expert
 from cpu_experts.formats import round_activations
+from hybrid import HybridConfig
 from hybrid.checkpoint import convert
 from hybrid.errors import UnsupportedModelError
 from hybrid.families import ExpertsSpec, find_experts
 from hybrid.store import ExpertStore
+from tiny_families import VOCAB, families, multimodal, tiny_config
 
 #: jetmoe routes its attention through experts too; no other family is left out.
 UNSUPPORTED = {"jetmoe"}
+#: Families whose gating the kernels have no parameters for.
+OWN_GATING = {"inkling2_text"}
 FAMILIES = families()
 #: Families of several modalities that have no class for text alone, or are often used so.
 MULTIMODAL = multimodal("step3p7", "llama4", "qwen3_vl_moe", "qwen3_5_moe", "minimax_m3_vl")
@@ -122,6 +125,8 @@ def test_family_runs_from_the_store(kind: str, tmp_path: Path) -> None:
     assert generate(exact, ids) == text
     assert not moved & dict(exact.named_parameters()).keys()
     assert not moved & exact.state_dict().keys()
+    own = {m.hybrid_experts.own_gating for m in exact.modules() if hasattr(m, "hybrid_experts")}
+    assert own == {kind in OWN_GATING}
 
     convert(tmp_path / "src", tmp_path / "q4", experts="q4_0")
     quantized = loaded.from_pretrained(tmp_path / "q4", dtype=torch.float32)
@@ -158,4 +163,6 @@ def test_unsupported_family_is_refused(kind: str, tmp_path: Path) -> None:
     build(kind).save_pretrained(tmp_path / "src")
     with pytest.raises(UnsupportedModelError, match="it declares its experts in a way of its own"):
         convert(tmp_path / "src", tmp_path / "dst")
+    with pytest.raises(UnsupportedModelError, match="declares its experts in a way of its own"):
+        ALL[kind][1].from_pretrained(tmp_path / "src", quantization_config=HybridConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["src"]

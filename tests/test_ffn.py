@@ -194,6 +194,35 @@ def test_nan_and_infinity_are_not_hidden(fmt: str) -> None:
     assert np.isfinite(out[2]).all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("limit", [np.inf, 2.0])
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations_and_clamps_keep_nan(activation: str, limit: float, gated: bool) -> None:
+    """As in torch: no activation and no clamp turns NaN into a number."""
+    shape = ExpertShape(
+        hidden=16, intermediate=16, format="f32", activation=activation, limit=limit, gated=gated
+    )
+    blocks, _ = _layer(shape, 1)
+    x, out = np.full((1, 16), np.nan, np.float32), np.zeros((1, 16), np.float32)
+    run_experts(x, np.zeros((1, 1), int), np.ones((1, 1), np.float32), blocks, shape, out)
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("fmt", ["q4_0", "q8_0"])
+def test_the_level_is_chosen_once(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changing the environment after the kernels are made does not change what they compute."""
+    shape = ExpertShape(hidden=32, intermediate=32, format=fmt)
+    blocks, _ = _layer(shape, 2)
+    x, ids, routing_weights = np.ones((1, 32), np.float32), *_routing(1, 2, 2)[1:]
+    outs = []
+    for choice in ("", "portable", "avx2"):
+        monkeypatch.setenv("HYBRID_SIMD", choice)
+        outs.append(np.zeros_like(x))
+        run_experts(x, ids, routing_weights, blocks, shape, outs[-1])
+    np.testing.assert_array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_projections_alone(fmt: str, gated: bool) -> None:
@@ -268,7 +297,7 @@ def test_bad_arguments_are_named() -> None:
         run_experts(x.astype(np.float64), ids, ones, blocks, shape, x)
     with pytest.raises(ShapeError, match=r"x is float32 .* not C-contiguous"):
         run_experts(np.zeros((32, 2), np.float32).T, ids, ones, blocks, shape, x)
-    with pytest.raises(ShapeError, match=r"expert_ids are \[3, 1\] for 2 tokens"):
+    with pytest.raises(ShapeError, match=r"expert_ids are int64 \[3, 1\] for 2 tokens"):
         run_experts(x, np.zeros((3, 1), int), np.ones((3, 1), np.float32), blocks, shape, x.copy())
     with pytest.raises(ShapeError, match="routing_weights"):
         run_experts(x, ids, np.ones((2, 2), np.float32), blocks, shape, x.copy())
@@ -276,3 +305,15 @@ def test_bad_arguments_are_named() -> None:
         run_experts(x, ids, ones, blocks[:, :64], shape, x.copy())
     with pytest.raises(ShapeError, match=r"takes uint8 \[576\]"):
         linear(x, np.zeros(288, np.uint8), "q4_0", None, np.zeros((2, 20), np.float32))
+    with pytest.raises(ShapeError, match="expert_ids are float64"):
+        run_experts(x, ids.astype(float), ones, blocks, shape, x.copy())
+
+
+def test_a_bias_or_inputs_that_a_matrix_does_not_have() -> None:
+    """A bias that would be broadcast, and a matrix without inputs, are errors."""
+    x, out = np.zeros((2, 32), np.float32), np.zeros((2, 16), np.float32)
+    packed = pack(np.zeros((16, 32), np.float32), "q4_0")
+    with pytest.raises(ShapeError, match=r"bias is float32 \[1\]; it must be float32 \[16\]"):
+        linear(x, packed, "q4_0", np.ones(1, np.float32), out)
+    with pytest.raises(ShapeError, match="16 x 0 has no weights"):
+        linear(x[:, :0].copy(), packed[:0], "q4_0", None, out)

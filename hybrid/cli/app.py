@@ -7,6 +7,7 @@ A command's module is imported when that command is run or asked for its own hel
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -107,6 +108,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a model may write what a terminal cannot show
             stream.reconfigure(errors="replace")
+    _show_notices()
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
         code = typer.main.get_command(app).main(words, prog_name="hybrid", standalone_mode=False)
@@ -117,6 +119,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except (HybridError, CpuExpertsError, PlannerError) as error:
         code = _report(str(error))
     return code if isinstance(code, int) else 0
+
+
+def _show_notices() -> None:
+    """Let the engines' notices, such as that kernels are being compiled, through to stderr."""
+    logger = logging.getLogger("cpu_experts")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def _describe_usage_error(error: Any) -> str:

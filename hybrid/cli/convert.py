@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid.cli.progress import conversion_progress
+from hybrid.progress import conversion_progress
 
 
 def convert(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -136,13 +136,14 @@ def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
     data = read_table(path) if path.is_file() else resolve(path.name, "experiments")
     experiment = read_experiment(data, path.name, find_model, find_hardware)
     outcomes = run_experiment(experiment)
+    other = run_experiment(experiment, experiment.what_if[1]) if experiment.what_if else []
     if as_json:
-        print(json.dumps(experiment_dict(experiment, outcomes), indent=2))
+        print(json.dumps(experiment_dict(experiment, outcomes, other), indent=2))
     else:
-        _deliver(experiment_tables(experiment, outcomes), markdown=markdown)
+        _deliver(experiment_tables(experiment, outcomes, other), markdown=markdown)
 
 
-def _missing(model: str) -> None:
+def _missing(model: str) -> NoReturn:
     """Say which of model and hardware was left out, and what there is to choose from."""
     kind, word = ("hardware", "--hardware") if model else ("models", "MODEL")
     raise UsageError(

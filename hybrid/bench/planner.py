@@ -1,0 +1,235 @@
+"""``hybrid bench planner``: how long deciding takes, how good plans and caches are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.bench.record import provenance, spread
+from hybrid.planning import find_hardware, find_model
+from planner.baselines import BASELINES
+from planner.cache import Policy
+from planner.capacity import hits_by_capacity, marginal_capacities
+from planner.cost import ExpertCost
+from planner.decode_table import DecodeTable
+from planner.forecast import Forecast
+from planner.oracles import SCH, Belady
+from planner.policies import ARC, LFU, LRU, MRS, StaticPopularity
+from planner.problem import LayerCost
+from planner.replay import Admission, replay
+from planner.routing import read_trace
+from planner.schedule import schedule
+from planner.spec import LayerWork
+
+MODEL, HARDWARE, FORMAT = "Qwen3-30B-A3B", "rtx4060-laptop-8gb", "q4_0"
+"""Whose durations are scheduled: 128 experts, 8 of them a token."""
+
+RESIDENT_SHARE = 0.25
+SHARES = (0.25, 0.5)
+"""Slots per layer over experts, for the cache policies."""
+
+LEARNED_SHARE = 0.25
+"""First part of a trace that static popularity and marginal capacities are taken from."""
+
+WARM_UP = 10
+"""Decisions made before the timed ones."""
+
+Progress = Callable[[str], None]
+
+
+def run_planner_bench(
+    traces: Sequence[Path] = (),
+    *,
+    tokens: int | None = None,
+    repeat: int = 200,
+    instances: int = 200,
+    seed: int = 0,
+    progress: Progress = lambda text: None,
+) -> dict[str, Any]:
+    """Measure the planner and return one record.
+
+    Parameters
+    ----------
+    traces
+        Routing traces (``.npz``) to replay through the cache policies; none skips that part.
+    tokens
+        Replay only the first tokens of each trace; all by default.
+    repeat
+        Timed decisions a case.
+    instances
+        Random layers a size whose plans are compared with their lower bounds.
+    seed
+        Of the random layers.
+
+    Returns
+    -------
+    dict
+        ``decisions``: seconds to decide one layer, by case. ``gaps``: distance of plans from
+        their lower bound and from the best baseline, by number of experts. ``caches``: hit rates
+        by trace, capacity and policy, each also as a fraction of Belady's under the same rule.
+    """
+    found = [(path, *read_trace(path)) for path in traces]
+    cost = ExpertCost(find_model(MODEL), find_hardware(HARDWARE), FORMAT)
+    progress("timing decisions")
+    decisions = list(_decisions(cost, repeat, seed))
+    progress("comparing plans with their bounds")
+    gaps = list(_gaps(cost, instances, seed))
+    caches: list[dict[str, Any]] = []
+    for path, ids, weights in found:
+        caches += _caches(path.name, ids[:tokens], weights[:tokens], progress)
+    return provenance("hybrid bench planner", 1) | {
+        "model": MODEL,
+        "hardware": HARDWARE,
+        "format": FORMAT,
+        "decisions": decisions,
+        "gaps": gaps,
+        "caches": caches,
+        "cache_method": (
+            "One cache per layer, starting empty, all with the same number of slots unless "
+            "'marginal'; tokens replayed one by one over all sequences without a break; a hit is "
+            "an activated expert that was resident before its step; rates over all layers "
+            "together. 'always': every miss gets a slot. 'worth': a miss gets one only if its "
+            f"policy prefers it. Static counts and marginal capacities come from the first "
+            f"{LEARNED_SHARE:.0%} of the same trace."
+        ),
+    }
+
+
+def _layers(
+    rng: np.random.Generator, experts: int, tokens: int | None, count: int
+) -> Iterator[tuple[LayerWork, frozenset[int]]]:
+    """Yield ``count`` layers: skewed loads of ``tokens`` tokens, or one token an expert."""
+    for layer in range(count):
+        loads = np.ones(experts, dtype=np.int64)
+        if tokens is not None:
+            share = rng.pareto(1.2, experts) + 0.05
+            loads = np.maximum(1, np.rint(tokens * share / share.sum()).astype(np.int64))
+        resident = rng.permutation(experts)[: round(RESIDENT_SHARE * experts)]
+        yield LayerWork(layer, tuple(enumerate(loads.tolist()))), frozenset(resident.tolist())
+
+
+def _decisions(cost: ExpertCost, repeat: int, seed: int) -> Iterator[dict[str, Any]]:
+    table = DecodeTable(cost, 8)
+    busy = DecodeTable(cost, 8, link_free_s=cost.copy_s())
+    from_schedule = partial(_schedule, cost)
+    cases: list[tuple[str, int, int | None, Callable[[LayerWork, frozenset[int]], object]]] = [
+        ("decode, from the table", 8, None, table.plan),
+        ("decode, link busy, not in the table", 8, None, busy.plan),
+        ("prefill, unequal loads", 128, 128, from_schedule),
+        ("prefill, unequal loads", 128, 4096, from_schedule),
+    ]
+    for name, experts, tokens, decide in cases:
+        samples = []
+        layers = _layers(np.random.default_rng(seed), experts, tokens, WARM_UP + repeat)
+        for work, residency in layers:
+            start = time.perf_counter()
+            decide(work, residency)
+            samples.append(time.perf_counter() - start)
+        yield {"case": name, "experts": experts, "tokens": tokens or 1} | spread(samples[WARM_UP:])
+
+
+def _schedule(cost: LayerCost, work: LayerWork, residency: frozenset[int]) -> object:
+    return schedule(work, residency, cost)
+
+
+def _gaps(cost: ExpertCost, instances: int, seed: int) -> Iterator[dict[str, Any]]:
+    for experts in (8, 16, 32, 64, 128):
+        gaps, gains = [], []
+        rng = np.random.default_rng(seed)
+        for work, residency in _layers(rng, experts, 16 * experts, instances):
+            plan = schedule(work, residency, cost)
+            best = min(other(work, residency, cost).makespan_s for other in BASELINES)
+            gaps.append(plan.gap)
+            gains.append(best / plan.makespan_s)
+        yield {
+            "experts": experts,
+            "instances": instances,
+            "gap_mean": mean(gaps),
+            "gap_max": max(gaps),
+            "proven_optimal": sum(gap == 0 for gap in gaps) / instances,
+            "best_baseline_over_ours_mean": mean(gains),
+            "best_baseline_over_ours_max": max(gains),
+        }
+
+
+def _caches(
+    trace: str, ids: NDArray[np.int64], weights: NDArray[np.float32], progress: Progress
+) -> Iterator[dict[str, Any]]:
+    _, layers, _ = ids.shape
+    experts = int(ids.max()) + 1
+    sample = max(1, round(LEARNED_SHARE * len(ids)))
+    every = np.arange(layers)[None, :, None]
+    counts = np.zeros((layers, experts))
+    np.add.at(counts, (np.broadcast_to(every, ids[:sample].shape), ids[:sample]), 1)
+    curve = hits_by_capacity(MRS(layers, experts), ids[:sample], weights[:sample])
+    learn: dict[str, Callable[[tuple[int, ...]], Policy]] = {
+        "belady": lambda _: Belady(ids, experts),
+        "sch": lambda _: SCH(ids, experts),
+        "lru": lambda _: LRU(layers, experts),
+        "lfu": lambda _: LFU(layers, experts),
+        "arc": lambda capacities: ARC(layers, experts, capacities),
+        "static": lambda _: StaticPopularity(layers, experts, counts),
+        "mrs": lambda _: MRS(layers, experts),
+        "forecast": lambda _: Forecast(layers, experts),
+    }
+    for share in SHARES:
+        equal = (round(share * experts),) * layers
+        marginal = marginal_capacities(curve, sum(equal))
+        runs: list[tuple[str, str, tuple[int, ...], Admission]] = [
+            *((name, "equal", equal, "always") for name in learn),
+            *((name, "equal", equal, "worth") for name in ("belady", "lru", "mrs", "forecast")),
+            *((name, "marginal", marginal, "always") for name in ("mrs", "forecast")),
+        ]
+        best: dict[Admission, float] = {}
+        for name, split, capacities, admission in runs:
+            progress(f"{trace}: {name}, {share:.0%}, {split}, {admission}")
+            policy = learn[name](capacities)
+            rate = replay(policy, ids, weights, capacities, admission).hit_rate
+            best.setdefault(admission, rate)
+            yield {
+                "trace": trace,
+                "tokens": len(ids),
+                "share": share,
+                "policy": name,
+                "capacities": split,
+                "admission": admission,
+                "hit_rate": rate,
+                "of_belady": rate / best[admission],
+            }
+
+
+def planner_table(result: dict[str, Any]) -> str:
+    """Return the record as text: one table for each of its parts."""
+    lines = [f"{'deciding one layer':<52}{'experts':>8}{'tokens':>8}{'us':>9}"]
+    for row in result["decisions"]:
+        micros = row["seconds_median"] * 1e6
+        lines.append(f"{row['case']:<52}{row['experts']:>8}{row['tokens']:>8}{micros:>9.1f}")
+    lines += [
+        "",
+        f"{'distance of plans from their lower bound':<44}{'experts':>8}{'mean':>8}{'max':>8}"
+        f"{'proven':>8}{'baseline':>9}",
+    ]
+    for row in result["gaps"]:
+        lines.append(
+            f"{'':<44}{row['experts']:>8}{row['gap_mean']:>8.2%}{row['gap_max']:>8.2%}"
+            f"{row['proven_optimal']:>8.0%}{row['best_baseline_over_ours_mean']:>8.3f}x"
+        )
+    if result["caches"]:
+        lines += [
+            "",
+            f"{'hit rate':<32}{'slots':>6} {'policy':<10}{'capacities':<12}{'admission':<10}"
+            f"{'hits':>7}{'of Belady':>11}",
+        ]
+    for row in result["caches"]:
+        lines.append(
+            f"{row['trace']:<32}{row['share']:>6.0%} {row['policy']:<10}{row['capacities']:<12}"
+            f"{row['admission']:<10}{row['hit_rate']:>7.1%}{row['of_belady']:>11.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""The disk cache of compiled kernels: what shares a file, and what a bad disk does."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cpu_experts import compiled
+
+SOURCE = """
+from numba import prange
+
+def zero_and_add(a, threads):
+    a[:] = 0
+    for w in prange(threads):
+        a[w] += 1
+
+def twice(x):
+    return x + x
+"""
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Callable[[str], Any]:
+    """Functions of a module that no process has compiled before, as new objects every time."""
+    file = tmp_path / "fresh.py"
+    file.write_text(SOURCE)
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location("fresh", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+    return load
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in folder.rglob("*.nb[ci]")}
+
+
+def test_what_is_compiled_differently_shares_no_file(
+    fresh: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of another level or version neither read nor replace this one's files."""
+    monkeypatch.setattr(compiled, "_salt", lambda: "one")
+    assert compiled.kernel()(fresh("twice"))(2) == 4
+    before = _files(tmp_path)
+    assert len(before) == 2
+    monkeypatch.setattr(compiled, "_salt", lambda: "two")
+    assert compiled.kernel()(fresh("twice"))(2) == 4
+    after = _files(tmp_path)
+    assert before.items() < after.items()
+    assert len(after) == 4
+
+
+def test_a_second_start_compiles_nothing(fresh: Callable[[str], Any]) -> None:
+    """What one object compiled, another of the same source loads."""
+    compiled.kernel()(fresh("twice"))(2)
+    again = compiled.kernel()(fresh("twice"))
+    assert again(2) == 4
+    assert sum(again.stats.cache_hits.values()) == 1
+
+
+@pytest.mark.parametrize("suffix", ["nbc", "nbi"])
+def test_a_damaged_file_is_made_anew(
+    fresh: Callable[[str], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    """A file that a crash cut short costs a compilation and a warning, once."""
+    compiled.kernel()(fresh("twice"))(2)
+    for path in tmp_path.rglob(f"*.{suffix}"):
+        path.write_bytes(path.read_bytes()[:9])
+    with caplog.at_level(logging.WARNING, "cpu_experts"):
+        assert compiled.kernel()(fresh("twice"))(2) == 4
+    assert "damaged" in caplog.text
+    healed = compiled.kernel()(fresh("twice"))
+    assert healed(2) == 4
+    assert sum(healed.stats.cache_hits.values()) == 1
+
+
+def test_without_a_folder_for_them_kernels_are_compiled_and_not_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """numba has nowhere to cache a function that has no file: a warning, not an error."""
+    compiled._warn_not_kept.cache_clear()
+    names: dict[str, Any] = {}
+    exec(SOURCE, names)
+    with caplog.at_level(logging.WARNING, "cpu_experts"):
+        assert compiled.kernel()(names["twice"])(2) == 4
+    assert "not kept" in caplog.text
+    assert "NUMBA_CACHE_DIR" in caplog.text
+
+
+def test_a_full_disk_is_no_error(
+    fresh: Callable[[str], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the code cannot be written the call still gives its result, and says why."""
+    compiled._warn_not_kept.cache_clear()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    with caplog.at_level(logging.WARNING, "cpu_experts"):
+        assert compiled.kernel()(fresh("twice"))(2) == 4
+    assert "No space left on device" in caplog.text
+
+
+def test_only_prange_makes_a_region(fresh: Callable[[str], Any]) -> None:
+    """Setting an array to zero costs no fork and join of its own."""
+    function = compiled.kernel(parallel=True)(fresh("zero_and_add"))
+    a = np.ones(3)
+    function(a, 2)
+    assert list(a) == [1, 1, 0]
+    (signature,) = function.signatures
+    found = function.get_metadata(signature)["parfor_diagnostics"]
+    assert len(found.initial_parfors) == 1

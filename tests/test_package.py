@@ -1,0 +1,89 @@
+"""The project's own rules: what may import what, what loads when, and clean code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ["hybrid", "planner", "cpu_experts", "gpu_experts"]
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "ruff", "check", *PACKAGES, "tests", "configs"),
+        ("-m", "ruff", "format", "--check", *PACKAGES, "tests", "configs"),
+        ("-m", "mypy"),
+        ("-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"),
+    ],
+    ids=["ruff check", "ruff format", "mypy strict", "import-linter"],
+)
+def test_static_checks(command: tuple[str, ...]) -> None:
+    """Style, types and the independence of the engines hold in the whole tree."""
+    done = _run(sys.executable, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hybrid, planner, cpu_experts, gpu_experts",
+        "from hybrid.cli import main; main(['--help'])",
+        "from hybrid.cli import main; main(['env'])",
+        "from hybrid.cli import main; main(['plan', 'Qwen3-30B-A3B', '--hardware', 'rtx4060-laptop-8gb'])",
+    ],
+)
+def test_light_commands_load_neither_torch_nor_numba(code: str) -> None:
+    """What only asks or plans starts at once: the heavy libraries stay unloaded."""
+    check = "import sys; print(sorted({'torch', 'numba', 'transformers'} & set(sys.modules)))"
+    done = _run(sys.executable, "-c", f"{code}\n{check}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_public_names_resolve() -> None:
+    """Everything that ``hybrid`` lists can be imported from it; anything else is an error."""
+    import hybrid
+
+    for name in hybrid.__all__:
+        assert getattr(hybrid, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        hybrid.no_such_name  # noqa: B018
+
+
+def test_specs_ship_with_the_package() -> None:
+    """The model, hardware and experiment files are found where the code looks for them."""
+    configs = files("hybrid.configs")
+    for folder in ("models", "hardware", "experiments"):
+        assert any(item.name.endswith(".toml") for item in (configs / folder).iterdir()), folder
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    """No module of the packages is longer than 450 lines."""
+    long = {
+        str(path.relative_to(ROOT)): count
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    }
+    assert long == {}
+
+
+def test_readme_commands_exist() -> None:
+    """Every ``hybrid`` command that the README shows is one that the program has."""
+    from hybrid.cli.app import COMMANDS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^(?:\$ )?(?:.*&& )?hybrid ([a-z]+)", text, flags=re.MULTILINE))
+    assert shown
+    assert shown <= set(COMMANDS)

@@ -1,0 +1,287 @@
+"""``hybrid plan``: names, outputs, what it loads, and every kind of bad input."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid.errors import UsageError
+from hybrid.planning import find_hardware, find_model, parse_bytes, plan, resolve
+from planner.report import SCHEMA, to_dict
+from planner_examples import hybrid_plan, save_config
+
+LAPTOP = ("--hardware", "rtx4060-laptop")
+QUICK = ("--tokens", "2", "--prompt", "16", "--context", "64")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The directory of the small model's config.json."""
+    return save_config(tmp_path / "small-moe")
+
+
+def test_names_resolve_when_unique() -> None:
+    """Case, publisher and a unique beginning or part suffice; ambiguity is named."""
+    assert find_model("qwen/qwen3-30b-a3b").name == "Qwen3-30B-A3B"
+    assert find_model("Mixtral").name == "Mixtral-8x7B"
+    assert find_hardware("rtx4060-laptop").name == "rtx4060-laptop-8gb"
+    assert find_hardware("RTX4090").name == "rtx4090-desktop"
+    with pytest.raises(UsageError) as caught:
+        find_model("gpt-oss")
+    assert "gpt-oss-120b, gpt-oss-20b" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "meant"),
+    [
+        ("models", "Qwen3-31B-A3B", "qwen3-30b-a3b"),
+        ("models", "Mixtrl-8x7B", "mixtral-8x7b"),
+        ("hardware", "rtx4600-laptop", "rtx4060-laptop-8gb"),
+        ("hardware", "rtx4090-desktp", "rtx4090-desktop"),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(kind: str, typed: str, meant: str) -> None:
+    """A slip in a name is answered with the name that was probably meant, and the list."""
+    with pytest.raises(UsageError) as caught:
+        resolve(typed, kind)
+    assert f"did you mean {meant}?" in str(caught.value.hint)
+    assert "known:" in str(caught.value.hint)
+
+
+def test_sizes_are_read_with_their_units() -> None:
+    """Binary and decimal units differ; a bare letter is binary, as in llama.cpp."""
+    assert parse_bytes("6GiB", "--vram") == 6 * 2**30
+    assert parse_bytes("6G", "--vram") == 6 * 2**30
+    assert parse_bytes("6 GB", "--vram") == 6 * 10**9
+    assert parse_bytes("512MiB", "--vram") == 512 * 2**20
+    assert parse_bytes("1000000", "--ram") == 10**6
+    for bad in ("", "six", "6Gi", "6GiBB", "-1GiB", "0", "nan", "inf"):
+        with pytest.raises(UsageError) as caught:
+            parse_bytes(bad, "--vram")
+        assert "--vram" in caught.value.message
+        assert caught.value.hint
+
+
+def test_text_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """The report says whether it fits, how fast, what binds, why, beside what, and what helps."""
+    code, out, err = hybrid_plan("Qwen3-30B-A3B", *LAPTOP, *QUICK, capsys=capsys)
+    assert (code, err) == (0, "")
+    for words in (
+        "verdict              fits",
+        "time to first token",
+        "tokens/s",
+        "binding resource",
+        "hit rate",
+        "VRAM GiB   RAM GiB   disk GiB",
+        "expert slots",
+        "KV cache (64 tokens)",
+        "token ms   share   prompt ms    source",
+        "ms against",
+        "all CPU: every expert on the CPU",
+        "on demand: all on the GPU, LRU cache",
+        "static split: the most used on the GPU, in hindsight",
+        "oracle cache",
+        "lower bound",
+        "What would help most",
+        "(assumed)",
+    ):
+        assert words in out, words
+    assert "\x1b" not in out
+    assert not re.search(r"[ \t]+$", out, re.MULTILINE)
+
+
+def test_json_is_the_documented_schema(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every documented field is there; terms add up; the same request gives the same bytes."""
+    first, again = (
+        hybrid_plan(str(small), *LAPTOP, *QUICK, "--json", capsys=capsys)[1] for _ in range(2)
+    )
+    assert first == again
+    data = json.loads(first)
+    assert data["schema"] == SCHEMA == "hybrid.plan/1"
+    import planner.report
+
+    documented = re.findall(r"^(\w+(?:, \w+)*) {2,}\S", str(planner.report.__doc__), re.MULTILINE)
+    names = {name for entry in documented for name in entry.split(", ")} - {"field"}
+    assert names | {"schema"} == set(data)
+    assert data["model"]["name"] == "small-moe"
+    for whole, parts in (("tpot", "terms"), ("ttft", "prefill_terms")):
+        total = sum(term["value_s"] for term in data[parts].values())
+        assert total == pytest.approx(data[whole]["value_s"])
+    assert len(data["layers"]) == len(data["fit"]["slots"]) == 6
+    assert data["tokens_per_s"] == pytest.approx(1 / data["tpot"]["value_s"])
+    assert data["lower_bound_s"] <= data["tpot"]["value_s"]
+
+
+def test_the_api_gives_the_same_as_the_command(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``plan`` returns objects whose JSON is what the command prints."""
+    result = plan(small, "rtx4060-laptop", tokens=2, prompt=16, context=64, vram="6GiB")
+    words = (*LAPTOP, *QUICK, "--vram", "6GiB", "--json")
+    assert json.loads(hybrid_plan(str(small), *words, capsys=capsys)[1]) == to_dict(result)
+    assert result.fit.vram_bytes == 6 * 2**30
+    assert result.prediction is not None
+    assert result.prediction.tpot.value > 0
+
+
+def test_markdown_tables_are_regular(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row of a Markdown table has as many cells as its heading."""
+    _, out, _ = hybrid_plan(str(small), *LAPTOP, *QUICK, "--markdown", capsys=capsys)
+    blocks = [block for block in out.split("\n\n") if block.startswith("|")]
+    assert len(blocks) >= 5
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_cpu_only_machines(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU there are no slots, no link and nothing to compare."""
+    code, out, _ = hybrid_plan(
+        str(small), "-H", "cpu-only-laptop", *QUICK, "--json", "--batch", "2", capsys=capsys
+    )
+    data = json.loads(out)
+    assert code == 0
+    assert data["alternatives"] == []
+    assert data["fit"]["vram_bytes"] == 0
+    assert set(data["fit"]["slots"]) == {0}
+    assert data["terms"]["copies to the GPU"]["value_s"] == 0
+
+
+def test_what_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """The verdict names the shortage; each remedy, taken, fits."""
+    words = ("DeepSeek-V3", "-H", "rtx4090", *QUICK)
+    code, out, _ = hybrid_plan(*words, capsys=capsys)
+    assert code == 0
+    assert "does not fit: VRAM is short by" in out
+    assert "--dense q8_0" in out
+    data = json.loads(hybrid_plan(*words, "--json", capsys=capsys)[1])
+    assert data["fit"]["fits"] is False
+    assert data["tpot"] is None
+    assert data["remedies"]
+    fixed = json.loads(hybrid_plan(*words, "--dense", "q8_0", "--json", capsys=capsys)[1])
+    assert fixed["fit"]["fits"] is True
+    # 342 GiB of experts against 64 GiB of RAM: the disk binds, and the report says so.
+    assert fixed["fit"]["in_ram"] < 0.2
+    assert "disk" in fixed["binding"]
+
+
+def test_perfetto_trace(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trace has the named lanes, spans with microseconds, and the cache's instants."""
+    path = tmp_path / "trace.json"
+    hybrid_plan(
+        str(small), *LAPTOP, *QUICK, "--vram", "1GiB", "--perfetto", str(path), capsys=capsys
+    )
+    rows = json.loads(path.read_text())["traceEvents"]
+    lanes = {row["args"]["name"]: row["tid"] for row in rows if row["name"] == "thread_name"}
+    assert set(lanes) == {"cpu", "gpu", "link", "disk", "cache"}
+    spans = [row for row in rows if row["ph"] == "X"]
+    assert {row["tid"] for row in spans} >= {lanes["gpu"]}
+    assert all(row["dur"] >= 0 and row["ts"] >= 0 for row in spans)
+    assert any("mixer" in row["name"] for row in spans)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects a page's tags, their attributes and whether they nest."""
+
+    VOID = frozenset({"meta", "link", "br", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_html_page_is_whole_and_self_contained(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tags nest, nothing is loaded from elsewhere, names are escaped, the timeline has data."""
+    folder = small.rename(tmp_path / "<b>&model")
+    path = tmp_path / "page.html"
+    code, _, err = hybrid_plan(str(folder), *LAPTOP, *QUICK, "--html", str(path), capsys=capsys)
+    assert code == 0
+    assert f"wrote {path}" in err
+    text = path.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert not any({"src", "href"} & set(attributes) for _, attributes in page.seen)
+    assert "&lt;b&gt;&amp;model" in text
+    assert "<b>&model" not in text
+    spans = json.loads(re.search(r"const spans = (\[.*?\]), lanes", text).group(1))  # type: ignore[union-attr]
+    assert {span["lane"] for span in spans} >= {1}
+    assert len([tag for tag, _ in page.seen if tag == "table"]) >= 5
+
+
+def test_files_are_not_overwritten_unasked(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An existing file stays as it is without --force, and is replaced whole with it."""
+    path = tmp_path / "page.html"
+    path.write_text("mine")
+    words = (str(small), *LAPTOP, *QUICK, "--html", str(path))
+    code, out, err = hybrid_plan(*words, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert f"{path} exists" in err
+    assert "--force" in err
+    assert path.read_text() == "mine"
+    assert hybrid_plan(*words, "--force", capsys=capsys)[0] == 0
+    assert path.read_text().startswith("<!doctype html>")
+    assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+    missing = tmp_path / "no" / "page.html"
+    code, _, err = hybrid_plan(*words[:-1], str(missing), capsys=capsys)
+    assert code == 2
+    assert "cannot write" in err
+
+
+def test_diff(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two plans: what was asked differently, what follows, where memory differs."""
+    paths = []
+    for name, extra in (("a", ()), ("b", ("--context", "4096", "--vram", "1GiB"))):
+        _, out, _ = hybrid_plan(str(small), *LAPTOP, *QUICK, *extra, "--json", capsys=capsys)
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(out)
+    code, out, _ = hybrid_plan("diff", *map(str, paths), capsys=capsys)
+    assert code == 0
+    for words in ("What differs", "context", "64", "4096", "Prediction", "A ms", "B ms", "Memory"):
+        assert words in out
+    assert "experts  " not in out.split("Prediction")[0]
+    code, out, _ = hybrid_plan("diff", str(paths[0]), str(paths[0]), capsys=capsys)
+    assert "What differs" not in out
+    assert "+0.0%" in out
+    for words, problem in (
+        ((str(paths[0]),), "needs two plans"),
+        ((str(paths[0]), str(small / "config.json")), "schema None"),
+        ((str(paths[0]), "none.json"), "cannot read"),
+    ):
+        code, _, err = hybrid_plan("diff", *words, capsys=capsys)
+        assert code == 2
+        assert problem in err
+    paths[1].write_text(paths[1].read_text()[:200])
+    code, _, err = hybrid_plan("diff", *map(str, paths), capsys=capsys)
+    assert code == 2
+    assert "cut short" in err
+
+
+def test_neither_torch_nor_numba_is_loaded() -> None:
+    """``hybrid plan`` answers without either, and importing it loads neither."""
+    code = (
+        "import sys; from hybrid.cli import main; "
+        "code = main(['plan', 'Mixtral', '-H', 'rtx4090', '--tokens', '2', '--json']); "
+        "heavy = {'torch', 'numba', 'transformers', 'pandas', 'jinja2'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,179 @@
+"""``hybrid plan`` given files and words it cannot use: one error each, naming thing and remedy."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planner_examples import SMALL, hybrid_plan, machine_table, save_config
+
+LAPTOP = ("--hardware", "rtx4060-laptop")
+QUICK = ("--tokens", "2", "--prompt", "16", "--context", "64")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The directory of the small model's config.json."""
+    return save_config(tmp_path / "small-moe")
+
+
+def experiment_text() -> str:
+    folder = files("hybrid.configs") / "experiments"
+    return (folder / "hybrimoe-table3.toml").read_text("utf-8")
+
+
+def test_the_experiment_stands_beside_the_paper(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every published ratio is printed beside ours; one further than 20% off points to a note."""
+    code, out, _ = hybrid_plan("--experiment", "hybrimoe-table3", "--json", capsys=capsys)
+    assert code == 0
+    data = json.loads(out)
+    published = [(row["published_prefill"], row["published_decode"]) for row in data["rows"]]
+    assert published[:5] == [(1.0, 1.0), (1.26, 1.46), (1.06, 1.15), (None, 1.38), (1.31, 1.86)]
+    assert data["published_s"] == [1.47, 0.21]
+    ours = [row["decode_speedup"] for row in data["what_if"]["rows"]]
+    # The paper's order holds where its CPU's pace is supposed: every part helps, all help most.
+    assert min(ours[1:]) > 1.0
+    assert ours[4] == max(ours[:5])
+    assert data["notes"]
+    path = tmp_path / "short.toml"
+    path.write_text(experiment_text().replace("tokens = 64", "tokens = 2"))
+    text = hybrid_plan("--experiment", str(path), capsys=capsys)[1]
+    assert "see notes" in text
+    assert "1.86" in text
+
+
+def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown schedule, cache, field or file is named."""
+    good = experiment_text()
+    path = tmp_path / "x.toml"
+    for old, new, words in (
+        ('schedule = "exact"', 'schedule = "best"', "schedule is 'best'"),
+        ('cache = "lru"', 'cache = "fifo"', "cache is 'fifo'"),
+        ("capacity = 0.25", "capacity = 25", "capacity is 25"),
+        ("capacity", "capcity", "unknown field 'capcity'"),
+        ('hardware = "a6000-xeon5220r-10core"', 'hardware = "cpu-only-laptop"', "has no GPU"),
+    ):
+        path.write_text(good.replace(old, new, 1))
+        code, _, err = hybrid_plan("--experiment", str(path), capsys=capsys)
+        assert code == 2
+        assert words in err
+        assert "hint:" in err
+    code, _, err = hybrid_plan("--experiment", "hybrimoe-table4", capsys=capsys)
+    assert code == 2
+    assert "hybrimoe-table3" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("Qwen3-31B", *LAPTOP), "unknown model 'Qwen3-31B'"),
+        (("Mixtral", "-H", "rtx9999"), "unknown hardware 'rtx9999'"),
+        (("Mixtral",), "--hardware is missing"),
+        ((), "MODEL is missing"),
+        (("none/config.json", *LAPTOP), "there is no file none/config.json"),
+        (("Mixtral", "extra", *LAPTOP), "unexpected 'extra'"),
+        (("Mixtral", *LAPTOP, "--vram", "0"), "--vram '0' is not above 0"),
+        (("Mixtral", *LAPTOP, "--vram", "lots"), "--vram 'lots' is not a size"),
+        (("Mixtral", "-H", "cpu-only", "--vram", "6GiB"), "has no gpu to change"),
+        (("Mixtral", *LAPTOP, "--context", "99999"), "exceeds the 32768 tokens"),
+        (("Mixtral", *LAPTOP, "--context", "0"), "--context is 0"),
+        (("Mixtral", *LAPTOP, "--prompt", "5000"), "--prompt 5000 exceeds --context 4096"),
+        (("Mixtral", *LAPTOP, "--batch", "-1"), "--batch is -1"),
+        (("Mixtral", *LAPTOP, "--experts", "q5_1"), "--experts 'q5_1' is not a weight format"),
+        (("Mixtral", *LAPTOP, "--trace", "none.npz"), "none.npz cannot be read"),
+        (("Mixtral", *LAPTOP, "--json", "--markdown"), "--json and --markdown"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_hint(
+    words: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, what is wrong with both values, a remedy, nothing on stdout, no traceback."""
+    code, out, err = hybrid_plan(*words, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert problem in err
+    assert "\nhint: " in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"num_experts": None}, "not a Mixture-of-Experts model"),
+        ({"num_experts": 10**14}, "num_experts is 1e+14"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1"),
+    ],
+)
+def test_bad_config_json(
+    small: Path, change: dict[str, Any], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config.json that is not MoE, lacks a field or has an absurd value is refused by name."""
+    (small / "config.json").write_text(json.dumps({**SMALL, **change}))
+    code, _, err = hybrid_plan(str(small), *LAPTOP, capsys=capsys)
+    assert code == 2
+    assert problem in err
+    (small / "config.json").write_text(json.dumps(SMALL)[:-20])
+    code, _, err = hybrid_plan(str(small), *LAPTOP, capsys=capsys)
+    assert code == 2
+    assert "cut short" in err
+
+
+def test_own_hardware_file(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A TOML of the user's machine works; a wrong unit or type in it is named."""
+    path = tmp_path / "mine.toml"
+    path.write_text(toml(machine_table()))
+    code, out, _ = hybrid_plan(str(small), "-H", str(path), *QUICK, "--json", capsys=capsys)
+    assert code == 0
+    assert json.loads(out)["hardware"]["name"] == "round"
+    path.write_text(toml(machine_table()).replace("ram_bytes", "ram_gb"))
+    code, _, err = hybrid_plan(str(small), "-H", str(path), capsys=capsys)
+    assert code == 2
+    assert "unknown field" in err
+    path.write_text(toml(machine_table()).replace("100000000000.0", "'100 GB/s'", 1))
+    code, _, err = hybrid_plan(str(small), "-H", str(path), capsys=capsys)
+    assert code == 2
+    assert "write a plain number in SI units" in err
+
+
+def toml(table: dict[str, Any]) -> str:
+    """A machine's table as TOML."""
+    lines = [f"name = '{table['name']}'"]
+    for part, values in table.items():
+        if isinstance(values, dict):
+            lines.append(f"[{part}]")
+            for name, value in values.items():
+                if isinstance(value, dict):
+                    inner = ", ".join(f"{k} = {v!r}" for k, v in value.items())
+                    value = f"{{ {inner} }}"
+                else:
+                    value = repr(value)
+                lines.append(f"{name} = {value}")
+    return "\n".join(lines)
+
+
+def test_a_trace_of_another_model(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recorded trace is replayed; one of another model or cut short is refused."""
+    ids = np.argsort(np.random.default_rng(0).random((24, 6, 16)), axis=-1)[..., :4]
+    path = tmp_path / "t.npz"
+    np.savez(path, expert_ids=ids.astype(np.uint8), routing_weights=ids / 100)
+    words = (str(small), *LAPTOP, *QUICK, "--trace", str(path))
+    code, out, _ = hybrid_plan(*words, "--json", capsys=capsys)
+    assert code == 0
+    assert json.loads(out)["routing"] == {"source": "measured", "origin": "trace t.npz"}
+    code, _, err = hybrid_plan("Mixtral", *words[1:], capsys=capsys)
+    assert code == 2
+    assert "has 6 MoE layers, Mixtral-8x7B has 32" in err
+    path.write_bytes(path.read_bytes()[:-50])
+    code, _, err = hybrid_plan(*words, capsys=capsys)
+    assert code == 2
+    assert "cannot be read as a routing trace" in err
