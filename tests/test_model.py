@@ -191,6 +191,9 @@ def test_options_that_no_text_can_satisfy(model: HybridModel) -> None:
     for prompts in (["a", "b"], [[1, 2], [3]], {"a": 1}):
         with pytest.raises(UsageError, match="token ids"):
             model.generate(prompts)
+    for ids in (5, torch.ones(1, 1, 3)):
+        with pytest.raises(UsageError, match=r"they must be \[T\] or \[B, T\]"):
+            model.generate(ids)
     with pytest.raises(UsageError, match="stop string"):
         model.generate("a", stop_strings=[""])
 
@@ -258,6 +261,15 @@ def test_thread_counts_that_cannot_be(tiny_model: Path, threads: int) -> None:
         UsageError, match=rf"threads is {threads}\b.*{numba.config.NUMBA_NUM_THREADS}"
     ):
         HybridModel.from_pretrained(tiny_model, threads=threads)
+
+
+def test_a_default_is_never_too_many_threads(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OMP_NUM_THREADS meant for other programs is no error: all that numba has are used."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
+    loaded = HybridModel.from_pretrained(tiny_model)
+    assert loaded.threads == numba.config.NUMBA_NUM_THREADS
 
 
 def test_converted_once_and_its_formats_stay(
