@@ -13,7 +13,6 @@ from planner.memory import Fit, fit
 from planner.model import ModelSpec
 from planner.routing import Routing, from_trace, synthetic
 
-
 _MOST_SIMULATED = 8192
 """Decoded tokens of all sequences: what a simulation holds in memory."""
 
