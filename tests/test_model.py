@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -380,6 +383,23 @@ def test_the_report_names_slow_paths(model: HybridModel, monkeypatch: pytest.Mon
     assert list(told) == [f"expert kernels at {best}", "experts of 1 layers in three steps"]
     assert all(path.reason and path.remedy for path in told.values())
     assert "slow path" in str(model.report())
+
+
+def test_slow_threads_are_a_slow_path(tiny_model: Path) -> None:
+    """Where numba has no OpenMP (here: is told to do without), the report says what to install."""
+    code = (
+        "import sys; from hybrid.model import HybridModel;"
+        " print(HybridModel.from_pretrained(sys.argv[1]).report())"
+    )
+    for layer, told in (("workqueue", True), ("omp", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tiny_model)],
+            env=os.environ | {"NUMBA_THREADING_LAYER": layer},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("libgomp1" in done.stdout) == told
 
 
 def test_a_fresh_model_reports_without_a_call(tiny_model: Path) -> None:
