@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import cpu_experts  # noqa: F401  (tells OpenMP how to wait, before torch loads it)
 from hybrid import registration
 
 __version__ = "0.1.0"
@@ -16,10 +17,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hybrid.config import HybridConfig
     from hybrid.model import HybridModel
+    from hybrid.planning import plan
 
-_HOME = {"HybridModel": "hybrid.model", "HybridConfig": "hybrid.config"}
+_HOME = {
+    "HybridConfig": "hybrid.config",
+    "HybridModel": "hybrid.model",
+    "plan": "hybrid.planning",
+}
 
-__all__ = ["HybridConfig", "HybridModel", "__version__"]
+__all__ = ["HybridConfig", "HybridModel", "__version__", "plan"]
 
 
 def __getattr__(name: str) -> object:

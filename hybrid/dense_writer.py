@@ -15,7 +15,7 @@ from torch import Tensor
 from cpu_experts.formats import GROUP, is_quantized, pack, packed_bytes
 from hybrid.errors import CheckpointError
 from hybrid.partial import Partial, sync
-from hybrid.source_formats import BlockDequantize
+from hybrid.source_formats import BlockDequantize, is_scale, scale_pattern
 from hybrid.tensor_files import (
     INDEX_NAME,
     TensorPlan,
@@ -100,7 +100,7 @@ class DensePlan:
     def _sources(self, target: Target, cast: torch.dtype | None) -> Iterator[_Output]:
         """Yield a target's source tensors, dequantized where they have scales."""
         for pattern, keys in target.sources.items():
-            if pattern.endswith(("_scale_inv", "activation_scale")):
+            if is_scale(pattern):
                 continue
             for key, scale in zip(keys, _scales(target, pattern), strict=True):
                 info = self._weights.reader.tensors[key]
@@ -135,7 +135,7 @@ class DensePlan:
 
         Only a converter that does more than dequantize needs its sources whole.
         """
-        patterns = [p for p in target.sources if not p.endswith(("_scale_inv", "activation_scale"))]
+        patterns = [pattern for pattern in target.sources if not is_scale(pattern)]
         if len(patterns) == 1 and all(isinstance(op, BlockDequantize) for op in target.operations):
             (key,), (scale,) = target.sources[patterns[0]], _scales(target, patterns[0])
             yield from self._rows(target, key, scale, target.makes[name].dtype)
@@ -175,8 +175,10 @@ def _path(name: str) -> str:
 
 def _scales(target: Target, pattern: str) -> list[str | None]:
     """The keys of the scales that go with the keys of ``pattern``."""
-    none: list[str | None] = [None] * len(target.sources[pattern])
-    return [*target.sources.get(f"{pattern}_scale_inv", none)]
+    scales = scale_pattern(pattern, target.sources)
+    if scales is None:
+        return [None] * len(target.sources[pattern])
+    return [*target.sources[scales]]
 
 
 def _checked(key: str, values: Tensor) -> Tensor:

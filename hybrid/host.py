@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from hybrid.errors import UsageError
+
 _GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _NVIDIA_SMI_TIMEOUT_S = 10
 
@@ -46,6 +48,15 @@ def default_threads() -> int:
     """Return how many threads to compute with: ``OMP_NUM_THREADS`` if set, else every core."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     return int(chosen) if chosen.isdigit() and int(chosen) > 0 else usable_cores()
+
+
+def check_threads(threads: int, most: int) -> None:
+    """Raise UsageError unless ``threads`` is from 1 to numba's ``most``."""
+    if not 1 <= threads <= most:
+        raise UsageError(
+            f"threads is {threads}, it must be between 1 and {most}",
+            hint="NUMBA_NUM_THREADS sets the most there can be",
+        )
 
 
 def _cgroup_cpu_quota() -> float | None:

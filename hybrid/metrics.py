@@ -46,7 +46,8 @@ class GenerationTimes:
         From the first new token to the last.
     ended
         Why generation ended: ``"end token"``, ``"stop string"``, ``"max_new_tokens"``,
-        ``"context full"`` or ``"interrupted"``.
+        ``"context full"``, ``"interrupted"``, or ``"end token or limit"`` where ids were asked
+        for and transformers alone knows.
     """
 
     sequences: int

@@ -85,7 +85,8 @@ class HybridModel:
             them, unless given. A converted directory has its own; asking for another is an
             error.
         threads
-            For torch and the kernels alike; ``OMP_NUM_THREADS`` or every core unless given.
+            For torch and the kernels alike; ``OMP_NUM_THREADS`` or every core unless given,
+            and then no more than numba has.
         verify
             Compare the checksum of every expert with the store's index before use.
         dtype
@@ -102,7 +103,8 @@ class HybridModel:
             When an argument has a value that cannot be used.
         """
         start = time.perf_counter()
-        threads = host.default_threads() if threads is None else threads
+        if threads is None:  # what the environment asks other programs for may be too many
+            threads = min(host.default_threads(), numba.config.NUMBA_NUM_THREADS)
         _set_threads(threads)
         directory = Path(demo_path() if path is None or path == "demo" else path).expanduser()
         config = HybridConfig(experts, dense, verify=verify)
@@ -377,6 +379,11 @@ def _as_ids(prompt: Any) -> torch.Tensor:
             f"a prompt is a text or token ids, not {type(prompt).__name__}: {_first_line(error)}",
             hint="generate from one text at a time, or from ids of equal length",
         ) from error
+    if ids.dim() not in (1, 2):
+        raise UsageError(
+            f"token ids are {list(ids.shape)}, they must be [T] or [B, T]",
+            hint="a single token is a list of one id",
+        )
     return ids[None] if ids.dim() == 1 else ids
 
 
@@ -417,11 +424,6 @@ def _compute_dtype() -> torch.dtype:
 
 def _set_threads(threads: int) -> None:
     """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
-    most = int(numba.config.NUMBA_NUM_THREADS)
-    if not 1 <= threads <= most:
-        raise UsageError(
-            f"threads is {threads}, it must be between 1 and {most}",
-            hint="NUMBA_NUM_THREADS sets the most there can be",
-        )
+    host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
     torch.set_num_threads(threads)
     numba.set_num_threads(threads)

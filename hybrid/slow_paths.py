@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 import torch
 
 from cpu_experts import hostcpu, simd
@@ -17,6 +18,14 @@ _BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
 def has_native_bf16() -> bool:
     """Whether this processor multiplies bfloat16 without a detour over float32."""
     return not _BF16_FEATURES.isdisjoint(hostcpu.host_features())
+
+
+def _threading_layer() -> str | None:
+    """What numba runs parallel kernels on; None before the first of them ran."""
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return None
 
 
 def slow_paths(model: Any) -> Iterator[SlowPath]:
@@ -39,6 +48,12 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
             "expert kernels at portable",
             "there are no vector kernels for this processor",
             "use an x86 processor with AVX2 or newer",
+        )
+    if _threading_layer() == "workqueue":
+        yield SlowPath(
+            "the kernels' threads",
+            "numba runs them with its own work queue, which wakes them slowly: it found no OpenMP",
+            "install OpenMP (on Debian libgomp1), and leave NUMBA_THREADING_LAYER unset",
         )
     if model.dtype == torch.bfloat16 and not has_native_bf16():
         yield SlowPath(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from hybrid.errors import UnsupportedModelError
 
@@ -51,11 +51,15 @@ class BlockDequantize(Fp8Dequantize):
         return super()._dequantize_one(padded, scales, output_dtype)[..., :rows, :cols]
 
 
-class _BlockQuantizer(FineGrainedFP8HfQuantizer):
-    """transformers' fp8 quantizer with :class:`BlockDequantize`."""
+def is_scale(pattern: str) -> bool:
+    """Whether a converter's source pattern stands for what goes with a quantized weight."""
+    return pattern.rstrip("$").endswith(("_scale_inv", "activation_scale"))
 
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"dequantize": BlockDequantize}
+
+def scale_pattern(pattern: str, sources: Iterable[str]) -> str | None:
+    """Return the pattern among ``sources`` of the scales that belong to ``pattern``."""
+    wanted = pattern.rstrip("$") + "_scale_inv"
+    return next((source for source in sources if source.rstrip("$") == wanted), None)
 
 
 def source_quantizer(config: Any) -> Any:
@@ -80,6 +84,4 @@ def source_quantizer(config: Any) -> Any:
         )
     quantization = AutoQuantizationConfig.from_dict(settings)
     quantization.dequantize = True
-    kind = AUTO_QUANTIZER_MAPPING[method]
-    kind = _BlockQuantizer if kind is FineGrainedFP8HfQuantizer else kind
-    return kind(quantization, pre_quantized=True)
+    return AUTO_QUANTIZER_MAPPING[method](quantization, pre_quantized=True)

@@ -22,9 +22,11 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.families import ExpertsSpec
+from hybrid.source_formats import BlockDequantize
 from hybrid.tensor_files import TensorReader
 
 #: An expert's matrices are read in pieces when they are larger than this.
@@ -133,6 +135,13 @@ class WeightMap:
         mapping = get_model_conversion_mapping(self.model, None, quantizer)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        for entry in converters:
+            entry.operations = [
+                BlockDequantize(op.hf_quantizer)  # type: ignore[no-untyped-call]
+                if type(op) is Fp8Dequantize
+                else op
+                for op in entry.operations
+            ]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         prefix = self.model.base_model_prefix
         targets: dict[str, Target] = {}
@@ -162,7 +171,7 @@ class WeightMap:
             sources = {p: [self._meta(key) for key in keys] for p, keys in target.sources.items()}
             for name, tensor in self._dry_run(target, sources).items():
                 if name in wanted:
-                    self._check_shape(name, tensor.shape, wanted[name].shape)
+                    self._check_made(name, tensor, wanted[name])
                     target.makes[name] = wanted[name]
             made |= target.makes.keys()
         optional = [*(self.model._keys_to_ignore_on_load_missing or []), "_extra_state$"]
@@ -188,14 +197,14 @@ class WeightMap:
             else:
                 shape = self.reader.tensors[keys[0]].shape
                 self._check_shape(keys[0], shape, (declared[0], *shape[1:]))
-        expected = self.model.get_parameter(name).shape
+        expected = self.model.get_parameter(name)
         seen = set()
         for expert in range(spec.experts):
             sources = self._expert_sources(target, expert, meta=True)
             signature = str([(t.shape, t.dtype) for tensors in sources.values() for t in tensors])
             if signature not in seen:
                 made = self._dry_run(target, sources)[name]
-                self._check_shape(f"expert {expert} of {name}", made.shape, expected)
+                self._check_made(f"expert {expert} of {name}", made, expected)
                 seen.add(signature)
 
     @staticmethod
@@ -216,6 +225,17 @@ class WeightMap:
         if tuple(got) != tuple(expected):
             raise CheckpointError(
                 f"{name} is {list(got)} in the checkpoint, the model takes {list(expected)}",
+                hint=_CHECK,
+            )
+
+    def _check_made(self, name: str, made: Tensor, wanted: Tensor) -> None:
+        self._check_shape(name, made.shape, wanted.shape)
+        if wanted.is_floating_point() and (
+            not made.is_floating_point() or made.dtype.itemsize == 1
+        ):
+            raise CheckpointError(
+                f"{name} is {made.dtype} in the checkpoint, without scales that make it "
+                f"{wanted.dtype}",
                 hint=_CHECK,
             )
 

@@ -43,6 +43,8 @@ _SHARED_WIDTH = (
     "share_expert_dim",
 )
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_MOST_LAYERS = 10_000
+_MOST_EXPERTS = 100_000
 _HIDDEN = ("hidden_size", "d_model", "n_embd")
 _UNGATED = {"relu2", "relu2_no_gate"}
 _TIED_BY_DEFAULT = {"gemma4", "gemma4_text", "cohere2_moe", "diffusion_gemma"}
@@ -71,7 +73,7 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
     if family == "dbrx" and fields.has("ffn_config"):
         fields = Fields(_flatten_dbrx(text), fields.where)
     blocks = _block_types(fields)
-    depth = len(blocks) if blocks else fields.count(*_LAYERS)
+    depth = len(blocks) if blocks else fields.count(*_LAYERS, most=_MOST_LAYERS)
     switched_off = any(text.get(switch) is False for switch in ("is_moe", "enable_moe_block"))
     if switched_off or not fields.has(*_EXPERT_COUNT) or fields.count(*_EXPERT_COUNT, least=0) < 2:
         raise SpecError(
@@ -165,7 +167,7 @@ def _experts(fields: Fields, family: str, hidden: int) -> Experts:
     own_width = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
     gated = fields.data.get("mlp_hidden_act") not in _UNGATED
     return Experts(
-        count=fields.count(*_EXPERT_COUNT),
+        count=fields.count(*_EXPERT_COUNT, most=_MOST_EXPERTS),
         top_k=fields.count(*_TOP_K),
         identity=fields.count("zero_expert_num", default=0, least=0),
         hidden=fields.count("moe_latent_size", "moe_hidden_size", default=hidden),
@@ -182,16 +184,12 @@ def _sparse_layers(fields: Fields, depth: int, blocks: list[str] | None) -> list
         return [block == "moe" for block in blocks]
     if kinds := fields.names("mlp_layer_types", length=depth):
         return [kind != "dense" for kind in kinds]
-    listed = fields.data.get("moe_layers")
-    if isinstance(listed, list):
-        return [layer in listed for layer in layers]
-    enumerated = fields.data.get("moe_layers_enum")
-    if isinstance(enumerated, str) and enumerated:
-        wanted = {int(part) for part in enumerated.split(",")}
-        return [layer in wanted for layer in layers]
-    frequency = fields.data.get("moe_layer_freq")
-    if isinstance(frequency, list):
-        return [bool(value) for value in frequency[:depth]]
+    for name in ("moe_layers", "moe_layers_enum"):
+        if (listed := fields.numbers(name)) is not None:
+            return [layer in listed for layer in layers]
+    if isinstance(fields.data.get("moe_layer_freq"), list):
+        frequency = fields.numbers("moe_layer_freq") or []
+        return [layer < len(frequency) and bool(frequency[layer]) for layer in layers]
     if fields.has("expert_layer_period"):
         period = fields.count("expert_layer_period")
         offset = fields.count("expert_layer_offset", default=0, least=0)
@@ -203,7 +201,7 @@ def _sparse_layers(fields: Fields, depth: int, blocks: list[str] | None) -> list
         return [start <= layer <= end and (layer + 1) % every == 0 for layer in layers]
     if fields.has("decoder_sparse_step"):
         step = fields.count("decoder_sparse_step")
-        dense = fields.data.get("mlp_only_layers") or []
+        dense = fields.numbers("mlp_only_layers") or []
         return [layer not in dense and (layer + 1) % step == 0 for layer in layers]
     step = fields.count("interleave_moe_layer_step", "moe_layer_freq", default=1)
     first = fields.count("first_k_dense_replace", "num_dense_layers", default=0, least=0)

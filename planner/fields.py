@@ -88,21 +88,24 @@ class Fields:
             f"{self.where} lacks {wanted}", hint="use the model's own, complete config.json"
         )
 
-    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """Return a whole number of at least ``least``; the first of a list of one per layer."""
+    def count(
+        self, *names: str, default: int | None = None, least: int = 1, most: int = LARGEST
+    ) -> int:
+        """Return a whole number in ``[least, most]``; the first of a list of one per layer."""
         if default is not None and not self.has(*names):
             return default
         name, value = self.first(*names)
         while isinstance(value, list | tuple) and value:
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value != int(value):
             raise SpecError(
                 f"{self.where}: {name} is {value!r}, not a whole number",
                 hint=f"{name} must be an integer of at least {least}",
             )
-        if not least <= value <= LARGEST:
+        if not least <= value <= most:
             raise SpecError(
-                f"{self.where}: {name} is {value:g}, outside [{least}, {LARGEST:.0e}]",
+                f"{self.where}: {name} is {value:g}, outside [{least}, {most:g}]",
                 hint="compare with the publisher's config.json",
             )
         return int(value)
@@ -157,6 +160,20 @@ class Fields:
                     )
                 return value[:length]
         return None
+
+    def numbers(self, name: str) -> list[int] | None:
+        """Return a list of whole numbers, or None when absent."""
+        value = self.data.get(name)
+        if value is None:
+            return None
+        if isinstance(value, str):  # Step-3 writes them as one text
+            value = [int(part) if part.strip().isdigit() else part for part in value.split(",")]
+        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+            raise SpecError(
+                f"{self.where}: {name} is {value!r}, not a list of whole numbers",
+                hint=f"compare {name} with the publisher's config.json",
+            )
+        return value
 
     def table(self, name: str) -> Fields:
         """Return a nested table."""

@@ -146,8 +146,9 @@ def _compressed(fields: Fields, hidden: int, kind: str, window: int | None) -> M
     queries = heads * dim
     params = hidden * q_rank + q_rank * queries + hidden * dim
     params += o_rank * queries + groups * o_rank * hidden
-    rates = fields.data.get("compress_rates") or {}
-    rate = rates.get(kind)
+    rate = None
+    if fields.has("compress_rates") and fields.table("compress_rates").has(kind):
+        rate = fields.table("compress_rates").count(kind)
     if kind == "compressed_sparse_attention":
         index = fields.count("index_n_heads") * fields.count("index_head_dim")
         params += 4 * hidden * dim + q_rank * index + 4 * hidden * fields.count("index_head_dim")
@@ -157,10 +158,10 @@ def _compressed(fields: Fields, hidden: int, kind: str, window: int | None) -> M
     return Mixer(
         kind="full" if rate else "sliding",
         params=params,
-        cache_per_token=-(-dim // int(rate)) if rate else dim,
+        cache_per_token=-(-dim // rate) if rate else dim,
         window=None if rate else fields.count("sliding_window", default=window or 128),
         state=near if rate else 0,
-        score_flops=4 * queries // int(rate or 1),
+        score_flops=4 * queries // (rate or 1),
     )
 
 

@@ -13,6 +13,9 @@ from planner.memory import Fit, fit
 from planner.model import ModelSpec
 from planner.routing import Routing, from_trace, synthetic
 
+_MOST_SIMULATED = 8192
+"""Decoded tokens of all sequences: what a simulation holds in memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -53,6 +56,11 @@ class Request:
             value = getattr(self, name)
             if value < 1:
                 raise SpecError(f"--{name} is {value}", hint=f"--{name} must be at least 1")
+        if self.tokens * self.batch > _MOST_SIMULATED:
+            raise SpecError(
+                f"--tokens {self.tokens} x --batch {self.batch} exceeds {_MOST_SIMULATED}",
+                hint="the time per token settles after a few dozen: simulate fewer",
+            )
         for name in ("experts", "dense"):
             value = getattr(self, name)
             if value not in BITS_PER_WEIGHT:

@@ -59,6 +59,7 @@ def policies(ids: np.ndarray, capacities: list[int]) -> list[Policy]:
 
 
 @given(requests, st.integers(1, EXPERTS))
+@settings(deadline=None)
 def test_lru_lfu_and_arc_are_the_textbooks(chosen, capacity):
     """On single requests the three have exactly the hits of their plain twins."""
     for policy, hits in (
@@ -149,6 +150,7 @@ def test_hits_by_capacity_is_exact_for_lru():
     ),
     st.integers(0, 12),
 )
+@settings(deadline=None)
 def test_marginal_capacities_are_the_best_split(worth, total):
     """No other split of the budget is worth more, concave or not."""
     total = min(total, 3 * len(worth))

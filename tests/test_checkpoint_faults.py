@@ -182,6 +182,21 @@ def test_missing_dense_tensor(src: Path, key: str) -> None:
     refused(src, CheckpointError, f"the checkpoint has no tensor for {key}")
 
 
+@pytest.mark.parametrize("config", [{}, {"quant_method": "fp8", "weight_block_size": [32, 32]}])
+@pytest.mark.parametrize("key", ["model.layers.0.self_attn.k_proj.weight", EXPERT])
+def test_missing_scales(src: Path, key: str, config: dict[str, Any]) -> None:
+    """An fp8 weight without its scales is not taken at face value."""
+    weights = read_weights(src)
+    weights[key] = weights[key].to(torch.float8_e4m3fn)
+    if key == EXPERT:  # one expert alone would already differ from the others
+        for other in [k for k in weights if "layers.1.mlp.experts" in k]:
+            weights[other] = weights[other].to(torch.float8_e4m3fn)
+    write_weights(src, weights)
+    if config:
+        edit_config(src, quantization_config=config)
+    refused(src, CheckpointError, "is torch.float8_e4m3fn in the checkpoint, without scales")
+
+
 def test_missing_file(src: Path) -> None:
     """The index names a file that is not there."""
     weight_map = {EXPERT: "model-00002-of-00002.safetensors", "lm_head.weight": WEIGHTS}

@@ -111,6 +111,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["run", "-n", "0"], "--max-new-tokens"),
         (["run", "-n", "many"], "--max-new-tokens"),
         (["run", "--top-p", "2"], "--top-p"),
+        (["run", "--seed", str(2**64)], "--seed"),
         (["run", "-p", "a", "-f", "b"], "--prompt and --file"),
         (["run", "-f", "/no/such/file"], "/no/such/file"),
         (["run", "/no/such/model", "-p", "a"], "/no/such/model"),
@@ -120,6 +121,11 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["run", "-p", "a", "--experts", "q5_k"], "q5_k"),
         (["run", "-p", "a", "-t", "100000"], "100000"),
         (["chat", "--chat-template", "/no/such/file"], "/no/such/file"),
+        (["bench", "kernels", "--threads", "100000"], "100000"),
+        (["bench", "kernels", "--tokens", "1,many"], "1,many"),
+        (["bench", "kernels", "--tokens", "7"], "7"),
+        (["bench", "kernels", "--formats", "q5_k"], "q5_k"),
+        (["bench", "kernels", "--record", "/no/such/folder/a.jsonl"], "/no/such/folder"),
     ],
 )
 def test_user_errors(capsys: pytest.CaptureFixture[str], args: list[str], names: str) -> None:
@@ -200,6 +206,19 @@ def test_run_writes_the_text_and_nothing_else_to_stdout(
         assert out == expected
         for word in ("prompt 4 tokens", "TTFT", "decode 20 tokens", "tokens/s", "peak memory"):
             assert word in err
+
+
+def test_ctrl_c_before_the_model_begins(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, converted: Path
+) -> None:
+    """An interruption while the prompt is encoded ends the program without figures or traceback."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HybridModel, "encode", interrupt)
+    assert main(["run", str(converted), "-p", "a", "-t", "1"]) == 130
+    assert "tokens/s" not in capsys.readouterr().err
 
 
 def test_run_ends_with_a_report_on_request(

@@ -93,6 +93,20 @@ def test_a_backslash_goes_on_in_the_next_line() -> None:
     assert model.asked == [[("user", "a\nb\nc")]]
 
 
+def test_the_end_of_input_ends_a_message_too() -> None:
+    """A last line that ends in a backslash is asked like any other."""
+    model = Listener("x")
+    talk(model, feed("a\\", "b\\"))
+    assert model.asked == [[("user", "a\nb")]]
+
+
+def test_spaces_around_a_command_do_not_matter() -> None:
+    """``/exit`` with a blank behind it is no message to the model."""
+    model = Listener("x", "y")
+    talk(model, feed("a", "/clear ", "b", " /exit", "c"))
+    assert model.asked == [[("user", "a")], [("user", "b")]]
+
+
 def test_a_message_that_cannot_be_answered(capsys: pytest.CaptureFixture[str]) -> None:
     """At a terminal the conversation goes on without it; in a pipe the program ends."""
     model = Listener(UsageError("too long", hint="shorter"), "fine")

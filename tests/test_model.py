@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -191,6 +194,9 @@ def test_options_that_no_text_can_satisfy(model: HybridModel) -> None:
     for prompts in (["a", "b"], [[1, 2], [3]], {"a": 1}):
         with pytest.raises(UsageError, match="token ids"):
             model.generate(prompts)
+    for ids in (5, torch.ones(1, 1, 3)):
+        with pytest.raises(UsageError, match=r"they must be \[T\] or \[B, T\]"):
+            model.generate(ids)
     with pytest.raises(UsageError, match="stop string"):
         model.generate("a", stop_strings=[""])
 
@@ -258,6 +264,15 @@ def test_thread_counts_that_cannot_be(tiny_model: Path, threads: int) -> None:
         UsageError, match=rf"threads is {threads}\b.*{numba.config.NUMBA_NUM_THREADS}"
     ):
         HybridModel.from_pretrained(tiny_model, threads=threads)
+
+
+def test_a_default_is_never_too_many_threads(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OMP_NUM_THREADS meant for other programs is no error: all that numba has are used."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
+    loaded = HybridModel.from_pretrained(tiny_model)
+    assert loaded.threads == numba.config.NUMBA_NUM_THREADS
 
 
 def test_converted_once_and_its_formats_stay(
@@ -368,6 +383,23 @@ def test_the_report_names_slow_paths(model: HybridModel, monkeypatch: pytest.Mon
     assert list(told) == [f"expert kernels at {best}", "experts of 1 layers in three steps"]
     assert all(path.reason and path.remedy for path in told.values())
     assert "slow path" in str(model.report())
+
+
+def test_slow_threads_are_a_slow_path(tiny_model: Path) -> None:
+    """Where numba has no OpenMP (here: is told to do without), the report says what to install."""
+    code = (
+        "import sys; from hybrid.model import HybridModel;"
+        " print(HybridModel.from_pretrained(sys.argv[1]).report())"
+    )
+    for layer, told in (("workqueue", True), ("omp", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tiny_model)],
+            env=os.environ | {"NUMBA_THREADING_LAYER": layer},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("libgomp1" in done.stdout) == told
 
 
 def test_a_fresh_model_reports_without_a_call(tiny_model: Path) -> None:

@@ -86,6 +86,7 @@ def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("Mixtral", *LAPTOP, "--context", "0"), "--context is 0"),
         (("Mixtral", *LAPTOP, "--prompt", "5000"), "--prompt 5000 exceeds --context 4096"),
         (("Mixtral", *LAPTOP, "--batch", "-1"), "--batch is -1"),
+        (("Mixtral", *LAPTOP, "--tokens", "9999999"), "exceeds 8192"),
         (("Mixtral", *LAPTOP, "--experts", "q5_1"), "--experts 'q5_1' is not a weight format"),
         (("Mixtral", *LAPTOP, "--trace", "none.npz"), "none.npz cannot be read"),
         (("Mixtral", *LAPTOP, "--json", "--markdown"), "--json and --markdown"),

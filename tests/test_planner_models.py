@@ -174,3 +174,20 @@ def test_lists_and_nulls_count_as_their_first_value() -> None:
     fields = Fields({"moe_topk": [8, 8], "head_dim": None}, "x")
     assert fields.count("moe_topk") == 8
     assert fields.count("head_dim", default=3) == 3
+
+
+def test_damaged_values_never_escape_as_another_error() -> None:
+    """Whatever field of a config holds whatever JSON value, it parses or is refused by name."""
+    junk = [None, -1, 0, 1e30, "x", [], {}, True, 3.5, [1, 2], math.nan, 10**15]
+    for path in shipped():
+        config = read_table(path)["config"]
+        for key in config:
+            for value in junk:
+                try:
+                    from_hf_config({**config, key: value}, path.stem)
+                except SpecError as error:
+                    found = error
+                else:
+                    continue
+                assert path.stem in found.message
+                assert found.hint

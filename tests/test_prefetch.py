@@ -100,6 +100,7 @@ worths = st.lists(
 
 
 @given(worths, st.lists(st.integers(0, 6), min_size=3, max_size=3))
+@settings(deadline=None)
 def test_the_knapsack_is_the_best_choice(worth, room):
     """No other number of items per group is worth more under the limits."""
     room = sorted(room)[: len(worth)]

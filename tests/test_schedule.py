@@ -161,6 +161,7 @@ def test_brute_force_over_sets_is_brute_force_over_orders():
 
 
 @given(problems())
+@settings(deadline=None)
 def test_bound_plan_and_baselines_are_in_order(problem):
     """lower_bound <= plan <= every baseline, to the last bit, and the plan is valid."""
     plan = solve(problem)
@@ -173,6 +174,7 @@ def test_bound_plan_and_baselines_are_in_order(problem):
 
 
 @given(problems(max_experts=7))
+@settings(deadline=None)
 def test_no_bound_exceeds_the_optimum(problem):
     """Neither a plan's bound nor the linear relaxation's rules out a plan that exists."""
     best_s = naive.best_over_all_sets_s(problem)
@@ -191,7 +193,7 @@ def test_the_relaxation_is_tight_on_large_layers():
 
 
 @given(problems())
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_same_input_same_bytes(problem):
     """Two calls, and a trip through JSON, give the same bytes."""
     text = solve(problem).to_json()
@@ -200,7 +202,7 @@ def test_same_input_same_bytes(problem):
 
 
 @given(problems(), st.floats(0.25, 4), st.integers(0, 200))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_renaming_experts_changes_nothing(problem, factor, offset):
     """Shifting every id and the layer moves the ids of the plan and nothing else."""
     renamed = replace(problem, experts=tuple(expert + offset for expert in problem.experts))
@@ -211,7 +213,7 @@ def test_renaming_experts_changes_nothing(problem, factor, offset):
 
 
 @given(problems(max_experts=8), st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_one_more_resident_expert_never_makes_a_small_layer_slower(problem, data):
     """Up to 8 experts plans are optimal, and a copy less to make cannot hurt an optimum."""
     if not problem.missing:
@@ -223,6 +225,7 @@ def test_one_more_resident_expert_never_makes_a_small_layer_slower(problem, data
 
 
 @given(problems())
+@settings(deadline=None)
 def test_the_timeline_agrees_with_the_plan(problem):
     """Lanes never overlap themselves, no expert is computed before its copy, ends match."""
     plan = solve(problem)
@@ -283,7 +286,7 @@ def test_there_are_golden_plans():
 
 
 @given(st.integers(0, 8), st.integers(0, 8), times, times, st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_the_decode_table_gives_what_schedule_gives(hits, misses, gpu_free_s, link_free_s, data):
     """Same makespan for every split of up to 8 experts, in the table and off it."""
     hits, misses = min(hits, 8 - misses), misses

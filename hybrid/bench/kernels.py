@@ -1,8 +1,8 @@
 """``hybrid bench kernels``: the expert kernels beside the machine's read bandwidth.
 
 Experts come from memory, not from a cache: at least ``ROTATION_BYTES`` of them take turns,
-and every call draws other experts than the one before. Each call is paired with a streaming
-read of the same memory, so that ratios compare neighbours in time on a machine whose speed
+and every call draws other experts than the one before. Streaming reads of the same memory
+come between the calls, so that ratios compare neighbours in time on a machine whose speed
 drifts.
 """
 
@@ -23,6 +23,7 @@ from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.ffn import run_experts
 from cpu_experts.formats import pad
 from cpu_experts.kernels import fetch_add
+from hybrid import host
 from hybrid.bench.record import provenance, spread
 
 ROTATION_BYTES = 1 << 30
@@ -135,10 +136,10 @@ def run(
     Parameters
     ----------
     repeat
-        Timed calls a case; each has a streaming read of all of the experts' memory beside it
-        when the case is the first of its memory, one read every ten calls otherwise.
+        Timed calls a case; every ten of them begin with a streaming read of all of the
+        experts' memory.
     threads
-        Threads for kernels and reads; all cores by default.
+        Threads for kernels and reads; as many as numba has by default.
     progress
         Called with a line about what is measured next.
 
@@ -147,8 +148,14 @@ def run(
     ``read_bandwidth_bytes_per_s`` (median over all reads) and ``results``, a dict per case:
     the case's fields, ``seconds_median`` with quartiles and samples, ``bytes_per_s`` of
     expert weights, ``read_fraction`` of the bandwidth read beside it, and ``gflops``.
+
+    Raises
+    ------
+    UsageError
+        When there are not that many threads.
     """
     if threads is not None:
+        host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(threads)
     threads = numba.get_num_threads()
     results: list[dict[str, Any]] = []

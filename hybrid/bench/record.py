@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import psutil
 
 from cpu_experts import hostcpu
 from hybrid import __version__, host
+from hybrid.errors import UsageError
 
 
 def provenance(command: str, threads: int) -> dict[str, Any]:
@@ -71,8 +73,24 @@ def spread(samples: list[float]) -> dict[str, Any]:
 
 def append(result: dict[str, Any], path: Path) -> None:
     """Add ``result`` as one line to a ``.jsonl`` file, whole or not at all."""
-    line = json.dumps(result) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    line = (json.dumps(result) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        start = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "the line was not written as a whole", str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(start)
+            raise
+
+
+def check_appendable(path: Path) -> None:
+    """Raise UsageError when no line could be appended to ``path``: before anything is measured."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {path}: {error.strerror}",
+            hint="check the folder and its permissions",
+        ) from error

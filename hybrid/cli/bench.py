@@ -40,6 +40,7 @@ def kernels(
     """Expert kernels at several token counts beside the machine's read bandwidth."""
     from cpu_experts.formats import check_format
     from hybrid.bench import kernels as bench
+    from hybrid.bench.record import check_appendable
     from hybrid.errors import UsageError
 
     try:
@@ -52,6 +53,8 @@ def kernels(
     chosen = [case for case in bench.cases(wanted) if case.tokens in counts]
     if not chosen:
         raise UsageError(f"--tokens {tokens!r} selects no case", hint=f"choose from {bench.TOKENS}")
+    if record is not None:
+        check_appendable(record)
     result = bench.run(
         chosen,
         repeat=repeat,

@@ -102,9 +102,9 @@ def talk(
     while True:
         try:
             text = _read_message(read_line)
-            if text in _EXITS:
+            if text.strip() in _EXITS:
                 return
-            if text == "/clear":
+            if text.strip() == "/clear":
                 history = list(start)
                 print("the conversation is forgotten", file=sys.stderr)
             elif text.strip():
@@ -149,7 +149,10 @@ def _read_message(read_line: Callable[[str], str]) -> str:
     lines = [line]
     while line.endswith("\\"):
         lines[-1] = line[:-1]
-        line = read_line(". ")
+        try:
+            line = read_line(". ")
+        except EOFError:  # the message ends here; the next read ends the conversation
+            break
         lines.append(line)
     return "\n".join(lines)
 

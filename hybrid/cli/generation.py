@@ -51,7 +51,10 @@ RepeatPenalty = Annotated[
     typer.Option(min=0.01, help="Above 1, tokens that occurred become less likely."),
 ]
 Seed = Annotated[
-    int | None, typer.Option(min=0, help="Make sampling repeatable; samples if nothing else says.")
+    int | None,
+    typer.Option(
+        min=0, max=2**64 - 1, help="Make sampling repeatable; samples if nothing else says."
+    ),
 ]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")]
 Stop = Annotated[
@@ -157,12 +160,15 @@ def summarise(model: HybridModel, *, whole: bool = False) -> None:
     """End the text's line on a terminal, then tell on stderr how it went.
 
     One line of figures and one for everything that ran slowly, or the ``whole`` report.
+    Without figures, when it was interrupted before the model began, nothing.
     """
     if sys.stdout.isatty():
         write("\n")
     report = model.report()
     if whole:
         print(report, file=sys.stderr)
+        return
+    if "new_tokens" not in report.figures:
         return
     print(summary_line(report.figures), file=sys.stderr)
     for path in report.slow_paths:

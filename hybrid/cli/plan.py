@@ -36,7 +36,7 @@ def plan(
             "Or: diff A.json B.json, to compare two plans written with --json.",
         ),
     ] = "",
-    others: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    others: Annotated[list[Path] | None, typer.Argument(metavar="A B", hidden=True)] = None,
     hardware: Annotated[
         str | None,
         typer.Option(

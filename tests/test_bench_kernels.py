@@ -1,0 +1,83 @@
+"""``hybrid bench kernels``: what it reports and records, on a case that takes no time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpu_experts.experts import ExpertShape
+from hybrid.bench import kernels, record
+from hybrid.cli import main
+
+CASE = kernels.Case("q4_0", 64, 32, 8, 2, 1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little memory, and one case for each token count."""
+    monkeypatch.setattr(kernels, "ROTATION_BYTES", 1 << 20)
+    monkeypatch.setattr(
+        kernels, "cases", lambda formats: [CASE._replace(format=f, tokens=1) for f in formats]
+    )
+
+
+def test_the_record_has_every_key_and_adds_up(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Rates follow from samples and sizes; --json prints what --record appends."""
+    file = tmp_path / "results.jsonl"
+    args = ["bench", "kernels", "--formats", "q4_0,q8_0", "--repeat", "4", "--threads", "1"]
+    assert main([*args, "--json", "--record", str(file)]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert main([*args, "--record", str(file)]) == 0
+    assert "read bandwidth" in capsys.readouterr().out
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert first == printed
+    assert second.keys() == first.keys()
+    assert first["read_bandwidth_bytes_per_s"] > 0
+    assert first["threads"] == 1
+    for fmt, row in zip(("q4_0", "q8_0"), first["results"], strict=True):
+        shape = ExpertShape(hidden=64, intermediate=32, format=fmt)
+        assert {name: row[name] for name in CASE._fields} == CASE._replace(format=fmt)._asdict()
+        assert len(row["samples_s"]) == 4
+        fastest, slowest = min(row["samples_s"]), max(row["samples_s"])
+        assert fastest <= row["seconds_median"] <= slowest
+        read = 2 * shape.block_bytes  # two experts
+        assert read / slowest <= row["bytes_per_s"] <= read / fastest
+        flops = 2 * 2 * 3 * 64 * 32
+        assert row["gflops"] == pytest.approx(flops / row["seconds_median"] / 1e9)
+        assert row["read_fraction"] == pytest.approx(
+            row["bytes_per_s"] / row["reads_bytes_per_s"][0]
+        )
+
+
+def test_calls_take_turns_over_all_experts() -> None:
+    """Few experts a call: each comes once before any comes again, from ever other layers."""
+    shape = ExpertShape(hidden=64, intermediate=32, format="q4_0")
+    blocks = kernels._fill(shape, 8)
+    assert blocks.nbytes >= kernels.ROTATION_BYTES
+    calls = kernels._calls(CASE, blocks, shape)
+    taken = [next(calls) for _ in range(4)]
+    assert [active for _, active in taken] == [2] * 4
+    ids = sorted(int(i) for call, _ in taken for i in call.args[1].reshape(-1))
+    assert ids == list(range(8))
+    assert len({call.args[3].ctypes.data for call, _ in taken}) == 4
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that cannot be written whole leaves no half line behind."""
+    file = tmp_path / "results.jsonl"
+    record.append({"a": 1}, file)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        record.append({"b": 2}, file)
+    assert file.read_text() == '{"a": 1}\n'
