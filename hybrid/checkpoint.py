@@ -129,7 +129,7 @@ def convert(
         index = StoreIndex(
             source={"name": source.name, "identity": source.identity()},
             format=experts,
-            layers=_layout(specs, experts),
+            layers=layout(specs, experts),
             dense_format=dense,
             dense=matrices if dense in ("q8_0", "q4_0") else {},
         )
@@ -142,7 +142,7 @@ def convert(
             plan.write(partial, told.advance)
             _copy_other_files(src, partial.path)
             (partial.path / INDEX_NAME).write_text(index.to_json())
-            config = _converted_config(source.raw_config, index, experts, dense)
+            config = converted_config(source.raw_config, index, experts, dense)
             (partial.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if verify:
                 ExpertStore.open(partial.path, verify=True)
@@ -265,7 +265,7 @@ def _check_destination(dst: Path) -> None:
         )
 
 
-def _layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
+def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
     """Place the layers one after the other behind the header page."""
     records: list[LayerRecord] = []
     offset = PAGE_BYTES
@@ -304,7 +304,7 @@ def _copy_other_files(src: Path, dst: Path) -> None:
             shutil.copyfile(path, dst / path.name)
 
 
-def _converted_config(
+def converted_config(
     raw: dict[str, Any], index: StoreIndex, experts: str, dense: str | None
 ) -> dict[str, Any]:
     """The source's config with our quantization in place of its own."""

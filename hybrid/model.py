@@ -105,17 +105,16 @@ class HybridModel:
         start = time.perf_counter()
         if threads is None:  # what the environment asks other programs for may be too many
             threads = min(host.default_threads(), numba.config.NUMBA_NUM_THREADS)
-        _set_threads(threads)
-        directory = Path(demo_path() if path is None or path == "demo" else path).expanduser()
-        config = HybridConfig(experts, dense, verify=verify)
-        if directory.is_dir():
-            config = config.for_loading(directory, experts=experts, dense=dense, verify=verify)
-        if config.store is None:
-            directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
-        model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
+        set_threads(threads)
+        model, directory = load_fast_model(
+            demo_path() if path is None or path == "demo" else path,
+            experts=experts,
+            dense=dense,
+            verify=verify,
+            dtype=dtype,
+        )
         tokenizer = _load_tokenizer(directory)
         name = "demo" if path is None else str(path)
-        install_fast_decode(model)
         self = cls(model, tokenizer, name=name, threads=threads)
         self._warm_up()
         self._load_s = time.perf_counter() - start
@@ -346,7 +345,7 @@ class HybridModel:
                 hint="leave out num_beams, or the streamer",
             )
         with self._turn:
-            _set_threads(self.threads)
+            set_threads(self.threads)
             watch.start(ids)
             try:
                 result = self.model.generate(ids.to(self.model.device), **options)
@@ -387,6 +386,29 @@ def _as_ids(prompt: Any) -> torch.Tensor:
     return ids[None] if ids.dim() == 1 else ids
 
 
+def load_fast_model(
+    path: str | PathLike[str],
+    *,
+    experts: str | None = None,
+    dense: str | None = None,
+    verify: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Path]:
+    """Load a transformers model, converted first if need be, and give it the fast path.
+
+    Takes what :meth:`HybridModel.from_pretrained` takes; also returns the converted directory.
+    """
+    directory = Path(path).expanduser()
+    config = HybridConfig(experts, dense, verify=verify)
+    if directory.is_dir():
+        config = config.for_loading(directory, experts=experts, dense=dense, verify=verify)
+    if config.store is None:
+        directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
+    model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
+    install_fast_decode(model)
+    return model, directory
+
+
 def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -422,7 +444,7 @@ def _compute_dtype() -> torch.dtype:
     return torch.bfloat16 if has_native_bf16() else torch.float32
 
 
-def _set_threads(threads: int) -> None:
+def set_threads(threads: int) -> None:
     """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
     host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
     torch.set_num_threads(threads)

@@ -250,6 +250,10 @@ class ExpertStore:
         flat = self._data[record.offset : record.offset + size]
         return flat.reshape(record.experts, -1)
 
+    def pages(self, size: int) -> U8:
+        """Return the first ``size`` bytes of the file as a read-only view."""
+        return self._data[:size]
+
     def verify(self) -> None:
         """Compare every expert with its checksum.
 

@@ -73,7 +73,7 @@ def _stream(counter: Any, words: Any, totals: Any, threads: Any) -> None:
         _read_items(counter, words, totals[w])
 
 
-def _read_seconds(words: NDArray[np.uint64], threads: int) -> float:
+def read_seconds(words: NDArray[np.uint64], threads: int) -> float:
     counter, totals = np.zeros(1, np.int64), np.zeros((threads, 16), np.uint64)
     start = time.perf_counter()
     _stream(counter, words, totals, threads)
@@ -172,13 +172,13 @@ def run(
         calls = _calls(case, blocks, shape)
         for _ in range(3):
             next(calls)[0]()
-        _read_seconds(words, threads)
+        read_seconds(words, threads)
         samples: list[float] = []
         rates: list[float] = []
         reads: list[float] = []
         for i in range(repeat):
             if i % 10 == 0:
-                reads.append(words.nbytes / _read_seconds(words, threads))
+                reads.append(words.nbytes / read_seconds(words, threads))
             call, active = next(calls)
             start = time.perf_counter()
             call()

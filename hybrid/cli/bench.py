@@ -64,6 +64,69 @@ def kernels(
     _deliver(result, as_json, record, _kernels_table(result))
 
 
+@bench_app.command()
+def model(
+    directory: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model directory; or use --spec.")
+    ] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="Random weights of this shape (configs/models/X.toml).")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, with --spec.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=32, help="Tokens, with --spec.")] = None,
+    experts: Annotated[str, typer.Option(help="Format of experts, with --spec.")] = "q4_0",
+    dense: Annotated[str, typer.Option(help="Format of dense layers, with --spec.")] = "q4_0",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    generate: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: _JSON = False,
+    record: _RECORD = None,
+) -> None:
+    """A whole model: load, prefill and decode beside the machine's read bandwidth."""
+    from hybrid.bench import model as bench
+    from hybrid.config import check_formats
+
+    check_formats(experts, dense)
+    result = bench.run(
+        directory,
+        spec=spec,
+        layers=layers,
+        vocabulary=vocabulary,
+        experts=experts,
+        dense=dense,
+        prompt=prompt,
+        generate=generate,
+        repeat=repeat,
+        threads=threads,
+        progress=lambda text: print(text, file=sys.stderr),
+    )
+    _deliver(result, as_json, record, _model_table(result))
+
+
+def _model_table(result: dict[str, Any]) -> str:
+    prefill, decode = result["prefill"], result["decode"]
+    rows = [
+        ("family", f"{result['family']}, experts {result['experts']}, dense {result['dense']}"),
+        ("single tokens", result["decode_path"]),
+        ("load", f"{result['load_s']:.2f} s to the first token"),
+        ("prefill", f"{prefill['tokens_per_s']:.1f} tokens/s, {_range(prefill)}"),
+        ("decode", f"{decode['tokens_per_s']:.1f} tokens/s, {_range(decode)} a token"),
+        ("read bandwidth", f"{result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
+        ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB, mapped files included"),
+        ("anonymous", f"{result['anonymous_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    if result["read_fraction"] is not None:
+        share = f"{result['bytes_per_token'] / 1e6:.1f} MB, {result['read_fraction']:.2f} of"
+        rows.append(("read a token", f"{share} the bandwidth"))
+    return "\n".join(f"{name:<15} {value}" for name, value in rows)
+
+
+def _range(times: dict[str, Any]) -> str:
+    low, high = times["seconds_quartiles"]
+    return f"{times['seconds_median'] * 1e3:.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f})"
+
+
 def _kernels_table(result: dict[str, Any]) -> str:
     head = f"{'format':<7}{'D':>6}{'F':>7}{'E':>5}{'A':>3}{'tokens':>8}"
     lines = [

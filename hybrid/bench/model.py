@@ -1,0 +1,218 @@
+"""``hybrid bench model``: a whole model's load, prefill and decode.
+
+Every repeat is one ``generate()`` of random tokens with a streaming read of memory beside it,
+so that rates and bandwidth are neighbours in time on a machine whose speed drifts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from hybrid import host
+from hybrid.bench.kernels import read_seconds
+from hybrid.bench.record import provenance, spread
+from hybrid.errors import DiskSpaceError, UsageError
+from hybrid.model import load_fast_model, set_threads
+
+#: Memory that the streaming read goes over: the store's own pages where they are this many.
+_READ_BYTES = 1 << 30
+_FLOAT_BYTES = 4
+
+
+class _Clock:
+    """A streamer that notes when tokens come; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def read_spec(path: Path, layers: int | None) -> dict[str, Any]:
+    """Return the ``config.json`` values of a model description, with other many layers if given.
+
+    Raises
+    ------
+    UsageError
+        When the file cannot be read or describes no model.
+    """
+    try:
+        settings = dict(tomllib.loads(path.read_text())["config"])
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} describes no model: {error}", hint="it needs a table [config]"
+        ) from error
+    if layers is not None:
+        settings["num_hidden_layers"] = layers
+        if "layer_types" in settings:
+            settings["layer_types"] = settings["layer_types"][:layers]
+    return settings
+
+
+def run(
+    model: str | None = None,
+    *,
+    spec: Path | None = None,
+    layers: int | None = None,
+    vocabulary: int | None = None,
+    experts: str = "q4_0",
+    dense: str | None = "q4_0",
+    prompt: int = 512,
+    generate: int = 64,
+    repeat: int = 5,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure a model directory, or random weights of a described shape.
+
+    Parameters
+    ----------
+    model
+        A directory; exclusive with ``spec``.
+    spec, layers, vocabulary
+        A file of ``configs/models``, and how many layers and tokens instead of its own.
+    experts, dense
+        Formats of the random weights; a directory that is converted first takes them too.
+    prompt, generate
+        Tokens of the prompt, and tokens generated after it.
+    progress
+        Called with a line about what is done next.
+
+    Returns
+    -------
+    One record: ``load_s``, prefill and decode (median, quartiles and samples),
+    ``bytes_per_token`` of weights and cache, ``read_fraction`` of the bandwidth read beside each
+    repeat, peak memory and how single tokens were computed.
+    """
+    threads = host.default_threads() if threads is None else threads
+    set_threads(threads)
+    if (model is None) == (spec is None):
+        raise UsageError("give either a model directory or --spec", hint="one of the two")
+    if spec is None:
+        assert model is not None
+        return _measure(model, prompt, generate, repeat, threads, progress)
+    settings = read_spec(spec, layers)
+    if vocabulary is not None:
+        settings["vocab_size"] = vocabulary
+    from hybrid.bench.random_model import random_bytes, write_random_model
+
+    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
+        needed, free = random_bytes(settings, experts, dense), shutil.disk_usage(folder).free
+        if needed > free:
+            raise DiskSpaceError(
+                f"{folder} has {free / 2**30:.2f} GiB free, the model takes {needed / 2**30:.2f}",
+                hint="set TMPDIR to a larger disk, or measure fewer layers with --layers",
+            )
+        progress(f"writing random weights, {needed / 2**30:.2f} GiB")
+        write_random_model(settings, Path(folder), experts=experts, dense=dense)
+        shape = {"spec": spec.stem, "layers": settings["num_hidden_layers"]}
+        return shape | _measure(folder, prompt, generate, repeat, threads, progress)
+
+
+def _measure(
+    directory: str,
+    prompt: int,
+    generate: int,
+    repeat: int,
+    threads: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    progress("loading")
+    start = time.perf_counter()
+    model, _ = load_fast_model(directory)
+    first = _generate(model, 1, 2)
+    load_s = first[0] + first[1] - start
+    words = _memory_to_read(model)
+    prefills: list[float] = []
+    decodes: list[float] = []
+    reads: list[float] = []
+    anonymous = [_anonymous_bytes()]
+    _generate(model, prompt, 2)
+    read_seconds(words, threads)
+    for turn in range(repeat):
+        progress(f"run {turn + 1} of {repeat}")
+        reads.append(words.nbytes / read_seconds(words, threads))
+        began, ttft, decode = _generate(model, prompt, generate)
+        prefills.append(ttft)
+        decodes.append(decode / (generate - 1))
+        anonymous.append(_anonymous_bytes())
+    per_token = _bytes_per_token(model, prompt + generate / 2)
+    rates = [None if per_token is None else per_token / seconds for seconds in decodes]
+    fractions = [rate / read for rate, read in zip(rates, reads, strict=True) if rate is not None]
+    return provenance("hybrid bench model", threads) | {
+        "family": type(model).__name__,
+        "experts": model.hybrid_store.index.format,
+        "dense": model.hybrid_store.index.dense_format or "as in the checkpoint",
+        "decode_path": str(model.hybrid_decode),
+        "prompt_tokens": prompt,
+        "generated_tokens": generate,
+        "load_s": load_s,
+        "prefill": spread(prefills) | {"tokens_per_s": prompt / median(prefills)},
+        "decode": spread(decodes) | {"tokens_per_s": 1 / median(decodes)},
+        "bytes_per_token": per_token,
+        "read_bandwidth_bytes_per_s": median(reads),
+        "read_fraction": median(fractions) if fractions else None,
+        "store_bytes": model.hybrid_store.index.nbytes,
+        "peak_memory_bytes": host.peak_memory_bytes(),
+        "anonymous_memory_bytes": max(anonymous),
+    }
+
+
+def _generate(model: Any, prompt: int, new_tokens: int) -> tuple[float, float, float]:
+    """Return when a generation began, its TTFT, and seconds from the first token to the last."""
+    clock = _Clock()
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(1))
+    model.generation_config.eos_token_id = None
+    start = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=clock,
+    )
+    return start, clock.times[1] - start, clock.times[-1] - clock.times[1]
+
+
+def _bytes_per_token(model: Any, context: float) -> int | None:
+    """Weights and cache that a decode step reads; None in transformers' own code."""
+    fast = getattr(model, "hybrid_fast_decoder", None)
+    if fast is None:
+        return None
+    total: float = fast.decoder.bytes_per_token()
+    for layer in fast.decoder.layers:
+        seen = min(context, layer.window) if layer.window else context
+        total += 2 * _FLOAT_BYTES * layer.kv_heads * layer.head_dim * seen
+    return int(total)
+
+
+def _memory_to_read(model: Any) -> NDArray[np.uint64]:
+    store = model.hybrid_store
+    if store.index.nbytes >= _READ_BYTES:
+        return store.pages(_READ_BYTES).view(np.uint64)
+    return np.ones(_READ_BYTES // 8, np.uint64)
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
