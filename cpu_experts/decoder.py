@@ -377,19 +377,39 @@ class Decoder:
         ShapeError
             When an array has another shape or type.
         """
-        _check_floats("x", x, self.hidden)
         _check_floats("logits", logits, self.vocabulary)
+        self._run(slice(None), self._head, x, cos, sin, cache, logits)
+        cache.advance()
+
+    def layer_step(self, index: int, x: F32, cos: F32, sin: F32, cache: KeyValues) -> F32:
+        """Return what a single layer makes of the hidden state ``x``; the cache stays.
+
+        The token's key and value are written behind the layer's last position and not counted.
+        """
+        return self._run(slice(index, index + 1), self._head[:0], x, cos, sin, cache, x)
+
+    def head_step(self, x: F32, logits: F32) -> None:
+        """Write the logits of the last layer's hidden state ``x``."""
+        _check_floats("logits", logits, self.vocabulary)
+        nothing = np.zeros(0, np.float32)
+        self._run(slice(0), self._head, x, nothing, nothing, self.new_cache(), logits)
+
+    def _run(
+        self, layers: slice, head: Any, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32
+    ) -> F32:
+        _check_floats("x", x, self.hidden)
         _check_floats("sin", sin, cos.size)
         _check_floats("cos", cos, min(cos.size, self.layers[0].head_dim // 2))
+        table = self._table[layers]
         with LOCK:
-            cache.make_room()
+            if table.size:
+                cache.make_room()
             threads = numba.get_num_threads()
             work = self._buffers(threads, cache.capacity)
+            states = cache.states[layers]
             work.x[:] = x
-            onetoken.decode(
-                self._table, cache.states, self._head, cos, sin, self._paired, work, logits, threads
-            )
-            cache.advance()
+            onetoken.decode(table, states, head, cos, sin, self._paired, work, logits, threads)
+            return work.x.copy()
 
     def _buffers(self, threads: int, capacity: int) -> onetoken.Work:
         if threads != self._threads:

@@ -160,6 +160,8 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
         counter = work.counters[i]
         _attention(layers[i], states[i], counter, cos, sin, paired, work, w)
         _feed_forward(layers[i], counter, work, w)
+    if head.size == 0:
+        return
     last, normed = head[0], work.my_normed[w]
     matrix = last["matrix"]
     normalize(last["norm"], work.x, _ZERO, normed, _ZERO)
@@ -175,7 +177,7 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
 def decode(layers, states, head, cos, sin, paired, work, logits, threads):
     """Move ``work.x``, the embedded token, through all layers and write its logits.
 
-    Keys and values of the token are written behind the ``length`` positions of each state.
+    Without a ``head`` there are no logits. Keys and values of the token are written behind the ``length`` positions of each state.
     """
     work.counters[:] = 0
     for w in prange(threads):

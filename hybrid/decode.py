@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -25,9 +27,11 @@ from hybrid.kv_cache import Sequence, can_share
 _POSITIONS = 512
 #: Kinds of rotary embedding whose angles depend on how long the sequence is by now.
 _GROWING = ("dynamic", "longrope")
-#: How far the two paths' logits may be apart, relative to their spread. Rounding of
+#: How far a layer's two results may be apart, relative to what the layer adds. Rounding of
 #: activations to int8 differs by single steps between them, which is well below this.
 _TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1}
+#: Positions that the test computes a token at; far ones show how the rotary embedding turns.
+_TEST_POSITIONS = (3, 300, 1500)
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
 _KNOWN = {
     *("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"),
@@ -98,21 +102,27 @@ class FastDecoder:
     def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast:
         """Compute the token of a call that :meth:`takes`."""
         ids, cache = arguments["input_ids"], arguments["past_key_values"]
-        sequence = Sequence.of(cache, self.decoder.new_cache)
+        sequence = self.packed(cache)
         given = arguments.get("position_ids")
         position = int(cache.get_seq_length() if given is None else given)
-        if sequence.plain:
-            sequence.pack(self._shapes, self._dtype)
         x = self._base.embed_tokens(ids).detach().float().reshape(-1)
         if self._scale != 1.0:
             x = x * self._scale
-        cos, sin = self._rotary(position)
+        cos, sin = self.rotary(position)
         logits = torch.empty(1, 1, self.decoder.vocabulary)
         self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
         sequence.advance()
         return MoeCausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
 
-    def _rotary(self, position: int) -> tuple[Any, Any]:
+    def packed(self, cache: DynamicCache) -> Sequence:
+        """Return the sequence of a cache, its content in the kernels' layout."""
+        sequence = Sequence.of(cache, self.decoder.new_cache)
+        if sequence.plain:
+            sequence.pack(self._shapes, self._dtype)
+        return sequence
+
+    def rotary(self, position: int) -> tuple[Any, Any]:
+        """Return cosines and sines of a position, ``[pairs]`` float32 each."""
         if self._growing:
             return self._turn(torch.tensor([[position]]))[0]
         while position >= len(self._angles):
@@ -143,13 +153,13 @@ def install_fast_decode(model: Any) -> DecodePath:
     limit = _TOLERANCE.get(model.dtype, max(_TOLERANCE.values()))
     if not distance <= limit:
         path = DecodePath(
-            False, f"its logits differ by {distance:.2g} of their spread, more than {limit:.2g}"
+            False, f"a layer differs from transformers' by {distance:.2g}, more than {limit:.2g}"
         )
         print(f"hybrid: single tokens take the slow path: {path.reason}", file=sys.stderr)
         return _settle(model, path)
     _wrap(model, fast)
     return _settle(
-        model, DecodePath(True, f"tested: logits within {distance:.1g} of their spread")
+        model, DecodePath(True, f"tested: every layer within {distance:.1g} of transformers'")
     )
 
 
@@ -160,19 +170,69 @@ def _settle(model: Any, path: DecodePath) -> DecodePath:
 
 @torch.no_grad()
 def _distance(model: Any, fast: FastDecoder) -> float:
-    """Compute a few tokens both ways; the middle one of the logits' relative distances."""
-    ids = torch.arange(1, 4)[None] % model.config.get_text_config().vocab_size
-    caches = [DynamicCache(config=model.config.get_text_config()) for _ in range(2)]
+    """Compute a few tokens both ways, layer by layer on the same hidden states.
+
+    Returns the worst layer's relative distance, a layer counting by the middle one of its
+    tokens: where two experts' scores are equal but for rounding, a single token says nothing.
+    The layers are compared one by one because the roundings of quantized layers add up.
+    """
+    config = model.config.get_text_config()
+    ids = torch.arange(1, 4)[None] % config.vocab_size
+    caches = [DynamicCache(config=config) for _ in range(2)]
     for cache in caches:
         model(input_ids=ids, past_key_values=cache, use_cache=True)
+    kv = fast.packed(caches[1]).kv
+    longest = getattr(config, "max_position_embeddings", None) or max(_TEST_POSITIONS) + 1
     distances = []
-    for token in ids[0]:
-        call = {"input_ids": token.reshape(1, 1), "past_key_values": caches[0]}
-        slow = model(**call, use_cache=True).logits.float().reshape(-1)
-        quick = fast.forward(call | {"past_key_values": caches[1]}).logits.float().reshape(-1)
-        spread = (slow - slow.mean()).norm()
-        distances.append(float((quick - slow).norm() / spread) if spread > 0 else float("nan"))
-    return sorted(distances)[1]
+    for token, far in zip(ids[0], _TEST_POSITIONS, strict=True):
+        position = min(far, longest - 1)
+        states, logits = _slow_step(model, token, position, caches[0])
+        row = []
+        for index, (before, after) in enumerate(pairwise(states)):
+            found = fast.decoder.layer_step(index, before.numpy(), *fast.rotary(position), kv)
+            row.append(_relative(torch.from_numpy(found) - before, after - before))
+        found = np.empty(logits.numel(), np.float32)
+        fast.decoder.head_step(states[-1].numpy(), found)
+        row.append(_relative(torch.from_numpy(found), logits))
+        kv.advance()
+        distances.append(row)
+    return max(sorted(column)[1] for column in zip(*distances, strict=True))
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    size = float(wanted.norm())
+    distance = float((found - wanted).norm())
+    return distance / size if size > 0 else distance
+
+
+def _slow_step(
+    model: Any, token: Tensor, position: int, cache: DynamicCache
+) -> tuple[list[Tensor], Tensor]:
+    """One token in transformers' code: hidden states before and after the layers, logits."""
+    states: list[Tensor] = []
+
+    def note_input(module: Any, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        states.append(hidden.detach().float().reshape(-1).clone())
+
+    def note_output(module: Any, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        states.append(hidden.detach().float().reshape(-1).clone())
+
+    layers = model.get_decoder().layers
+    hooks = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(note_output))
+    try:
+        output = model(
+            input_ids=token.reshape(1, 1),
+            position_ids=torch.tensor([[position]]),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states, output.logits.float().reshape(-1)
 
 
 def _wrap(model: Any, fast: FastDecoder) -> None:

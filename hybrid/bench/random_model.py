@@ -71,7 +71,7 @@ def write_random_model(
         for name in names:
             path = name.removesuffix(".weight")
             if packed and path in matrices:
-                tensors[f"{path}.packed"] = _random_packed(matrices[path], str(dense))
+                tensors[f"{path}.packed"] = _random_packed(matrices[path], str(dense)).clone()
             else:
                 tensors[name] = _random_tensor(name, shapes[name])
         where.update(dict.fromkeys(tensors, file_name))
