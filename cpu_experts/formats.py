@@ -214,6 +214,25 @@ def unpack(buf: U8, rows: int, cols: int, fmt: str) -> F32:
     return np.ascontiguousarray(values.reshape(strips * TILE, -1)[:rows, :cols])
 
 
+def unpack_rows(buf: U8, cols: int, fmt: str, rows: NDArray[np.int64]) -> F32:
+    """Return single rows ``[len(rows), cols]`` of a packed matrix, all within its bounds."""
+    size, inputs = _UNIT[check_format(fmt)]
+    units = buf.reshape(-1, pad(cols, inputs) // inputs, size)[rows // TILE]
+    at, row = np.arange(len(rows)), rows % TILE
+    if not is_quantized(fmt):
+        numbers: NDArray[Any] = units.view(np.uint16 if fmt == "bf16" else np.float32)[at, :, row]
+        return from_bf16(numbers) if fmt == "bf16" else numbers
+    codes = units[:, :, : size - 2 * TILE].reshape(len(rows), units.shape[1], -1, TILE, 4)
+    q = codes[at, :, :, row]
+    if fmt == "q4_0":
+        values: I8 = np.concatenate((q & 15, q >> 4), axis=2).view(np.int8) - np.int8(8)
+    else:
+        values = q.view(np.int8)
+    d = np.ascontiguousarray(units[:, :, size - 2 * TILE :]).view(np.float16)[at, :, row]
+    wide = values.reshape(*d.shape, GROUP) * d.astype(np.float32)[..., None]
+    return np.ascontiguousarray(wide.reshape(len(rows), -1)[:, :cols])
+
+
 def to_bf16(x: F32) -> NDArray[np.uint16]:
     """Round float32 to bfloat16 bits, halves to even; NaN stays NaN."""
     bits = x.view(np.uint32)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import linear, run_experts
-from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, strip_bytes, unpack
+from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, unpack, unpack_rows
 from hybrid.errors import UnsupportedModelError
 from hybrid.families import ExpertsSpec, recognise_gating
 
@@ -74,11 +73,7 @@ class QuantizedEmbedding(_Packed):
         wanted = ids.reshape(-1).numpy()
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.rows:
             raise IndexError(f"token ids must be in [0, {self.rows}), got {wanted.tolist()}")
-        strips = self._bytes().reshape(-1, strip_bytes(self.cols, self.weight_format))[
-            wanted // TILE
-        ]
-        rows = unpack(strips.reshape(-1), len(wanted) * TILE, self.cols, self.weight_format)
-        chosen = rows[np.arange(len(wanted)) * TILE + wanted % TILE]
+        chosen = unpack_rows(self._bytes(), self.cols, self.weight_format, wanted)
         return torch.from_numpy(chosen).to(self.dtype).view(*ids.shape, self.cols)
 
 

@@ -1,0 +1,135 @@
+"""Plain twins of the one-token kernels: one decoder layer in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+import naive
+from cpu_experts import tables
+from cpu_experts.decoder import Experts, Layer, Matrix, Norm, Router
+from cpu_experts.experts import unpack_expert
+from cpu_experts.formats import is_quantized, round_activations, unpack
+
+F64 = NDArray[np.float64]
+
+
+def norm(value: Norm, x: F64) -> F64:
+    """Root mean square norm, or with the mean taken off."""
+    centered = x - x.mean() if value.centered else x
+    y = centered / np.sqrt((centered**2).mean() + value.eps) * value.weight
+    return y if value.bias is None else y + value.bias
+
+
+def multiply(matrix: Matrix, x: F64) -> F64:
+    """A packed matrix times a vector that is rounded as the format's kernels round it."""
+    seen = x.astype(np.float32)
+    if is_quantized(matrix.format):
+        seen = round_activations(seen[None])[0]
+    w = unpack(matrix.weight, matrix.rows, matrix.cols, matrix.format).astype(np.float64)
+    y = w @ seen.astype(np.float64)
+    return y if matrix.bias is None else y + matrix.bias
+
+
+def rotate(x: F64, cos: F64, sin: F64, paired: bool) -> F64:
+    """Turn pairs of one head: neighbours, or first half and second half."""
+    y = x.copy()
+    for i in range(len(cos)):
+        a, b = (2 * i, 2 * i + 1) if paired else (i, i + len(cos))
+        y[a] = x[a] * cos[i] - x[b] * sin[i]
+        y[b] = x[b] * cos[i] + x[a] * sin[i]
+    return y
+
+
+def heads(value: Norm | None, x: F64, dim: int, clip: float) -> F64:
+    """Cut a projection into heads ``[H, dim]``, normed head by head or all together."""
+    if value is not None and len(value.weight) == len(x):
+        x = norm(value, x)
+    cut = x.reshape(-1, dim)
+    if value is not None and len(value.weight) == dim and len(x) != dim:
+        cut = np.stack([norm(value, head) for head in cut])
+    return np.clip(cut, -clip, clip)
+
+
+def softmax(x: F64) -> F64:
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
+
+
+def attention(
+    layer: Layer, x: F64, cos: F64, sin: F64, paired: bool, past: tuple[F64, F64]
+) -> tuple[F64, tuple[F64, F64]]:
+    """What attention adds to ``x``, and keys and values ``[H, T + 1, dim]`` with the new token."""
+    seen, dim = norm(layer.norm, x), layer.head_dim
+    q = heads(layer.q_norm, multiply(layer.q, seen), dim, layer.clip)
+    k = heads(layer.k_norm, multiply(layer.k, seen), dim, layer.clip)
+    v = heads(None, multiply(layer.v, seen), dim, layer.clip)
+    q, k = (np.stack([rotate(head, cos, sin, paired) for head in side]) for side in (q, k))
+    keys = np.concatenate((past[0], k[:, None]), axis=1)
+    values = np.concatenate((past[1], v[:, None]), axis=1)
+    window = layer.window or keys.shape[1]
+    out = []
+    for head in range(layer.heads):
+        group = head // (layer.heads // layer.kv_heads)
+        scores = keys[group, -window:] @ q[head] * layer.scaling
+        if layer.sinks is not None:
+            scores = np.append(scores, layer.sinks[head])
+        weights = softmax(scores)[: len(scores) - (layer.sinks is not None)]
+        out.append(weights @ values[group, -window:])
+    return layer.residual * multiply(layer.o, np.concatenate(out)), (keys, values)
+
+
+def route(router: Router, logits: F64) -> dict[int, float]:
+    """The chosen experts and their weights, by the families' formulas."""
+    count = router.experts
+    logits = logits[:count]
+    if router.scoring == tables.SPARSEMIXER:
+        chosen: dict[int, float] = {}
+        left = logits.copy()
+        for _ in range(2):
+            best = int(left.argmax())
+            top = left[best]
+            near = (top - logits) / np.maximum(np.abs(logits), top) <= 2 * router.jitter
+            chosen[best] = float(1 / np.exp(left - top)[near & (left > -np.inf)].sum())
+            left[best] = -np.inf
+        return chosen
+    scores = {
+        tables.SOFTMAX: softmax,
+        tables.SOFTMAX_OF_CHOSEN: lambda x: x,
+        tables.SIGMOID: lambda x: 1 / (1 + np.exp(-x)),
+    }[router.scoring](logits)
+    choice = scores + (0 if router.correction is None else router.correction)
+    if router.groups > 1:
+        groups = choice.reshape(router.groups, -1)
+        worth = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+        for group in np.argsort(worth)[: router.groups - router.top_groups]:
+            groups[group] = -np.inf
+        choice = groups.reshape(-1)
+    ids = np.argsort(-choice, kind="stable")[: router.top_k]
+    weights = scores[ids]
+    if router.scoring == tables.SOFTMAX_OF_CHOSEN:
+        weights = softmax(weights)
+    if router.normalize:
+        weights = weights / max(weights.sum(), router.floor)
+    return dict(zip(ids.tolist(), (weights * router.scale).tolist(), strict=True))
+
+
+def run(experts: Experts, expert: int, x: F64) -> F64:
+    """One expert on a token."""
+    block = experts.blocks[expert, : experts.shape.block_bytes]
+    weights = unpack_expert(experts.shape, block)
+    return naive.expert(experts.shape, weights, x.astype(np.float32))
+
+
+def feed_forward(layer: Layer, x: F64) -> F64:
+    """What experts and the shared expert add to ``x``."""
+    seen, out, share = norm(layer.ffn_norm, x), np.zeros_like(x), 1.0
+    if layer.router is not None and layer.experts is not None:
+        logits = multiply(layer.router.matrix, seen)
+        if layer.router.gated_shared:
+            share = 1 / (1 + np.exp(-logits[-1]))
+        for expert, weight in route(layer.router, logits).items():
+            out += weight * run(layer.experts, expert, seen)
+    if layer.shared is not None:
+        out += share * run(layer.shared, 0, seen)
+    return layer.residual * out

@@ -1,0 +1,235 @@
+"""The one-token kernels against their naive twin, in float64 on the same packed weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import naive_dense
+from cpu_experts import tables
+from cpu_experts.decoder import Decoder, Experts, Layer, Matrix, Norm, Router
+from cpu_experts.errors import ShapeError
+from cpu_experts.experts import ExpertShape, pack_expert
+from cpu_experts.formats import pack
+
+UNCOMPILED = bool(numba.config.DISABLE_JIT)
+D, DIM, EXPERTS = 72, 16, 8
+PAIRS = 6
+rng = np.random.default_rng(0)
+
+
+def _draw(*size: int, scale: float = 0.3) -> np.ndarray:
+    return (rng.standard_normal(size) * scale).astype(np.float32)
+
+
+def _matrix(rows: int, cols: int, fmt: str, bias: bool = False) -> Matrix:
+    weight = pack(_draw(rows, cols), fmt)
+    return Matrix(
+        weight=weight, rows=rows, cols=cols, format=fmt, bias=_draw(rows) if bias else None
+    )
+
+
+def _norm(size: int, **changes: Any) -> Norm:
+    return Norm(weight=1 + _draw(size), eps=1e-5, **changes)
+
+
+def _experts(count: int, fmt: str, intermediate: int = 40) -> Experts:
+    shape = ExpertShape(hidden=D, intermediate=intermediate, format=fmt)
+    blocks = np.stack(
+        [
+            pack_expert(
+                shape, gate=_draw(intermediate, D), up=_draw(intermediate, D), down=_draw(D, intermediate)
+            )
+            for _ in range(count)
+        ]
+    )
+    return Experts(blocks=blocks, shape=shape)
+
+
+def _router(**changes: Any) -> Router:
+    rows = EXPERTS + bool(changes.get("gated_shared"))
+    return Router(matrix=_matrix(rows, D, "f32"), experts=EXPERTS, **{"top_k": 2} | changes)
+
+
+def _layer(fmt: str = "f32", heads: int = 4, kv_heads: int = 2, **changes: Any) -> Layer:
+    values: dict[str, Any] = {
+        "norm": _norm(D),
+        "ffn_norm": _norm(D),
+        "q": _matrix(heads * DIM, D, fmt),
+        "k": _matrix(kv_heads * DIM, D, fmt),
+        "v": _matrix(kv_heads * DIM, D, fmt),
+        "o": _matrix(D, heads * DIM, fmt),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": DIM,
+        "scaling": 0.25,
+        "router": _router(),
+        "experts": _experts(EXPERTS, fmt),
+    }
+    return Layer(**values | changes)
+
+
+def _check(layer: Layer, past: int = 5, paired: bool = False, steps: int = 2) -> None:
+    """Some tokens after ``past`` others through two such layers and an lm_head."""
+    layers = [layer, layer]
+    head, last = _matrix(50, D, layer.q.format), _norm(D)
+    decoder = Decoder(layers, norm=last, lm_head=head, scale=0.5, paired=paired)
+    cache = decoder.new_cache()
+    pasts: list[Any] = []
+    for index in range(2):
+        sides = (_draw(layer.kv_heads, past, DIM), _draw(layer.kv_heads, past, DIM))
+        cache.store(index, *sides)
+        pasts.append(tuple(side.astype(np.float64) for side in sides))
+    logits = np.full(50, np.nan, np.float32)
+    for _ in range(steps):
+        token, angles = _draw(D, scale=1.0), _draw(PAIRS, scale=2.0)
+        cos, sin = np.cos(angles), np.sin(angles)
+        decoder.step(token, cos, sin, cache, logits)
+        x = token.astype(np.float64)
+        for index in range(2):
+            added, pasts[index] = naive_dense.attention(
+                layer, x, cos.astype(np.float64), sin.astype(np.float64), paired, pasts[index]
+            )
+            x = x + added
+            x = x + naive_dense.feed_forward(layer, x)
+        wanted = 0.5 * naive_dense.multiply(head, naive_dense.norm(last, x))
+        # A rounding to int8 may fall to the other side where float32 differs from float64.
+        tolerance = 2e-4 if layer.q.format in ("f32", "bf16") else 2e-2
+        np.testing.assert_allclose(logits, wanted, atol=tolerance * np.abs(wanted).max())
+    for index in range(2):
+        keys, values = cache.read(index)
+        kept = keys.shape[1]
+        np.testing.assert_allclose(keys, pasts[index][0][:, -kept:], atol=2e-2)
+        np.testing.assert_allclose(values, pasts[index][1][:, -kept:], atol=2e-2)
+
+
+@pytest.mark.parametrize("fmt", ["f32", "bf16", "q8_0", "q4_0"])
+def test_a_layer_equals_its_twin(fmt: str) -> None:
+    """Norms, projections, attention, router and experts, in every format."""
+    _check(_layer(fmt))
+
+
+VARIANTS = {
+    "norm of every head": {"q_norm": _norm(DIM), "k_norm": _norm(DIM)},
+    "norm over all heads": {"q_norm": _norm(4 * DIM), "k_norm": _norm(2 * DIM)},
+    "biases": {
+        "q": _matrix(4 * DIM, D, "f32", bias=True),
+        "o": _matrix(D, 4 * DIM, "f32", bias=True),
+    },
+    "layer norm": {"norm": _norm(D, centered=True, bias=_draw(D))},
+    "sinks": {"sinks": _draw(4, scale=2.0)},
+    "window": {"window": 4},
+    "window longer than the past": {"window": 40},
+    "clip": {"clip": 0.5},
+    "residual": {"residual": 0.3},
+    "shared expert": {"shared": _experts(1, "f32", 24)},
+    "shared expert in another format": {"shared": _experts(1, "q8_0", 24)},
+    "weighed shared expert": {
+        "shared": _experts(1, "f32", 24),
+        "router": _router(gated_shared=True),
+        "residual": 0.7,
+    },
+    "no router": {"router": None, "experts": None, "shared": _experts(1, "f32", 56)},
+    "one head": {"heads": 1, "kv_heads": 1},
+    "six heads a key": {"heads": 6, "kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_the_layer_equals_its_twin(name: str) -> None:
+    """Every optional part by itself."""
+    _check(_layer(**VARIANTS[name]))
+
+
+def test_paired_rotation() -> None:
+    """Rotary embeddings that turn neighbours."""
+    _check(_layer(), paired=True)
+
+
+@pytest.mark.parametrize("past", [0, 15, 16, 255, 256, 700])
+@pytest.mark.parametrize("window", [0, 300])
+def test_any_length_of_the_past(past: int, window: int) -> None:
+    """Nothing cached, whole and broken strips, several chunks, a window that starts inside one."""
+    if UNCOMPILED and past > 16:
+        pytest.skip("minutes in plain Python")
+    _check(_layer(window=window), past)
+
+
+def test_a_sliding_cache_forgets_and_goes_on() -> None:
+    """With its buffer full, a layer with a window keeps what the window sees."""
+    if UNCOMPILED:
+        pytest.skip("minutes in plain Python")
+    _check(_layer(window=5), past=1, steps=600)
+
+
+def test_the_result_does_not_depend_on_threads() -> None:
+    """One thread and all threads give the same bits."""
+    layer, head, last = _layer("q4_0"), _matrix(50, D, "q4_0"), _norm(D)
+    token, angles = _draw(D), np.ones(PAIRS, np.float32)
+    past = _draw(2, 300, DIM)
+    found = []
+    most = int(numba.config.NUMBA_NUM_THREADS)
+    for threads in (1, most):
+        numba.set_num_threads(threads)
+        decoder = Decoder([layer], norm=last, lm_head=head)
+        cache = decoder.new_cache()
+        cache.store(0, past, past)
+        logits = np.zeros(50, np.float32)
+        decoder.step(token, angles, angles, cache, logits)
+        found.append(logits)
+    numba.set_num_threads(most)
+    np.testing.assert_array_equal(*found)
+
+
+ROUTERS = {
+    "softmax": {},
+    "normalized": {"normalize": True, "floor": 1e-20, "top_k": 3},
+    "floor": {"normalize": True, "floor": 0.9},
+    "softmax of chosen": {"scoring": tables.SOFTMAX_OF_CHOSEN},
+    "sigmoid": {"scoring": tables.SIGMOID, "scale": 2.5, "correction": _draw(EXPERTS)},
+    "groups": {"scoring": tables.SIGMOID, "groups": 4, "top_groups": 2, "top_k": 3},
+    "sparse mixer": {"scoring": tables.SPARSEMIXER, "jitter": 0.1},
+    "all experts": {"top_k": EXPERTS},
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers(name: str) -> None:
+    """Every way of choosing and weighing experts."""
+    _check(_layer(router=_router(**ROUTERS[name])))
+
+
+def test_a_cache_gives_back_what_it_was_given() -> None:
+    """Keys and values survive the change of layout, and dropping takes from the end."""
+    decoder = Decoder([_layer()], norm=_norm(D), lm_head=_matrix(50, D, "f32"))
+    cache = decoder.new_cache()
+    keys, values = _draw(2, 37, DIM), _draw(2, 37, DIM)
+    cache.store(0, keys, values)
+    cache.drop(0, 3)
+    for found, given in zip(cache.read(0), (keys, values), strict=True):
+        np.testing.assert_array_equal(found, given[:, :34])
+
+
+def test_wrong_shapes_are_refused() -> None:
+    """What the kernels would read beyond its end raises, with both values."""
+    layer = _layer()
+    with pytest.raises(ShapeError, match=r"projections have \[64, 32, 32\]"):
+        replace(layer, heads=8)
+    with pytest.raises(ShapeError, match="one format"):
+        replace(layer, k=_matrix(32, D, "q8_0"))
+    with pytest.raises(ShapeError, match="router and experts"):
+        replace(layer, router=None)
+    with pytest.raises(ShapeError, match="8 rows, the matrix has 50"):
+        Router(matrix=_matrix(50, D, "f32"), experts=8, top_k=2)
+    with pytest.raises(ShapeError, match="in a decoder of 64"):
+        Decoder([layer], norm=_norm(64), lm_head=_matrix(50, 64, "f32"))
+    decoder = Decoder([layer], norm=_norm(D), lm_head=_matrix(50, D, "f32"))
+    angles = np.ones(PAIRS, np.float32)
+    with pytest.raises(ShapeError, match=r"x is float32 \[71\]"):
+        decoder.step(_draw(71), angles, angles, decoder.new_cache(), _draw(50))
+    with pytest.raises(ShapeError, match="layer 0 has no keys"):
+        decoder.step(_draw(D), angles, angles, decoder.new_cache(), _draw(50))
