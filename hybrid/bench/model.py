@@ -138,19 +138,19 @@ def _measure(
     progress("loading")
     start = time.perf_counter()
     model, _ = load_fast_model(directory)
-    first = _generate(model, 1, 2)
+    first = generate_once(model, 1, 2)
     load_s = first[0] + first[1] - start
     words = _memory_to_read(model)
     prefills: list[float] = []
     decodes: list[float] = []
     reads: list[float] = []
     anonymous = [_anonymous_bytes()]
-    _generate(model, prompt, 2)
+    generate_once(model, prompt, 2)
     read_seconds(words, threads)
     for turn in range(repeat):
         progress(f"run {turn + 1} of {repeat}")
         reads.append(words.nbytes / read_seconds(words, threads))
-        began, ttft, decode = _generate(model, prompt, generate)
+        _, ttft, decode = generate_once(model, prompt, generate)
         prefills.append(ttft)
         decodes.append(decode / (generate - 1))
         anonymous.append(_anonymous_bytes())
@@ -176,7 +176,7 @@ def _measure(
     }
 
 
-def _generate(model: Any, prompt: int, new_tokens: int) -> tuple[float, float, float]:
+def generate_once(model: Any, prompt: int, new_tokens: int) -> tuple[float, float, float]:
     """Return when a generation began, its TTFT, and seconds from the first token to the last."""
     clock = _Clock()
     vocabulary = model.config.get_text_config().vocab_size

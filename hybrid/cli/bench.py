@@ -104,6 +104,36 @@ def model(
     _deliver(result, as_json, record, _model_table(result))
 
 
+@bench_app.command()
+def peers(
+    spec: Annotated[
+        Path, typer.Option(help="Shape to compare on (configs/models/X.toml of a Qwen3-MoE).")
+    ],
+    layers: Annotated[int, typer.Option(min=1, help="Layers instead of the shape's own.")] = 12,
+    vocabulary: Annotated[int, typer.Option(min=32, help="Tokens, likewise.")] = 32000,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Also decode with this many tokens in the cache.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Pairs a case.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: _JSON = False,
+    record: _RECORD = None,
+) -> None:
+    """The same shape and quantization through llama.cpp, turn by turn."""
+    from hybrid.bench import peers as bench
+
+    result = bench.run(
+        spec,
+        layers=layers,
+        vocabulary=vocabulary,
+        context=context,
+        repeat=repeat,
+        threads=threads,
+        progress=lambda text: print(text, file=sys.stderr),
+    )
+    _deliver(result, as_json, record, bench.peers_table(result))
+
+
 def _model_table(result: dict[str, Any]) -> str:
     prefill, decode = result["prefill"], result["decode"]
     rows = [
