@@ -31,12 +31,16 @@ def _pointer_to(kind: Any, element: Any) -> Any:
 if config.DISABLE_JIT:
 
     def bytes_at(address: Any, size: Any) -> Any:
-        """Return the uint8 array ``[size]`` at an address."""
+        """Return the uint8 array ``[size]`` at an address; at 0 there is none."""
+        if not address:
+            return np.zeros(0, np.uint8)
         pointer = ctypes.cast(int(address), ctypes.POINTER(ctypes.c_uint8))
         return np.ctypeslib.as_array(pointer, (int(size),))
 
     def floats_at(address: Any, size: Any) -> Any:
-        """Return the float32 array ``[size]`` at an address."""
+        """Return the float32 array ``[size]`` at an address; at 0 there is none."""
+        if not address:
+            return np.zeros(0, np.float32)
         pointer = ctypes.cast(int(address), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(pointer, (int(size),))
 

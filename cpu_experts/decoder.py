@@ -349,7 +349,9 @@ class Decoder:
                 raise ShapeError(f"a layer of {sizes} in a decoder of {self.hidden}")
         self._norm, self._lm_head, self._paired = norm, lm_head, paired
         self._head = np.zeros(1, HEAD)
-        fill_record(self._head[0], {"norm": norm.record(), "matrix": lm_head.record(), "scale": scale})
+        fill_record(
+            self._head[0], {"norm": norm.record(), "matrix": lm_head.record(), "scale": scale}
+        )
         self._table = np.zeros(len(self.layers), LAYER)
         self._threads = 0
         self._work: onetoken.Work | None = None
@@ -409,7 +411,8 @@ class Decoder:
             states = cache.states[layers]
             work.x[:] = x
             onetoken.decode(table, states, head, cos, sin, self._paired, work, logits, threads)
-            return work.x.copy()
+            result: F32 = work.x.copy()
+            return result
 
     def _buffers(self, threads: int, capacity: int) -> onetoken.Work:
         if threads != self._threads:
@@ -439,7 +442,7 @@ class Decoder:
 
         def floats(*shape: int) -> NDArray[np.float32]:
             # Rows of different threads lie whole cache lines apart.
-            return np.zeros((*shape[:-1], pad(shape[-1], 16) + 16), np.float32)
+            return np.zeros((*shape[:-1], pad(int(shape[-1]), 16) + 16), np.float32)
 
         return onetoken.Work(
             x=x,
@@ -449,8 +452,8 @@ class Decoder:
             parts=floats(parts, dim),
             stats=np.zeros((parts, 2), np.float32),
             scores=floats(experts + 1),
-            h=np.zeros(chosen * pad(max(h, default=0), 64), np.uint8),
-            h_shared=np.zeros(pad(max(shared, default=0), 64), np.uint8),
+            h=np.zeros(chosen * pad(int(max(h, default=0)), 64), np.uint8),
+            h_shared=np.zeros(pad(int(max(shared, default=0)), 64), np.uint8),
             counters=np.zeros((len(layers) + 1, pad(counters, 8)), np.int64),
             rows=np.arange(count, dtype=np.int32),
             zeros=np.zeros(count, np.int32),

@@ -12,7 +12,7 @@ products as everything else.
 """
 
 # numba infers the types of compiled functions from their callers.
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, attr-defined"
 
 from __future__ import annotations
 
@@ -86,7 +86,17 @@ def multiply_strips(matrix, first, last, act, rows, buf, scale, add, out, out_at
     bias = floats_at(matrix["bias"], count)
     for s in range(first, last):
         dot_rows(
-            matrix["format"], weights, s * size, act, _ZERO, rows, _ZERO, _ONE, matrix["inner"], buf, _ZERO
+            matrix["format"],
+            weights,
+            s * size,
+            act,
+            _ZERO,
+            rows,
+            _ZERO,
+            _ONE,
+            matrix["inner"],
+            buf,
+            _ZERO,
         )
         columns = min(TILE, count - s * TILE)
         if matrix["bias"]:
@@ -179,9 +189,7 @@ def _append(layer, state, head, qkv, cos, sin, paired, key):
     keys = floats_at(state["keys"], layer["kv_heads"] * capacity * dim)
     values = floats_at(state["values"], layer["kv_heads"] * strips * capacity * TILE)
     q_size, k_size, clip = layer["q"]["rows"], layer["k"]["rows"], layer["clip"]
-    _prepare(
-        layer["k_norm"], clip, qkv, q_size, k_size, head, dim, cos, sin, paired, key, _ZERO
-    )
+    _prepare(layer["k_norm"], clip, qkv, q_size, k_size, head, dim, cos, sin, paired, key, _ZERO)
     strip = (head * (capacity // TILE) + slot // TILE) * dim
     value_at = q_size + k_size + head * dim
     for i in range(dim):
@@ -244,7 +252,17 @@ def _attend(layer, state, head, chunk, queries, scores, rows, buf, parts, part_a
     for s in range(strips):
         at = 4 * ((head * strips + s) * capacity + base) * TILE
         dot_rows(
-            _FLOATS, values, at, act, np.int64(4 * CHUNK), rows, _ZERO, many, stop - base, buf, _ZERO
+            _FLOATS,
+            values,
+            at,
+            act,
+            np.int64(4 * CHUNK),
+            rows,
+            _ZERO,
+            many,
+            stop - base,
+            buf,
+            _ZERO,
         )
         for t in range(many):
             for i in range(min(TILE, dim - s * TILE)):
@@ -303,8 +321,8 @@ def attention_items(
             _append(layer, state, head, qkv, cos, sin, paired, key)
         for t in range(many):
             _prepare(
-                layer["q_norm"], layer["clip"], qkv, _ZERO, layer["q"]["rows"], head * many + t, dim,
-                cos, sin, paired, queries, t * dim,
+                layer["q_norm"], layer["clip"], qkv, _ZERO, layer["q"]["rows"], head * many + t,
+                dim, cos, sin, paired, queries, t * dim,
             )  # fmt: skip
         for i in range(many * dim):
             queries[i] *= layer["scaling"]

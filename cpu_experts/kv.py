@@ -69,7 +69,7 @@ class KeyValues:
     def read(self, layer: int) -> tuple[F32, F32]:
         """Return what a layer holds as new arrays ``[H, T, dim]``."""
         buffers, length = self._buffers(layer), self.length(layer)
-        heads, strips = buffers.values.shape[:2]
+        heads = buffers.values.shape[0]
         whole = pad(length, TILE) // TILE
         keys = buffers.keys[:, :whole].swapaxes(2, 3).reshape(heads, whole * TILE, -1)
         values = buffers.values[:, :, :length].swapaxes(1, 2).reshape(heads, length, -1)

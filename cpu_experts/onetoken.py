@@ -8,7 +8,7 @@ used.
 """
 
 # numba infers the types of compiled functions from their callers.
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, attr-defined"
 
 from __future__ import annotations
 
@@ -131,9 +131,7 @@ def _feed_forward(layer, counter, work, w):
     if top_k:
         matrix = router["matrix"]
         act = activate(matrix["format"], matrix["offset"], normed, matrix["cols"], memory)
-        items = multiply_items(
-            counter, ROUTE, matrix, act, work.rows, buf, one, False, work.scores
-        )
+        items = multiply_items(counter, ROUTE, matrix, act, work.rows, buf, one, False, work.scores)
         wait_for(counter, ROUTE + 1, items)
         choice = work.my_choice[w]
         count = router["experts"]
@@ -177,7 +175,8 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
 def decode(layers, states, head, cos, sin, paired, work, logits, threads):
     """Move ``work.x``, the embedded token, through all layers and write its logits.
 
-    Without a ``head`` there are no logits. Keys and values of the token are written behind the ``length`` positions of each state.
+    Without a ``head`` there are no logits. Keys and values of the token are written behind
+    the ``length`` positions of each state.
     """
     work.counters[:] = 0
     for w in prange(threads):

@@ -87,7 +87,9 @@ class FastDecoder:
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         if not isinstance(ids, Tensor) or ids.shape != (1, 1) or ids.device.type != "cpu":
             return False
-        if any(value not in (None, False) for name, value in arguments.items() if name not in _KNOWN):
+        if any(
+            value not in (None, False) for name, value in arguments.items() if name not in _KNOWN
+        ):
             return False
         wanted = ("output_attentions", "output_hidden_states", "output_router_logits")
         if any(getattr(self._config, name, False) for name in wanted):
@@ -196,7 +198,7 @@ def _distance(model: Any, fast: FastDecoder) -> float:
         row.append(_relative(torch.from_numpy(found), logits))
         kv.advance()
         distances.append(row)
-    return max(sorted(column)[1] for column in zip(*distances, strict=True))
+    return float(max(sorted(column)[1] for column in zip(*distances, strict=True)))
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

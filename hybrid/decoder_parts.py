@@ -122,9 +122,7 @@ def read_router(module: Any, shared_gate: Tensor | None) -> Router:
     )
     for candidate in _router_candidates(module, base):
         # In bfloat16 the family's own choice between near equals is a matter of rounding.
-        same = [
-            _close(a, b) for a, b in zip(_choices(candidate, logits), wanted, strict=True)
-        ]
+        same = [_close(a, b) for a, b in zip(_choices(candidate, logits), wanted, strict=True)]
         if sum(same) >= (len(same) if weight.dtype == torch.float32 else 0.8 * len(same)):
             return candidate
     raise UnfitError(f"{type(module).__name__} chooses in another way")

@@ -131,7 +131,7 @@ def pack_tied(model: Any) -> None:
 
 def pack_mlp(mlp: Any) -> PackedMlp | None:
     """Return a gated MLP as one expert; None when the kernels have no such expert."""
-    parts = []
+    parts: list[Any] = []
     for name in ("gate_proj", "up_proj", "down_proj"):
         module = getattr(mlp, name, None)
         module = pack_linear(module) if type(module) is nn.Linear else module

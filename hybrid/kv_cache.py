@@ -5,6 +5,9 @@ reader comes. In a generation that happens once, after the prompt; whatever else
 does with a cache (reordering, repeating, cropping) finds ordinary tensors.
 """
 
+# transformers' cache classes are typed in part.
+# mypy: disable-error-code="no-untyped-call, union-attr, arg-type"
+
 from __future__ import annotations
 
 from typing import Any
@@ -144,7 +147,9 @@ class Sequence:
         keys, values = self.kv.read(index)
         layer = self._layers[index]
         if layer.is_sliding:
-            keys, values = (x[:, max(0, x.shape[1] - layer.sliding_window + 1) :] for x in (keys, values))
+            keys, values = (
+                x[:, max(0, x.shape[1] - layer.sliding_window + 1) :] for x in (keys, values)
+            )
         return (_tensor(keys, dtype), _tensor(values, dtype))
 
 

@@ -42,7 +42,10 @@ def _experts(count: int, fmt: str, intermediate: int = 40) -> Experts:
     blocks = np.stack(
         [
             pack_expert(
-                shape, gate=_draw(intermediate, D), up=_draw(intermediate, D), down=_draw(D, intermediate)
+                shape,
+                gate=_draw(intermediate, D),
+                up=_draw(intermediate, D),
+                down=_draw(D, intermediate),
             )
             for _ in range(count)
         ]

@@ -208,7 +208,8 @@ def _bytes_per_token(model: Any, context: float) -> int | None:
 def _memory_to_read(model: Any) -> NDArray[np.uint64]:
     store = model.hybrid_store
     if store.index.nbytes >= _READ_BYTES:
-        return store.pages(_READ_BYTES).view(np.uint64)
+        words: NDArray[np.uint64] = store.pages(_READ_BYTES).view(np.uint64)
+        return words
     return np.ones(_READ_BYTES // 8, np.uint64)
 
 

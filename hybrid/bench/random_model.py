@@ -140,4 +140,5 @@ def _random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         plain = torch.zeros if "bias" in name else torch.ones
         return plain(shape, dtype=torch.bfloat16)
     seeded = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return (torch.randn(shape, generator=seeded) * shape[-1] ** -0.5).bfloat16()
+    values = torch.randn(shape, generator=seeded) * float(shape[-1] ** -0.5)
+    return values.bfloat16()

@@ -1,0 +1,96 @@
+"""``hybrid bench model`` on small shapes: what is written loads, and the record is complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hybrid.bench.model import read_spec, run
+from hybrid.cli.bench import bench_app
+from hybrid.errors import UsageError
+from hybrid.store import ExpertStore
+
+SPEC = """
+name = "Tiny"
+[config]
+model_type = "qwen3_moe"
+hidden_size = 64
+intermediate_size = 96
+moe_intermediate_size = 32
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 16
+num_hidden_layers = 5
+num_experts = 4
+num_experts_per_tok = 2
+vocab_size = 96
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(SPEC)
+    return path
+
+
+def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid.bench.model._READ_BYTES", 1 << 20)
+
+
+def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of five layers, on the fast path; bytes a token are those of the shape."""
+    _small_read(monkeypatch)
+    result = run(spec=spec, layers=2, prompt=8, generate=4, repeat=3)
+    assert result["family"] == "Qwen3MoeForCausalLM"
+    assert result["layers"] == 2
+    assert result["decode_path"].startswith("one-token kernels")
+    per_layer = (64 * 64 * 2 + 64 * 32 * 2 + 2 * 3 * 64 * 32) * 18 // 32
+    # The router's 4 rows are padded to 16 and stay bfloat16; keys and values are float32.
+    per_layer += 16 * 64 * 2 + 2 * 4 * 2 * 16 * 10
+    assert result["bytes_per_token"] == 2 * per_layer + 96 * 64 * 18 // 32
+    assert len(result["decode"]["samples_s"]) == len(result["prefill"]["samples_s"]) == 3
+    assert result["read_fraction"] > 0
+    assert result["load_s"] > 0
+    assert 0 < result["anonymous_memory_bytes"] <= result["peak_memory_bytes"]
+    json.dumps(result)
+
+
+def test_a_written_store_is_whole(spec: Path, tmp_path: Path) -> None:
+    """Every checksum of the written experts holds."""
+    from hybrid.bench.random_model import write_random_model
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_random_model(read_spec(spec, 1), folder, experts="q8_0", dense=None)
+    ExpertStore.open(folder, verify=True)
+
+
+def test_the_command_prints_one_json_object(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory instead of a description; talk goes to stderr."""
+    _small_read(monkeypatch)
+    options = ["--prompt", "4", "--generate", "3", "--repeat", "1"]
+    done = CliRunner().invoke(bench_app, ["model", str(tiny_model), "--json", *options])
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["generated_tokens"] == 3
+    assert "run 1 of 1" in done.stderr
+    done = CliRunner().invoke(bench_app, ["model", str(tiny_model), *options])
+    assert "decode" in done.stdout
+    assert "of the bandwidth" in done.stdout
+
+
+def test_bad_descriptions_are_refused(tmp_path: Path) -> None:
+    """No file, no table, and neither or both of the two sources."""
+    with pytest.raises(UsageError, match="cannot read"):
+        read_spec(tmp_path / "none.toml", None)
+    (tmp_path / "bad.toml").write_text("name = 3")
+    with pytest.raises(UsageError, match="describes no model"):
+        read_spec(tmp_path / "bad.toml", None)
+    with pytest.raises(UsageError, match="either a model directory or --spec"):
+        run()

@@ -1,0 +1,285 @@
+"""The fast path of a loaded model beside transformers' code on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import hybrid.decode
+from hybrid.checkpoint import convert
+from hybrid.decode import install_fast_decode
+from hybrid.dense import QuantizedEmbedding
+from hybrid.model import HybridModel
+from tiny_families import VOCAB, families, tiny_config
+
+FAMILIES = [
+    *("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "phimoe", "granitemoe", "gpt_oss"),
+    *("glm4_moe", "ernie4_5_moe"),
+]
+STORES = {"f32": ("f32", None), "q8_0": ("q8_0", "q8_0")}
+NEW_TOKENS = 20
+PROMPT = torch.tensor([[5, 9, 33, 21, 7, 80, 2]])
+
+
+def _save(family: str, directory: Path, **changes: Any) -> None:
+    """A tiny model with weights large enough that every part of it shows in the logits."""
+    config, kind = families()[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(tiny_config(config, **changes))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=2.4 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.data += torch.randn_like(parameter) * 0.2
+        for name, buffer in model.named_buffers():
+            if "correction" in name:
+                buffer.copy_(torch.rand_like(buffer) * 0.1)
+    model.save_pretrained(directory)
+
+
+def _load(family: str, folder: Path, store: str = "f32", **changes: Any) -> Any:
+    experts, dense = STORES[store]
+    _save(family, folder / "source", **changes)
+    convert(folder / "source", folder / "model", experts=experts, dense=dense)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # every run as long as it is asked to be
+    return model
+
+
+def _greedy(model: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and the logits that they were chosen by."""
+    out = model.generate(
+        PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=0,
+        **options,
+    )
+    return out.sequences, torch.cat(out.logits)
+
+
+class _Counted:
+    """Counts the tokens that go through the fast path of a model."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        real = model.hybrid_fast_decoder.forward
+
+        def forward(arguments: Any) -> Any:
+            self.count += 1
+            return real(arguments)
+
+        monkeypatch.setattr(model.hybrid_fast_decoder, "forward", forward)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model with the fast path; ``model.slow`` is transformers' own forward."""
+    model = _load("qwen3_moe", tmp_path_factory.mktemp("qwen"))
+    assert install_fast_decode(model).fast
+    model.slow = model.forward.__wrapped__
+    return model
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_decodes_as_transformers_does(
+    family: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and 20 tokens: the same tokens, the same logits, on the fast path."""
+    model = _load(family, tmp_path, store)
+    tokens, logits = _greedy(model)
+    path = install_fast_decode(model)
+    assert path.fast, path.reason
+    counted = _Counted(model, monkeypatch)
+    fast_tokens, fast_logits = _greedy(model)
+    assert counted.count == NEW_TOKENS - 1
+    assert torch.equal(fast_tokens, tokens)
+    distances = (fast_logits - logits).abs().amax(dim=1) / logits.std()
+    assert distances.median() < 1e-4
+    # int8 roundings of activations can fall to the other side of a half, and from then on
+    # the two caches differ.
+    assert distances.max() < (1e-4 if store == "f32" else 0.1)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_generation_beyond_a_sliding_window(family: str, tmp_path: Path) -> None:
+    """A window of 8 with 27 positions: prompt and new tokens both leave it."""
+    model = _load(family, tmp_path, sliding_window=8)
+    tokens, logits = _greedy(model)
+    assert install_fast_decode(model).fast
+    fast_tokens, fast_logits = _greedy(model)
+    assert torch.equal(fast_tokens, tokens)
+    assert (fast_logits - logits).abs().max() < 1e-4 * logits.std()
+
+
+def test_yarn_and_partial_rotary_embeddings(tmp_path: Path) -> None:
+    """Angles come from the model's own module, whatever its kind."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    model = _load("qwen3_moe", tmp_path, rope_parameters=rope)
+    tokens, logits = _greedy(model)
+    assert install_fast_decode(model).fast
+    fast_tokens, fast_logits = _greedy(model)
+    assert torch.equal(fast_tokens, tokens)
+    assert (fast_logits - logits).abs().max() < 1e-4 * logits.std()
+
+
+def test_mixed_layers_and_tied_weights(tmp_path: Path) -> None:
+    """A layer without experts, and an lm_head that is the embedding: one copy of its weights."""
+    changes = {"mlp_only_layers": [0], "tie_word_embeddings": True}
+    model = _load("qwen3_moe", tmp_path, **changes)
+    tokens, logits = _greedy(model)
+    assert install_fast_decode(model).fast
+    fast_tokens, fast_logits = _greedy(model)
+    assert torch.equal(fast_tokens, tokens)
+    assert (fast_logits - logits).abs().max() < 1e-4 * logits.std()
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, QuantizedEmbedding)
+    assert embedding.packed.data_ptr() == model.lm_head.packed.data_ptr()
+
+
+def test_sampling_draws_the_same_tokens(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path sits below sampling: one seed, one text."""
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    found = []
+    for forward in (qwen.forward, qwen.slow):
+        monkeypatch.setattr(qwen, "forward", forward)
+        torch.manual_seed(7)
+        found.append(qwen.generate(PROMPT, max_new_tokens=12, pad_token_id=0, **options))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_return_sequences": 1, "use_cache": False},
+    ],
+    ids=["beams", "prompt lookup", "no cache"],
+)
+def test_other_ways_to_generate(
+    qwen: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams reorder the cache, lookup feeds several tokens and crops: same result as without us."""
+    found = []
+    for forward in (qwen.forward, qwen.slow):
+        monkeypatch.setattr(qwen, "forward", forward)
+        repeated = PROMPT.repeat(1, 3)
+        found.append(
+            qwen.generate(repeated, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
+        )
+    assert torch.equal(*found)
+
+
+def test_an_assistant_model(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assisted decoding crops both models' caches after the fast path has written them."""
+    wanted = _greedy(qwen)[0]
+    counted = _Counted(qwen, monkeypatch)
+    monkeypatch.setattr(qwen.generation_config, "num_assistant_tokens", 4)
+    monkeypatch.setattr(qwen.generation_config, "num_assistant_tokens_schedule", "constant")
+    monkeypatch.setattr(qwen.generation_config, "assistant_confidence_threshold", 0.0)
+    found = qwen.generate(
+        PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, assistant_model=qwen
+    )
+    assert torch.equal(found, wanted)
+    assert counted.count > 0
+
+
+def test_both_paths_take_turns_on_one_cache(qwen: Any) -> None:
+    """Single tokens, several at once, a crop, single tokens: as if computed in one piece."""
+    ids = torch.randint(0, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3))
+    cache = DynamicCache(config=qwen.config)
+    with torch.no_grad():
+        wanted = qwen.slow(input_ids=ids, use_cache=False).logits[0]
+        found = [qwen(input_ids=ids[:, :6], past_key_values=cache, use_cache=True).logits[0]]
+        for start, stop in ((6, 7), (7, 8), (8, 12), (12, 13), (13, 14)):
+            part = qwen(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+            found.append(part.logits[0])
+        qwen(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+        assert cache.get_seq_length() == 14
+        for at in range(14, 24):
+            part = qwen(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            found.append(part.logits[0])
+    assert cache.layers[0].keys.shape == (1, 2, 24, 16)
+    assert (torch.cat(found) - wanted).abs().max() < 1e-4 * wanted.std()
+
+
+def test_calls_that_the_kernels_do_not_know(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, masked positions and inner states go to transformers, with its results."""
+    counted = _Counted(qwen, monkeypatch)
+    single = PROMPT[:, :1]
+    with torch.no_grad():
+        cache = qwen(input_ids=PROMPT, use_cache=True).past_key_values
+        out = qwen(input_ids=single, past_key_values=cache, output_hidden_states=True)
+        assert len(out.hidden_states) == 3
+        mask = torch.ones(1, 9, dtype=torch.long)
+        mask[0, 0] = 0
+        qwen(input_ids=single, past_key_values=cache, attention_mask=mask)
+        qwen(input_ids=single, past_key_values=cache, labels=single)
+        two = qwen(input_ids=PROMPT.repeat(2, 1), use_cache=True).past_key_values
+        qwen(input_ids=single.repeat(2, 1), past_key_values=two)
+    qwen(input_ids=single, past_key_values=cache)  # gradients are asked for
+    assert counted.count == 0
+
+
+def test_an_unfit_family_keeps_its_code_and_says_why(tmp_path: Path) -> None:
+    """Latent attention has no kernels: nothing is wrapped, the reason is kept."""
+    model = _load("deepseek_v3", tmp_path)
+    forward = model.forward
+    path = install_fast_decode(model)
+    assert not path.fast
+    assert "kv_b_proj" in path.reason
+    assert model.forward == forward
+    assert str(path).startswith("transformers (attention (DeepseekV3Attention) has")
+
+
+def test_a_wrong_result_is_found_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decoder that computes something else (its scores unscaled) is not used."""
+    model = _load("qwen3_moe", tmp_path)
+    read = hybrid.decode.read_decoder
+
+    def misread(model: Any) -> Any:
+        model.model.layers[1].self_attn.scaling *= 2
+        decoder = read(model)
+        model.model.layers[1].self_attn.scaling /= 2
+        return decoder
+
+    monkeypatch.setattr(hybrid.decode, "read_decoder", misread)
+    path = install_fast_decode(model)
+    assert not path.fast
+    assert "a layer differs from transformers' by" in path.reason
+    assert "slow path: a layer differs" in capsys.readouterr().err
+    assert not hasattr(model, "hybrid_fast_decoder")
+
+
+def test_the_report_names_the_path(tiny_model: Path) -> None:
+    """The report says what computes single tokens, and lists it as slow where it is."""
+    model = HybridModel.from_pretrained(tiny_model)
+    assert "one-token kernels (tested: every layer within" in str(model.report())
+    model.model.hybrid_decode = hybrid.decode.DecodePath(False, "some reason")
+    assert "single tokens in transformers' code: some reason" in str(model.report())
+
+
+def test_dense_weights_are_packed_without_rounding(tmp_path: Path) -> None:
+    """Weights that were bfloat16 are kept as bfloat16, others as float32; prefill is the same."""
+    model = _load("mixtral", tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.bfloat16())
+        wanted = model(input_ids=PROMPT).logits
+        assert install_fast_decode(model).fast
+        assert model.lm_head.weight_format == "bf16"
+        assert model.model.layers[0].self_attn.q_proj.weight_format == "f32"
+        assert torch.allclose(model(input_ids=PROMPT).logits, wanted, atol=1e-4)
