@@ -1,10 +1,8 @@
-"""The validated way in to the one-token kernels: a decoder described by values and arrays."""
+"""The validated way in to the one-token kernels: a decoder made of layers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -14,309 +12,11 @@ from numpy.typing import NDArray
 from cpu_experts import kernels, onetoken
 from cpu_experts.dense import CHUNK
 from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ACTIVATIONS, ExpertShape
-from cpu_experts.ffn import LOCK, code_offset
-from cpu_experts.formats import (
-    F32,
-    FORMATS,
-    GROUP,
-    TILE,
-    U8,
-    is_quantized,
-    packed_bytes,
-    pad,
-    strip_bytes,
-)
+from cpu_experts.ffn import LOCK
+from cpu_experts.formats import F32, GROUP, TILE, pad
 from cpu_experts.kv import KeyValues
-from cpu_experts.tables import HEAD, LAYER, SOFTMAX, SPARSEMIXER
-
-#: Bytes of weights that one item of a product takes, about.
-_ITEM_BYTES = 32768
-
-
-def _address(array: Any) -> int:
-    return 0 if array is None else int(array.ctypes.data)
-
-
-def _check_floats(name: str, array: Any, size: int) -> None:
-    if array is None:
-        return
-    if array.dtype != np.float32 or array.shape != (size,) or not array.flags.c_contiguous:
-        raise ShapeError(
-            f"{name} is {array.dtype} {list(array.shape)}; it must be float32 [{size}], contiguous"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """A matrix ``[rows, cols]`` packed as ``format``, with an optional bias ``[rows]``."""
-
-    weight: U8
-    rows: int
-    cols: int
-    format: str
-    bias: F32 | None = None
-
-    def __post_init__(self) -> None:
-        size = packed_bytes(self.rows, self.cols, self.format)
-        weight = self.weight
-        if weight.dtype != np.uint8 or weight.shape != (size,) or not weight.flags.c_contiguous:
-            raise ShapeError(
-                f"weight is {weight.dtype} {list(weight.shape)}; {self.format}"
-                f" [{self.rows}, {self.cols}] takes uint8 [{size}], C-contiguous"
-            )
-        _check_floats("bias", self.bias, self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one product reads."""
-        return self.weight.size
-
-    def record(self) -> dict[str, Any]:
-        """Values of :data:`~cpu_experts.tables.MATRIX`."""
-        strip = strip_bytes(self.cols, self.format)
-        grouped = is_quantized(self.format)
-        return {
-            "at": _address(self.weight),
-            "bias": _address(self.bias),
-            "rows": self.rows,
-            "cols": self.cols,
-            "format": FORMATS.index(self.format),
-            "strip_bytes": strip,
-            "inner": pad(self.cols, GROUP) // GROUP if grouped else self.cols,
-            "strips": max(1, _ITEM_BYTES // strip),
-            "offset": code_offset(self.format),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Norm:
-    """``(x - mean) / sqrt(mean of squares + eps) * weight + bias``; mean only if centered."""
-
-    weight: F32
-    eps: float
-    bias: F32 | None = None
-    centered: bool = False
-
-    def __post_init__(self) -> None:
-        _check_floats("norm weight", self.weight, self.weight.size)
-        _check_floats("norm bias", self.bias, self.weight.size)
-
-    def record(self) -> dict[str, Any]:
-        """Values of :data:`~cpu_experts.tables.NORM`."""
-        return {
-            "weight": _address(self.weight),
-            "bias": _address(self.bias),
-            "size": self.weight.size,
-            "centered": self.centered,
-            "eps": self.eps,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Router:
-    """How a token's experts are chosen and weighed.
-
-    Parameters
-    ----------
-    matrix
-        ``[E, D]``; ``[E + 1, D]`` if ``gated_shared``, the last row's sigmoid weighs the shared
-        expert.
-    scoring
-        One of the constants of :mod:`cpu_experts.tables`.
-    correction
-        ``[E]``, added to the scores for the choice and not for the weights.
-    groups, top_groups
-        Only experts of the ``top_groups`` groups with the best sum of two are chosen from.
-    normalize, floor
-        Divide the weights by their sum, or by ``floor`` if that is larger.
-    scale
-        Multiplies the weights at the end.
-    jitter
-        SparseMixer's tolerance.
-    """
-
-    matrix: Matrix
-    experts: int
-    top_k: int
-    scoring: int = SOFTMAX
-    correction: F32 | None = None
-    groups: int = 1
-    top_groups: int = 1
-    normalize: bool = False
-    floor: float = 0.0
-    scale: float = 1.0
-    jitter: float = 0.0
-    gated_shared: bool = False
-
-    def __post_init__(self) -> None:
-        _check_floats("correction", self.correction, self.experts)
-        rows = self.experts + self.gated_shared
-        if self.matrix.rows != rows or not 1 <= self.top_k <= self.experts:
-            raise ShapeError(
-                f"a router of {self.experts} experts, {self.top_k} a token, takes {rows} rows,"
-                f" the matrix has {self.matrix.rows}"
-            )
-        if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
-            raise ShapeError(f"{self.experts} experts in {self.groups} groups, {self.top_groups}")
-        if self.scoring == SPARSEMIXER and self.top_k != 2:
-            raise ShapeError(f"SparseMixer chooses 2 experts, not {self.top_k}")
-
-    def record(self) -> dict[str, Any]:
-        """Values of :data:`~cpu_experts.tables.ROUTER`."""
-        return {
-            "matrix": self.matrix.record(),
-            "correction": _address(self.correction),
-            "scoring": self.scoring,
-            "experts": self.experts,
-            "top_k": self.top_k,
-            "groups": self.groups,
-            "top_groups": self.top_groups,
-            "normalize": self.normalize,
-            "gated_shared": self.gated_shared,
-            "floor": self.floor,
-            "scale": self.scale,
-            "jitter": self.jitter,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """Experts as blocks ``[E, stride]`` uint8 of one shape; a dense MLP is a single one."""
-
-    blocks: U8
-    shape: ExpertShape
-
-    def __post_init__(self) -> None:
-        blocks, size = self.blocks, self.shape.block_bytes
-        good = blocks.ndim == 2 and blocks.dtype == np.uint8 and blocks.flags.c_contiguous
-        if not good or blocks.shape[1] < size or blocks.shape[1] % 4:
-            raise ShapeError(
-                f"blocks are {blocks.dtype} {list(blocks.shape)}; they must be C-contiguous uint8"
-                f" [experts, at least {size}], rows of a multiple of 4"
-            )
-
-    @property
-    def h_stride(self) -> int:
-        """Bytes of the intermediate activations of one expert."""
-        if is_quantized(self.shape.format):
-            return self.shape.padded_intermediate // GROUP * kernels.ACT_GROUP
-        return 4 * self.shape.intermediate
-
-    def record(self, threads: int) -> dict[str, Any]:
-        """Values of :data:`~cpu_experts.tables.EXPERTS`."""
-        shape, grouped = self.shape, is_quantized(self.shape.format)
-        strips = pad(shape.hidden, TILE) // TILE
-        return {
-            "at": _address(self.blocks),
-            "count": self.blocks.shape[0],
-            "stride": self.blocks.shape[1],
-            "format": FORMATS.index(shape.format),
-            "up_strip": shape.up_strip_bytes,
-            "up_inner": pad(shape.hidden, GROUP) // GROUP if grouped else shape.hidden,
-            "section": shape.down_offset,
-            "down_strip": shape.down_strip_bytes,
-            "down_inner": shape.padded_intermediate // GROUP if grouped else shape.intermediate,
-            "kind": ACTIVATIONS.index(shape.activation),
-            "gated": shape.gated,
-            "up_bias": shape.bias_offset if shape.bias else -1,
-            "down_bias": shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
-            "intermediate": shape.intermediate,
-            "h_stride": self.h_stride,
-            "strips": max(1, min(4, strips // (8 * threads))),
-            "alpha": shape.alpha,
-            "limit": shape.limit,
-            "up_offset": shape.up_offset,
-            "offset": code_offset(shape.format),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One decoder layer: ``x += residual * attention(norm(x))``, then the same with the FFN.
-
-    Parameters
-    ----------
-    norm, ffn_norm
-        Before attention and before the experts, ``[D]``.
-    q, k, v, o
-        Projections; the first three in one format.
-    q_norm, k_norm
-        ``[head_dim]`` for every head by itself, or as long as the projection for all together.
-    sinks
-        ``[heads]``, a score that takes part in the softmax and has no value.
-    window
-        Positions that attention sees, the token itself included; 0 for all.
-    scaling
-        Multiplies the scores.
-    clip
-        Bounds queries, keys and values after their norm.
-    router, experts
-        Both or neither.
-    shared
-        An expert for every token, or the MLP of a layer without experts.
-    """
-
-    norm: Norm
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    o: Matrix
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scaling: float
-    ffn_norm: Norm
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    sinks: F32 | None = None
-    window: int = 0
-    clip: float = math.inf
-    residual: float = 1.0
-    router: Router | None = None
-    experts: Experts | None = None
-    shared: Experts | None = None
-
-    def __post_init__(self) -> None:
-        wanted = [self.heads * self.head_dim, *2 * [self.kv_heads * self.head_dim]]
-        found = [self.q.rows, self.k.rows, self.v.rows]
-        if found != wanted or self.heads % self.kv_heads or self.o.cols != wanted[0]:
-            raise ShapeError(f"projections have {found} rows, the heads take {wanted}")
-        if len({self.q.format, self.k.format, self.v.format}) > 1:
-            raise ShapeError("q, k and v must have one format")
-        _check_floats("sinks", self.sinks, self.heads)
-        if (self.router is None) != (self.experts is None):
-            raise ShapeError("a layer has a router and experts, or neither")
-        if self.experts is None and self.shared is None:
-            raise ShapeError("a layer needs experts or an MLP")
-        for norm, size in ((self.q_norm, wanted[0]), (self.k_norm, wanted[1])):
-            if norm is not None and norm.weight.size not in (self.head_dim, size):
-                raise ShapeError(f"a norm of {norm.weight.size} for heads of {self.head_dim}")
-            if norm is not None and (norm.centered or norm.bias is not None):
-                raise ShapeError("queries and keys take a norm without mean and bias")
-
-    def fill(self, record: Any, threads: int) -> None:
-        """Write the layer into a record of :data:`~cpu_experts.tables.LAYER`."""
-        for name in ("norm", "q", "k", "v", "o", "q_norm", "k_norm", "ffn_norm", "router"):
-            part = getattr(self, name)
-            if part is not None:
-                fill_record(record[name], part.record())
-        for name in ("experts", "shared"):
-            part = getattr(self, name)
-            if part is not None:
-                fill_record(record[name], part.record(threads))
-        for name in ("heads", "kv_heads", "head_dim", "window", "scaling", "clip", "residual"):
-            record[name] = getattr(self, name)
-        record["sinks"] = _address(self.sinks)
-
-
-def fill_record(record: Any, values: dict[str, Any]) -> None:
-    """Write values into a record of :mod:`cpu_experts.tables`, nested ones included."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            fill_record(record[name], value)
-        else:
-            record[name] = value
+from cpu_experts.layers import Layer, Matrix, Norm, check_floats, fill_record
+from cpu_experts.tables import HEAD, LAYER
 
 
 class Decoder:
@@ -379,7 +79,7 @@ class Decoder:
         ShapeError
             When an array has another shape or type.
         """
-        _check_floats("logits", logits, self.vocabulary)
+        check_floats("logits", logits, self.vocabulary)
         self._run(slice(None), self._head, x, cos, sin, cache, logits)
         cache.advance()
 
@@ -392,16 +92,16 @@ class Decoder:
 
     def head_step(self, x: F32, logits: F32) -> None:
         """Write the logits of the last layer's hidden state ``x``."""
-        _check_floats("logits", logits, self.vocabulary)
+        check_floats("logits", logits, self.vocabulary)
         nothing = np.zeros(0, np.float32)
         self._run(slice(0), self._head, x, nothing, nothing, self.new_cache(), logits)
 
     def _run(
         self, layers: slice, head: Any, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32
     ) -> F32:
-        _check_floats("x", x, self.hidden)
-        _check_floats("sin", sin, cos.size)
-        _check_floats("cos", cos, min(cos.size, self.layers[0].head_dim // 2))
+        check_floats("x", x, self.hidden)
+        check_floats("sin", sin, cos.size)
+        check_floats("cos", cos, min(cos.size, self.layers[0].head_dim // 2))
         table = self._table[layers]
         with LOCK:
             if table.size:
@@ -436,7 +136,7 @@ class Decoder:
         groups = max((layer.router.groups for layer in routed if layer.router), default=1)
         h = [layer.experts.h_stride for layer in routed if layer.experts]
         shared = [layer.shared.h_stride for layer in layers if layer.shared]
-        counters = onetoken.ATTEND + 2 + max(layer.kv_heads for layer in layers)
+        counters = int(onetoken.ATTEND) + 2 + max(layer.kv_heads for layer in layers)
         count = max(many, chosen, 16) + 1
         x = np.zeros(self.hidden, np.float32)
 

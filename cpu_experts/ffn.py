@@ -2,7 +2,8 @@
 
 Everything a call needs besides its arguments lives in one workspace that grows to the largest
 call seen and is reused; a lock keeps calls one after the other, because the thread layers that
-numba offers on all platforms do not allow two parallel regions at once.
+numba offers on all platforms do not allow two parallel regions at once. A process that has called
+a kernel cannot call one in a forked child: start children with ``spawn``.
 """
 
 from __future__ import annotations

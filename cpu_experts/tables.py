@@ -1,6 +1,6 @@
 """The records that describe a decoder to the one-token kernels: numbers and addresses.
 
-Every weight is given by its address (0: there is none); see :mod:`cpu_experts.decoder` for who
+Every weight is given by its address (0: there is none); see :mod:`cpu_experts.layers` for who
 fills the records in and keeps the arrays alive.
 """
 

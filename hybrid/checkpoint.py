@@ -30,7 +30,14 @@ from hybrid.families import ExpertsSpec, find_experts
 from hybrid.partial import Partial
 from hybrid.source_formats import source_quantizer
 from hybrid.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
-from hybrid.tensor_files import TensorReader, check_digests, identity, read_json, weight_files
+from hybrid.tensor_files import (
+    TensorReader,
+    check_digests,
+    identity,
+    read_json,
+    unreadable,
+    weight_files,
+)
 from hybrid.weight_map import WeightMap
 
 #: Called with bytes written so far, bytes in all, and what is being written.
@@ -185,7 +192,10 @@ class Source:
             )
         raw = read_json(path / "config.json")
         if not isinstance(raw, dict):
-            raise CheckpointError(f"{path / 'config.json'} is not a model's config")
+            raise CheckpointError(
+                f"{path / 'config.json'} is not a model's config",
+                hint="it must be a JSON object, as save_pretrained writes it",
+            )
         if is_converted(raw):
             raise CheckpointError(
                 f"{path} is converted already: its experts are in "
@@ -301,7 +311,10 @@ def _copy_other_files(src: Path, dst: Path) -> None:
         if path.name == "additional_chat_templates" and path.is_dir():
             shutil.copytree(path, dst / path.name, dirs_exist_ok=True)
         elif path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name[0] != ".":
-            shutil.copyfile(path, dst / path.name)
+            try:
+                shutil.copyfile(path, dst / path.name)
+            except PermissionError as error:
+                raise unreadable(path, error) from error
 
 
 def converted_config(

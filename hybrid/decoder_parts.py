@@ -19,9 +19,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from cpu_experts import dense as kernels
 from cpu_experts import tables
-from cpu_experts.decoder import Decoder, Experts, Layer, Matrix, Norm, Router, fill_record
+from cpu_experts.decoder import Decoder
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
+from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router, fill_record
 from hybrid.dense import PackedMlp, QuantizedLinear, pack_linear, pack_mlp, pack_tied
 
 

@@ -177,23 +177,20 @@ def pack_mlp(mlp: Any) -> PackedMlp | None:
 def dense_matrices(model: Any, specs: Iterable[ExpertsSpec]) -> dict[str, tuple[int, int]]:
     """List the modules that ``--dense`` quantizes: path to ``[rows, cols]``.
 
-    Linear layers and the input embedding. Routers keep their precision, as in llama.cpp, and
-    so do matrices smaller than a group, towers for other inputs than text, and matrices that
-    are tied to one that cannot be quantized.
+    Linear layers and the embeddings of the text model. Routers keep their precision, as in
+    llama.cpp, and so do matrices smaller than a group and matrices that are tied to one that
+    cannot be quantized.
     """
-    kept = [prefix for spec in specs for prefix in _router_prefixes(model, spec)]
-    kept += [
-        f"{path}."
-        for path, module in model.named_modules()
-        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
-    ]
-    embedding = model.get_input_embeddings()
+    kept = tuple(prefix for spec in specs for prefix in _router_prefixes(model, spec))
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    text = {id(module) for module in (*embeddings, *model.get_decoder().modules())}
     found = {
         path: (module.weight.shape[0], module.weight.shape[1])
         for path, module in model.named_modules()
-        if (type(module) is nn.Linear or (type(module) is nn.Embedding and module is embedding))
+        if (type(module) is nn.Linear or (type(module) is nn.Embedding and module in embeddings))
+        and id(module) in text
         and min(module.weight.shape) >= GROUP
-        and not any(f"{path}.".startswith(prefix) for prefix in kept)
+        and not f"{path}.".startswith(kept)
     }
     for names in model.all_tied_weights_keys.items():
         paths = [name.removesuffix(".weight") for name in names]

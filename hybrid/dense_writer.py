@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cpu_experts.formats import GROUP, is_quantized, pack, packed_bytes
 from hybrid.errors import CheckpointError
+from hybrid.expert_writer import Advance
 from hybrid.partial import Partial, sync
 from hybrid.source_formats import BlockDequantize, is_scale, scale_pattern
 from hybrid.tensor_files import (
@@ -28,8 +29,6 @@ from hybrid.weight_map import Target, WeightMap
 
 #: Bytes of float32 that are handled at a time, about: few enough to stay in the cache.
 _CHUNK_BYTES = 1 << 20
-
-Advance = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)

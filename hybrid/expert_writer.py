@@ -25,6 +25,7 @@ from hybrid.weight_map import WeightMap
 #: Values that are widened to float32 and quantized at a time: few enough to stay in the cache.
 _VALUES = 1 << 17
 
+#: Told how many bytes were written, and of what.
 Advance = Callable[[int, str], None]
 
 

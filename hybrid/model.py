@@ -160,7 +160,8 @@ class HybridModel:
         Raises
         ------
         UsageError
-            When the prompt has no tokens or does not fit into the model's context.
+            When the prompt has no tokens or does not fit into the model's context, or when the
+            options of a text leave no new token to write.
         """
         if isinstance(prompt, str):
             return self._write(self.encode(prompt), **options)
@@ -291,6 +292,11 @@ class HybridModel:
                 hint="generate() with token ids as the prompt returns several sequences of ids",
             )
         wanted = self._wanted_tokens(options, ids.shape[1])
+        if wanted < 1:
+            raise UsageError(
+                f"{wanted} new tokens are asked for after a prompt of {ids.shape[1]}",
+                hint="give max_new_tokens of at least 1, or a max_length beyond the prompt",
+            )
         room = wanted if self.context is None else min(wanted, self.context - ids.shape[1])
         watch = Watch(
             streamer=streamer,
@@ -302,8 +308,7 @@ class HybridModel:
         self._generate(
             ids,
             watch,
-            attention_mask=torch.ones_like(ids),
-            **self._text_options(options, room),
+            **{"attention_mask": torch.ones_like(ids)} | self._text_options(options, room),
         )
         return watch.written
 

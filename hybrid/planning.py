@@ -170,7 +170,10 @@ def shipped_names(kind: str) -> list[str]:
 
 
 def _shipped(kind: str) -> list[Traversable]:
-    folder = files("hybrid.configs") / kind
+    try:
+        folder = files("hybrid.configs") / kind
+    except ModuleNotFoundError:  # imported from a source tree, where nothing maps the folder
+        folder = Path(__file__).parents[1] / "configs" / kind
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".toml")]
     return sorted(entries, key=lambda entry: entry.name)
 

@@ -102,14 +102,18 @@ def _match(
             f"config.json asks for store {expected_id}",
             hint="convert the model again with 'hybrid convert'",
         )
-    by_path = {_tail(record.module): record for record in store.index.layers}
-    if len(by_path) != len(specs) or not all(_tail(spec.path) in by_path for spec in specs):
+    layers, paths = store.index.layers, [spec.path for spec in specs]
+    by_path = {layer.module: layer for layer in layers}
+    if by_path.keys() != set(paths):
+        by_path = {_tail(layer.module): layer for layer in layers}
+        paths = [_tail(path) for path in paths]
+    if len(layers) != len(paths) or by_path.keys() != set(paths):
         raise StoreError(
-            f"{where} has experts for {len(by_path)} layers ({', '.join([*by_path][:2])} ...), "
-            f"the model has {len(specs)} ({', '.join([_tail(s.path) for s in specs][:2])} ...)",
+            f"{where} has experts for {len(layers)} layers ({layers[0].module} ...), "
+            f"the model has {len(paths)} ({paths[0]} ...)",
             hint="config.json and the store must come from one conversion; convert again",
         )
-    records = [by_path[_tail(spec.path)] for spec in specs]
+    records = [by_path[path] for path in paths]
     for spec, record in zip(specs, records, strict=True):
         stored = (record.experts, record.hidden, record.intermediate, record.gated, record.bias)
         wanted = (spec.experts, spec.hidden, spec.intermediate, spec.gated, spec.bias)
@@ -123,7 +127,7 @@ def _match(
 
 
 def _tail(path: str) -> str:
-    """The path from its last numbered list on: ``layers.3.mlp.experts``."""
+    """The path from its first numbered list on: ``layers.3.mlp.experts``."""
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[max(0, numbers[0] - 1) :]) if numbers else path

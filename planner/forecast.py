@@ -12,8 +12,10 @@ of the routing weights (rate 1 is the current step alone) or of the uses, all ex
     minimise over W   sum_t |y_t - x_t W|^2 + RIDGE * |W - W_0|^2,        x_t [4E + 1],
 
 where W_0 predicts from the slowest average, so that a cold start behaves like a frequency count.
-The normal equations are accumulated every ``BLOCK`` steps and solved whenever they have grown by
-``GROWTH``; layers take turns, so no token pays for more than one or two of them.
+The normal equations are accumulated every ``BLOCK`` steps and, whenever they have grown by
+``GROWTH``, W is improved by ``SWEEPS`` block Gauss-Seidel sweeps from where it was; layers take
+turns, so no token pays for more than one or two of them. All products are done in tiles: matrix
+libraries start threads for larger ones, and those would fight with the experts for the cores.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ RIDGE = 10.0
 FORGET = 0.99
 """Weight of the past per block: the last 25,000 steps or so count."""
 GROWTH = 0.125
+SWEEPS = 3
+TILE = 64
 
 Floats = NDArray[np.float32]
 
@@ -99,16 +103,37 @@ class Forecast(Policy):
         first = self._start[layer]
         past, used = self._past[layer], self._used[layer]
         x = past[first:BLOCK].astype(np.float64)
-        y = self._kernel[first:] @ used
-        self._gram[layer] = FORGET * self._gram[layer] + x.T @ x
-        self._cross[layer] = FORGET * self._cross[layer] + x.T @ y
+        y = _product(self._kernel[first:], used)
+        self._gram[layer] = FORGET * self._gram[layer] + _product(x.T, x)
+        self._cross[layer] = FORGET * self._cross[layer] + _product(x.T, y)
         self._seen[layer] = FORGET * self._seen[layer] + len(x)
         past[:HORIZON], used[:HORIZON] = past[BLOCK:], used[BLOCK:]
         self._start[layer], self._row[layer] = 0, HORIZON
         self._solved_at[layer] *= FORGET
         if self._seen[layer] >= (1 + GROWTH) * self._solved_at[layer]:
-            ridge = RIDGE * np.eye(len(self._gram[layer]))
-            self._model[layer] = np.linalg.solve(
-                self._gram[layer] + ridge, self._cross[layer] + RIDGE * self._slowest
-            )
+            self._improve(layer)
             self._solved_at[layer] = self._seen[layer]
+
+    def _improve(self, layer: int) -> None:
+        """Sweep over blocks of W's rows, solving for each with the others fixed."""
+        left = self._gram[layer] + RIDGE * np.eye(len(self._gram[layer]))
+        right = self._cross[layer] + RIDGE * self._slowest
+        model = self._model[layer].astype(np.float64)
+        for _ in range(SWEEPS):
+            for start in range(0, len(left), TILE):
+                block = slice(start, start + TILE)
+                error = right[block] - _product(left[block], model)
+                model[block] += np.linalg.solve(left[block, block], error)
+        self._model[layer] = model
+
+
+def _product(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return ``a @ b``, one tile at a time."""
+    out = np.zeros((a.shape[0], b.shape[1]))
+    for i in range(0, a.shape[0], TILE):
+        for j in range(0, b.shape[1], TILE):
+            for k in range(0, a.shape[1], TILE):
+                out[i : i + TILE, j : j + TILE] += (
+                    a[i : i + TILE, k : k + TILE] @ b[k : k + TILE, j : j + TILE]
+                )
+    return out

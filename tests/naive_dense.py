@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 import naive
 from cpu_experts import tables
-from cpu_experts.decoder import Experts, Layer, Matrix, Norm, Router
 from cpu_experts.experts import unpack_expert
 from cpu_experts.formats import is_quantized, round_activations, unpack
+from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router
 
 F64 = NDArray[np.float64]
 

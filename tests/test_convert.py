@@ -294,26 +294,31 @@ def test_two_conversions_of_one_destination(tiny_model: Path, tmp_path: Path) ->
 
 
 MEASURE = """
-import resource, sys, hybrid.checkpoint
+import re, sys, hybrid.checkpoint
+from pathlib import Path
 from transformers import MixtralForCausalLM
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = peak()
 hybrid.checkpoint.convert(sys.argv[1], sys.argv[2], experts=sys.argv[3])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read with getrusage")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory(tmp_path: Path) -> None:
     """Extra memory stays under 300 MB for 706 MB of Mixtral-8x7B's experts, 352 MB each.
 
-    In bfloat16 a single expert, read and packed whole, would take more than that.
+    In bfloat16 a single expert, read and packed whole, would take more than that. (Not
+    getrusage: what it reports begins with the peak of the process that started this one.)
     """
     size = write_big_mixtral(tmp_path / "src", experts=2, hidden=4096, intermediate=14336)
     assert size > 700e6
     command = [sys.executable, "-c", MEASURE, tmp_path / "src", tmp_path / "dst", "bf16"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * unit < 300e6
+    assert 20e6 < int(done.stdout) < 300e6
 
 
 def test_verify_compares_with_published_digests(tiny_model: Path, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 import naive_dense
 from cpu_experts import tables
-from cpu_experts.decoder import Decoder, Experts, Layer, Matrix, Norm, Router
+from cpu_experts.decoder import Decoder
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import pack
+from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 D, DIM, EXPERTS = 72, 16, 8

@@ -54,8 +54,8 @@ OTHERS = [
 
 @pytest.mark.parametrize("level", OTHERS)
 def test_every_level_that_this_processor_runs(level: str) -> None:
-    """The whole kernel test file passes on each level besides the one in use."""
-    _pytest(level, str(HERE / "test_ffn.py"))
+    """The kernels' tests pass on each level besides the one in use."""
+    _pytest(level, str(HERE / "test_ffn.py"), str(HERE / "test_strips.py"))
 
 
 def test_uncompiled() -> None:

@@ -51,6 +51,14 @@ def test_text_is_what_transformers_generates(model: HybridModel) -> None:
     )
 
 
+def test_text_takes_an_attention_mask(model: HybridModel) -> None:
+    """What tokenizers return beside the ids can be handed on."""
+    mask = torch.ones(1, 5, dtype=torch.long)
+    assert model.generate("def f", max_new_tokens=9, attention_mask=mask, **GREEDY) == (
+        model.generate("def f", max_new_tokens=9, **GREEDY)
+    )
+
+
 def test_ids_give_what_transformers_gives(model: HybridModel) -> None:
     """Token ids pass through to transformers and its result comes back as it is."""
     ids = model.encode("abc")
@@ -194,6 +202,9 @@ def test_options_that_no_text_can_satisfy(model: HybridModel) -> None:
     for prompts in (["a", "b"], [[1, 2], [3]], {"a": 1}):
         with pytest.raises(UsageError, match="token ids"):
             model.generate(prompts)
+    for limit, wanted in (({"max_new_tokens": 0}, "0"), ({"max_length": 1}, "-2")):
+        with pytest.raises(UsageError, match=f"^{wanted} new tokens .* prompt of 3"):
+            model.generate("abc", **limit)
     for ids in (5, torch.ones(1, 1, 3)):
         with pytest.raises(UsageError, match=r"they must be \[T\] or \[B, T\]"):
             model.generate(ids)

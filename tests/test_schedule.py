@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import naive_planner as naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import naive_planner as naive
 from planner.baselines import BASELINES, all_cpu, hybrimoe_greedy, on_demand, static_split
 from planner.bounds import relaxations
 from planner.decode_table import DecodeTable

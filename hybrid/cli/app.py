@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -108,10 +109,11 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a model may write what a terminal cannot show
             stream.reconfigure(errors="replace")
-    _show_notices()
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        code = typer.main.get_command(app).main(words, prog_name="hybrid", standalone_mode=False)
+        with _engine_notices():
+            command = typer.main.get_command(app)
+            code = command.main(words, prog_name="hybrid", standalone_mode=False)
     except typer.Abort:
         code = 130
     except _UsageError as error:
@@ -121,12 +123,16 @@ def main(args: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _show_notices() -> None:
+@contextmanager
+def _engine_notices() -> Iterator[None]:
     """Let the engines' notices, such as that kernels are being compiled, through to stderr."""
-    logger = logging.getLogger("cpu_experts")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
+    logger, handler = logging.getLogger("cpu_experts"), logging.StreamHandler()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _describe_usage_error(error: Any) -> str:

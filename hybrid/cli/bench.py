@@ -59,7 +59,7 @@ def kernels(
         chosen,
         repeat=repeat,
         threads=threads,
-        progress=lambda text: print(text, file=sys.stderr),
+        progress=_say,
     )
     _deliver(result, as_json, record, _kernels_table(result))
 
@@ -99,7 +99,7 @@ def model(
         generate=generate,
         repeat=repeat,
         threads=threads,
-        progress=lambda text: print(text, file=sys.stderr),
+        progress=_say,
     )
     _deliver(result, as_json, record, _model_table(result))
 
@@ -129,9 +129,35 @@ def peers(
         context=context,
         repeat=repeat,
         threads=threads,
-        progress=lambda text: print(text, file=sys.stderr),
+        progress=_say,
     )
     _deliver(result, as_json, record, bench.peers_table(result))
+
+
+@bench_app.command()
+def planner(
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(help="Routing trace (.npz) to replay through the cache policies; repeatable."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Replay only the first tokens of each trace.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=3, help="Timed decisions a case.")] = 200,
+    as_json: _JSON = False,
+    record: _RECORD = None,
+) -> None:
+    """Time to decide, distance of plans from their bounds, hit rates of cache policies."""
+    from hybrid.bench.planner import planner_table, run_planner_bench
+
+    if not trace:
+        print("no --trace given: cache policies are not replayed", file=sys.stderr)
+    result = run_planner_bench(trace or (), tokens=tokens, repeat=repeat, progress=_say)
+    _deliver(result, as_json, record, planner_table(result))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _model_table(result: dict[str, Any]) -> str:
