@@ -13,18 +13,15 @@ from typing import Any, overload
 
 import numba
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from cpu_experts import simd
 from hybrid import host
-from hybrid.cache import converted_copy
-from hybrid.config import DEFAULT_EXPERTS, HybridConfig
-from hybrid.decode import install_fast_decode
 from hybrid.demo import demo_path
 from hybrid.errors import CheckpointError, UsageError
+from hybrid.loading import load_fast_model
 from hybrid.metrics import Figure, GenerationTimes, RunReport
-from hybrid.slow_paths import has_native_bf16, slow_paths
+from hybrid.slow_paths import slow_paths
 from hybrid.textstream import TextStream
 from hybrid.watch import OnText, Stopped, Watch
 
@@ -391,41 +388,6 @@ def _as_ids(prompt: Any) -> torch.Tensor:
     return ids[None] if ids.dim() == 1 else ids
 
 
-def load_fast_model(
-    path: str | PathLike[str],
-    *,
-    experts: str | None = None,
-    dense: str | None = None,
-    verify: bool = False,
-    dtype: torch.dtype | None = None,
-) -> tuple[Any, Path]:
-    """Load a transformers model, converted first if need be, and give it the fast path.
-
-    Takes what :meth:`HybridModel.from_pretrained` takes; also returns the converted directory.
-    """
-    directory = Path(path).expanduser()
-    config = HybridConfig(experts, dense, verify=verify)
-    if directory.is_dir():
-        config = config.for_loading(directory, experts=experts, dense=dense, verify=verify)
-    if config.store is None:
-        directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
-    model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
-    install_fast_decode(model)
-    return model, directory
-
-
-def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, quantization_config=config, dtype=dtype
-        )
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"a weight file of {directory} is damaged: {_first_line(error)}",
-            hint="copy it again, or convert the model again with 'hybrid convert'",
-        ) from error
-
-
 def _load_tokenizer(directory: Path) -> Any:
     hint = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
     try:
@@ -443,10 +405,6 @@ def _load_tokenizer(directory: Path) -> Any:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _compute_dtype() -> torch.dtype:
-    return torch.bfloat16 if has_native_bf16() else torch.float32
 
 
 def set_threads(threads: int) -> None:
