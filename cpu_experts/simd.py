@@ -328,7 +328,7 @@ def _micro_kernel(module: Any, fmt: str, n: int) -> Any:
         row = b.sext(_load(b, index, 4 * t, _I32), _I64)
         acts.append(_gep(b, base, b.mul(row, stride)))
     emit = _quantized_dot if is_quantized(fmt) else _float_dot
-    sums = emit(b, fmt, weights, acts, inner, n == 1)
+    sums = emit(b, fmt, weights, acts, inner, n == 1 or not is_quantized(fmt))
     for t in range(n):
         for p in range(_PARTS):
             _store(b, sums[t][p], target, 4 * (t * TILE + p * _LANES))
