@@ -130,6 +130,7 @@ def plan(
     *,
     vram: str | int | None = None,
     ram: str | int | None = None,
+    context: int | None = None,
     **options: Any,
 ) -> PlanResult:
     """Predict how a model runs on a machine; nothing is downloaded and no weights are needed.
@@ -142,9 +143,11 @@ def plan(
         A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``.
     vram, ram
         Use this much instead: bytes, or a text such as ``"6GiB"``.
+    context
+        Tokens of cache to reserve per sequence: 4096, or what the model was made for if less.
     options
-        Fields of ``planner.request.Request``: ``experts``, ``dense``, ``context``, ``prompt``,
-        ``tokens``, ``batch``, ``trace``, ``seed``.
+        Fields of ``planner.request.Request``: ``experts``, ``dense``, ``prompt``, ``tokens``,
+        ``batch``, ``trace``, ``seed``.
 
     Raises
     ------
@@ -157,7 +160,9 @@ def plan(
         machine = machine.with_values("gpu", vram_bytes=_bytes(vram, "--vram"))
     if ram is not None:
         machine = machine.with_values("cpu", ram_bytes=_bytes(ram, "--ram"))
-    return dry_run(replace(Request(model=spec, hardware=machine), **options))
+    if context is None:
+        context = min(Request.context, spec.context or Request.context)
+    return dry_run(replace(Request(model=spec, hardware=machine, context=context), **options))
 
 
 def _bytes(value: str | int, option: str) -> int:

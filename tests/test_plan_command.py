@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hybrid.cli import main
+from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.planning import find_hardware, find_model, parse_bytes, plan, resolve
 from planner.report import SCHEMA, to_dict
@@ -273,6 +275,17 @@ def test_diff(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     code, _, err = hybrid_plan("diff", *map(str, paths), capsys=capsys)
     assert code == 2
     assert "cut short" in err
+
+
+def test_context_defaults_to_what_the_model_was_made_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A model with a context below 4096 needs no --context; asking for more is refused."""
+    config = str(demo_path() / "config.json")
+    assert main(["plan", config, "-H", "rtx4060", "--tokens", "2"]) == 0
+    assert "context 1024" in capsys.readouterr().out
+    assert main(["plan", config, "-H", "rtx4060", "--context", "4096"]) == 2
+    assert "--context 4096 exceeds the 1024 tokens" in capsys.readouterr().err
 
 
 def test_neither_torch_nor_numba_is_loaded() -> None:

@@ -45,7 +45,13 @@ def plan(
     ] = None,
     vram: Annotated[str | None, typer.Option(help="Use this much VRAM, such as 6GiB.")] = None,
     ram: Annotated[str | None, typer.Option(help="Use this much RAM, such as 16GiB.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of cache to reserve per sequence.")] = 4096,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of cache to reserve per sequence.",
+            show_default="4096, or the model's own if less",
+        ),
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens to decode in the simulation.")] = 16,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
