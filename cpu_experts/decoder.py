@@ -13,7 +13,7 @@ from cpu_experts import kernels, onetoken
 from cpu_experts.dense import CHUNK
 from cpu_experts.errors import ShapeError
 from cpu_experts.ffn import LOCK
-from cpu_experts.formats import F32, GROUP, TILE, pad
+from cpu_experts.formats import ACT_GROUP, F32, GROUP, TILE, pad
 from cpu_experts.kv import KeyValues
 from cpu_experts.layers import Layer, Matrix, Norm, check_floats, fill_record
 from cpu_experts.tables import HEAD, LAYER
@@ -159,7 +159,7 @@ class Decoder:
             zeros=np.zeros(count, np.int32),
             firsts=np.arange(count, dtype=np.int64),
             my_normed=floats(threads, wide),
-            my_act=np.zeros((threads, wide // GROUP * kernels.ACT_GROUP + 64), np.uint8),
+            my_act=np.zeros((threads, wide // GROUP * ACT_GROUP + 64), np.uint8),
             my_buf=floats(threads, max(kernels.SCRATCH, many * TILE)),
             my_queries=floats(threads, many * dim),
             my_scores=floats(threads, many * CHUNK),

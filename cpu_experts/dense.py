@@ -22,8 +22,8 @@ from numba import config
 from cpu_experts import simd
 from cpu_experts.addresses import bytes_at, floats_at
 from cpu_experts.compiled import kernel
-from cpu_experts.formats import GROUP, TILE
-from cpu_experts.kernels import ACT_GROUP, F32, Q8_0, dot_rows, fetch_add, quantize_group
+from cpu_experts.formats import ACT_GROUP, GROUP, TILE
+from cpu_experts.kernels import F32, Q8_0, dot_rows, fetch_add, quantize_group
 from cpu_experts.tables import SIGMOID, SOFTMAX_OF_CHOSEN, SPARSEMIXER
 
 if simd.LEVEL == "portable" or config.DISABLE_JIT:

@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from cpu_experts import kernels, simd
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ACTIVATIONS, ExpertShape, separate
-from cpu_experts.formats import F32, FORMATS, GROUP, TILE, U8, is_quantized, pad, strip_bytes
+from cpu_experts.formats import (
+    ACT_GROUP,
+    F32,
+    FORMATS,
+    GROUP,
+    TILE,
+    U8,
+    is_quantized,
+    pad,
+    strip_bytes,
+)
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
 
@@ -82,7 +92,7 @@ def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
     if not is_quantized(fmt):
         return x.reshape(-1).view(np.uint8), 4 * cols, cols
     groups = pad(cols, GROUP) // GROUP
-    stride = groups * kernels.ACT_GROUP
+    stride = groups * ACT_GROUP
     act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
     scratch = _WORKSPACE.scratch(threads)
     kernels.quantize_rows(x, np.int32(code_offset(fmt)), scratch, act, stride, threads)
@@ -171,7 +181,7 @@ def run_experts(
         count = int(first[active])
         quantized = is_quantized(shape.format)
         groups = shape.padded_intermediate // GROUP
-        h_stride = groups * kernels.ACT_GROUP if quantized else 4 * shape.intermediate
+        h_stride = groups * ACT_GROUP if quantized else 4 * shape.intermediate
         strips = pad(shape.hidden, TILE) // TILE
         kernels.run_pairs(
             FORMATS.index(shape.format),

@@ -31,6 +31,8 @@ from cpu_experts.errors import FormatError, ShapeError
 
 GROUP = 32
 TILE = 16
+#: Bytes of a group of quantized activations: the codes, a float32 scale and a start value.
+ACT_GROUP = GROUP + 8
 #: Groups of no larger magnitude count as zero: the inverse of their scale would overflow.
 TINY = 1e-30
 

@@ -18,14 +18,13 @@ from numba import config, prange
 
 from cpu_experts import simd
 from cpu_experts.compiled import kernel
-from cpu_experts.formats import GROUP, TILE
+from cpu_experts.formats import ACT_GROUP, GROUP, TILE
 
 if simd.LEVEL == "portable" or config.DISABLE_JIT:
     from cpu_experts.portable import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
 else:
     from cpu_experts.simd import ROW_BLOCKS, quantize_group, strip_dot
     from cpu_experts.simd_dense import silu_strip
-from cpu_experts.portable import ACT_GROUP as ACT_GROUP
 from cpu_experts.portable import fetch_add as fetch_add
 from cpu_experts.portable import wait_for
 

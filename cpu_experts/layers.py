@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cpu_experts import kernels
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ACTIVATIONS, ExpertShape
 from cpu_experts.ffn import code_offset
 from cpu_experts.formats import (
+    ACT_GROUP,
     F32,
     FORMATS,
     GROUP,
@@ -196,7 +196,7 @@ class Experts:
     def h_stride(self) -> int:
         """Bytes of the intermediate activations of one expert."""
         if is_quantized(self.shape.format):
-            return self.shape.padded_intermediate // GROUP * kernels.ACT_GROUP
+            return self.shape.padded_intermediate // GROUP * ACT_GROUP
         return 4 * self.shape.intermediate
 
     def record(self, threads: int) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
-from cpu_experts.formats import GROUP, TILE, TINY
+from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY
 
-ACT_GROUP = GROUP + 8
 ROW_BLOCKS = (4, 2, 1)
 
 

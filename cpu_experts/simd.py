@@ -32,10 +32,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_experts import hostcpu
-from cpu_experts.formats import GROUP, TILE, TINY, is_quantized
+from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY, is_quantized
 from cpu_experts.hostcpu import host_level
 
-ACT_GROUP = GROUP + 8
 PREFETCH_BYTES = 2048
 #: Looks at a counter before the waiting thread offers its core to others.
 _SPINS = 2000

@@ -37,8 +37,6 @@ GROWTH = 0.125
 SWEEPS = 3
 TILE = 64
 
-Floats = NDArray[np.float32]
-
 
 class Forecast(Policy):
     """Keep what a linear model, fitted as the model runs, expects to be used soonest.
@@ -52,7 +50,6 @@ class Forecast(Policy):
         super().__init__(layers, experts)
         size = len(TRACES) * experts + 1
         rows = BLOCK + HORIZON
-        self._rates = np.array([rate for _, rate in TRACES], dtype=np.float32)
         # The last column is the constant 1.
         self._features = np.zeros((layers, size), dtype=np.float32)
         self._features[:, -1] = 1.0

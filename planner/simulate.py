@@ -118,7 +118,6 @@ class Simulator:
         self._slowdown = link.cpu_slowdown.value if link else 1.0
         self._now_s = 0.0
         self._link_free_s = 0.0
-        self._arrival_s: dict[tuple[int, int], float] = {}
         self._recording = False
         self._share = 1.0
         self._guess: NDArray[np.int64] | None = None

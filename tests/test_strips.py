@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from numba import njit, types
 
-from cpu_experts.formats import FORMATS, GROUP, is_quantized, pack, round_activations, unpack
+from cpu_experts.formats import (
+    ACT_GROUP,
+    FORMATS,
+    GROUP,
+    is_quantized,
+    pack,
+    round_activations,
+    unpack,
+)
 from cpu_experts.hostcpu import host_level
-from cpu_experts.kernels import ACT_GROUP, ROW_BLOCKS, quantize_group, silu_strip, strip_dot
+from cpu_experts.kernels import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
 
 OFFSETS = {"q4_0": 8, "q8_0": 0 if host_level().startswith(("avx2", "portable")) else 128}
 
