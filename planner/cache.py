@@ -180,6 +180,23 @@ class ExpertCache:
         self.policy.admitted(layer, expert)
         return evicted
 
+    def drop(self, layer: int, expert: int) -> None:
+        """Take a resident expert's slot back: what was to be in it never arrived.
+
+        Raises
+        ------
+        CapacityError
+            When it is not resident, or pinned.
+        """
+        if expert not in self._residents[layer] or expert in self._pins[layer]:
+            state = "pinned" if expert in self._pins[layer] else "not resident"
+            raise CapacityError(
+                f"layer {layer}: cannot drop expert {expert}, it is {state}",
+                hint="drop what was admitted, and unpin it before",
+            )
+        self._residents[layer].remove(expert)
+        self.policy.evicted(layer, expert)
+
     def victim(self, layer: int, incoming: int) -> int | None:
         """Return whom a full layer would evict for ``incoming``; None when it may evict no one."""
         candidates = self.evictable(layer)
@@ -242,6 +259,10 @@ class ExpertCache:
         pins[expert] -= 1
         if not pins[expert]:
             del pins[expert]
+
+    def pinned(self, layer: int, expert: int) -> bool:
+        """Whether a pin holds the expert in its slot."""
+        return expert in self._pins[layer]
 
     def check_integrity(self) -> None:
         """Raise if a layer holds more than its slots, or a pinned expert is not resident.

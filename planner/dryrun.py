@@ -16,6 +16,7 @@ from planner import advice
 from planner.baselines import all_cpu, on_demand, static_split
 from planner.cache import ExpertCache, Ids, Policy, Values
 from planner.cost import CostModel
+from planner.director import Scheduler
 from planner.memory import Fit
 from planner.model import Layer, ModelSpec
 from planner.oracles import Belady
@@ -24,7 +25,7 @@ from planner.policies import LRU, MRS, StaticPopularity
 from planner.request import Request
 from planner.routing import Routing
 from planner.schedule import schedule
-from planner.simulate import Scheduler, Simulator
+from planner.simulate import Simulator
 from planner.spec import Estimate, Source, weakest
 
 RECORDED = 4

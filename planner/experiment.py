@@ -10,6 +10,7 @@ import numpy as np
 
 from planner.baselines import BASELINES
 from planner.cache import Policy
+from planner.director import Scheduler
 from planner.dryrun import Rule
 from planner.errors import SpecError
 from planner.fields import Fields
@@ -19,7 +20,6 @@ from planner.policies import LFU, LRU, MRS, StaticPopularity
 from planner.report import Table
 from planner.request import Request
 from planner.schedule import schedule
-from planner.simulate import Scheduler
 
 SCHEMA = "hybrid.experiment/1"
 FAR = 0.2

@@ -94,6 +94,23 @@ class NoPrefetch:
         self.wasted += len(waiting) - used
         return frozenset(waiting)
 
+    def forget(self, layer: int, expert: int) -> bool:
+        """Take back a fetch that failed; return whether its router had yet to answer."""
+        waiting = self._waiting.get(layer, set())
+        found = expert in waiting
+        waiting.discard(expert)
+        return found
+
+    def abandon(self) -> list[tuple[int, int]]:
+        """Wait for no router any more; return layer and id of every fetch that was unresolved."""
+        unresolved = self.unresolved()
+        self._waiting.clear()
+        return unresolved
+
+    def unresolved(self) -> list[tuple[int, int]]:
+        """Return layer and id of every fetch whose router has yet to answer."""
+        return [(layer, e) for layer, ids in self._waiting.items() for e in sorted(ids)]
+
     @property
     def useful_bytes(self) -> int:
         """Bytes fetched ahead of a use."""
