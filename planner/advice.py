@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from planner.cost import BITS_PER_WEIGHT, CostModel
-from planner.outcome import CPU, DISK, GPU, HEAD, LINK, MIXER, Run
+from planner.outcome import CALL, CPU, DISK, GPU, HEAD, LINK, MIXER, Run
 
 if TYPE_CHECKING:
     from planner.request import Request
@@ -44,6 +44,8 @@ def binding_resource(cost: CostModel, terms: dict[str, float], tokens: int) -> s
     if term == GPU:
         bound = experts.gpu_s(load) > experts.gpu_s(1) * 1.01
         return "GPU compute (experts)" if bound else "VRAM bandwidth (experts on the GPU)"
+    if term == CALL:
+        return "the host (Python's work per step)"
     side = "GPU" if cost.on_gpu else "CPU"
     memory = "VRAM" if cost.on_gpu else "RAM"
     if term == MIXER:

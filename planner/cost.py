@@ -7,7 +7,8 @@ An expert reads its weights once and computes ``2 * params`` operations per toke
 on either side: a floor while memory binds, a slope once compute does (the roofline of MoE-Lens,
 arXiv 2504.09345). A CPU call adds a start cost once per layer; the GPU adds a launch per expert;
 a copy adds a latency. Calibration points, where the hardware description has them for this shape
-and format, replace the formula by interpolation over the load.
+and format, replace the formula by interpolation over the load. So they do for attention, dense
+layers and the head of a model that runs on the CPU alone, whose family was calibrated.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import cached_property
 from planner.decode_table import DecodeTable
 from planner.errors import CostError
 from planner.hardware import HardwareSpec, Point, Quantity
+from planner.measured import MeasuredTerms
 from planner.model import Layer, ModelSpec
 from planner.spec import Estimate, Source, weakest
 
@@ -74,6 +76,16 @@ class ExpertCost:
         self._cpu: dict[int, float] = {}
         self._gpu: dict[int, float] = {}
         self.cpu_start_s = hardware.cpu.start_s.value
+        self._top_k = experts.top_k
+        # Without a GPU a single token's layers are one compiled call, and experts a part of it.
+        found = (
+            None
+            if hardware.gpu
+            else MeasuredTerms(hardware.terms, model.family).decode(
+                "expert", "", experts.params_each, fmt, 1
+            )
+        )
+        self._compiled_s = found.value if found else None
         self._copy_s = self.copy_estimate().value if hardware.link else None
 
     def cpu_s(self, load: int) -> float:
@@ -96,6 +108,8 @@ class ExpertCost:
 
     def cpu_set_s(self, loads: Sequence[int]) -> float:
         """Time of one CPU call that computes a set of experts; 0 for none."""
+        if self._compiled_s is not None and sum(loads) <= self._top_k:
+            return self._compiled_s * len(loads)
         return self.cpu_start_s + sum(map(self.cpu_s, loads)) if loads else 0.0
 
     def cpu_estimate(self, load: int) -> Estimate:
@@ -162,6 +176,7 @@ class CostModel:
         self.dense_format = dense_format
         self.kv_bytes = kv_bytes
         self.experts = ExpertCost(model, hardware, expert_format)
+        self._measured = MeasuredTerms(() if hardware.gpu else hardware.terms, model.family)
         self._tables: dict[float, DecodeTable] = {}
         self._ffns: dict[tuple[int, int], Estimate] = {}
         self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
@@ -175,7 +190,7 @@ class CostModel:
         """Time from a layer's input to its router's answer.
 
         On a GPU the host prepares launches while the device computes, so the slower of the two
-        counts; on the CPU they add up.
+        counts; on the CPU they add up, unless a calibration measured the whole.
 
         Parameters
         ----------
@@ -191,12 +206,20 @@ class CostModel:
         key = (layer, tokens, context, sequences)
         if key not in self._mixers:
             mixer = layer.mixer
+            found = None
+            if sequences == 1 and (tokens == 1 or tokens == context):
+                found = self._calibrated("attention", mixer.params, tokens, context, mixer.kind)
+            if found is not None:
+                self._mixers[key] = found
+                return found
             # The tokens of a prompt see half of it on average.
             seen = mixer.visible(max(1, context - tokens // sequences // 2))
             flop = (2 * mixer.params + mixer.score_flops * seen) * tokens
             read = mixer.cached(context) * self.kv_bytes * sequences
             work = self.dense(mixer.params, tokens, extra_bytes=read, flop=flop)
-            host = constant(self.hardware.cpu.layer_overhead_s)
+            cpu = self.hardware.cpu
+            prompt = tokens > sequences and cpu.prompt_layer_overhead_s
+            host = constant(prompt or cpu.layer_overhead_s)
             self._mixers[key] = larger(work, host) if self.on_gpu else work + host
         return self._mixers[key]
 
@@ -204,8 +227,27 @@ class CostModel:
         """Time of a layer's dense or shared feed-forward."""
         key = (layer.ffn_params, tokens)
         if key not in self._ffns:
-            self._ffns[key] = self.dense(*key)
+            found = self._calibrated("feed_forward", layer.ffn_params, tokens, tokens)
+            self._ffns[key] = self.dense(*key) if found is None else found
         return self._ffns[key]
+
+    def call(self, tokens: int) -> Estimate:
+        """Time of a step of ``tokens`` tokens around its layers and head."""
+        found = self._calibrated("call", self.model.head_params, tokens, tokens)
+        cpu = self.hardware.cpu
+        known = cpu.token_start_s if tokens == 1 else cpu.prompt_start_s
+        if found is None and known is not None:
+            found = constant(known)
+        return Estimate(0.0, Source.ASSUMED) if found is None else found
+
+    def _calibrated(
+        self, term: str, params: int, tokens: int, context: int, kind: str = ""
+    ) -> Estimate | None:
+        """What a calibration measured for a part of this model on the CPU; None if nothing."""
+        key = (term, kind, params, self.dense_format)
+        if tokens == 1:
+            return self._measured.decode(*key, context)
+        return self._measured.prompt(*key, tokens)
 
     def decode_table(self, gpu_free_s: float) -> DecodeTable:
         """Return decode's plans for layers whose shared expert takes ``gpu_free_s``."""
@@ -217,7 +259,8 @@ class CostModel:
 
     def head(self, tokens: int) -> Estimate:
         """Time of the output head for ``tokens`` positions."""
-        return self.dense(self.model.head_params, tokens)
+        found = self._calibrated("head", self.model.head_params, tokens, tokens)
+        return self.dense(self.model.head_params, tokens) if found is None else found
 
     def dense(
         self, params: int, tokens: int, extra_bytes: float = 0.0, flop: float | None = None

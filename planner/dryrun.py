@@ -20,7 +20,7 @@ from planner.director import Scheduler
 from planner.memory import Fit
 from planner.model import Layer, ModelSpec
 from planner.oracles import Belady
-from planner.outcome import CPU, DISK, GPU, HEAD, LINK, MIXER, TERMS, Run
+from planner.outcome import CALL, CPU, DISK, GPU, HEAD, LINK, MIXER, TERMS, Run
 from planner.policies import LRU, MRS, StaticPopularity
 from planner.request import Request
 from planner.routing import Routing
@@ -270,6 +270,7 @@ def _estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict
         LINK: experts.copy_estimate,
         DISK: cost.disk_read,
         HEAD: lambda: cost.head(1),
+        CALL: lambda: cost.call(tokens),
     }
     found = {}
     for term in TERMS:

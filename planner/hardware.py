@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from planner.errors import SpecError
@@ -48,7 +49,11 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Cpu:
-    """The processor and its memory."""
+    """The processor and its memory.
+
+    The fields with a default are what the runtime's own code costs beyond arithmetic on this
+    processor: a calibration measures them, a data sheet does not have them.
+    """
 
     name: str
     ram_bytes: Quantity
@@ -58,6 +63,11 @@ class Cpu:
     flop_efficiency: Quantity
     start_s: Quantity
     layer_overhead_s: Quantity
+    prompt_layer_overhead_s: Quantity | None = None
+    """Per layer of a step of several tokens; as of a single one where it is not given."""
+    token_start_s: Quantity | None = None
+    prompt_start_s: Quantity | None = None
+    """Around the layers of a decode step and of a prompt: embedding, sampling, bookkeeping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +113,56 @@ class Point:
     error: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TermPoint:
+    """One calibration measurement of what is no routed expert, in the CPU-only runtime.
+
+    Parameters
+    ----------
+    term
+        One of ``TERMS``: ``attention`` (norms, router and residual sums included),
+        ``feed_forward`` (shared experts, or the MLP of a layer without experts), ``head``,
+        ``call`` (what a step costs around its layers and head), and ``expert``: what one routed
+        expert adds to a single token's layer where all layers are one compiled call.
+    family
+        The ``model_type`` whose code was measured.
+    kind
+        The attention's kind; empty elsewhere.
+    params
+        Weights of the part: of one layer's attention, of the layer's dense weights besides it,
+        of the head, of one expert; for ``call`` of the head, whose logits it handles.
+    format
+        Their weight format.
+    tokens, context
+        Tokens of the step, and in the cache after it. A single token takes the path of decode.
+    seconds, error
+        Median duration and its standard deviation.
+    """
+
+    term: str
+    family: str
+    kind: str = ""
+    params: int
+    format: str
+    tokens: int
+    context: int
+    seconds: float
+    error: float | None = None
+
+
 LANES = ("cpu", "gpu", "copy")
+TERMS = ("attention", "feed_forward", "head", "call", "expert")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")
-_MAY_BE_ZERO = ("launch_s", "start_s", "layer_overhead_s", "latency_s")
+_MAY_BE_ZERO = (
+    "launch_s",
+    "latency_s",
+    "start_s",
+    "layer_overhead_s",
+    "prompt_layer_overhead_s",
+    "token_start_s",
+    "prompt_start_s",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +182,13 @@ class HardwareSpec:
     gpu: Gpu | None = None
     link: Link | None = None
     points: tuple[Point, ...] = field(default=())
+    terms: tuple[TermPoint, ...] = field(default=())
 
     @classmethod
     def from_table(cls, data: Mapping[str, Any], where: str) -> HardwareSpec:
         """Build from a parsed ``configs/hardware/*.toml`` or what a calibration wrote."""
         table = Fields(data, where)
-        table.only(("name", "summary", *_PARTS, "points"))
+        table.only(("name", "summary", *_PARTS, "points", "terms"))
         parts: dict[str, Any] = {
             part: _part(kind, table.table(part))
             for part, kind in _PARTS.items()
@@ -142,13 +199,11 @@ class HardwareSpec:
                 f"{where} has only one of [gpu] and [link]",
                 hint="describe both, or neither for a machine without a GPU",
             )
-        points = data.get("points", [])
-        if not isinstance(points, list):
-            raise SpecError(f"{where}: points is not a list", hint="write [[points]] tables")
         return cls(
             name=table.text("name"),
             summary=table.text("summary", ""),
-            points=tuple(_point(Fields(p, f"{where} points[{i}]")) for i, p in enumerate(points)),
+            points=tuple(map(_point, _entries(data, "points", where))),
+            terms=tuple(map(_term, _entries(data, "terms", where))),
             **parts,
         )
 
@@ -176,10 +231,10 @@ class HardwareSpec:
 
 
 def _part(kind: type, table: Fields) -> Any:
-    """Read one section: every field of ``kind`` is required, nothing else is allowed."""
-    names = [f.name for f in fields(kind)]
-    table.only(names)
-    return kind(**{n: table.text(n) if n == "name" else _quantity(table, n) for n in names})
+    """Read one section: the fields of ``kind``, all without a default, and nothing else."""
+    table.only([f.name for f in fields(kind)])
+    wanted = [f.name for f in fields(kind) if f.default is MISSING or table.has(f.name)]
+    return kind(**{n: table.text(n) if n == "name" else _quantity(table, n) for n in wanted})
 
 
 def _quantity(table: Fields, name: str) -> Quantity:
@@ -206,6 +261,15 @@ def _quantity(table: Fields, name: str) -> Quantity:
     return Quantity(value, Source(word), entry.text("from"), error)
 
 
+def _entries(data: Mapping[str, Any], name: str, where: str) -> Iterator[Fields]:
+    """Read a list of tables, absent or not."""
+    found = data.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(entry, Mapping) for entry in found):
+        raise SpecError(f"{where}: {name} is not a list of tables", hint=f"write [[{name}]] tables")
+    for index, entry in enumerate(found):
+        yield Fields(entry, f"{where} {name}[{index}]")
+
+
 def _point(entry: Fields) -> Point:
     """Read one calibration point."""
     entry.only([f.name for f in fields(Point)])
@@ -221,3 +285,55 @@ def _point(entry: Fields) -> Point:
         seconds=entry.number("seconds"),
         error=entry.number("error") if entry.has("error") else None,
     )
+
+
+def _term(entry: Fields) -> TermPoint:
+    """Read one calibration point of what is no routed expert."""
+    entry.only([f.name for f in fields(TermPoint)])
+    term = entry.text("term")
+    if term not in TERMS:
+        raise SpecError(f"{entry.where}: term is {term!r}", hint=f"use one of {', '.join(TERMS)}")
+    return TermPoint(
+        term=term,
+        family=entry.text("family"),
+        kind=entry.text("kind") if entry.data.get("kind") else "",
+        params=entry.count("params", least=0),
+        format=entry.text("format"),
+        tokens=entry.count("tokens"),
+        context=entry.count("context"),
+        seconds=entry.number("seconds"),
+        error=entry.number("error") if entry.has("error") else None,
+    )
+
+
+def to_toml(spec: HardwareSpec) -> str:
+    """Return ``spec`` as the TOML text that ``HardwareSpec.from_table`` reads back as an equal."""
+    lines = [f"name = {_toml(spec.name)}"]
+    if spec.summary:
+        lines.append(f"summary = {_toml(spec.summary)}")
+    # Lists of one-line tables stand above the first section, or they would belong to it.
+    for name in ("points", "terms"):
+        if entries := [_pairs(vars(point)) for point in getattr(spec, name)]:
+            lines += [f"{name} = [", *(f"    {{ {entry} }}," for entry in entries), "]"]
+    for part in _PARTS:
+        values = getattr(spec, part)
+        if values is None:
+            continue
+        lines += ["", f"[{part}]"]
+        for name, value in vars(values).items():
+            if isinstance(value, Quantity):
+                number = {"value": value.value, "source": str(value.source)}
+                entry = {**number, "from": value.origin, "error": value.error}
+                lines.append(f"{name} = {{ {_pairs(entry)} }}")
+            elif value is not None:
+                lines.append(f"{name} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n} = {_toml(v)}" for n, v in values.items() if v not in (None, ""))
+
+
+def _toml(value: str | float) -> str:
+    """Return a value as TOML; JSON's texts and Python's shortest numbers are TOML, too."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from planner.plan import LayerPlan
 
-MIXER, DENSE, CPU, GPU, LINK, DISK, HEAD = TERMS = (
+MIXER, DENSE, CPU, GPU, LINK, DISK, HEAD, CALL = TERMS = (
     "attention and router",
     "shared and dense layers",
     "experts on the CPU",
@@ -15,6 +15,7 @@ MIXER, DENSE, CPU, GPU, LINK, DISK, HEAD = TERMS = (
     "copies to the GPU",
     "reads from disk",
     "output head",
+    "around the layers",
 )
 """What a step's time is made of; they add up to it. A layer's experts count for the lane that
 ends last."""

@@ -19,7 +19,7 @@ from planner.cache import ExpertCache
 from planner.cost import CostModel
 from planner.director import Admission, Decision, Director, Fill, Scheduler
 from planner.memory import Fit
-from planner.outcome import CPU, DENSE, DISK, GPU, HEAD, LINK, MIXER, Event, Run, Step
+from planner.outcome import CALL, CPU, DENSE, DISK, GPU, HEAD, LINK, MIXER, Event, Run, Step
 from planner.plan import LayerPlan
 from planner.problem import Problem, timeline
 from planner.routing import RECALL, Choice, Routing
@@ -170,6 +170,8 @@ class Simulator:
             moe += layer.moe
         self._share = 1.0
         self._dense(step, HEAD, self.cost.head(batch).value, "head")
+        if call_s := self.cost.call(tokens).value:
+            self._dense(step, CALL, call_s, "around the layers")
         return step
 
     def _dense(self, step: Step, term: str, duration_s: float, name: str) -> None:
