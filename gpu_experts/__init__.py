@@ -1,4 +1,5 @@
-"""Everything device: slots, copies and expert kernels on a GPU or an emulated one.
+"""Experts on a device: slots, copies and kernels on a GPU, or on an emulated one.
 
-Nothing is implemented yet: models run on the CPU alone, and the report says so.
+``gpu_experts.device`` says what a device is; :mod:`gpu_experts.cuda` and
+:mod:`gpu_experts.emulated` are two. Importing this package loads neither torch nor triton.
 """
