@@ -13,7 +13,7 @@ see :mod:`gpu_experts.errors`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -165,8 +165,15 @@ class Device(Protocol):
             When there is no room for it.
         """
 
-    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_host(
+        self, *tensors: Tensor, meanwhile: Callable[[], object] | None = None
+    ) -> tuple[Tensor, ...]:
         """The tensors in host memory, after one wait for all that was enqueued for them.
+
+        Parameters
+        ----------
+        meanwhile
+            Called once the copies are enqueued: what it enqueues does not hold them up.
 
         Raises
         ------

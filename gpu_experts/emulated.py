@@ -203,9 +203,13 @@ class EmulatedDevice:
         self._allocate(4 * tokens * layout.hidden, "an output")
         return torch.zeros(tokens, layout.hidden)
 
-    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_host(
+        self, *tensors: Tensor, meanwhile: Callable[[], object] | None = None
+    ) -> tuple[Tensor, ...]:
         if self._lanes is not None:
             self._lanes[1].drain(self._timeout_s)
+        if meanwhile is not None:
+            meanwhile()
         return tuple(tensor.detach() for tensor in tensors)
 
     def join(
