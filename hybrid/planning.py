@@ -8,6 +8,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid import calibrated
 from hybrid.errors import UsageError
 from planner.dryrun import PlanResult, dry_run
 from planner.families import from_hf_config, from_table
@@ -126,7 +127,7 @@ def find_hardware(name: str | Path) -> HardwareSpec:
 
 def plan(
     model: str | Path | ModelSpec,
-    hardware: str | Path | HardwareSpec,
+    hardware: str | Path | HardwareSpec | None = None,
     *,
     vram: str | int | None = None,
     ram: str | int | None = None,
@@ -140,7 +141,8 @@ def plan(
     model
         A shipped name (``Qwen3-30B-A3B``), a ``config.json``, or a ``ModelSpec``.
     hardware
-        A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``.
+        A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``; this machine, as
+        ``hybrid calibrate`` measured it, by default.
     vram, ram
         Use this much instead: bytes, or a text such as ``"6GiB"``.
     context
@@ -155,7 +157,10 @@ def plan(
         When a name is unknown, a file is damaged, or a value cannot be.
     """
     spec = model if isinstance(model, ModelSpec) else find_model(model)
-    machine = hardware if isinstance(hardware, HardwareSpec) else find_hardware(hardware)
+    if hardware is None:
+        machine = calibrated.require()
+    else:
+        machine = hardware if isinstance(hardware, HardwareSpec) else find_hardware(hardware)
     if vram is not None:
         machine = machine.with_values("gpu", vram_bytes=_bytes(vram, "--vram"))
     if ram is not None:

@@ -14,8 +14,9 @@ import psutil
 import typer
 
 from cpu_experts import hostcpu
-from hybrid import __version__, host
+from hybrid import __version__, calibrated, host
 from hybrid.demo import demo_path
+from hybrid.errors import UsageError
 from hybrid.paths import cache_dir
 
 _GIB = 1 << 30
@@ -45,6 +46,9 @@ class Environment:
         Threads that torch and the kernels use unless told otherwise.
     variables
         The environment variables that change any of this, where set.
+    calibration
+        The file that ``hybrid calibrate`` wrote for this machine and its main numbers; what is
+        wrong with it, or how to make one.
     """
 
     versions: dict[str, str]
@@ -55,6 +59,7 @@ class Environment:
     gpus: list[host.Gpu]
     paths: dict[str, str]
     variables: dict[str, str]
+    calibration: dict[str, str]
 
 
 def collect() -> Environment:
@@ -83,7 +88,22 @@ def collect() -> Environment:
             "cache": str(cache_dir()),
         },
         variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        calibration=_calibration(),
     )
+
+
+def _calibration() -> dict[str, str]:
+    """Tell the calibration in force; a damaged one is told, too, and stops nothing else."""
+    identity = calibrated.Identity.of_this_machine()
+    try:
+        spec = calibrated.load(identity)
+    except UsageError as error:
+        return {"calibration": f"damaged: {error.message}; {error.hint}"}
+    if spec is None:
+        return {"calibration": f"none for this machine: {calibrated.REMEDY}"}
+    return {"calibration": f"{identity.path}: {spec.summary}"} | {
+        f"  {name}": text for name, text in calibrated.main_numbers(spec)
+    }
 
 
 def _version(package: str) -> str:
@@ -112,6 +132,7 @@ def describe(environment: Environment) -> str:
         *(("GPU", text) for text in list(map(_describe_gpu, environment.gpus)) or ["none found"]),
         *environment.paths.items(),
         *environment.variables.items(),
+        *environment.calibration.items(),
     ]
     return "\n".join(f"{name:<18} {value}" for name, value in rows)
 

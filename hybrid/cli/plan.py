@@ -6,7 +6,6 @@ This module and all it imports load neither torch nor numba.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from io import StringIO
@@ -16,7 +15,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from hybrid import calibrated
 from hybrid.errors import UsageError
+from hybrid.paths import write_whole
 from hybrid.planning import find_hardware, find_model, resolve, shipped_names
 from hybrid.planning import plan as make_plan
 from planner.fields import read_table
@@ -40,7 +41,10 @@ def plan(
     hardware: Annotated[
         str | None,
         typer.Option(
-            "--hardware", "-H", help="A name such as rtx4060-laptop, or a hardware TOML file."
+            "--hardware",
+            "-H",
+            help="A name such as rtx4060-laptop, or a hardware TOML file.",
+            show_default="this machine, once it is calibrated",
         ),
     ] = None,
     vram: Annotated[str | None, typer.Option(help="Use this much VRAM, such as 6GiB.")] = None,
@@ -90,14 +94,17 @@ def plan(
     if experiment is not None:
         _experiment(experiment, as_json=as_json, markdown=markdown)
         return
-    if not model or hardware is None:
+    machine = None if hardware or not model else calibrated.load()
+    if not model or not (hardware or machine):
         _missing(model)
     for path in (html, perfetto):
         if path is not None and path.exists() and not force:
             raise UsageError(f"{path} exists", hint="choose another name, or add --force")
+    if machine is not None:
+        print("no --hardware given: this machine, as it was calibrated", file=sys.stderr)
     result = make_plan(
         model,
-        hardware,
+        machine or hardware,
         vram=vram,
         ram=ram,
         context=context,
@@ -152,9 +159,10 @@ def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
 def _missing(model: str) -> NoReturn:
     """Say which of model and hardware was left out, and what there is to choose from."""
     kind, word = ("hardware", "--hardware") if model else ("models", "MODEL")
+    measure = f"; or {calibrated.REMEDY}" if model else ""
     raise UsageError(
         f"{word} is missing",
-        hint=f"one of {', '.join(shipped_names(kind))}; or a file that describes another",
+        hint=f"one of {', '.join(shipped_names(kind))}; or a file that describes another{measure}",
     )
 
 
@@ -200,23 +208,6 @@ def to_text(found: Iterable[Table], width: int) -> str:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write ``text`` whole or not at all: aside, flushed, then renamed.
-
-    Raises
-    ------
-    UsageError
-        When the place cannot be written.
-    """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}", hint="choose a place that exists"
-        ) from error
+    """Write a file that was asked for, whole or not at all, and say so."""
+    write_whole(path, text)
     print(f"wrote {path}", file=sys.stderr)

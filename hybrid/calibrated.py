@@ -1,0 +1,179 @@
+"""The calibration in force: whose machine it is, where it lies, reading and adding to it.
+
+Loads neither torch nor numba, so that ``hybrid plan`` and ``hybrid env`` can ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from cpu_experts import hostcpu
+from hybrid import host
+from hybrid.errors import UsageError
+from hybrid.paths import cache_dir, write_whole
+from planner.errors import SpecError
+from planner.fields import read_table
+from planner.hardware import HardwareSpec, Point, TermPoint, to_toml
+
+REMEDY = "measure this machine with 'hybrid calibrate'"
+_RAM_STEP = 1 << 28
+"""The same machine's RAM differs by a few pages from start to start."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a calibration is valid for: one of another machine, or of older kernels, is not found.
+
+    Parameters
+    ----------
+    cpu, cores, threads, simd_level
+        The processor, how many of its cores this process may use, how many threads compute, and
+        with which vector instructions.
+    ram_bytes
+        Installed memory, rounded.
+    device
+        The accelerator's name; empty without one.
+    kernels
+        A hash of the kernels' sources.
+    """
+
+    cpu: str
+    cores: int
+    threads: int
+    simd_level: str
+    ram_bytes: int
+    device: str
+    kernels: str
+
+    @classmethod
+    def of_this_machine(cls, threads: int | None = None, device: str = "") -> Identity:
+        """Ask the operating system; ``threads`` as the runtime chooses them unless given."""
+        return cls(
+            cpu=host.cpu_name(),
+            cores=host.usable_cores(),
+            threads=host.default_threads() if threads is None else threads,
+            simd_level=hostcpu.host_level(),
+            ram_bytes=round(psutil.virtual_memory().total / _RAM_STEP) * _RAM_STEP,
+            device=device,
+            kernels=_kernels(bool(device)),
+        )
+
+    @property
+    def path(self) -> Path:
+        """Where this machine's calibration lies, whether or not there is one."""
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return cache_dir() / "hardware" / f"{digest}.toml"
+
+    def comment(self) -> str:
+        """The identity as TOML comments, for whoever opens the file."""
+        return "".join(f"# {name}: {value}\n" for name, value in asdict(self).items() if value)
+
+
+@cache
+def _kernels(on_device: bool) -> str:
+    digest = hashlib.sha256()
+    for package in ("cpu_experts", "gpu_experts") if on_device else ("cpu_experts",):
+        for source in sorted((Path(hostcpu.__file__).parents[1] / package).glob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def load(identity: Identity | None = None) -> HardwareSpec | None:
+    """Return the calibration of this machine; None when it was never measured.
+
+    Raises
+    ------
+    UsageError
+        When the file is damaged; the hint says how to make it anew.
+    """
+    path = (identity or Identity.of_this_machine()).path
+    if not path.exists():
+        return None
+    try:
+        return HardwareSpec.from_table(read_table(path), str(path))
+    except SpecError as error:
+        raise UsageError(
+            f"the calibration of this machine cannot be used: {error.message}",
+            hint="measure it again with 'hybrid calibrate --force'",
+        ) from error
+
+
+def require(identity: Identity | None = None) -> HardwareSpec:
+    """Return the calibration of this machine.
+
+    Raises
+    ------
+    UsageError
+        When there is none, or it is damaged.
+    """
+    found = load(identity)
+    if found is None:
+        raise UsageError("this machine was not calibrated yet", hint=REMEDY)
+    return found
+
+
+def save(spec: HardwareSpec, identity: Identity) -> Path:
+    """Keep ``spec`` as this machine's calibration, and return where."""
+    path = identity.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make {path.parent}: {error.strerror or error}",
+            hint="set HYBRID_CACHE to a folder that can be written",
+        ) from error
+    write_whole(path, identity.comment() + to_toml(spec))
+    return path
+
+
+def added(old: HardwareSpec | None, new: HardwareSpec) -> HardwareSpec:
+    """Return ``new`` with what ``old`` knows of other models' shapes."""
+    if old is None:
+        return new
+    points = {_point_key(point) for point in new.points}
+    terms = {_term_key(term) for term in new.terms}
+    return replace(
+        new,
+        points=new.points + tuple(p for p in old.points if _point_key(p) not in points),
+        terms=new.terms + tuple(t for t in old.terms if _term_key(t) not in terms),
+    )
+
+
+def _point_key(point: Point) -> tuple[object, ...]:
+    return point.lane, point.hidden, point.intermediate, point.format
+
+
+def _term_key(term: TermPoint) -> tuple[object, ...]:
+    return term.term, term.family, term.kind, term.params, term.format
+
+
+def main_numbers(spec: HardwareSpec) -> Iterable[tuple[str, str]]:
+    """Yield the numbers a person looks for first, as name and text."""
+
+    def spread(error: float | None) -> str:
+        return "" if error is None or not math.isfinite(error) else f" ± {error:.0%}"
+
+    cpu = spec.cpu
+    rate = cpu.memory_bytes_per_s
+    yield "read bandwidth", f"{rate.value / 1e9:.1f} GB/s{spread(rate.error)}"
+    share, flop = cpu.memory_efficiency, cpu.flop_per_s
+    yield (
+        "experts",
+        f"{share.value:.0%}{spread(share.error)} of it for one token, "
+        f"{flop.value / 1e9:.0f} GFLOP/s{spread(flop.error)} for many",
+    )
+    yield "disk", f"{spec.disk.bytes_per_s.value / 1e9:.2f} GB/s, {spec.disk.bytes_per_s.origin}"
+    if spec.gpu and spec.link:
+        yield "device", f"{spec.gpu.name}, link {spec.link.bytes_per_s.value / 1e9:.1f} GB/s"
+    shapes = {f"{p.hidden} x {p.intermediate} {p.format}" for p in spec.points if p.lane == "cpu"}
+    yield "expert shapes", ", ".join(sorted(shapes))
+    families = {f"{t.family} with {t.format}" for t in spec.terms if t.term == "attention"}
+    yield "models", ", ".join(sorted(families)) or "none"
