@@ -52,14 +52,10 @@ class LayerExperts:
         expert_ids, routing_weights
             ``[T, A]``, used as they are; ids of E and above contribute nothing.
         """
-        x = hidden.detach().reshape(-1, self.shape.hidden).float().cpu().contiguous().numpy()
-        ids = expert_ids.detach().cpu().numpy()
-        weights = routing_weights.detach().float().cpu().contiguous()
-        if self.own_gating:
-            out = self._run_apart(x, ids, weights, hidden.dtype)
-        else:
-            out = torch.zeros(x.shape)
-            run_experts(x, ids, weights.numpy(), self.blocks, self.shape, out.numpy())
+        if not self.own_gating:
+            return compute_on_cpu(hidden, expert_ids, routing_weights, self.blocks, self.shape)
+        x, ids, weights = _on_host(hidden, expert_ids, routing_weights, self.shape.hidden)
+        out = self._run_apart(x.numpy(), ids.numpy(), weights, hidden.dtype)
         return out.view(hidden.shape).to(hidden.device, hidden.dtype)
 
     def _run_apart(
@@ -77,6 +73,27 @@ class LayerExperts:
         outside = torch.from_numpy((ids < 0) | (ids >= len(self.blocks)))
         kept = weights.masked_fill(outside, 0.0)
         return (down.view(*ids.shape, -1) * kept[..., None]).sum(dim=1)
+
+
+def compute_on_cpu(
+    hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, blocks: U8, shape: ExpertShape
+) -> Tensor:
+    """Return what :class:`LayerExperts` does, for experts whose gating the kernels know."""
+    x, ids, weights = _on_host(hidden, expert_ids, routing_weights, shape.hidden)
+    out = torch.zeros(x.shape)
+    run_experts(x.numpy(), ids.numpy(), weights.numpy(), blocks, shape, out.numpy())
+    return out.view(hidden.shape).to(hidden.device, hidden.dtype)
+
+
+def _on_host(
+    hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows, ids and weights as the kernels take them."""
+    return (
+        hidden.detach().reshape(-1, width).float().cpu().contiguous(),
+        expert_ids.detach().cpu(),
+        routing_weights.detach().float().cpu().contiguous(),
+    )
 
 
 def experts_forward(

@@ -18,11 +18,14 @@ from transformers import AutoTokenizer
 from cpu_experts import simd
 from hybrid import host
 from hybrid.demo import demo_path
+from hybrid.devices import choose_device
 from hybrid.errors import CheckpointError, UsageError
-from hybrid.loading import load_fast_model
+from hybrid.loading import load_fast_model, load_placed_model
 from hybrid.metrics import Figure, GenerationTimes, RunReport
+from hybrid.placement import Placement
 from hybrid.slow_paths import slow_paths
 from hybrid.textstream import TextStream
+from hybrid.timeline import Timeline
 from hybrid.watch import OnText, Stopped, Watch
 
 #: New tokens when text is asked for and neither the caller nor the model gives a limit.
@@ -47,12 +50,23 @@ class HybridModel:
         Its tokenizer.
     threads
         Threads of torch and of the kernels; both always have the same number.
+    placement
+        How it lies on a device; None on the CPU alone.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, threads: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        threads: int,
+        placement: Placement | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.threads = threads
+        self.placement = placement
         self._name = name
         self._load_s = 0.0
         self._times: GenerationTimes | None = None
@@ -68,6 +82,11 @@ class HybridModel:
         threads: int | None = None,
         verify: bool = False,
         dtype: torch.dtype | None = None,
+        device: str | None = None,
+        vram: str | int | None = None,
+        ram: str | int | None = None,
+        context: int | None = None,
+        keep_timeline: bool = False,
     ) -> HybridModel:
         """Load a model directory.
 
@@ -91,6 +110,16 @@ class HybridModel:
             processors that multiply it natively and float32 on all others, where torch's
             bfloat16 products were measured 3 to 10 times slower on prompts and no faster on
             single tokens.
+        device
+            ``"cuda"``, ``"cuda:1"``, ``"emulated"`` or ``"cpu"``. Unless given, the GPU that is
+            there and otherwise the CPU alone, or, where vram is asked for, an emulated GPU.
+        vram, ram
+            How much of the device's and of the host's memory to use, as bytes or a text such as
+            ``"4GiB"``; ``"auto"`` and None are what is free, and vram 0 is the CPU alone.
+        context
+            Tokens of cache to keep memory for: 4096, or what the model was made for if less.
+        keep_timeline
+            Keep what every lane did when, for :meth:`perfetto`.
 
         Raises
         ------
@@ -103,16 +132,26 @@ class HybridModel:
         if threads is None:  # what the environment asks other programs for may be too many
             threads = min(host.default_threads(), numba.config.NUMBA_NUM_THREADS)
         set_threads(threads)
-        model, directory = load_fast_model(
-            demo_path() if path is None or path == "demo" else path,
-            experts=experts,
-            dense=dense,
-            verify=verify,
-            dtype=dtype,
-        )
+        chosen = choose_device(device, vram)
+        source = demo_path() if path is None or path == "demo" else path
+        options = {"experts": experts, "dense": dense, "verify": verify, "dtype": dtype}
+        placement = None
+        if chosen is None:
+            model, directory = load_fast_model(source, **options)
+        else:
+            model, directory, placement = load_placed_model(
+                source,
+                chosen,
+                vram=vram,
+                ram=ram,
+                context=context,
+                threads=threads,
+                timeline=Timeline(keep_timeline),
+                **options,
+            )
         tokenizer = _load_tokenizer(directory)
         name = "demo" if path is None else str(path)
-        self = cls(model, tokenizer, name=name, threads=threads)
+        self = cls(model, tokenizer, name=name, threads=threads, placement=placement)
         self._warm_up()
         self._load_s = time.perf_counter() - start
         return self

@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,10 +192,11 @@ class ExpertStore:
         The directory and what its index says.
     """
 
-    def __init__(self, path: Path, index: StoreIndex, data: U8) -> None:
+    def __init__(self, path: Path, index: StoreIndex, mapped: mmap.mmap) -> None:
         self.path = path
         self.index = index
-        self._data = data
+        self._mapped = mapped
+        self._data: U8 = np.frombuffer(mapped, np.uint8)
 
     @classmethod
     def open(cls, directory: Path | str, *, verify: bool = False) -> ExpertStore:
@@ -239,7 +240,7 @@ class ExpertStore:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise StoreError(f"cannot read {file_path}: {error.strerror}", hint=_REMAKE) from error
-        store = cls(path, index, np.frombuffer(mapped, np.uint8))
+        store = cls(path, index, mapped)
         if verify:
             store.verify()
         return store
@@ -253,6 +254,21 @@ class ExpertStore:
     def pages(self, size: int) -> U8:
         """Return the first ``size`` bytes of the file as a read-only view."""
         return self._data[:size]
+
+    def read_ahead(self, layer: int, experts: Iterable[int]) -> None:
+        """Ask the system to read experts of the ``layer``-th record from disk, without waiting.
+
+        Does nothing where the system takes no such advice (Windows).
+        """
+        if not hasattr(self._mapped, "madvise"):
+            return
+        record = self.index.layers[layer]
+        stride = record.stride_bytes(self.index.format)
+        for expert in experts:
+            # Blocks start and end on pages; the system's own may be larger than the file's.
+            start = (record.offset + expert * stride) // mmap.PAGESIZE * mmap.PAGESIZE
+            end = record.offset + (expert + 1) * stride
+            self._mapped.madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def verify(self) -> None:
         """Compare every expert with its checksum.

@@ -1,0 +1,119 @@
+"""Which device a model runs on: a GPU that is there, an emulated one, or none."""
+
+from __future__ import annotations
+
+import numba
+import torch
+
+from cpu_experts.experts import ExpertShape
+from cpu_experts.ffn import run_experts
+from gpu_experts.device import F32, I32, U8, Device
+from gpu_experts.emulated import EmulatedDevice
+from hybrid.errors import UsageError
+from hybrid.metrics import SlowPath
+from hybrid.planning import find_hardware, parse_bytes
+from planner.hardware import HardwareSpec
+
+EMULATED_AS = "rtx4060-laptop-8gb"
+"""The machine whose device and link an emulated device is taken for when experts are placed."""
+
+Size = str | int | None
+
+
+def wants_vram(vram: Size) -> bool:
+    """Whether a size was asked for, not just whatever there is."""
+    return vram not in (None, "auto")
+
+
+def size_in_bytes(size: str | int, name: str) -> int:
+    """Return a size given as bytes or as a text such as ``"4GiB"``.
+
+    Raises
+    ------
+    UsageError
+        When it is not a size above 0.
+    """
+    return parse_bytes(str(size), name)
+
+
+def choose_device(name: str | None, vram: Size) -> str | None:
+    """Return ``cuda:N``, ``emulated``, or None for the CPU alone.
+
+    Parameters
+    ----------
+    name
+        ``"cuda"``, ``"cuda:1"``, ``"emulated"``, ``"cpu"``, or None to choose: the GPU that is
+        there; without one the CPU, or an emulated device where vram is asked for.
+    vram
+        0 is the CPU alone.
+
+    Raises
+    ------
+    UsageError
+        When the name is unknown or the device is not there.
+    """
+    if name == "cpu" or vram in (0, "0"):
+        if name not in (None, "cpu"):
+            raise UsageError(
+                f"device {name!r} is asked for with vram {vram!r}",
+                hint="leave one of them out: vram=0 is the CPU alone",
+            )
+        return None
+    if name is None:
+        if torch.cuda.is_available():
+            return "cuda:0"
+        return "emulated" if wants_vram(vram) else None
+    if name == "emulated":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (index == "" or index.isdigit()):
+        raise UsageError(
+            f"unknown device {name!r}", hint="choose cuda, cuda:N, emulated or cpu, or leave it out"
+        )
+    if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name} is asked for, torch finds {torch.cuda.device_count()} CUDA devices",
+            hint="leave the device out, or install a torch that is built for CUDA",
+        )
+    return f"cuda:{index or 0}"
+
+
+def open_device(name: str, vram_bytes: int | None, shape: ExpertShape, threads: int) -> Device:
+    """Return the device called ``name`` for experts of ``shape``.
+
+    An emulated one has as much memory as is asked for, or as the GPU it is planned as.
+    """
+    if name != "emulated":
+        from gpu_experts.cuda import CudaDevice
+
+        return CudaDevice(int(name.partition(":")[2]))
+    if vram_bytes is None:
+        gpu = find_hardware(EMULATED_AS).gpu
+        assert gpu is not None
+        vram_bytes = int(gpu.vram_bytes.value)
+    return emulated_device(vram_bytes, shape, threads)
+
+
+def emulated_device(capacity_bytes: int, shape: ExpertShape, threads: int) -> EmulatedDevice:
+    """Return a device that computes with the CPU's kernels, in ``capacity_bytes`` of its own."""
+
+    def run(x: F32, slot_ids: I32, weights: F32, slots: U8, out: F32) -> None:
+        numba.set_num_threads(threads)
+        run_experts(x, slot_ids, weights, slots, shape, out)
+
+    return EmulatedDevice(capacity_bytes, run=run)
+
+
+def hardware_with(device: Device) -> HardwareSpec:
+    """Return what this machine does how fast, with ``device`` as its GPU."""
+    return find_hardware(EMULATED_AS)
+
+
+def emulation_note(asked_by_name: bool) -> SlowPath:
+    """Say that there is no GPU and what that means."""
+    reason = "it was asked for by name" if asked_by_name else "vram was asked for and there is none"
+    return SlowPath(
+        "an emulated device instead of a GPU",
+        f"{reason}; it computes on the CPU, exactly but slower than the CPU alone",
+        "leave out vram and device, or run on a machine with a CUDA GPU",
+    )

@@ -1,0 +1,476 @@
+"""Carries out each layer's plan on the CPU and on a device at once: the one place that sees both.
+
+A layer's step: wait for the router's answer, decide, give the device its copies and experts in the
+plan's order, give it what is worth copying ahead, compute the CPU's experts meanwhile, join. The
+host waits twice, for the router and at the join. Whatever the device does wrong, the layer's
+experts are computed on the CPU from the same weights, and generation goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpu_experts.experts import ExpertShape
+from cpu_experts.ffn import run_experts
+from gpu_experts.device import Device, Event
+from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError, SlotError
+from gpu_experts.slots import SlotTable
+from hybrid.experts import compute_on_cpu
+from hybrid.lookahead import Lookahead
+from hybrid.metrics import SlowPath
+from hybrid.shared_first import SharedFirst
+from hybrid.store import U8
+from hybrid.timeline import LayerRecord, Timeline
+from planner.director import Admission, Decision, Director
+from planner.errors import PlannerError
+
+SHRINK = 0.75
+"""Share of the slots that is kept when the device's memory runs out."""
+TIMEOUT_S = 30.0
+"""A copy or a kernel that takes longer is given up: none takes a second."""
+
+Ids = NDArray[np.int32]
+F32 = NDArray[np.float32]
+Ahead = list[tuple[int, NDArray[np.float64]]]
+
+
+class PackedLayer(Protocol):
+    """One layer's experts: their packed blocks, and what they compute."""
+
+    @property
+    def blocks(self) -> U8:
+        """``[E, stride]`` uint8."""
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Layout and arithmetic."""
+
+
+class Seconds(Protocol):
+    """What a layer's dense parts are predicted to take."""
+
+    def mixer(self, layer: int, tokens: int) -> float:
+        """From the layer before to the router's answer."""
+
+    def shared(self, layer: int, tokens: int) -> float:
+        """The shared expert."""
+
+
+@dataclass
+class Residents:
+    """What is on the device, and who decides it: both forget everything together.
+
+    Parameters
+    ----------
+    slots
+        Which expert lies in which slot.
+    director
+        Decides over as many experts as the slots hold.
+    """
+
+    slots: SlotTable
+    director: Director
+
+
+class Executor:
+    """Runs the routed experts of all layers of one model.
+
+    Parameters
+    ----------
+    layers
+        Every MoE layer's experts.
+    device
+        Where experts are copied to.
+    settle
+        Opens the device for a number of slots and returns what is resident then: nothing.
+    slots
+        How many to begin with.
+    seconds
+        Predictions for what is not a routed expert.
+    threads
+        Of the CPU's kernels.
+    lookahead, shared
+        What predicts later layers, and what launches shared experts early; None for neither.
+    read_ahead
+        Told a layer and its likely experts when the store does not fit into memory.
+    timeline
+        Collects what happened.
+    timeout_s
+        How long to wait for the device.
+
+    Attributes
+    ----------
+    device
+        None when it was given up: everything runs on the CPU then.
+    notes
+        What did not go as planned, for the report.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[PackedLayer],
+        device: Device,
+        settle: Callable[[int], Residents],
+        slots: int,
+        seconds: Seconds,
+        *,
+        threads: int,
+        lookahead: Lookahead | None = None,
+        shared: SharedFirst | None = None,
+        read_ahead: Callable[[int, Sequence[int]], None] | None = None,
+        timeline: Timeline | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.layers = layers
+        self.device: Device | None = device
+        self.slot_count = slots
+        self.timeline = timeline or Timeline()
+        self.notes: list[SlowPath] = []
+        self._settle = settle
+        self._seconds = seconds
+        self._threads = threads
+        self._lookahead, self._shared = lookahead, shared
+        self._read_ahead = read_ahead
+        self._timeout_s = timeout_s
+        self._residents = settle(slots)
+        self._flying: dict[tuple[int, int], Event] = {}
+        self._link_until_s = 0.0
+        self._before_s: float | None = None
+        self._turn = threading.Lock()
+        experts = len(layers[0].blocks)
+        # By expert id; one more row for ids of experts without weights.
+        self._slot_of: Ids = np.full(experts + 1, -1, np.int32)
+        self._id_of: Ids = np.append(np.arange(experts, dtype=np.int32), np.int32(-1))
+
+    @property
+    def director(self) -> Director:
+        """Who decides."""
+        return self._residents.director
+
+    @property
+    def slots(self) -> SlotTable:
+        """What lies where on the device."""
+        return self._residents.slots
+
+    def begin_step(self) -> None:
+        """Start the clock of a forward pass."""
+        self._before_s = time.perf_counter()
+
+    def end_step(self, tokens: int, predicted_head_s: float) -> None:
+        """Stop it, after the output head."""
+        if self._before_s is not None:
+            self.timeline.step(tokens, time.perf_counter() - self._before_s, predicted_head_s)
+        self._before_s = None
+
+    def run_layer(
+        self, layer: int, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor
+    ) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs.
+
+        Parameters
+        ----------
+        layer
+            Index among the model's MoE layers.
+        hidden
+            ``[..., D]`` in the model's dtype, where the device keeps hidden states.
+        expert_ids, routing_weights
+            ``[T, A]``; ids of E and above contribute nothing.
+        """
+        with self._turn:
+            if self.device is not None:
+                try:
+                    return self._share(self.device, layer, hidden, expert_ids, routing_weights)
+                except DeviceMemoryError as error:
+                    self.shrink(error)
+                except GpuExpertsError as error:
+                    self._give_up(self.device, error)
+                except BaseException:
+                    self._recover()
+                    raise
+            packed = self.layers[layer]
+            return compute_on_cpu(hidden, expert_ids, routing_weights, packed.blocks, packed.shape)
+
+    def _share(
+        self, device: Device, layer: int, hidden: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """One layer on both devices."""
+        entered_s = self._before_s or time.perf_counter()
+        packed = self.layers[layer]
+        flat = hidden.detach().reshape(-1, packed.shape.hidden)
+        tokens = len(flat)
+        scores = self._lookahead.scores(layer, flat) if self._lookahead else None
+        answer = device.to_host(
+            flat,
+            expert_ids.detach(),
+            weights.detach(),
+            *(() if scores is None else (scores,)),
+            meanwhile=lambda: self._shared and self._shared.launch(layer, hidden),
+        )
+        x = answer[0].float().numpy()
+        ids = answer[1].numpy()
+        factors = answer[2].float().contiguous().numpy()
+        routed_s = time.perf_counter()
+        self._land()
+        decision = self._place(layer, ids, factors, tokens, routed_s)
+        plan = decision.plan
+        computes, copies, out = self._launch(device, decision, flat, ids, factors)
+        ahead = self._predict(layer, ids, None if len(answer) < 4 else answer[3].numpy())
+        copies += self._fill(device, decision, ahead, tokens)
+        decided_s = time.perf_counter()
+        cpu_out = None
+        if plan.cpu:
+            numba.set_num_threads(self._threads)
+            cpu_out = np.zeros((tokens, packed.shape.hidden), np.float32)
+            here = self._only(ids, plan.cpu, self._id_of)
+            run_experts(x, here, factors, packed.blocks, packed.shape, cpu_out)
+        cpu_end_s = time.perf_counter()
+        if out is None:
+            out = device.new_output(tokens)
+        result = device.join(out, cpu_out, computes, hidden.dtype, self._timeout_s)
+        joined_s = time.perf_counter()
+        experts = self.director.cost.experts
+        self.timeline.add(
+            LayerRecord(
+                layer=layer,
+                tokens=tokens,
+                plan=plan,
+                dense_s=self._seconds.mixer(layer, tokens),
+                gpu_work_s=sum(experts.gpu_s(n) for e, n in decision.work.loads if e in plan.gpu),
+                copy_s=experts.copy_s(),
+                entered_s=entered_s,
+                routed_s=routed_s,
+                decided_s=decided_s,
+                cpu_end_s=cpu_end_s,
+                joined_s=joined_s,
+                computes=computes,
+                copies=copies,
+            ),
+            activated=len(decision.work.loads),
+            hits=decision.hits,
+        )
+        self._before_s = joined_s
+        return result.view(hidden.shape)
+
+    def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
+        """Count the router's choice and ask where each expert runs."""
+        experts = len(self.layers[layer].blocks)
+        valid = (ids >= 0) & (ids < experts)
+        flat = ids[valid]
+        counts = np.bincount(flat, minlength=experts)
+        chosen = np.flatnonzero(counts)
+        mean = np.bincount(flat, weights=factors[valid], minlength=experts)[chosen] / tokens
+        link_free_s = max(0.0, self._link_until_s - now_s) if self._flying else 0.0
+        return self.director.place(
+            layer,
+            tuple(zip(chosen.tolist(), counts[chosen].tolist(), strict=True)),
+            chosen,
+            mean,
+            gpu_free_s=self._seconds.shared(layer, tokens),
+            link_free_s=link_free_s,
+        )
+
+    def _launch(
+        self, device: Device, decision: Decision, x: Tensor, ids: Ids, factors: F32
+    ) -> tuple[list[Event], list[Event], Tensor | None]:
+        """Give the device the plan's copies and experts, in the plan's order."""
+        plan, layer = decision.plan, decision.plan.layer
+        kept = {admission.expert: admission for admission in decision.admitted}
+        if not plan.gpu:
+            return [], [], None
+        out = device.new_output(len(x))
+        computes: list[Event] = []
+        landing: dict[int, Event] = {}
+        waiting = deque(plan.copies)
+
+        def copy_next() -> None:
+            expert = waiting.popleft()
+            landing[expert] = (
+                self._admit(device, kept[expert])
+                if expert in kept
+                else self._copy(device, layer, expert, self.slots.stage(layer, expert))
+            )
+
+        def compute(experts: Sequence[int], after: Sequence[Event], what: str) -> None:
+            for expert in experts:
+                self._slot_of[expert] = self.slots.lookup(layer, expert)
+            here = self._only(ids, experts, self._slot_of)
+            computes.append(device.compute(x, here, factors, out, after, what))
+
+        if waiting:  # the link starts first; then the GPU has the residents to compute meanwhile
+            copy_next()
+        for is_copied, run in groupby(plan.gpu, lambda expert: expert in plan.copies):
+            if not is_copied:
+                residents = tuple(run)
+                flying = [self._flying.get((layer, expert)) for expert in residents]
+                compute(
+                    residents,
+                    [event for event in flying if event is not None],
+                    f"layer {layer}: resident experts {', '.join(map(str, residents))}",
+                )
+                continue
+            for expert in run:
+                while expert not in landing:
+                    copy_next()
+                compute((expert,), (landing[expert],), f"layer {layer}: copied expert {expert}")
+                if expert not in kept:
+                    # What is copied next into this slot waits for the compute on the device.
+                    self.slots.ready(layer, expert)
+                    self.slots.release(layer, expert)
+        return computes, list(landing.values()), out
+
+    def _fill(self, device: Device, decision: Decision, ahead: Ahead, tokens: int) -> list[Event]:
+        """Use the link's idle time until the next layers' experts start."""
+        plan = decision.plan
+        busy_s = max(plan.link_end_s, decision.work.link_free_s)
+        idle_s = plan.makespan_s + self._seconds.mixer(plan.layer, tokens) - busy_s
+        fills = self.director.fill(decision, ahead, [idle_s * (n + 1) for n in range(max(1, len(ahead)))])
+        return [self._admit(device, fill.admission) for fill in fills]
+
+    def _admit(self, device: Device, admission: Admission) -> Event:
+        """Copy an expert into a slot of its own, where it is pinned until it has arrived."""
+        layer, expert, evicted = admission.layer, admission.expert, admission.evicted
+        if evicted is not None:
+            self.slots.release(layer, evicted)
+        slot = self.slots.assign(layer, expert)
+        event = self._copy(device, layer, expert, slot)
+        self.director.cache.pin(layer, expert)
+        self._flying[layer, expert] = event
+        return event
+
+    def _copy(self, device: Device, layer: int, expert: int, slot: int) -> Event:
+        now_s = time.perf_counter()
+        self._link_until_s = max(now_s, self._link_until_s) + self.director.cost.experts.copy_s()
+        what = f"layer {layer}: expert {expert} to slot {slot}"
+        return device.copy(self.layers[layer].blocks[expert], slot, what)
+
+    def _land(self) -> None:
+        """Note which copies have arrived: those experts may be evicted again."""
+        for (layer, expert), event in list(self._flying.items()):
+            if event.done():
+                event.wait(0.0)
+                self.slots.ready(layer, expert)
+                self.director.cache.unpin(layer, expert)
+                del self._flying[layer, expert]
+
+    def _predict(self, layer: int, ids: Ids, scores: F32 | None) -> Ahead:
+        """Compare the router's answer with what was predicted for it; predict later layers."""
+        if self._lookahead is None:
+            return []
+        self._lookahead.learn(layer, ids)
+        if scores is None:
+            return []
+        ahead = self._lookahead.probabilities(layer, scores)
+        if self._read_ahead is not None:
+            for following, chance in ahead:
+                self._read_ahead(following, np.flatnonzero(chance > 0.5).tolist())
+        return ahead
+
+    def shrink(self, error: Exception) -> None:
+        """Go on with fewer slots after the device's memory ran out; with none, without it."""
+        device = self.device
+        if device is None:
+            return
+        before = self.slot_count
+        while self.slot_count:
+            self.slot_count = int(self.slot_count * SHRINK)
+            try:
+                self._restart()
+            except DeviceMemoryError as again:
+                error = again
+                continue
+            break
+        if not self.slot_count:
+            self._give_up(device, error)
+            return
+        self._note(
+            f"{self.slot_count} expert slots instead of {before}",
+            f"{device.name} ran out of memory ({_line(error)})",
+            "give the model less vram, or a shorter context, from the start",
+        )
+
+    def _give_up(self, device: Device, error: Exception) -> None:
+        """Go on without the device."""
+        self.device = None
+        self._flying.clear()
+        self._note(
+            f"all experts on the CPU since {device.name} failed",
+            _line(error),
+            "load the model again to try the device again",
+        )
+        try:
+            device.close()
+        except GpuExpertsError as late:
+            self._note(f"closing {device.name}", _line(late), "end this process to free its memory")
+
+    def _note(self, what: str, reason: str, remedy: str) -> None:
+        self.notes.append(SlowPath(what, reason, remedy))
+        print(f"hybrid: {what}: {reason}", file=sys.stderr)
+
+    def _recover(self) -> None:
+        """Make sense again after something broke a layer off; forget everything if need be."""
+        self._before_s = None
+        try:
+            for event in self._flying.values():
+                event.wait(self._timeout_s)
+            self._land()
+            self.director.abandon()
+            self.check_integrity()
+        except DeviceError as error:
+            if self.device is not None:
+                self._give_up(self.device, error)
+        except (AssertionError, GpuExpertsError, PlannerError):
+            # It was broken off between two halves of a change.
+            self._restart()
+
+    def _restart(self) -> None:
+        """Begin with nothing resident."""
+        self._flying.clear()
+        self._link_until_s = 0.0
+        self._residents = self._settle(self.slot_count)
+
+    def check_integrity(self) -> None:
+        """Raise if slots and cache contradict themselves or each other, between two layers.
+
+        Raises
+        ------
+        SlotError, CapacityError
+            Saying how.
+        """
+        self.director.check_integrity()
+        self.slots.check_integrity()
+        held = {
+            (layer, expert)
+            for layer in range(len(self.layers))
+            for expert in self.director.cache.residency(layer)
+        }
+        if held != set(self.slots):
+            raise SlotError(
+                f"the cache holds {len(held)} experts and the slots {len(self.slots)}; they differ "
+                f"in (layer, expert) {sorted(held ^ set(self.slots))[:4]}",
+                hint="this is a defect of the executor: please report it",
+            )
+
+    @staticmethod
+    def _only(ids: Ids, experts: Iterable[int], table: Ids) -> Ids:
+        """Return ``table[ids]`` where ``ids`` is one of ``experts``, elsewhere -1."""
+        wanted = np.zeros(len(table), bool)
+        wanted[list(experts)] = True
+        bounded = np.where((ids < 0) | (ids >= len(table)), len(table) - 1, ids)
+        found: Ids = np.where(wanted[bounded], table[bounded], np.int32(-1)).astype(np.int32)
+        return found
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,358 @@
+"""Puts a loaded model on a device: what fits where, and who runs the experts from then on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_experts.device import Device
+from gpu_experts.layout import BlockLayout
+from gpu_experts.slots import SlotTable
+from hybrid.dense import QuantizedEmbedding, QuantizedLinear
+from hybrid.errors import UsageError
+from hybrid.executor import Executor, Residents
+from hybrid.experts import LayerExperts
+from hybrid.lookahead import Lookahead
+from hybrid.metrics import SlowPath
+from hybrid.shared_first import SharedFirst
+from hybrid.timeline import Timeline
+from planner.cache import ExpertCache
+from planner.capacity import equal_capacities
+from planner.cost import CostModel
+from planner.director import Director
+from planner.families import from_hf_config
+from planner.hardware import HardwareSpec
+from planner.memory import Fit, fit
+from planner.model import ModelSpec
+from planner.policies import MRS
+
+PROMPT = 2048
+"""Tokens of a prompt that the workspace is sized for."""
+STAGING = 4
+"""Slots for experts that are copied, used once and not kept."""
+
+
+class PlacedExperts:
+    """One layer's experts on both devices; stands where :class:`LayerExperts` stood."""
+
+    own_gating = False
+
+    def __init__(self, executor: Executor, layer: int, experts: LayerExperts) -> None:
+        self.executor, self.layer = executor, layer
+        self.blocks, self.shape, self.spec = experts.blocks, experts.shape, experts.spec
+
+    def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+        return self.executor.run_layer(self.layer, hidden, expert_ids, routing_weights)
+
+
+class DenseSeconds:
+    """Predicted seconds of what is not a routed expert, by MoE layer.
+
+    Dense decoder layers count for the MoE layer that follows them.
+    """
+
+    def __init__(self, cost: CostModel, context: int) -> None:
+        self._cost, self._context = cost, context
+        self._groups: list[list[int]] = []
+        group: list[int] = []
+        for index, layer in enumerate(cost.model.layers):
+            group.append(index)
+            if layer.moe:
+                self._groups.append(group)
+                group = []
+        self._after = group
+        self._known: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def mixer(self, layer: int, tokens: int) -> float:
+        """From the layer before to the router's answer."""
+        return self._both(layer, tokens)[0]
+
+    def shared(self, layer: int, tokens: int) -> float:
+        """The shared expert."""
+        return self._both(layer, tokens)[1]
+
+    def head(self, tokens: int) -> float:
+        """What follows the last MoE layer."""
+        return self._cost.head(1).value + sum(self._dense(i, tokens) for i in self._after)
+
+    def _both(self, layer: int, tokens: int) -> tuple[float, float]:
+        found = self._known.get((layer, tokens))
+        if found is None:
+            *before, index = self._groups[layer]
+            own = self._cost.model.layers[index]
+            mixer_s = self._cost.mixer(own, tokens, max(tokens, self._context)).value
+            mixer_s += sum(self._dense(i, tokens) for i in before)
+            found = mixer_s, self._cost.ffn(own, tokens).value
+            self._known[layer, tokens] = found
+        return found
+
+    def _dense(self, index: int, tokens: int) -> float:
+        layer = self._cost.model.layers[index]
+        mixer = self._cost.mixer(layer, tokens, max(tokens, self._context))
+        return mixer.value + self._cost.ffn(layer, tokens).value
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may use.
+
+    Parameters
+    ----------
+    vram_bytes
+        Of the device; None is all that is free there.
+    ram_bytes
+        Of the host; None is all it has.
+    context
+        Tokens of cache to keep room for.
+    """
+
+    vram_bytes: int | None
+    ram_bytes: int | None
+    context: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model lies on a machine, and who runs its experts.
+
+    Attributes
+    ----------
+    device
+        Its name.
+    fit
+        What takes memory where.
+    spec, hardware
+        What was placed, and on what: predictions come from these.
+    executor
+        Runs the experts; None when the device cannot run this model's.
+    notes
+        What is slower or smaller than it could be.
+    """
+
+    device: str
+    fit: Fit
+    spec: ModelSpec
+    hardware: HardwareSpec
+    executor: Executor | None
+    notes: tuple[SlowPath, ...]
+
+    def __str__(self) -> str:
+        items = ", ".join(
+            f"{item.name} {item.bytes / 2**30:.2f} GiB"
+            for item in self.fit.items
+            if item.place == "vram" and item.bytes
+        )
+        slots, stored = sum(self.fit.slots), self.spec.moe_layers * self.spec.experts.count
+        return (
+            f"{self.device}, {self.fit.vram_bytes / 2**30:.2f} GiB: {items}; "
+            f"{slots} of {stored} experts can be resident ({slots / stored:.0%})"
+        )
+
+
+def place_model(
+    model: Any,
+    device: Device,
+    hardware: HardwareSpec,
+    budget: Budget,
+    *,
+    threads: int,
+    timeline: Timeline | None = None,
+) -> Placement:
+    """Move a loaded model's dense weights to ``device`` and share its experts with the CPU.
+
+    Parameters
+    ----------
+    model
+        A transformers model with its expert store.
+    device
+        Not opened yet.
+    hardware
+        What the machine does how fast, the device included.
+    budget
+        What may be used.
+    threads
+        Of the CPU's kernels.
+    timeline
+        Collects what happens.
+
+    Raises
+    ------
+    UsageError
+        When not even the dense weights and the cache fit; the message says what is needed.
+    """
+    free = device.memory().free_bytes
+    vram = free if budget.vram_bytes is None else budget.vram_bytes
+    if vram > device.memory().total_bytes:
+        raise UsageError(
+            f"vram is {_gib(vram)}, {device.name} has {_gib(device.memory().total_bytes)}",
+            hint="give it less, or leave vram out to use what is free",
+        )
+    if vram > free:
+        raise UsageError(
+            f"vram is {_gib(vram)}, {device.name} has {_gib(free)} free",
+            hint="close what else uses the device, or leave vram out to use what is free",
+        )
+    hardware = hardware.with_values("gpu", vram_bytes=vram)
+    if budget.ram_bytes is not None:
+        hardware = hardware.with_values("cpu", ram_bytes=budget.ram_bytes)
+    modules = [module for module in model.modules() if hasattr(module, "hybrid_experts")]
+    layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
+    index = model.hybrid_store.index
+    spec = from_hf_config(model.config.to_dict(), index.source["name"])
+    cost = CostModel(spec, hardware, index.format, index.dense_format or _dense_format(model))
+    placed = fit(cost, context=budget.context, prompt=min(budget.context, PROMPT), batch=1)
+    if not placed.fits:
+        raise UsageError(
+            f"{placed.shortage}: {_gib(vram)} of {device.name} are not enough",
+            hint=f"give it {_gib(placed.used('vram') + layers[0].blocks.shape[1])} or more, "
+            "a shorter context, or vram=0 for the CPU alone",
+        )
+    move_dense(model, device.torch_device)
+    notes = [SlowPath(*note) for note in device.notes]
+    reason = _unfit(layers, spec)
+    executor = None
+    if reason is not None:
+        remedy = "none yet: attention and dense layers run on the device"
+        notes.append(SlowPath("all experts on the CPU", reason, remedy))
+    else:
+        executor = _share_experts(model, modules, device, cost, placed, budget, threads, timeline)
+    return Placement(device.name, placed, spec, hardware, executor, tuple(notes))
+
+
+def _share_experts(
+    model: Any,
+    modules: list[Any],
+    device: Device,
+    cost: CostModel,
+    placed: Fit,
+    budget: Budget,
+    threads: int,
+    timeline: Timeline | None,
+) -> Executor:
+    layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
+    layout = BlockLayout.of(layers[0].shape, layers[0].blocks.shape[1])
+    seconds = DenseSeconds(cost, budget.context)
+    specs = [experts.spec for experts in layers]
+    executor = Executor(
+        layers,
+        device,
+        settler(device, layout, cost),
+        max(0, sum(placed.slots) - STAGING),
+        seconds,
+        threads=threads,
+        lookahead=Lookahead.discover(model, specs),
+        shared=SharedFirst.discover(model, specs),
+        read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
+        timeline=timeline,
+    )
+    for number, module in enumerate(modules):
+        module.hybrid_experts = PlacedExperts(executor, number, layers[number])
+    watch_steps(model, executor, seconds)
+    return executor
+
+
+def settler(device: Device, layout: BlockLayout, cost: CostModel) -> Callable[[int], Residents]:
+    """Return what opens ``device`` for a number of slots, with nothing resident.
+
+    The policy outlives that: what it has learned about the experts stays true.
+    """
+    spec = cost.model
+    policy = MRS(spec.moe_layers, spec.experts.count)
+
+    def settle(slots: int) -> Residents:
+        device.open(layout, slots + STAGING)
+        capacities = equal_capacities(slots, spec.moe_layers, spec.experts.count)
+        director = Director(cost, ExpertCache(policy, capacities))
+        return Residents(SlotTable(slots, STAGING), director)
+
+    return settle
+
+
+def _unfit(layers: list[LayerExperts], spec: ModelSpec) -> str | None:
+    """Why a device cannot run these experts; None when it can."""
+    if any(experts.own_gating for experts in layers):
+        return "the kernels have no parameters for this family's activation"
+    if len({(experts.shape, experts.blocks.shape) for experts in layers}) > 1:
+        return "its layers have experts of different shapes"
+    if len(layers) != spec.moe_layers:
+        return f"{len(layers)} layers have experts, its config.json says {spec.moe_layers}"
+    return None
+
+
+def _dense_format(model: Any) -> str:
+    return "f32" if model.dtype == torch.float32 else "bf16"
+
+
+def move_dense(model: Any, where: torch.device) -> None:
+    """Move everything but the experts to a device; quantized matrices in the model's dtype."""
+    if where.type == "cpu":
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, _plain(module, model.dtype, where))
+    model.to(where)
+
+
+def _plain(
+    module: QuantizedLinear | QuantizedEmbedding, dtype: torch.dtype, where: torch.device
+) -> nn.Module:
+    """Return an ordinary layer with a quantized one's weights."""
+    weight = nn.Parameter(module.weight.to(where, dtype), requires_grad=False)
+    new: nn.Linear | nn.Embedding
+    with torch.device("meta"):
+        if isinstance(module, QuantizedEmbedding):
+            new = nn.Embedding(module.rows, module.cols)
+        else:
+            new = nn.Linear(module.cols, module.rows, bias=module.bias is not None)
+    new.weight = weight
+    if isinstance(module, QuantizedLinear) and module.bias is not None:
+        new.bias = module.bias
+    return new
+
+
+def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
+    """Time every forward pass, and repeat one that the device had no memory for, with fewer slots.
+
+    The pass is repeated from the cache as it was before it; where a cache cannot be cut back, the
+    error is raised.
+    """
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        lengths = [layer.get_seq_length() for layer in getattr(cache, "layers", ())]
+        executor.begin_step()
+        try:
+            output = inner(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            executor.shrink(error)
+            _cut_back(cache, lengths, error)
+            executor.begin_step()
+            output = inner(*args, **kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = 1 if ids is None else int(ids.numel())
+        executor.end_step(tokens, seconds.head(tokens))
+        return output
+
+    model.forward = forward
+
+
+def _cut_back(cache: Any, lengths: list[int], error: Exception) -> None:
+    """Take back what a broken pass added to some layers of a cache."""
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        before = lengths[number] if number < len(lengths) else 0
+        if layer.is_initialized and layer.get_seq_length() > before:
+            if getattr(layer, "is_sliding", False):
+                raise error
+            layer.crop(before - layer.get_seq_length())
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,190 @@
+"""What every layer was predicted to take beside what it took, term by term and lane by lane."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gpu_experts.device import Event as DeviceEvent
+from planner.outcome import Event
+from planner.plan import LayerPlan
+
+ROUTER, DECIDING, EXPERTS, HEAD = TERMS = (
+    "attention and router",
+    "deciding",
+    "experts",
+    "output head",
+)
+"""What a step's time is made of, from one layer's join to the next; they add up to it."""
+CPU, GPU, LINK = LANES = ("cpu", "gpu", "link")
+"""Who works while the experts run; lanes overlap, so they add up to more than the experts."""
+PREFILL, DECODE = "prefill", "decode"
+RECORDED_EVENTS = 200_000
+"""Spans kept for a timeline; a longer run keeps its beginning."""
+
+
+@dataclass(slots=True)
+class LayerRecord:
+    """One layer's experts in one step; instants are on ``time.perf_counter``'s clock.
+
+    Attributes
+    ----------
+    layer, tokens
+        Which MoE layer, and how many tokens it saw.
+    plan
+        What was planned, in seconds from the moment of deciding.
+    dense_s, gpu_work_s, copy_s
+        Predicted: attention and router before it, the GPU's share of the routed experts, one copy.
+    entered_s, routed_s, decided_s, cpu_end_s, joined_s
+        Measured: the layer before was done, the router's answer was on the host, the device had its
+        work, the CPU was done with its own, the sum was there.
+    computes, copies
+        What the device was given.
+    """
+
+    layer: int
+    tokens: int
+    plan: LayerPlan
+    dense_s: float
+    gpu_work_s: float
+    copy_s: float
+    entered_s: float
+    routed_s: float
+    decided_s: float
+    cpu_end_s: float
+    joined_s: float
+    computes: list[DeviceEvent]
+    copies: list[DeviceEvent]
+
+    def done(self) -> bool:
+        """Whether the device has finished everything of it."""
+        return all(event.done() for event in (*self.computes, *self.copies))
+
+
+@dataclass
+class Sums:
+    """Seconds over all steps of a phase, by term and by lane."""
+
+    steps: int = 0
+    terms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TERMS, 0.0))
+    lanes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
+
+    @property
+    def step_s(self) -> float:
+        """Mean time of a step."""
+        return sum(self.terms.values()) / self.steps if self.steps else 0.0
+
+
+@dataclass
+class Phase:
+    """Prefill or decode: predicted and measured side by side, over the same layers."""
+
+    predicted: Sums = field(default_factory=Sums)
+    measured: Sums = field(default_factory=Sums)
+    activated: int = 0
+    hits: int = 0
+
+    def rows(self) -> Iterator[tuple[str, float, float]]:
+        """Yield each term and lane with its predicted and measured mean seconds a step."""
+        steps = max(1, self.measured.steps)
+        for kind in ("terms", "lanes"):
+            predicted, measured = getattr(self.predicted, kind), getattr(self.measured, kind)
+            for name in predicted:
+                yield name, predicted[name] / steps, measured[name] / steps
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The term whose prediction is off by most seconds a step, and by how many."""
+        steps = max(1, self.measured.steps)
+        return max(
+            (
+                (term, (self.measured.terms[term] - self.predicted.terms[term]) / steps)
+                for term in TERMS
+            ),
+            key=lambda entry: abs(entry[1]),
+        )
+
+
+class Timeline:
+    """Collects records while a model runs; a device may finish a layer's copies much later.
+
+    Parameters
+    ----------
+    keep
+        Whether single spans are kept for a trace viewer; sums always are.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.phases = {PREFILL: Phase(), DECODE: Phase()}
+        self.events: list[Event] = []
+        self._open: deque[LayerRecord] = deque()
+        self._start_s: float | None = None
+
+    def phase(self, tokens: int) -> Phase:
+        """Return the phase that a step of so many tokens belongs to."""
+        return self.phases[PREFILL if tokens > 1 else DECODE]
+
+    def add(self, record: LayerRecord, activated: int, hits: int) -> None:
+        """Take one layer's record."""
+        phase = self.phase(record.tokens)
+        phase.activated += activated
+        phase.hits += hits
+        terms, lanes = phase.measured.terms, phase.measured.lanes
+        terms[ROUTER] += record.routed_s - record.entered_s
+        terms[DECIDING] += record.decided_s - record.routed_s
+        terms[EXPERTS] += record.joined_s - record.decided_s
+        lanes[CPU] += record.cpu_end_s - record.decided_s if record.plan.cpu else 0.0
+        terms, lanes = phase.predicted.terms, phase.predicted.lanes
+        terms[ROUTER] += record.dense_s
+        terms[EXPERTS] += record.plan.makespan_s
+        lanes[CPU] += record.plan.cpu_end_s if record.plan.cpu else 0.0
+        lanes[GPU] += record.gpu_work_s
+        lanes[LINK] += len(record.copies) * record.copy_s
+        self._open.append(record)
+        while self._open and self._open[0].done():
+            self._close(self._open.popleft())
+
+    def step(self, tokens: int, head_s: float, predicted_head_s: float) -> None:
+        """End a step; the time after its last layer was ``head_s``."""
+        phase = self.phase(tokens)
+        phase.predicted.steps += 1
+        phase.measured.steps += 1
+        phase.measured.terms[HEAD] += head_s
+        phase.predicted.terms[HEAD] += predicted_head_s
+
+    def finish(self) -> None:
+        """Take what the device has finished by now; what it lost is left out."""
+        while self._open:
+            self._close(self._open.popleft())
+
+    def _close(self, record: LayerRecord) -> None:
+        """Add the device's lanes, whose spans are known now, and keep single spans if wanted."""
+        lanes = self.phase(record.tokens).measured.lanes
+        keep = self.keep and len(self.events) < RECORDED_EVENTS
+        if self._start_s is None:
+            self._start_s = record.entered_s
+        zero_s = self._start_s
+        for lane, events in ((GPU, record.computes), (LINK, record.copies)):
+            for event in events:
+                span = event.span()
+                if span is None:
+                    continue
+                lanes[lane] += span[1] - span[0]
+                if keep:
+                    self.events.append(Event(lane, event.what, span[0] - zero_s, span[1] - zero_s))
+        if not keep:
+            return
+        name = f"layer {record.layer}"
+        spans = [
+            (GPU, f"{name}: attention and router", record.entered_s, record.routed_s),
+            (CPU, f"{name}: deciding", record.routed_s, record.decided_s),
+        ]
+        if record.plan.cpu:
+            experts = ", ".join(map(str, record.plan.cpu))
+            spans.append((CPU, f"{name}: experts {experts}", record.decided_s, record.cpu_end_s))
+        if record.joined_s > record.cpu_end_s:
+            spans.append((CPU, f"{name}: join", record.cpu_end_s, record.joined_s))
+        for lane, what, start_s, end_s in spans:
+            self.events.append(Event(lane, what, start_s - zero_s, end_s - zero_s))
