@@ -1,0 +1,303 @@
+"""Which experts the next layers will choose, told by their routers on this layer's hidden state.
+
+A router's input is the layer's stream, normalised and scaled by a norm's weight. From one layer to
+the next the stream changes little, so the routers of the next layers already say much on this one
+(HybriMoE, arXiv 2504.05897; Fate, arXiv 2502.12224). With the norm's weight folded into the
+router's, the stream of layer l, had by dividing the experts' input by the norm weight that made it,
+meets the routers of layers l+1, l+2 and l+3 in one product.
+
+How good that is is not believed but counted: every router's choice is compared with what was
+predicted for it, and the chance that an expert is activated is the share of tokens for which the
+expert at that place of the ranking was, at that distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hybrid.discovery import LayerView, RouterView, survey
+from hybrid.families import ExpertsSpec
+from hybrid.hitrates import HitRates
+from hybrid.selection import Ids, Selection, ranking
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+#: Layers looked ahead.
+DISTANCES = 3
+#: Tokens of a prompt that stand for all of it.
+SAMPLE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class _Reach:
+    """What is computed at one layer: the next layers' routers on its stream.
+
+    Parameters
+    ----------
+    rows
+        ``[M * N, D]`` the folded routers of the next M layers, a view of all layers'.
+    offset
+        ``[M * N]`` what their norms and routers add.
+    scale, shift
+        ``[D]`` the stream is ``input * scale + shift``; None where it is the input.
+    ahead
+        For each of the M layers its index, or None where nothing can be told.
+    """
+
+    rows: Tensor
+    offset: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    ahead: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """A prediction that awaits its layer's router: ranked experts, ``[S, N]``, of every n-th of
+    ``tokens`` tokens."""
+
+    distance: int
+    order: Ids
+    tokens: int
+    every: int
+
+
+class Lookahead:
+    """Predicts the experts of the next layers; make one with :meth:`discover`.
+
+    For each layer in turn: :meth:`scores` on the experts' input, then :meth:`probabilities` or
+    :meth:`expected_loads`, and :meth:`learn` what the layer's own router chose.
+
+    Attributes
+    ----------
+    reason
+        Which layers are not predicted and why, for the report; None when all are.
+    """
+
+    def __init__(self, model: Any, views: Sequence[LayerView], *, sample: int = SAMPLE) -> None:
+        self._views = views
+        self._sample = sample
+        self.reason = _reason(views)
+        self._choices = max((len(v.router.weight) for v in views if v.router), default=0)
+        self._rates = HitRates(DISTANCES, self._choices, max((v.top_k for v in views), default=0))
+        self._reach = _fold(views, self._choices, model.device, model.dtype)
+        self._selections = [_selection(view.router, self._choices) for view in views]
+        self._waiting: list[list[_Ranked]] = [[] for _ in views]
+        self._tokens = [0] * len(views)
+        self._inputs: dict[int, Tensor] = {}
+        self._hooks = [
+            view.router.module.register_forward_pre_hook(self._keeping(layer))
+            for layer, view in enumerate(views)
+            if view.router is not None and view.router.entry is None and self._reach[layer]
+        ]
+
+    @classmethod
+    def discover(
+        cls,
+        model: Any,
+        specs: Sequence[ExpertsSpec],
+        *,
+        views: Sequence[LayerView] | None = None,
+        sample: int = SAMPLE,
+    ) -> Lookahead:
+        """Find the routers of ``model`` and fold them.
+
+        Parameters
+        ----------
+        model, specs
+            As for :func:`hybrid.discovery.survey`.
+        views
+            Its result, where it is there already.
+        sample
+            The most tokens of a call that are looked at; a longer prompt's are taken evenly.
+        """
+        return cls(model, survey(model, specs) if views is None else views, sample=sample)
+
+    def remove(self) -> None:
+        """Take the hooks off that some families need (see :attr:`RouterView.entry`)."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return the logits of the next layers' routers on the input of this layer's experts.
+
+        Parameters
+        ----------
+        layer
+            Index among the layers with experts.
+        hidden
+            ``[..., D]``, T tokens.
+
+        Returns
+        -------
+        ``[M, S, N]`` float32 on ``hidden``'s device, for the next M <= 3 layers and S <= T tokens,
+        N experts; None at the last layer and where nothing can be told.
+        """
+        kept = self._inputs.pop(layer, None)
+        reach = self._reach[layer]
+        if reach is None:
+            return None
+        x = (hidden if kept is None else kept).detach()
+        x = x.reshape(-1, x.shape[-1])
+        self._tokens[layer] = len(x)
+        if len(x) > self._sample:
+            x = x[:: self._every(layer)]
+        if reach.scale is not None:
+            x = x * reach.scale
+        if reach.shift is not None:
+            x = x + reach.shift
+        out = linear(x, reach.rows, reach.offset).float()
+        return out.view(len(x), len(reach.ahead), -1).transpose(0, 1)
+
+    def probabilities(self, layer: int, scores: F32) -> list[tuple[int, F64]]:
+        """Return for each of the next layers the chance of each expert to be activated, ``[E]``.
+
+        Parameters
+        ----------
+        layer, scores
+            What :meth:`scores` was given and has returned, as numpy. With several tokens, an
+            expert is activated when any of all T tokens activates it.
+        """
+        found = []
+        for ahead, chance in self._chances(layer, scores):
+            if len(chance) == 1 == self._tokens[layer]:
+                found.append((ahead, chance[0]))
+            else:
+                share = self._tokens[layer] / len(chance)
+                found.append((ahead, 1.0 - np.prod(1.0 - chance, axis=0) ** share))
+        return found
+
+    def expected_loads(self, layer: int, scores: F32) -> list[tuple[int, F64]]:
+        """Return for each of the next layers the tokens that each expert is expected to get.
+
+        Takes what :meth:`probabilities` takes; for prompts.
+        """
+        return [
+            (ahead, chance.sum(axis=0) * (self._tokens[layer] / len(chance)))
+            for ahead, chance in self._chances(layer, scores)
+        ]
+
+    def learn(self, layer: int, ids: Ids) -> None:
+        """Compare what was predicted for ``layer`` with what its router chose, ``[T, A]``."""
+        waiting, self._waiting[layer] = self._waiting[layer], []
+        for ranked in waiting:
+            if ids.size == ranked.tokens * self._views[layer].top_k:
+                chosen = ids.reshape(ranked.tokens, -1)[:: ranked.every]
+                self._rates.count(ranked.distance, ranked.order, chosen)
+
+    def recall(self) -> dict[int, float]:
+        """Return by distance the share of the chosen experts that were among as many predicted."""
+        return self._rates.recall()
+
+    def rank(self, layer: int, scores: F32) -> list[tuple[int, Ids]]:
+        """Return for each of the next layers every token's experts, likeliest first, ``[S, N]``.
+
+        Takes what :meth:`probabilities` takes, which ranks on its own.
+        """
+        reach, tokens = self._reach[layer], self._tokens[layer]
+        if reach is None:
+            return []
+        found = []
+        for distance, (ahead, logits) in enumerate(zip(reach.ahead, scores, strict=True), 1):
+            if ahead is not None:
+                order = ranking(self._selections[ahead].scores(logits))
+                self._await(ahead, _Ranked(distance, order, tokens, self._every(layer)))
+                found.append((ahead, order))
+        return found
+
+    def _chances(self, layer: int, scores: F32) -> list[tuple[int, F64]]:
+        """Return for each of the next layers every token's chances, ``[S, E]``."""
+        return [
+            (
+                ahead,
+                self._rates.chances(ahead - layer, order)[:, : self._views[ahead].spec.experts],
+            )
+            for ahead, order in self.rank(layer, scores)
+        ]
+
+    def _await(self, ahead: int, ranked: _Ranked) -> None:
+        """Keep a prediction until its layer runs; a later one of the same distance replaces it."""
+        others = [old for old in self._waiting[ahead] if old.distance != ranked.distance]
+        self._waiting[ahead] = [*others, ranked]
+
+    def _every(self, layer: int) -> int:
+        return -(-self._tokens[layer] // self._sample)
+
+    def _keeping(self, layer: int) -> Any:
+        """Make a hook that keeps the router's input, where the experts' does not tell it."""
+
+        def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._inputs.clear()
+            self._inputs[layer] = args[0]
+
+        return keep
+
+
+def _reason(views: Sequence[LayerView]) -> str | None:
+    whys: dict[str, list[int]] = {}
+    for layer, view in enumerate(views):
+        if view.router is None:
+            whys.setdefault(view.why, []).append(layer)
+    parts = [f"layers {', '.join(map(str, layers))}: {why}" for why, layers in whys.items()]
+    return "; ".join(parts) or None
+
+
+def _selection(router: RouterView | None, choices: int) -> Selection:
+    return Selection() if router is None else router.selection
+
+
+def _fold(
+    views: Sequence[LayerView], choices: int, device: torch.device, dtype: torch.dtype
+) -> list[_Reach | None]:
+    """Fold every router with its norm, stack them, and cut the stack for each layer.
+
+    ``router(normalised * weight + bias)`` is ``(router * weight) normalised + router bias``.
+    """
+    routers = [view.router for view in views]
+    size = next((router.weight.shape[1] for router in routers if router), 0)
+    stack = torch.zeros(len(views), choices, size)
+    offset = torch.full((len(views), choices), -torch.inf)
+    for layer, router in enumerate(routers):
+        if router is not None:
+            rows = len(router.weight)
+            matrix = router.weight.cpu()
+            stack[layer, :rows] = matrix * router.scaling.weight
+            offset[layer, :rows] = matrix @ router.scaling.bias
+            if router.bias is not None:
+                offset[layer, :rows] += torch.from_numpy(router.bias)
+    stack, offset = stack.to(device, dtype), offset.to(device, dtype)
+
+    def reach(layer: int) -> _Reach | None:
+        router, after = routers[layer], range(layer + 1, min(layer + 1 + DISTANCES, len(views)))
+        ahead = tuple(m if _reachable(router, routers[m]) else None for m in after)
+        if router is None or all(m is None for m in ahead):
+            return None
+        entry = router.entry or router.scaling
+        usable = entry.weight.abs() > 0
+        scale = torch.where(usable, 1.0 / entry.weight, 0.0)
+        shift = -entry.bias * scale
+        plain = bool((scale == 1).all())
+        return _Reach(
+            rows=stack[after.start : after.stop].flatten(0, 1),
+            offset=offset[after.start : after.stop].flatten(),
+            scale=None if plain and not shift.any() else scale.to(device, dtype),
+            shift=shift.to(device, dtype) if shift.any() else None,
+            ahead=ahead,
+        )
+
+    return [reach(layer) for layer in range(len(views))]
+
+
+def _reachable(router: RouterView | None, other: RouterView | None) -> bool:
+    """Whether one layer's stream is normalised as the other's is."""
+    return router is not None and other is not None and router.scaling.kind == other.scaling.kind
