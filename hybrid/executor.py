@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -149,10 +149,6 @@ class Executor:
         self._link_until_s = 0.0
         self._before_s: float | None = None
         self._turn = threading.Lock()
-        experts = len(layers[0].blocks)
-        # By expert id; one more row for ids of experts without weights.
-        self._slot_of: Ids = np.full(experts + 1, -1, np.int32)
-        self._id_of: Ids = np.append(np.arange(experts, dtype=np.int32), np.int32(-1))
 
     @property
     def director(self) -> Director:
@@ -163,6 +159,27 @@ class Executor:
     def slots(self) -> SlotTable:
         """What lies where on the device."""
         return self._residents.slots
+
+    def warm(self, uses: NDArray[np.integer]) -> None:
+        """Fill free slots with the most used experts and wait until they are there.
+
+        Parameters
+        ----------
+        uses
+            How often each expert was used somewhere, ``[L, E]``.
+        """
+        device, cache = self.device, self.director.cache
+        if device is None:
+            return
+        for layer, counts in enumerate(uses):
+            held = cache.residency(layer)
+            free = cache.capacities[layer] - len(held)
+            order = [e for e in np.argsort(-counts, kind="stable").tolist() if e not in held]
+            for expert in order[:free]:
+                self._admit(device, Admission(layer, expert, cache.admit(layer, expert)))
+        for event in self._flying.values():
+            event.wait(self._timeout_s)
+        self._land()
 
     def begin_step(self) -> None:
         """Start the clock of a forward pass."""
@@ -233,7 +250,7 @@ class Executor:
         if plan.cpu:
             numba.set_num_threads(self._threads)
             cpu_out = np.zeros((tokens, packed.shape.hidden), np.float32)
-            here = self._only(ids, plan.cpu, self._id_of)
+            here = _replaced(ids, {expert: expert for expert in plan.cpu})
             run_experts(x, here, factors, packed.blocks, packed.shape, cpu_out)
         cpu_end_s = time.perf_counter()
         if out is None:
@@ -264,18 +281,13 @@ class Executor:
         return result.view(hidden.shape)
 
     def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
-        """Count the router's choice and ask where each expert runs."""
-        experts = len(self.layers[layer].blocks)
-        valid = (ids >= 0) & (ids < experts)
-        flat = ids[valid]
-        counts = np.bincount(flat, minlength=experts)
-        chosen = np.flatnonzero(counts)
-        mean = np.bincount(flat, weights=factors[valid], minlength=experts)[chosen] / tokens
+        """Ask where each expert that the router chose runs."""
+        loads, mean = _choice(ids, factors, len(self.layers[layer].blocks))
         link_free_s = max(0.0, self._link_until_s - now_s) if self._flying else 0.0
         return self.director.place(
             layer,
-            tuple(zip(chosen.tolist(), counts[chosen].tolist(), strict=True)),
-            chosen,
+            loads,
+            [expert for expert, _ in loads],
             mean,
             gpu_free_s=self._seconds.shared(layer, tokens),
             link_free_s=link_free_s,
@@ -303,9 +315,7 @@ class Executor:
             )
 
         def compute(experts: Sequence[int], after: Sequence[Event], what: str) -> None:
-            for expert in experts:
-                self._slot_of[expert] = self.slots.lookup(layer, expert)
-            here = self._only(ids, experts, self._slot_of)
+            here = _replaced(ids, {expert: self.slots.lookup(layer, expert) for expert in experts})
             computes.append(device.compute(x, here, factors, out, after, what))
 
         if waiting:  # the link starts first; then the GPU has the residents to compute meanwhile
@@ -335,7 +345,9 @@ class Executor:
         plan = decision.plan
         busy_s = max(plan.link_end_s, decision.work.link_free_s)
         idle_s = plan.makespan_s + self._seconds.mixer(plan.layer, tokens) - busy_s
-        fills = self.director.fill(decision, ahead, [idle_s * (n + 1) for n in range(max(1, len(ahead)))])
+        fills = self.director.fill(
+            decision, ahead, [idle_s * (n + 1) for n in range(max(1, len(ahead)))]
+        )
         return [self._admit(device, fill.admission) for fill in fills]
 
     def _admit(self, device: Device, admission: Admission) -> Event:
@@ -426,6 +438,8 @@ class Executor:
                 event.wait(self._timeout_s)
             self._land()
             self.director.abandon()
+            if self._shared is not None:
+                self._shared.abandon()
             self.check_integrity()
         except DeviceError as error:
             if self.device is not None:
@@ -462,14 +476,36 @@ class Executor:
                 hint="this is a defect of the executor: please report it",
             )
 
-    @staticmethod
-    def _only(ids: Ids, experts: Iterable[int], table: Ids) -> Ids:
-        """Return ``table[ids]`` where ``ids`` is one of ``experts``, elsewhere -1."""
-        wanted = np.zeros(len(table), bool)
-        wanted[list(experts)] = True
-        bounded = np.where((ids < 0) | (ids >= len(table)), len(table) - 1, ids)
-        found: Ids = np.where(wanted[bounded], table[bounded], np.int32(-1)).astype(np.int32)
-        return found
+
+def _choice(
+    ids: Ids, factors: F32, experts: int
+) -> tuple[tuple[tuple[int, int], ...], Sequence[float]]:
+    """Return the activated experts' loads, ids ascending, and their mean routing weights."""
+    if len(ids) == 1:  # one token: no expert twice
+        chosen = [
+            pair
+            for pair in zip(ids[0].tolist(), factors[0].tolist(), strict=True)
+            if 0 <= pair[0] < experts
+        ]
+        chosen.sort()
+        return tuple([(expert, 1) for expert, _ in chosen]), [weight for _, weight in chosen]
+    valid = (ids >= 0) & (ids < experts)
+    flat = ids[valid]
+    counts = np.bincount(flat, minlength=experts)
+    used = np.flatnonzero(counts)
+    weights = np.bincount(flat, weights=factors[valid], minlength=experts)[used] / len(ids)
+    return tuple(zip(used.tolist(), counts[used].tolist(), strict=True)), weights.tolist()
+
+
+def _replaced(ids: Ids, by: dict[int, int]) -> Ids:
+    """Return ``ids`` with each key of ``by`` replaced and -1 in place of all others."""
+    if len(ids) == 1:
+        return np.array([[by.get(expert, -1) for expert in ids[0].tolist()]], np.int32)
+    table = np.full(max(by) + 2, -1, np.int32)
+    table[list(by)] = list(by.values())
+    out_of_table = (ids < 0) | (ids > max(by))
+    found: Ids = table[np.where(out_of_table, len(table) - 1, ids)]
+    return found
 
 
 def _line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from gpu_experts.device import Device
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
+from hybrid.discovery import survey
 from hybrid.errors import UsageError
 from hybrid.executor import Executor, Residents
 from hybrid.experts import LayerExperts
@@ -238,6 +239,7 @@ def _share_experts(
     layout = BlockLayout.of(layers[0].shape, layers[0].blocks.shape[1])
     seconds = DenseSeconds(cost, budget.context)
     specs = [experts.spec for experts in layers]
+    views = survey(model, specs)
     executor = Executor(
         layers,
         device,
@@ -245,8 +247,8 @@ def _share_experts(
         max(0, sum(placed.slots) - STAGING),
         seconds,
         threads=threads,
-        lookahead=Lookahead.discover(model, specs),
-        shared=SharedFirst.discover(model, specs),
+        lookahead=Lookahead.discover(model, specs, views=views),
+        shared=SharedFirst(views),
         read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
         timeline=timeline,
     )
