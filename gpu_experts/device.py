@@ -65,7 +65,7 @@ class Event(Protocol):
         ------
         DeviceTimeoutError
             When it is not over after ``timeout_s``; it may still end later.
-        DeviceFailedError
+        DeviceFailedError, DeviceMemoryError
             When it failed, or something it needed did.
         """
 
@@ -177,8 +177,10 @@ class Device(Protocol):
 
         Raises
         ------
-        DeviceTimeoutError, DeviceFailedError
+        DeviceTimeoutError
             When the device does not get there.
+        DeviceFailedError
+            When it can do nothing any more. A failure of single work is told by its event.
         """
 
     def join(
@@ -196,8 +198,8 @@ class Device(Protocol):
 
         Raises
         ------
-        DeviceTimeoutError, DeviceFailedError
-            When an event does not end well in ``timeout_s``.
+        DeviceTimeoutError, DeviceFailedError, DeviceMemoryError
+            When an event does not end well in ``timeout_s``; ``out`` is void then.
         """
 
     def occupy(self, seconds: float, what: str) -> Event:

@@ -26,7 +26,8 @@ from torch import Tensor
 from gpu_experts.checks import check_compute, check_copy, opened, require_content
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
 from gpu_experts.errors import ArgumentError, DeviceFailedError, DeviceMemoryError
-from gpu_experts.lanes import Clock, ClockLane, DoneEvent, Lane, ThreadLane
+from gpu_experts.events import DoneEvent
+from gpu_experts.lanes import Clock, ClockLane, Lane, ThreadLane
 from gpu_experts.layout import BlockLayout
 
 #: ``run(x, slot_ids, routing_weights, slots, out)``: add the experts' weighted outputs to out.

@@ -15,11 +15,10 @@ from typing import Protocol
 
 from gpu_experts.device import Event
 from gpu_experts.errors import DeviceFailedError, DeviceTimeoutError
+from gpu_experts.events import failed, timed_out
 
 #: The part of a wait that is spent looking at the clock: a sleep may end this much late.
 SPIN_S = 300e-6
-
-SUSPENDED = "the machine may have been suspended, or the device hangs: load the model again"
 
 
 class Clock:
@@ -35,16 +34,6 @@ class Clock:
             time.sleep(left - SPIN_S)
         while time.perf_counter() < deadline:
             pass
-
-
-def timed_out(what: str, timeout_s: float) -> DeviceTimeoutError:
-    """The error of a wait for ``what`` that took too long."""
-    return DeviceTimeoutError(f"{what} did not finish in {timeout_s:g} s", hint=SUSPENDED)
-
-
-def failed(what: str, reason: BaseException | str) -> DeviceFailedError:
-    """The error of ``what`` having failed for ``reason``."""
-    return DeviceFailedError(f"{what} failed: {reason}")
 
 
 class Lane(Protocol):
@@ -72,29 +61,10 @@ class Lane(Protocol):
         """
 
     def drain(self, timeout_s: float) -> None:
-        """Return when everything submitted so far is over, and raise the last one's failure."""
+        """Return when everything submitted so far is over, well or not."""
 
     def close(self) -> None:
         """Take no more work; what is still waiting fails."""
-
-
-class DoneEvent:
-    """Work of no length at all."""
-
-    failure = None
-
-    def __init__(self, what: str, now: float) -> None:
-        self.what = what
-        self._now = now
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self, timeout_s: float) -> None:
-        return
-
-    def span(self) -> tuple[float, float]:
-        return self._now, self._now
 
 
 class ThreadEvent:
@@ -109,16 +79,20 @@ class ThreadEvent:
     def done(self) -> bool:
         return self._over.is_set()
 
-    def wait(self, timeout_s: float) -> None:
+    def settled(self, timeout_s: float) -> None:
+        """Return once it is over, well or not; DeviceTimeoutError when that takes longer."""
         if not self._over.wait(timeout_s):
             raise timed_out(self.what, timeout_s)
+
+    def wait(self, timeout_s: float) -> None:
+        self.settled(timeout_s)
         if self.failure is not None:
             raise self.failure
 
     def span(self) -> tuple[float, float] | None:
         return self._span if self._over.is_set() else None
 
-    def settle(self, failure: DeviceFailedError | None, start: float, end: float) -> None:
+    def end(self, failure: DeviceFailedError | None, start: float, end: float) -> None:
         """Say how it ended; called once, by the lane."""
         self.failure = failure
         self._span = (start, end) if failure is None else None
@@ -159,7 +133,7 @@ class ThreadLane:
 
     def drain(self, timeout_s: float) -> None:
         if self._last is not None:
-            self._last.wait(timeout_s)
+            self._last.settled(timeout_s)
 
     def close(self) -> None:
         self._closed.set()
@@ -194,7 +168,7 @@ class ThreadLane:
         except Exception as error:
             failure = failed(event.what, f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-        event.settle(failure, start, end)
+        event.end(failure, start, end)
 
     def _await(self, after: Sequence[Event], behind: Sequence[Event]) -> None:
         for event in (*behind, *after):
@@ -243,11 +217,15 @@ class ClockEvent:
     def done(self) -> bool:
         return self._clock.now() >= self.end
 
-    def wait(self, timeout_s: float) -> None:
+    def settled(self, timeout_s: float) -> None:
+        """Return once it is over, well or not; DeviceTimeoutError when that takes longer."""
         last = self._clock.now() + timeout_s
         self._clock.until(min(self.end, last))
         if self.end > last:
             raise timed_out(self.what, timeout_s)
+
+    def wait(self, timeout_s: float) -> None:
+        self.settled(timeout_s)
         if self.failure is not None:
             raise self.failure
 
@@ -292,7 +270,7 @@ class ClockLane:
 
     def drain(self, timeout_s: float) -> None:
         if self._last is not None:
-            self._last.wait(timeout_s)
+            self._last.settled(timeout_s)
 
     def close(self) -> None:
         self._last = None

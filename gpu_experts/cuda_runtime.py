@@ -1,0 +1,103 @@
+"""The few calls of torch.cuda that :mod:`gpu_experts.cuda` needs; tests put others in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpu_experts.device import Memory
+from gpu_experts.errors import DeviceFailedError
+
+
+class RawEvent(Protocol):
+    """A timed event as torch.cuda has it."""
+
+    def record(self, stream: Any) -> None: ...
+    def query(self) -> bool: ...
+    def elapsed_time(self, end_event: Any) -> float: ...
+
+
+class Stream(Protocol):
+    """A stream as torch.cuda has it."""
+
+    def wait_event(self, event: Any) -> None: ...
+
+
+class Runtime(Protocol):
+    """One GPU."""
+
+    device: torch.device
+    name: str
+
+    def memory(self) -> Memory: ...
+    def stream(self) -> Stream: ...
+    def current(self) -> Stream: ...
+    def event(self) -> RawEvent: ...
+    def on(self, stream: Stream) -> Any: ...
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+    def release_cached(self) -> None: ...
+
+
+class CudaRuntime:
+    """The GPU that torch.cuda calls ``index``.
+
+    Raises
+    ------
+    DeviceFailedError
+        When there is none of this number.
+    """
+
+    def __init__(self, index: int) -> None:
+        if not torch.cuda.is_available():
+            built = torch.version.cuda is not None
+            raise DeviceFailedError(
+                "torch finds no CUDA device",
+                hint="check the driver with nvidia-smi"
+                if built
+                else f"torch {torch.__version__} is built without CUDA: install one that is not",
+            )
+        count = torch.cuda.device_count()
+        if not 0 <= index < count:
+            raise DeviceFailedError(
+                f"no CUDA device {index}: this machine has {count}",
+                hint=f"choose one of: {', '.join(map(str, range(count)))}",
+            )
+        self.device = torch.device("cuda", index)
+        self.name = f"{torch.cuda.get_device_name(index)} (cuda:{index})"
+
+    def memory(self) -> Memory:
+        """What the driver says, and what torch holds and does not use."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return Memory(total, free + cached)
+
+    def stream(self) -> Stream:
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def current(self) -> Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def event(self) -> RawEvent:
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """Enqueue what follows on ``stream``, from whichever thread.
+
+        Work here writes tensors that were made under inference mode: torch allows that only
+        to code that is in it, and whether it is belongs to the thread.
+        """
+        with torch.inference_mode(), torch.cuda.stream(stream):  # type: ignore[arg-type]
+            yield
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory that the device can fetch from and write to; RuntimeError when refused."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def release_cached(self) -> None:
+        """Give memory that torch holds and does not use back to the driver."""
+        torch.cuda.empty_cache()

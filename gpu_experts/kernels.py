@@ -1,0 +1,246 @@
+"""Run the experts of a call straight from packed slots: Triton where it can, else plain torch.
+
+Both implementations widen the same quantized weights and sum in float32. The Triton kernels for
+many tokens round widened weights and the intermediate activations to the activations' type, as
+any half-precision matrix product does; those for a token or a few do not.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gpu_experts import reference
+from gpu_experts.device import Note
+from gpu_experts.layout import GROUP, TILE, BlockLayout, pad
+from gpu_experts.routing import Routing
+
+Implementation = Literal["torch", "triton"]
+
+#: Loads up to this many tokens a slot run in the vector kernels.
+VECTOR_LOAD = 4
+#: Inputs whose order the matrix kernels permute together.
+SPAN = 128
+#: The most that intermediate results of one pass may take; longer calls are cut by tokens.
+WORKSPACE_BYTES = 128 << 20
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def choose(layout: BlockLayout) -> tuple[Implementation, Note | None]:
+    """What runs experts of this layout on a GPU, and what to say when it is the slow way."""
+    if not layout.quantized:
+        remedy = "convert the model to q4_0 or q8_0 for the device kernels"
+        reason = f"the device kernels read q4_0 and q8_0, the experts are {layout.format}"
+        return "torch", Note("experts on the GPU in plain torch", reason, remedy)
+    if not has_triton():
+        remedy = "install triton (on Windows triton-windows)"
+        reason = "triton is not installed, every expert is widened for every use"
+        return "torch", Note("experts on the GPU in plain torch", reason, remedy)
+    return "triton", None
+
+
+def workspace_bytes(layout: BlockLayout, tokens: int, choices: int) -> int:
+    """Most device memory that :func:`run` takes beside its arguments for such a call."""
+    each = _pair_bytes(layout, torch.float32)
+    pairs = min(tokens * choices, max(choices, WORKSPACE_BYTES // each))
+    return pairs * each + 4 * tokens * pad(layout.hidden, SPAN)
+
+
+def _pair_bytes(layout: BlockLayout, dtype: torch.dtype) -> int:
+    return pad(layout.padded_intermediate, SPAN) * dtype.itemsize + 4 * layout.hidden
+
+
+def tokens_a_pass(layout: BlockLayout, choices: int) -> int:
+    """Tokens of a call that run together, so that a pass keeps to :data:`WORKSPACE_BYTES`."""
+    each = _pair_bytes(layout, torch.float32) * max(1, choices)
+    return max(1, WORKSPACE_BYTES // each)
+
+
+def run(
+    x: Tensor,
+    routing: Routing,
+    table: Tensor,
+    slots: Tensor,
+    layout: BlockLayout,
+    out: Tensor,
+    implementation: Implementation,
+) -> None:
+    """Add the weighted outputs of the routed slots to ``out``; enqueues and does not wait.
+
+    Parameters
+    ----------
+    x
+        ``[T, D]`` contiguous float16, bfloat16 or float32.
+    routing, table
+        What goes where, and ``routing.table`` on ``x``'s device.
+    slots
+        ``[slots, stride]`` uint8 contiguous, every routed one filled.
+    out
+        ``[T, D]`` float32 contiguous, added to.
+
+    Notes
+    -----
+    A result does not depend on what else runs, nor on the order of the slots.
+    """
+    if routing.pairs == 0:
+        return
+    if implementation == "torch":
+        reference.run(x, routing, table, slots, layout, out)
+    elif routing.largest_load <= VECTOR_LOAD:
+        _run_vector(x, routing, table, slots, layout, out)
+    else:
+        _run_matrix(x, routing, table, slots, layout, out)
+
+
+def _views(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots as words, as float16 and as float32."""
+    flat = slots.view(-1)
+    return flat.view(torch.int32), flat.view(torch.float16), flat.view(torch.float32)
+
+
+def _up_constants(layout: BlockLayout) -> dict[str, Any]:
+    return {
+        "Q4": layout.format == "q4_0",
+        "GATED": layout.gated,
+        "BIAS": layout.bias,
+        "CLAMPED": math.isfinite(layout.limit),
+        "ACTIVATION": layout.activation,
+    }
+
+
+def _arithmetic(layout: BlockLayout) -> tuple[float, float, float]:
+    limit = layout.limit if math.isfinite(layout.limit) else 0.0
+    return float(layout.alpha), float(limit), float(layout.up_offset)
+
+
+def _run_vector(
+    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: BlockLayout, out: Tensor
+) -> None:
+    from gpu_experts import triton_kernels as kernels
+
+    tokens, choices = routing.shape
+    fp, strips = layout.padded_intermediate, pad(layout.hidden, TILE) // TILE
+    h = torch.empty(tokens * choices, fp, dtype=torch.float32, device=x.device)
+    slot_of = routing.slot_of(table)
+    common = {"GROUPS": 8, "num_warps": 4}
+    kernels.up_vector[(tokens * choices, fp // TILE)](
+        x,
+        *_views(slots),
+        slot_of,
+        h,
+        choices,
+        layout.hidden,
+        pad(layout.hidden, GROUP) // GROUP,
+        fp // TILE,
+        layout.stride // 16,
+        layout.bias_offset // 16,
+        *_arithmetic(layout),
+        **_up_constants(layout),
+        STRIPS=1,
+        **common,
+    )
+    kernels.down_vector[(tokens, strips)](
+        h,
+        *_views(slots),
+        slot_of,
+        routing.weight_of(table),
+        out,
+        choices,
+        fp,
+        layout.hidden,
+        fp // GROUP,
+        strips,
+        layout.stride // 16,
+        layout.down_offset // 16,
+        (layout.bias_offset + 4 * layout.up_rows) // 16,
+        Q4=layout.format == "q4_0",
+        BIAS=layout.bias,
+        STRIPS=1,
+        **common,
+    )
+
+
+def permute_inputs(x: Tensor, fmt: str) -> Tensor:
+    """Rows of ``x`` ``[T, D]`` in the matrix kernels' order, zero-padded to whole spans.
+
+    Input ``4 j + b`` (q8_0) or ``16 i + 4 j + b`` (q4_0) of a group goes where the words'
+    bytes and nibbles of one bit position lie together, for four groups at a time.
+    """
+    tokens, cols = x.shape
+    spans = pad(cols, SPAN) // SPAN
+    padded = x if cols == spans * SPAN else torch.nn.functional.pad(x, (0, spans * SPAN - cols))
+    if fmt == "q4_0":  # [span, group, half, chunk, byte] -> [span, half, byte, group, chunk]
+        split = padded.reshape(tokens, spans, 4, 2, 4, 4).permute(0, 1, 3, 5, 2, 4)
+    else:  # [span, group, chunk, byte] -> [span, byte, group, chunk]
+        split = padded.reshape(tokens, spans, 4, 8, 4).permute(0, 1, 4, 2, 3)
+    return split.reshape(tokens, spans * SPAN)
+
+
+def _run_matrix(
+    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: BlockLayout, out: Tensor
+) -> None:
+    from gpu_experts import triton_kernels as kernels
+
+    tokens, choices = routing.shape
+    fp, strips = layout.padded_intermediate, pad(layout.hidden, TILE) // TILE
+    inputs = permute_inputs(x, layout.format)
+    h = torch.empty(routing.pairs, pad(fp, SPAN), dtype=x.dtype, device=x.device)
+    y = torch.empty(routing.pairs, layout.hidden, dtype=torch.float32, device=x.device)
+    tiles = routing.tile_table(table)
+    # Gate and up are two accumulators: half as many rows of each as of down.
+    across = 2
+    common = {"ROWS": routing.tile_rows, "num_warps": 4, "num_stages": 2}
+    kernels.up_matrix[(routing.tiles, -(-fp // (TILE * across)))](
+        inputs,
+        *_views(slots),
+        routing.tokens(table),
+        tiles,
+        h,
+        inputs.shape[1],
+        h.shape[1],
+        pad(layout.hidden, GROUP) // GROUP,
+        fp // TILE,
+        layout.stride // 16,
+        layout.bias_offset // 16,
+        *_arithmetic(layout),
+        **_up_constants(layout),
+        STRIPS=across,
+        **common,
+    )
+    kernels.down_matrix[(routing.tiles, -(-strips // (2 * across)))](
+        h,
+        *_views(slots),
+        tiles,
+        y,
+        h.shape[1],
+        layout.hidden,
+        fp // GROUP,
+        strips,
+        layout.stride // 16,
+        layout.down_offset // 16,
+        (layout.bias_offset + 4 * layout.up_rows) // 16,
+        Q4=layout.format == "q4_0",
+        BIAS=layout.bias,
+        STRIPS=2 * across,
+        **common,
+    )
+    block = 256
+    kernels.add_pairs[(tokens, -(-layout.hidden // block))](
+        y,
+        routing.pair_of(table),
+        routing.weight_of(table),
+        out,
+        choices,
+        layout.hidden,
+        BLOCK=block,
+    )

@@ -1,0 +1,141 @@
+"""Packed experts in plain torch, on any device: the twin of the Triton kernels, and their stand-in.
+
+Weights are widened to float32 and so is ``x``: what differs from the CPU kernels is only that
+activations are not rounded to int8 and that sums run in another order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpu_experts.errors import ShapeError
+from gpu_experts.layout import GROUP, TILE, UNITS, BlockLayout, pad, strip_bytes
+from gpu_experts.routing import Routing
+
+#: Widened weights that :func:`dequantize` makes at a time, so that its own memory is bounded.
+_SLICE_BYTES = 64 << 20
+
+
+def dequantize(
+    packed: Tensor, rows: int, cols: int, fmt: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Widen a packed matrix where it lies.
+
+    Parameters
+    ----------
+    packed
+        uint8 ``[bytes]`` on any device, strips of 16 rows as :mod:`gpu_experts.layout` says.
+    fmt
+        Any format there; bf16 and f32 are laid out again.
+
+    Returns
+    -------
+    ``[rows, cols]`` in ``dtype`` on the same device, each number rounded once from float32.
+
+    Raises
+    ------
+    ShapeError
+        When ``packed`` is not what ``rows``, ``cols`` and ``fmt`` take.
+    """
+    if fmt not in UNITS:
+        raise ShapeError(
+            f"unknown weight format {fmt!r}", hint=f"choose one of: {', '.join(UNITS)}"
+        )
+    strips, size = pad(rows, TILE) // TILE, strip_bytes(cols, fmt)
+    if packed.dtype != torch.uint8 or packed.shape != (strips * size,):
+        raise ShapeError(
+            f"packed {fmt} [{rows}, {cols}] takes uint8 [{strips * size}],"
+            f" got {packed.dtype} {list(packed.shape)}"
+        )
+    out = torch.empty(strips * TILE, cols, dtype=dtype, device=packed.device)
+    step = max(1, _SLICE_BYTES // max(1, 4 * TILE * cols))
+    for first in range(0, strips, step):
+        part = packed[first * size : (first + step) * size]
+        values = _widen(part.view(-1, size), fmt)
+        out[first * TILE : (first + step) * TILE] = values[:, :cols]
+    return out[:rows]
+
+
+def _widen(strips: Tensor, fmt: str) -> Tensor:
+    """Strips ``[n, bytes]`` as float32 ``[16 n, inputs]``, padding included."""
+    size, inputs = UNITS[fmt]
+    units = strips.view(strips.shape[0], -1, size)
+    if inputs == 1:
+        kind = torch.bfloat16 if fmt == "bf16" else torch.float32
+        return units.contiguous().view(kind).transpose(1, 2).reshape(-1, units.shape[1]).float()
+    split = size - 2 * TILE
+    q = units[:, :, :split].reshape(*units.shape[:2], -1, TILE, 4)
+    if fmt == "q4_0":
+        codes = torch.cat((q & 15, q >> 4), dim=2).float() - 8
+    else:
+        codes = q.view(torch.int8).float()
+    scales = units[:, :, split:].contiguous().view(torch.float16).float()
+    values = codes.permute(0, 3, 1, 2, 4) * scales.transpose(1, 2)[..., None, None]
+    return values.reshape(strips.shape[0] * TILE, units.shape[1] * GROUP)
+
+
+def activate(layout: BlockLayout, v: Tensor) -> Tensor:
+    """The layout's activation, element by element."""
+    match layout.activation:
+        case "silu":
+            return v * torch.sigmoid(layout.alpha * v)
+        case "gelu":
+            return functional.gelu(v)
+        case "gelu_tanh":
+            return functional.gelu(v, approximate="tanh")
+        case "relu":
+            return torch.relu(v)
+        case "relu2":
+            return torch.relu(v).square()
+        case "sigmoid":
+            return torch.sigmoid(v)
+    return v
+
+
+def expert(layout: BlockLayout, block: Tensor, x: Tensor) -> Tensor:
+    """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
+    d, rows, strips = layout.hidden, layout.padded_intermediate, layout.up_rows // TILE
+    up_side = dequantize(block[: strips * layout.up_strip_bytes], layout.up_rows, d, layout.format)
+    y = functional.linear(x, up_side)
+    floats = block[layout.bias_offset :].view(torch.float32) if layout.bias else None
+    if floats is not None:
+        y = y + floats[: layout.up_rows]
+    # Strips of gate and up alternate: [n, strip, side, row] -> side, [n, F]
+    sides = y.view(len(x), -1, 2 if layout.gated else 1, TILE).movedim(2, 0)
+    gate, up = sides[0].reshape(len(x), rows), sides[-1].reshape(len(x), rows)
+    if math.isfinite(layout.limit):
+        gate = gate.clamp(max=layout.limit)
+        up = up.clamp(-layout.limit, layout.limit)
+    h = activate(layout, gate) * (up + layout.up_offset) if layout.gated else activate(layout, up)
+    size = pad(d, TILE) // TILE * layout.down_strip_bytes
+    packed = block[layout.down_offset : layout.down_offset + size]
+    down = dequantize(packed, d, layout.intermediate, layout.format)
+    y = functional.linear(h[:, : layout.intermediate], down)
+    return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
+
+
+def run(
+    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: BlockLayout, out: Tensor
+) -> None:
+    """Add the weighted outputs of the routed slots to ``out``, slot by slot.
+
+    Parameters
+    ----------
+    x
+        ``[T, D]``, any floating dtype.
+    routing, table
+        What goes where, and its table on ``x``'s device.
+    slots
+        ``[slots, stride]`` uint8.
+    out
+        ``[T, D]`` float32, added to.
+    """
+    tokens, weights = routing.tokens(table), routing.weights(table)
+    for slot, first, count in routing.runs:
+        mine = tokens[first : first + count]
+        y = expert(layout, slots[slot], x[mine].float())
+        out.index_add_(0, mine, y * weights[first : first + count, None])
