@@ -105,7 +105,7 @@ class HostBlocks:
         self._allocate = allocate
         self._wait = wait
         buffers = max(1, min(RING_BUFFERS, budget_bytes // self._pitch))
-        self._ring = list(allocate(buffers * self._pitch).view(buffers, self._pitch))
+        self._ring: list[Tensor] = list(allocate(buffers * self._pitch).view(buffers, self._pitch))
         self._busy: list[Event | None] = [None] * buffers
         self._next = 0
         self._budget_bytes = max(0, budget_bytes - buffers * self._pitch)
