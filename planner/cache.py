@@ -39,7 +39,7 @@ class Policy:
         self.layers = layers
         self.experts = experts
 
-    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+    def observe(self, layers: Ids, ids: Ids, weights: Values, tokens: int = 1) -> None:
         """Learn what the router chose in one step.
 
         Parameters
@@ -48,7 +48,10 @@ class Policy:
             Which layers, ``[n]``, each at most once.
         ids, weights
             The activated experts, ``[n, A]``, each once a row, and their routing weights. In
-            prefill a row holds every expert that got a token, and the mean of its weights.
+            prefill a row holds every expert that got a token, and its weight averaged over all
+            tokens of the step.
+        tokens
+            How many tokens the step routed.
         """
         raise NotImplementedError
 
@@ -56,10 +59,21 @@ class Policy:
         """Return what each expert is worth keeping, ``[n, E]``: only the order matters."""
         raise NotImplementedError
 
+    def observe_one(self, layer: int, ids: Ids, weights: Values, tokens: int) -> None:
+        """``observe`` for a single layer, ids and weights ``[A]``: what a running model does."""
+        self.observe(np.array([layer]), ids[None], weights[None], tokens)
+
+    def value_one(self, layer: int) -> Values:
+        """``value`` of a single layer, ``[E]``."""
+        value: Values = self.value(np.array([layer]))[0]
+        return value
+
     def victim(self, layer: int, incoming: int, candidates: Sequence[int]) -> int:
-        """Return whom to evict for ``incoming``: the least value, among equals the lowest id."""
-        value = self.value(np.array([layer]))[0]
-        return min(candidates, key=lambda expert: (value[expert], expert))
+        """Return whom of ``candidates``, ids ascending, to evict for ``incoming``.
+
+        The one of least value, among equals the lowest id.
+        """
+        return min(candidates, key=self.value_one(layer).tolist().__getitem__)
 
     def admitted(self, layer: int, expert: int) -> None:
         """Learn that ``expert`` got a slot; most policies do not care."""
@@ -116,10 +130,9 @@ class ExpertCache:
 
     def value(self, layer: int) -> Values:
         """Return what the policy thinks each expert is worth keeping, ``[E]``."""
-        value: Values = self.policy.value(np.array([layer]))[0]
-        return value
+        return self.policy.value_one(layer)
 
-    def step(self, layer: int, ids: ArrayLike, weights: ArrayLike) -> Lookup:
+    def step(self, layer: int, ids: ArrayLike, weights: ArrayLike, tokens: int = 1) -> Lookup:
         """Take the router's choice: look it up, protect it, learn from it.
 
         What was chosen is not evicted before ``release`` or the next step, of this layer or
@@ -127,16 +140,14 @@ class ExpertCache:
 
         Parameters
         ----------
-        ids, weights
+        ids, weights, tokens
             As one row of ``Policy.observe``.
         """
         chosen = np.asarray(ids, dtype=np.int64)
         activated = sorted(chosen.tolist())
         held = self._residents[layer]
         self._in_use = (layer, frozenset(activated))
-        self.policy.observe(
-            np.array([layer]), chosen[None], np.asarray(weights, dtype=np.float64)[None]
-        )
+        self.policy.observe_one(layer, chosen, np.asarray(weights, dtype=np.float64), tokens)
         return Lookup(
             hits=tuple([expert for expert in activated if expert in held]),
             misses=tuple([expert for expert in activated if expert not in held]),
@@ -174,11 +185,16 @@ class ExpertCache:
                     f"{self.capacities[layer]} are pinned or in use",
                     hint="compute it on the CPU, or give the layer more slots",
                 )
-            held.remove(evicted)
-            self.policy.evicted(layer, evicted)
-        held.add(expert)
-        self.policy.admitted(layer, expert)
+        self._give(layer, expert, evicted)
         return evicted
+
+    def _give(self, layer: int, expert: int, evicted: int | None) -> None:
+        """Put ``expert`` in the slot of ``evicted``, or in a free one."""
+        if evicted is not None:
+            self._residents[layer].remove(evicted)
+            self.policy.evicted(layer, evicted)
+        self._residents[layer].add(expert)
+        self.policy.admitted(layer, expert)
 
     def drop(self, layer: int, expert: int) -> None:
         """Take a resident expert's slot back: what was to be in it never arrived.
@@ -204,14 +220,9 @@ class ExpertCache:
 
     def evictable(self, layer: int) -> list[int]:
         """Return the residents that are neither pinned nor part of the current step, ascending."""
-        pins = self._pins[layer]
         stepping, chosen = self._in_use
-        in_use = chosen if stepping == layer else frozenset()
-        return sorted(
-            expert
-            for expert in self._residents[layer]
-            if expert not in in_use and expert not in pins
-        )
+        free = self._residents[layer] - self._pins[layer].keys()
+        return sorted(free - chosen if stepping == layer else free)
 
     def has_room(self, layer: int) -> bool:
         """Whether a slot is free or can be freed."""
@@ -220,13 +231,29 @@ class ExpertCache:
 
     def worth_admitting(self, layer: int, expert: int) -> bool:
         """Whether ``expert`` is worth more than whom it would evict; always, into a free slot."""
+        return self._offer(layer, expert)[0]
+
+    def offer(self, layer: int, expert: int) -> tuple[bool, int | None]:
+        """Give ``expert`` a slot if that is worth it.
+
+        Returns
+        -------
+        bool, int or None
+            Whether it got one, and whom it evicted.
+        """
+        worth, evicted = self._offer(layer, expert)
+        if worth:
+            self._give(layer, expert, evicted)
+        return worth, evicted
+
+    def _offer(self, layer: int, expert: int) -> tuple[bool, int | None]:
         if len(self._residents[layer]) < self.capacities[layer]:
-            return True
+            return True, None
         evicted = self.victim(layer, expert)
         if evicted is None:
-            return False
+            return False, None
         value = self.value(layer)
-        return bool(value[expert] > value[evicted])
+        return bool(value[expert] > value[evicted]), evicted
 
     def pin(self, layer: int, expert: int) -> None:
         """Forbid evicting a resident expert until as many ``unpin`` calls.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 from planner.errors import WorkError
 from planner.plan import LayerPlan
-from planner.problem import LayerCost, Problem
-from planner.schedule import exact_rule, schedule
+from planner.problem import LayerCost
+from planner.schedule import best_split, schedule
 from planner.spec import LayerWork
 
 
@@ -98,31 +97,71 @@ class DecodeTable:
         WorkError
             When the loads differ.
         """
-        first_load = work.loads[0][1] if work.loads else self.load
-        hits: list[int] = []
-        misses: list[int] = []
-        for expert, load in work.loads:
-            if load != first_load:
-                raise WorkError(
-                    f"layer {work.layer} has loads {first_load} and {load}, and decode's table "
-                    "is for equal ones",
-                    hint="plan this step with schedule()",
-                )
-            (hits if expert in residency else misses).append(expert)
+        loads = work.loads
+        distinct = {load for _, load in loads} or {self.load}
+        if len(distinct) > 1:
+            raise WorkError(
+                f"layer {work.layer} has loads {' and '.join(map(str, sorted(distinct)))}, and "
+                "decode's table is for equal ones",
+                hint="plan this step with schedule()",
+            )
+        (load,) = distinct
+        hits = [expert for expert, _ in loads if expert in residency]
+        misses = [expert for expert, _ in loads if expert not in residency]
         if (
-            len(work.loads) > self.top_k
-            or first_load != self.load
+            len(loads) > self.top_k
+            or load != self.load
             or work.gpu_free_s != self.gpu_free_s
             or work.link_free_s != self.link_free_s
         ):
-            exact = exact_rule(Problem.of(work, residency, self.cost))
-            return replace(exact, lower_bound_s=exact.makespan_s)
+            return self._exact(work, load, hits, misses)
         found = self._plans[len(hits), len(misses)]
         experts = hits + misses
-        return replace(
-            found,
-            layer=work.layer,
-            cpu=tuple(sorted([experts[i] for i in found.cpu])),
-            gpu=tuple([experts[i] for i in found.gpu]),
-            copies=tuple([experts[i] for i in found.copies]),
+        return LayerPlan(
+            work.layer,
+            tuple(sorted([experts[i] for i in found.cpu])),
+            tuple([experts[i] for i in found.gpu]),
+            tuple([experts[i] for i in found.copies]),
+            found.cpu_end_s,
+            found.gpu_end_s,
+            found.link_end_s,
+            found.lower_bound_s,
+            found.method,
+        )
+
+    def _exact(self, work: LayerWork, load: int, hits: list[int], misses: list[int]) -> LayerPlan:
+        """Apply ``exact_rule`` to experts that are all alike: only their numbers matter."""
+        cost = self.cost
+        cpu_s, gpu_s, copy_s = cost.cpu_s(load), cost.gpu_s(load), cost.copy_s()
+        on_gpu, copied = best_split(
+            [cpu_s] * len(hits),
+            [cpu_s] * len(misses),
+            gpu_s=gpu_s,
+            copy_s=copy_s,
+            cpu_start_s=cost.cpu_start_s,
+            gpu_free_s=work.gpu_free_s,
+            link_free_s=work.link_free_s,
+        )
+        resident = hits[len(hits) - on_gpu :]
+        copies = misses[len(misses) - copied :]
+        cpu = sorted(hits[: len(hits) - on_gpu] + misses[: len(misses) - copied])
+        cpu_end_s = cost.cpu_start_s if cpu else 0.0
+        for _ in cpu:
+            cpu_end_s += cpu_s
+        gpu_end_s, link_end_s = work.gpu_free_s, work.link_free_s
+        for _ in resident:
+            gpu_end_s += gpu_s
+        for _ in copies:
+            link_end_s += copy_s
+            gpu_end_s = max(gpu_end_s, link_end_s) + gpu_s
+        return LayerPlan(
+            work.layer,
+            tuple(cpu),
+            tuple(resident + copies),
+            tuple(copies),
+            cpu_end_s,
+            gpu_end_s,
+            link_end_s,
+            max(cpu_end_s, gpu_end_s),
+            "exact",
         )

@@ -183,8 +183,9 @@ class Director:
         fills = []
         layers = [Ahead(layer, p, s) for (layer, p), s in zip(ahead, idle_s, strict=False)]
         for fetch in self.prefetcher.choose(layers, self.cache):
-            fills.append(Fill(self._take(fetch.layer, fetch.expert), "prefetch"))
+            evicted = self.cache.admit(fetch.layer, fetch.expert)
             self.cache.pin(fetch.layer, fetch.expert)
+            fills.append(Fill(Admission(fetch.layer, fetch.expert, evicted), "prefetch"))
         if self.refill and len(fills) < room:
             layer = decision.plan.layer
             value = self.cache.value(layer)
@@ -234,11 +235,9 @@ class Director:
 
     def _admit(self, layer: int, experts: Iterable[int]) -> list[Admission]:
         """Keep what is worth more than what it replaces; return what was kept."""
-        return [
-            self._take(layer, expert)
-            for expert in experts
-            if self.cache.worth_admitting(layer, expert)
-        ]
-
-    def _take(self, layer: int, expert: int) -> Admission:
-        return Admission(layer, expert, self.cache.admit(layer, expert))
+        kept = []
+        for expert in experts:
+            worth, evicted = self.cache.offer(layer, expert)
+            if worth:
+                kept.append(Admission(layer, expert, evicted))
+        return kept

@@ -113,9 +113,9 @@ class _Hindsight(Belady):
         # The prompt's step stands first and repeats the first decode step's choice.
         super().__init__(np.concatenate([decode[:1], decode]), experts)
 
-    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+    def observe(self, layers: Ids, ids: Ids, weights: Values, tokens: int = 1) -> None:
         prompt = self._step[layers] < 0
-        super().observe(layers, self._trace[0, layers] if prompt.all() else ids, weights)
+        super().observe(layers, self._trace[0, layers] if prompt.all() else ids, weights, tokens)
 
     def value(self, layers: Ids) -> Values:
         if (self._step[layers] >= 0).all():

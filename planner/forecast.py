@@ -72,7 +72,7 @@ class Forecast(Policy):
             np.float32
         )
 
-    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+    def observe(self, layers: Ids, ids: Ids, weights: Values, tokens: int = 1) -> None:
         mean = weights.mean(axis=1, keepdims=True)
         relative = np.divide(weights, mean, out=np.ones(weights.shape), where=mean > 0)
         at, row = layers[:, None], self._row[layers]

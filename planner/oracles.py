@@ -27,7 +27,7 @@ class _Oracle(Policy):
         self._trace = trace
         self._step = np.full(trace.shape[1], -1)
 
-    def observe(self, layers: Ids, ids: Ids, weights: Values) -> None:
+    def observe(self, layers: Ids, ids: Ids, weights: Values, tokens: int = 1) -> None:
         self._step[layers] += 1
         step = self._step[layers]
         if (step >= len(self._trace)).any() or (self._trace[step, layers] != ids).any():

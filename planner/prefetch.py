@@ -13,14 +13,18 @@ each layer,
 
     maximise  sum_m V_m(n_m)   such that   sum_{m' <= m} n_{m'} * t <= idle link time before m,
 
-a knapsack with a deadline for each layer, solved exactly over the number of copies.
+a knapsack with a deadline for each layer, solved exactly over the number of copies, less what so
+many copies cost the CPU that reads the same memory meanwhile.
+
+In prefill nearly every expert is activated and what counts is how many tokens each gets: a copy
+is worth the CPU time of the newcomer's expected tokens less that of the evicted one's.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,14 +48,15 @@ class Ahead:
     ----------
     layer
         Its index.
-    probability
-        Of each expert being activated there, ``[E]``, from any predictor.
+    expected
+        ``[E]`` from any predictor: each expert's probability of being activated there; in prefill
+        the tokens it will get.
     idle_s
         Idle link time from now until the layer's experts start.
     """
 
     layer: int
-    probability: NDArray[np.float64]
+    expected: NDArray[np.float64]
     idle_s: float
 
 
@@ -66,7 +71,7 @@ class Prefetch:
 class NoPrefetch:
     """Fetch nothing ahead, and account for it.
 
-    The caller copies what ``choose`` returns, admits and pins it, and tells ``resolve`` what the
+    The caller copies what the choice returns, admits and pins it, and tells ``resolve`` what the
     router then chose; the pins end there, whether the prediction was right or wrong.
 
     Parameters
@@ -82,8 +87,20 @@ class NoPrefetch:
         self.wasted = 0
         self._waiting: dict[int, set[int]] = {}
 
-    def choose(self, ahead: Sequence[Ahead], cache: ExpertCache) -> tuple[Prefetch, ...]:
-        """Return what to copy now, in the order to copy it: nothing."""
+    def choose(
+        self, ahead: Sequence[Ahead], cache: ExpertCache, price_s: Sequence[float] = ()
+    ) -> tuple[Prefetch, ...]:
+        """Return what to copy now in decode, in the order to copy it: nothing."""
+        return ()
+
+    def choose_for_prompt(
+        self,
+        ahead: Ahead,
+        cache: ExpertCache,
+        cpu_s: Callable[[int], float],
+        price_s: Sequence[float] = (),
+    ) -> tuple[Prefetch, ...]:
+        """Return what to copy now in prefill, in the order to copy it: nothing."""
         return ()
 
     def resolve(self, layer: int, activated: Collection[int]) -> frozenset[int]:
@@ -170,13 +187,17 @@ class ValuePrefetch(NoPrefetch):
         """Whether it prefetches at all at present."""
         return self._paused == 0
 
-    def choose(self, ahead: Sequence[Ahead], cache: ExpertCache) -> tuple[Prefetch, ...]:
+    def choose(
+        self, ahead: Sequence[Ahead], cache: ExpertCache, price_s: Sequence[float] = ()
+    ) -> tuple[Prefetch, ...]:
         """Return what to copy now, in the order to copy it; nothing where nothing is worth it.
 
         Parameters
         ----------
         ahead
-            The next layers, in the order they will run.
+            The next layers, in the order they will run, with their experts' probabilities.
+        price_s
+            What 0, 1, ... copies cost all together, ascending; nothing beyond the last named.
 
         Raises
         ------
@@ -185,7 +206,6 @@ class ValuePrefetch(NoPrefetch):
         """
         if not self.active:
             return ()
-        options = [self._worth(layer, cache) for layer in ahead]
         room = [self._copies(layer) for layer in ahead]
         if room != sorted(room):
             raise WorkError(
@@ -193,17 +213,48 @@ class ValuePrefetch(NoPrefetch):
                 f"{[a.idle_s for a in ahead]}",
                 hint="give layers in the order they run, each with the idle time until it starts",
             )
-        chosen = [
-            Prefetch(layer.layer, expert)
-            for layer, (experts, _), count in zip(
-                ahead, options, _knapsack([worth for _, worth in options], room), strict=True
-            )
-            for expert in experts[:count]
-        ]
-        for fetch in chosen:
-            self._waiting.setdefault(fetch.layer, set()).add(fetch.expert)
-        self.fetched += len(chosen)
-        return tuple(chosen)
+        experts, hits = [], []
+        for layer, most in zip(ahead, room, strict=True):
+            ids, expected = self._hits_after(layer, most, cache) if most else ([], [0.0])
+            experts.append(ids)
+            hits.append(expected)
+        seconds = self.expected_s(np.array([h for each in hits for h in each])).tolist()
+        worth = []
+        for each in hits:
+            now_s, *later_s = seconds[: len(each)]
+            del seconds[: len(each)]
+            worth.append([0.0, *(now_s - s for s in later_s)])
+        return self._fetch(ahead, experts, _knapsack(worth, room, price_s))
+
+    def choose_for_prompt(
+        self,
+        ahead: Ahead,
+        cache: ExpertCache,
+        cpu_s: Callable[[int], float],
+        price_s: Sequence[float] = (),
+    ) -> tuple[Prefetch, ...]:
+        """Return what to copy under a layer's prefill for the next, in the order to copy it.
+
+        Parameters
+        ----------
+        ahead
+            The next layer, with the tokens its experts will get.
+        cpu_s
+            The CPU time of one expert by load.
+        price_s
+            As of ``choose``.
+        """
+        most = self._copies(ahead)
+        if not self.active or not most:
+            return ()
+        saved_s = [n * cpu_s(1) if n < 1 else cpu_s(round(n)) for n in ahead.expected.tolist()]
+        held = sorted(cache.residency(ahead.layer))
+        experts, losers = self._candidates(ahead, most, cache, held, ahead.expected)
+        worth = [0.0]
+        for expert, loser in zip(experts, losers, strict=True):
+            lost_s = 0.0 if loser is None else saved_s[loser]
+            worth.append(worth[-1] + saved_s[expert] - lost_s)
+        return self._fetch([ahead], [experts], _knapsack([worth], [most], price_s))
 
     def resolve(self, layer: int, activated: Collection[int]) -> frozenset[int]:
         if self._paused:
@@ -217,68 +268,101 @@ class ValuePrefetch(NoPrefetch):
 
     def expected_s(self, hits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the layer's expected makespan at each expected number of hits, ``[n]``."""
-        q = np.clip(hits / self._top_k, 0.0, 1.0)[:, None]
+        q = np.minimum(np.maximum(hits / self._top_k, 0.0), 1.0)[:, None]
         chance = self._ways * q**self._hits * (1 - q) ** (self._top_k - self._hits)
         expected: NDArray[np.float64] = chance @ self._makespan_s
         return expected
 
     def _copies(self, layer: Ahead) -> int:
         """How many copies end before the layer starts; never more than anyone could want."""
-        most = len(layer.probability)
+        most = len(layer.expected)
         return min(most, int(max(0.0, layer.idle_s) / self._copy_s))
 
-    def _worth(self, layer: Ahead, cache: ExpertCache) -> tuple[list[int], NDArray[np.float64]]:
-        """Return the layer's missing experts, likeliest first, and V(n) for n = 0, 1, ..."""
-        if not self._copies(layer):
-            return [], np.zeros(1)
-        p = layer.probability
-        held = cache.residency(layer.layer)
+    def _candidates(
+        self,
+        layer: Ahead,
+        most: int,
+        cache: ExpertCache,
+        held: list[int],
+        value: NDArray[np.float64],
+    ) -> tuple[list[int], list[int | None]]:
+        """Return the likeliest missing experts and, for each, whom it would evict.
+
+        Those of least ``value`` go first; None stands for a free slot. Earlier fetches that have
+        not met their layer yet are the caller's pins: nobody evicts them.
+        """
         free = cache.capacities[layer.layer] - len(held)
-        value = cache.value(layer.layer)
-        # Earlier fetches that have not met their layer yet are the caller's pins: not evictable.
-        losers = sorted(cache.evictable(layer.layer), key=lambda expert: (value[expert], expert))
-        count = min(self._copies(layer), free + len(losers), len(p) - len(held))
-        order = np.argsort(-p, kind="stable").tolist()
-        experts = [expert for expert in order if expert not in held][:count]
-        lost = np.array([0.0] * free + [p[expert] for expert in losers])[:count]
-        hits = float(p[sorted(held)].sum())
-        after = hits + np.concatenate(([0.0], np.cumsum(p[experts] - lost)))
-        expected_s = self.expected_s(after)
-        return experts, expected_s[0] - expected_s
+        going = sorted(cache.evictable(layer.layer), key=value.tolist().__getitem__)
+        losers = [*[None] * free, *going][:most]
+        rank = -layer.expected
+        rank[held] = np.inf
+        count = min(len(losers), len(rank) - len(held))
+        experts: list[int] = rank.argsort(kind="stable")[:count].tolist()
+        return experts, losers[:count]
+
+    def _hits_after(
+        self, layer: Ahead, most: int, cache: ExpertCache
+    ) -> tuple[list[int], list[float]]:
+        """Return the candidates, and the hits to expect after fetching 0, 1, ... of them."""
+        held, p = sorted(cache.residency(layer.layer)), layer.expected
+        experts, losers = self._candidates(layer, most, cache, held, cache.value(layer.layer))
+        hits = [float(p[held].sum())]
+        gains = p[experts].tolist()
+        for gain, loser in zip(gains, losers, strict=True):
+            hits.append(hits[-1] + gain - (0.0 if loser is None else float(p[loser])))
+        return experts, hits
+
+    def _fetch(
+        self, ahead: Sequence[Ahead], experts: Sequence[list[int]], counts: Sequence[int]
+    ) -> tuple[Prefetch, ...]:
+        """Take the first experts of each layer, and keep account of them."""
+        chosen = []
+        for layer, ids, count in zip(ahead, experts, counts, strict=True):
+            if count:
+                chosen += [Prefetch(layer.layer, expert) for expert in ids[:count]]
+                self._waiting.setdefault(layer.layer, set()).update(ids[:count])
+        self.fetched += len(chosen)
+        return tuple(chosen)
 
 
-def _knapsack(worth: Sequence[NDArray[np.float64]], room: Sequence[int]) -> list[int]:
+def _knapsack(
+    worth: Sequence[Sequence[float]], room: Sequence[int], price: Sequence[float] = ()
+) -> list[int]:
     """Return how many items to take of each group for the greatest total worth.
 
     Parameters
     ----------
     worth
-        For each group, the worth of its first 0, 1, ... items.
+        For each group, the worth of its first 0, 1, ... items; 0 for none.
     room
         The most items of a group and all groups before it; ascending.
+    price
+        What 0, 1, ... items of all groups cost together, ascending; no more beyond the last.
 
     Returns
     -------
     list of int
         Among equals, the fewest items, of the first groups first.
     """
-    best = np.zeros(1)  # best[c]: greatest worth with c items so far
+    best = [0.0]  # best[c]: greatest worth with c items so far
     choices = []
     for values, most in zip(worth, room, strict=True):
-        size = min(most, len(best) + len(values) - 2) + 1
-        found = np.full(size, -np.inf)
-        choice = np.zeros(size, dtype=np.int64)
-        for count in range(min(len(values), size)):
-            end = min(len(best), size - count)
-            gained = best[:end] + values[count]
-            better = gained > found[count : count + end]
-            found[count : count + end][better] = gained[better]
-            choice[count : count + end][better] = count
+        # More items than the best number of them are never better.
+        wanted = max(range(min(len(values), most + 1)), key=values.__getitem__)
+        size = min(most, len(best) + wanted - 1) + 1
+        found, choice = [-math.inf] * size, [0] * size
+        for count in range(wanted + 1):
+            gain = values[count]
+            for at, before in enumerate(best[: size - count], start=count):
+                if before + gain > found[at]:
+                    found[at], choice[at] = before + gain, count
         best = found
         choices.append(choice)
-    left = int(np.argmax(best))
+    if price:
+        best = [gain - price[min(c, len(price) - 1)] for c, gain in enumerate(best)]
+    left = best.index(max(best))
     counts = []
     for choice in reversed(choices):
-        counts.append(int(choice[left]))
+        counts.append(choice[left])
         left -= counts[-1]
     return counts[::-1]
