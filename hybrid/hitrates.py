@@ -12,6 +12,8 @@ F64 = NDArray[np.float64]
 #: Tokens that the prior counts for, and tokens after which old ones count half.
 _PRIOR_TOKENS = 64
 _MEMORY_TOKENS = 32_768
+#: What is counted enters the chances after this many tokens.
+_REFRESH_TOKENS = 32
 #: Width of the prior's slope from the likely to the unlikely, in multiples of A, by distance.
 _WIDTH = (0.25, 0.4, 0.5)
 
@@ -24,33 +26,39 @@ class HitRates:
 
     Parameters
     ----------
-    distances
-        Layers ahead, from 1.
     choices
         N, the ranks.
     top_k
         A, experts activated by a token.
     """
 
-    def __init__(self, distances: int, choices: int, top_k: int) -> None:
+    def __init__(self, choices: int, top_k: int) -> None:
         ranks = np.arange(choices) + 0.5
-        widths = np.array(_WIDTH[:distances])[:, None] * max(1, top_k)
+        widths = np.array(_WIDTH)[:, None] * max(1, top_k)
         fall = 1.0 / (1.0 + np.exp((ranks - top_k) / widths))
-        self._prior = np.minimum(1.0, fall * (top_k / np.maximum(1e-9, fall.sum(1, keepdims=True))))
-        self._hits = np.zeros((distances, choices))
-        self._tokens = np.zeros(distances)
+        named = np.maximum(1e-9, fall.sum(1, keepdims=True))
+        self._prior = np.minimum(1.0, fall * (top_k / named))
         self._rates = self._prior.copy()
-        self._right = np.zeros(distances)
-        self._chosen = np.zeros(distances)
+        self._hits = np.zeros_like(self._prior)
+        distances = len(_WIDTH)
+        self._rows = np.arange(distances)[:, None]
+        self._tokens = [0.0] * distances
+        self._new = [0] * distances
+        self._right, self._chosen = [0] * distances, [0] * distances
 
-    def chances(self, distance: int, order: Ids) -> F64:
-        """Return the chance of each expert, ``[S, N]``, for ``order``, ``[S, N]``, best first."""
-        rates = self._rates[distance - 1]
+    def chances(self, order: Ids) -> F64:
+        """Return every token's chances, ``[M, S, N]``.
+
+        Parameters
+        ----------
+        order
+            ``[M, S, N]`` experts, best first, of the layers at distances 1 to M.
+        """
         chances = np.empty(order.shape)
-        if len(order) == 1:
-            chances[0, order[0]] = rates
+        if order.shape[1] == 1:
+            chances[self._rows[: len(order)], 0, order[:, 0]] = self._rates[: len(order)]
         else:
-            np.put_along_axis(chances, order, rates[None], axis=1)
+            np.put_along_axis(chances, order, self._rates[: len(order), None], axis=2)
         return chances
 
     def count(self, distance: int, order: Ids, chosen: Ids) -> None:
@@ -63,23 +71,26 @@ class HitRates:
         else:
             np.put_along_axis(activated, chosen, 1.0, axis=1)
             hits = np.take_along_axis(activated, order, axis=1).sum(axis=0)
-        self._right[at] += hits[:top_k].sum()
-        self._chosen[at] += chosen.size
         self._hits[at] += hits
-        self._tokens[at] += len(order)
-        if self._tokens[at] > _MEMORY_TOKENS:
-            self._hits[at] /= 2
-            self._tokens[at] /= 2
-        weight = self._tokens[at] + _PRIOR_TOKENS
-        self._rates[at] = (self._hits[at] + _PRIOR_TOKENS * self._prior[at]) / weight
+        self._right[at] += int(hits[:top_k].sum())
+        self._chosen[at] += chosen.size
+        self._new[at] += len(order)
+        if self._new[at] >= _REFRESH_TOKENS:
+            self._refresh(at)
 
     def recall(self) -> dict[int, float]:
         """Return by distance the share of chosen experts that were among the first A ranks.
 
         Distances without any prediction are left out.
         """
-        return {
-            at + 1: float(self._right[at] / self._chosen[at])
-            for at in range(len(self._chosen))
-            if self._chosen[at]
-        }
+        pairs = enumerate(zip(self._right, self._chosen, strict=True), 1)
+        return {distance: right / chosen for distance, (right, chosen) in pairs if chosen}
+
+    def _refresh(self, at: int) -> None:
+        self._tokens[at] += self._new[at]
+        self._new[at] = 0
+        if self._tokens[at] > _MEMORY_TOKENS:
+            self._hits[at] /= 2
+            self._tokens[at] /= 2
+        known = self._hits[at] + _PRIOR_TOKENS * self._prior[at]
+        self._rates[at] = known / (self._tokens[at] + _PRIOR_TOKENS)

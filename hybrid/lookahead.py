@@ -13,8 +13,9 @@ expert at that place of the ranking was, at that distance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hybrid.discovery import LayerView, RouterView, survey
+from hybrid.errors import UsageError
 from hybrid.families import ExpertsSpec
 from hybrid.hitrates import HitRates
 from hybrid.selection import Ids, Selection, ranking
@@ -51,6 +53,8 @@ class _Reach:
         ``[D]`` the stream is ``input * scale + shift``; None where it is the input.
     ahead
         For each of the M layers its index, or None where nothing can be told.
+    selections
+        How many of the M layers choose alike, one after another, and how; corrections stacked.
     """
 
     rows: Tensor
@@ -58,17 +62,7 @@ class _Reach:
     scale: Tensor | None
     shift: Tensor | None
     ahead: tuple[int | None, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranked:
-    """A prediction that awaits its layer's router: ranked experts, ``[S, N]``, of every n-th of
-    ``tokens`` tokens."""
-
-    distance: int
-    order: Ids
-    tokens: int
-    every: int
+    selections: tuple[tuple[int, Selection], ...]
 
 
 class Lookahead:
@@ -88,10 +82,10 @@ class Lookahead:
         self._sample = sample
         self.reason = _reason(views)
         self._choices = max((len(v.router.weight) for v in views if v.router), default=0)
-        self._rates = HitRates(DISTANCES, self._choices, max((v.top_k for v in views), default=0))
+        self._rates = HitRates(self._choices, max((view.top_k for view in views), default=0))
         self._reach = _fold(views, self._choices, model.device, model.dtype)
-        self._selections = [_selection(view.router, self._choices) for view in views]
-        self._waiting: list[list[_Ranked]] = [[] for _ in views]
+        # By distance what was foretold of a layer: the ranking of every n-th of some tokens.
+        self._waiting: list[dict[int, tuple[Ids, int, int]]] = [{} for _ in views]
         self._tokens = [0] * len(views)
         self._inputs: dict[int, Tensor] = {}
         self._hooks = [
@@ -149,15 +143,15 @@ class Lookahead:
             return None
         x = (hidden if kept is None else kept).detach()
         x = x.reshape(-1, x.shape[-1])
-        self._tokens[layer] = len(x)
-        if len(x) > self._sample:
+        self._tokens[layer] = x.shape[0]
+        if x.shape[0] > self._sample:
             x = x[:: self._every(layer)]
         if reach.scale is not None:
             x = x * reach.scale
         if reach.shift is not None:
             x = x + reach.shift
         out = linear(x, reach.rows, reach.offset).float()
-        return out.view(len(x), len(reach.ahead), -1).transpose(0, 1)
+        return out.view(x.shape[0], len(reach.ahead), -1).transpose(0, 1)
 
     def probabilities(self, layer: int, scores: F32) -> list[tuple[int, F64]]:
         """Return for each of the next layers the chance of each expert to be activated, ``[E]``.
@@ -168,72 +162,80 @@ class Lookahead:
             What :meth:`scores` was given and has returned, as numpy. With several tokens, an
             expert is activated when any of all T tokens activates it.
         """
-        found = []
-        for ahead, chance in self._chances(layer, scores):
-            if len(chance) == 1 == self._tokens[layer]:
-                found.append((ahead, chance[0]))
-            else:
-                share = self._tokens[layer] / len(chance)
-                found.append((ahead, 1.0 - np.prod(1.0 - chance, axis=0) ** share))
-        return found
+        chances = self._rates.chances(self._ranked(layer, scores))
+        if self._tokens[layer] == 1:
+            return self._by_layer(layer, chances[:, 0])
+        share = self._tokens[layer] / chances.shape[1]
+        return self._by_layer(layer, 1.0 - np.prod(1.0 - chances, axis=1) ** share)
 
     def expected_loads(self, layer: int, scores: F32) -> list[tuple[int, F64]]:
         """Return for each of the next layers the tokens that each expert is expected to get.
 
         Takes what :meth:`probabilities` takes; for prompts.
         """
-        return [
-            (ahead, chance.sum(axis=0) * (self._tokens[layer] / len(chance)))
-            for ahead, chance in self._chances(layer, scores)
-        ]
+        chances = self._rates.chances(self._ranked(layer, scores))
+        share = self._tokens[layer] / chances.shape[1]
+        return self._by_layer(layer, chances.sum(axis=1) * share)
+
+    def ranking(self, layer: int, scores: F32) -> list[tuple[int, Ids]]:
+        """Return for each of the next layers every token's experts, likeliest first, ``[S, N]``.
+
+        Takes what :meth:`probabilities` takes.
+        """
+        order, reach = self._ranked(layer, scores), self._reach[layer]
+        assert reach is not None
+        return [(m, order[i]) for i, m in enumerate(reach.ahead) if m is not None]
 
     def learn(self, layer: int, ids: Ids) -> None:
         """Compare what was predicted for ``layer`` with what its router chose, ``[T, A]``."""
-        waiting, self._waiting[layer] = self._waiting[layer], []
-        for ranked in waiting:
-            if ids.size == ranked.tokens * self._views[layer].top_k:
-                chosen = ids.reshape(ranked.tokens, -1)[:: ranked.every]
-                self._rates.count(ranked.distance, ranked.order, chosen)
+        for distance, (order, tokens, every) in self._waiting[layer].items():
+            if ids.size == tokens * self._views[layer].top_k:
+                chosen = ids.reshape(tokens, -1)
+                self._rates.count(distance, order, chosen[::every] if every > 1 else chosen)
+        self._waiting[layer].clear()
 
     def recall(self) -> dict[int, float]:
         """Return by distance the share of the chosen experts that were among as many predicted."""
         return self._rates.recall()
 
-    def rank(self, layer: int, scores: F32) -> list[tuple[int, Ids]]:
-        """Return for each of the next layers every token's experts, likeliest first, ``[S, N]``.
-
-        Takes what :meth:`probabilities` takes, which ranks on its own.
-        """
-        reach, tokens = self._reach[layer], self._tokens[layer]
-        if reach is None:
-            return []
-        found = []
-        for distance, (ahead, logits) in enumerate(zip(reach.ahead, scores, strict=True), 1):
-            if ahead is not None:
-                order = ranking(self._selections[ahead].scores(logits))
-                self._await(ahead, _Ranked(distance, order, tokens, self._every(layer)))
-                found.append((ahead, order))
-        return found
-
-    def _chances(self, layer: int, scores: F32) -> list[tuple[int, F64]]:
-        """Return for each of the next layers every token's chances, ``[S, E]``."""
-        return [
-            (
-                ahead,
-                self._rates.chances(ahead - layer, order)[:, : self._views[ahead].spec.experts],
+    def _ranked(self, layer: int, scores: F32) -> Ids:
+        """Rank each token's experts, ``[M, S, N]``, to be compared with what the routers choose."""
+        reach = self._reach[layer]
+        if reach is None or len(reach.ahead) != len(scores):
+            raise UsageError(
+                f"layer {layer} foretells {len(reach.ahead) if reach else 0} layers, "
+                f"got scores of {len(scores)}",
+                hint="pass on what scores() returned for this layer",
             )
-            for ahead, order in self.rank(layer, scores)
-        ]
+        if len(reach.selections) == 1:
+            order = ranking(reach.selections[0][1].scores(scores))
+        else:
+            order = np.empty(scores.shape, np.int64)
+            start = 0
+            for count, selection in reach.selections:
+                part = slice(start, start + count)
+                order[part] = ranking(selection.scores(scores[part]))
+                start += count
+        tokens, every = self._tokens[layer], self._every(layer)
+        for distance, ahead in enumerate(reach.ahead, 1):
+            if ahead is not None:
+                self._waiting[ahead][distance] = (order[distance - 1], tokens, every)
+        return order
 
-    def _await(self, ahead: int, ranked: _Ranked) -> None:
-        """Keep a prediction until its layer runs; a later one of the same distance replaces it."""
-        others = [old for old in self._waiting[ahead] if old.distance != ranked.distance]
-        self._waiting[ahead] = [*others, ranked]
+    def _by_layer(self, layer: int, values: F64) -> list[tuple[int, F64]]:
+        """Return rows of ``values``, ``[M, N]``, with their layers; experts with weights only."""
+        reach = self._reach[layer]
+        assert reach is not None
+        return [
+            (ahead, values[i, : self._views[ahead].spec.experts])
+            for i, ahead in enumerate(reach.ahead)
+            if ahead is not None
+        ]
 
     def _every(self, layer: int) -> int:
         return -(-self._tokens[layer] // self._sample)
 
-    def _keeping(self, layer: int) -> Any:
+    def _keeping(self, layer: int) -> Callable[..., None]:
         """Make a hook that keeps the router's input, where the experts' does not tell it."""
 
         def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -252,8 +254,20 @@ def _reason(views: Sequence[LayerView]) -> str | None:
     return "; ".join(parts) or None
 
 
-def _selection(router: RouterView | None, choices: int) -> Selection:
-    return Selection() if router is None else router.selection
+def _joined(routers: Sequence[RouterView | None], choices: int) -> Iterator[tuple[int, Selection]]:
+    """Give the selections of layers in a row, those that differ in corrections alone as one."""
+    found = [Selection() if router is None else router.selection for router in routers]
+    for _, same in groupby(found, key=lambda selection: selection.kind):
+        group = list(same)
+        first = group[0]
+        if first.correction is None:
+            yield len(group), first
+        else:
+            stacked = np.zeros((len(group), 1, choices), np.float32)
+            for row, selection in zip(stacked, group, strict=True):
+                assert selection.correction is not None
+                row[0, : len(selection.correction)] = selection.correction
+            yield len(group), replace(first, correction=stacked)
 
 
 def _fold(
@@ -293,6 +307,7 @@ def _fold(
             scale=None if plain and not shift.any() else scale.to(device, dtype),
             shift=shift.to(device, dtype) if shift.any() else None,
             ahead=ahead,
+            selections=tuple(_joined(routers[after.start : after.stop], choices)),
         )
 
     return [reach(layer) for layer in range(len(views))]

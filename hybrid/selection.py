@@ -28,8 +28,8 @@ class Selection:
     scoring
         The function applied before ``correction`` is added.
     correction
-        ``[N]``, added for the choice only (``e_score_correction_bias``); None leaves the order to
-        the logits.
+        ``[..., N]``, added for the choice only (``e_score_correction_bias``); None leaves the
+        order to the logits.
     groups, top_groups
         The experts lie in ``groups`` equal groups, of which a token uses ``top_groups``.
     group_best
@@ -46,6 +46,12 @@ class Selection:
     def plain(self) -> bool:
         """Whether the logits alone give the order."""
         return self.correction is None and self.groups == 1
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two selections have in common that differ in the values of their corrections."""
+        limits = (self.groups, self.top_groups, self.group_best)
+        return (self.scoring, self.correction is not None, *limits)
 
     def scores(self, logits: F32) -> F32:
         """Return what the top k is taken of, ``[..., N]``, higher first."""
