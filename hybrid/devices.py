@@ -109,9 +109,9 @@ def hardware_with(device: Device) -> HardwareSpec:
     return find_hardware(EMULATED_AS)
 
 
-def emulation_note(asked_by_name: bool) -> SlowPath:
+def emulation_note(*, by_name: bool) -> SlowPath:
     """Say that there is no GPU and what that means."""
-    reason = "it was asked for by name" if asked_by_name else "vram was asked for and there is none"
+    reason = "it was asked for by name" if by_name else "vram was asked for and there is none"
     return SlowPath(
         "an emulated device instead of a GPU",
         f"{reason}; it computes on the CPU, exactly but slower than the CPU alone",

@@ -41,3 +41,8 @@ class UnsupportedModelError(HybridError):
 
 class DiskSpaceError(HybridError):
     """The destination has less room than what is about to be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message up to the first line break, or its name when it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
@@ -22,18 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import Device, Event
-from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError, SlotError
-from gpu_experts.slots import SlotTable
+from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
+from hybrid.errors import first_line
 from hybrid.experts import compute_on_cpu
-from hybrid.lookahead import Lookahead
 from hybrid.metrics import SlowPath
-from hybrid.shared_first import SharedFirst
-from hybrid.store import U8
+from hybrid.residents import PackedLayer, Residents, Settle
 from hybrid.timeline import LayerRecord, Timeline
-from planner.director import Admission, Decision, Director
+from planner.director import Decision, Director
 from planner.errors import PlannerError
 
 SHRINK = 0.75
@@ -46,18 +42,6 @@ F32 = NDArray[np.float32]
 Ahead = list[tuple[int, NDArray[np.float64]]]
 
 
-class PackedLayer(Protocol):
-    """One layer's experts: their packed blocks, and what they compute."""
-
-    @property
-    def blocks(self) -> U8:
-        """``[E, stride]`` uint8."""
-
-    @property
-    def shape(self) -> ExpertShape:
-        """Layout and arithmetic."""
-
-
 class Seconds(Protocol):
     """What a layer's dense parts are predicted to take."""
 
@@ -68,20 +52,27 @@ class Seconds(Protocol):
         """The shared expert."""
 
 
-@dataclass
-class Residents:
-    """What is on the device, and who decides it: both forget everything together.
+class Predictor(Protocol):
+    """What tells the next layers' experts: :class:`hybrid.lookahead.Lookahead`, or a replay."""
 
-    Parameters
-    ----------
-    slots
-        Which expert lies in which slot.
-    director
-        Decides over as many experts as the slots hold.
-    """
+    def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What is to be known of ``hidden``, on its device; None when nothing is predicted."""
 
-    slots: SlotTable
-    director: Director
+    def probabilities(self, layer: int, scores: F32) -> Ahead:
+        """The chance of each expert of the next layers to be activated."""
+
+    def learn(self, layer: int, ids: NDArray[np.integer]) -> None:
+        """What the layer's router chose."""
+
+
+class Launcher(Protocol):
+    """What starts shared experts early: :class:`hybrid.shared_first.SharedFirst`."""
+
+    def launch(self, layer: int, hidden: Tensor) -> object:
+        """Start the layer's shared expert."""
+
+    def abandon(self) -> None:
+        """Forget what was started."""
 
 
 class Executor:
@@ -122,13 +113,13 @@ class Executor:
         self,
         layers: Sequence[PackedLayer],
         device: Device,
-        settle: Callable[[int], Residents],
+        settle: Settle,
         slots: int,
         seconds: Seconds,
         *,
         threads: int,
-        lookahead: Lookahead | None = None,
-        shared: SharedFirst | None = None,
+        lookahead: Predictor | None = None,
+        shared: Launcher | None = None,
         read_ahead: Callable[[int, Sequence[int]], None] | None = None,
         timeline: Timeline | None = None,
         timeout_s: float = TIMEOUT_S,
@@ -144,42 +135,19 @@ class Executor:
         self._lookahead, self._shared = lookahead, shared
         self._read_ahead = read_ahead
         self._timeout_s = timeout_s
-        self._residents = settle(slots)
-        self._flying: dict[tuple[int, int], Event] = {}
-        self._link_until_s = 0.0
+        self.residents = Residents(device, layers, settle(slots))
         self._before_s: float | None = None
         self._turn = threading.Lock()
 
     @property
     def director(self) -> Director:
         """Who decides."""
-        return self._residents.director
-
-    @property
-    def slots(self) -> SlotTable:
-        """What lies where on the device."""
-        return self._residents.slots
+        return self.residents.director
 
     def warm(self, uses: NDArray[np.integer]) -> None:
-        """Fill free slots with the most used experts and wait until they are there.
-
-        Parameters
-        ----------
-        uses
-            How often each expert was used somewhere, ``[L, E]``.
-        """
-        device, cache = self.device, self.director.cache
-        if device is None:
-            return
-        for layer, counts in enumerate(uses):
-            held = cache.residency(layer)
-            free = cache.capacities[layer] - len(held)
-            order = [e for e in np.argsort(-counts, kind="stable").tolist() if e not in held]
-            for expert in order[:free]:
-                self._admit(device, Admission(layer, expert, cache.admit(layer, expert)))
-        for event in self._flying.values():
-            event.wait(self._timeout_s)
-        self._land()
+        """Fill free slots with the experts most used somewhere, ``uses`` ``[L, E]``."""
+        if self.device is not None:
+            self.residents.warm(uses, self._timeout_s)
 
     def begin_step(self) -> None:
         """Start the clock of a forward pass."""
@@ -239,12 +207,12 @@ class Executor:
         ids = answer[1].numpy()
         factors = answer[2].float().contiguous().numpy()
         routed_s = time.perf_counter()
-        self._land()
+        self.residents.land()
         decision = self._place(layer, ids, factors, tokens, routed_s)
         plan = decision.plan
         computes, copies, out = self._launch(device, decision, flat, ids, factors)
         ahead = self._predict(layer, ids, None if len(answer) < 4 else answer[3].numpy())
-        copies += self._fill(device, decision, ahead, tokens)
+        copies += self._fill(decision, ahead, tokens)
         decided_s = time.perf_counter()
         cpu_out = None
         if plan.cpu:
@@ -283,14 +251,13 @@ class Executor:
     def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
         """Ask where each expert that the router chose runs."""
         loads, mean = _choice(ids, factors, len(self.layers[layer].blocks))
-        link_free_s = max(0.0, self._link_until_s - now_s) if self._flying else 0.0
         return self.director.place(
             layer,
             loads,
             [expert for expert, _ in loads],
             mean,
             gpu_free_s=self._seconds.shared(layer, tokens),
-            link_free_s=link_free_s,
+            link_free_s=self.residents.link_free_s(now_s),
         )
 
     def _launch(
@@ -301,6 +268,7 @@ class Executor:
         kept = {admission.expert: admission for admission in decision.admitted}
         if not plan.gpu:
             return [], [], None
+        residents = self.residents
         out = device.new_output(len(x))
         computes: list[Event] = []
         landing: dict[int, Event] = {}
@@ -309,25 +277,23 @@ class Executor:
         def copy_next() -> None:
             expert = waiting.popleft()
             landing[expert] = (
-                self._admit(device, kept[expert])
-                if expert in kept
-                else self._copy(device, layer, expert, self.slots.stage(layer, expert))
+                residents.admit(kept[expert]) if expert in kept else residents.stage(layer, expert)
             )
 
         def compute(experts: Sequence[int], after: Sequence[Event], what: str) -> None:
-            here = _replaced(ids, {expert: self.slots.lookup(layer, expert) for expert in experts})
+            here = _replaced(ids, {expert: residents.slot(layer, expert) for expert in experts})
             computes.append(device.compute(x, here, factors, out, after, what))
 
         if waiting:  # the link starts first; then the GPU has the residents to compute meanwhile
             copy_next()
         for is_copied, run in groupby(plan.gpu, lambda expert: expert in plan.copies):
             if not is_copied:
-                residents = tuple(run)
-                flying = [self._flying.get((layer, expert)) for expert in residents]
+                here = tuple(run)
+                flying = [residents.flying(layer, expert) for expert in here]
                 compute(
-                    residents,
+                    here,
                     [event for event in flying if event is not None],
-                    f"layer {layer}: resident experts {', '.join(map(str, residents))}",
+                    f"layer {layer}: resident experts {', '.join(map(str, here))}",
                 )
                 continue
             for expert in run:
@@ -335,12 +301,10 @@ class Executor:
                     copy_next()
                 compute((expert,), (landing[expert],), f"layer {layer}: copied expert {expert}")
                 if expert not in kept:
-                    # What is copied next into this slot waits for the compute on the device.
-                    self.slots.ready(layer, expert)
-                    self.slots.release(layer, expert)
+                    residents.unstage(layer, expert)
         return computes, list(landing.values()), out
 
-    def _fill(self, device: Device, decision: Decision, ahead: Ahead, tokens: int) -> list[Event]:
+    def _fill(self, decision: Decision, ahead: Ahead, tokens: int) -> list[Event]:
         """Use the link's idle time until the next layers' experts start."""
         plan = decision.plan
         busy_s = max(plan.link_end_s, decision.work.link_free_s)
@@ -348,33 +312,7 @@ class Executor:
         fills = self.director.fill(
             decision, ahead, [idle_s * (n + 1) for n in range(max(1, len(ahead)))]
         )
-        return [self._admit(device, fill.admission) for fill in fills]
-
-    def _admit(self, device: Device, admission: Admission) -> Event:
-        """Copy an expert into a slot of its own, where it is pinned until it has arrived."""
-        layer, expert, evicted = admission.layer, admission.expert, admission.evicted
-        if evicted is not None:
-            self.slots.release(layer, evicted)
-        slot = self.slots.assign(layer, expert)
-        event = self._copy(device, layer, expert, slot)
-        self.director.cache.pin(layer, expert)
-        self._flying[layer, expert] = event
-        return event
-
-    def _copy(self, device: Device, layer: int, expert: int, slot: int) -> Event:
-        now_s = time.perf_counter()
-        self._link_until_s = max(now_s, self._link_until_s) + self.director.cost.experts.copy_s()
-        what = f"layer {layer}: expert {expert} to slot {slot}"
-        return device.copy(self.layers[layer].blocks[expert], slot, what)
-
-    def _land(self) -> None:
-        """Note which copies have arrived: those experts may be evicted again."""
-        for (layer, expert), event in list(self._flying.items()):
-            if event.done():
-                event.wait(0.0)
-                self.slots.ready(layer, expert)
-                self.director.cache.unpin(layer, expert)
-                del self._flying[layer, expert]
+        return [self.residents.admit(fill.admission) for fill in fills]
 
     def _predict(self, layer: int, ids: Ids, scores: F32 | None) -> Ahead:
         """Compare the router's answer with what was predicted for it; predict later layers."""
@@ -408,23 +346,24 @@ class Executor:
             return
         self._note(
             f"{self.slot_count} expert slots instead of {before}",
-            f"{device.name} ran out of memory ({_line(error)})",
+            f"{device.name} ran out of memory ({first_line(error)})",
             "give the model less vram, or a shorter context, from the start",
         )
 
     def _give_up(self, device: Device, error: Exception) -> None:
         """Go on without the device."""
         self.device = None
-        self._flying.clear()
         self._note(
             f"all experts on the CPU since {device.name} failed",
-            _line(error),
+            first_line(error),
             "load the model again to try the device again",
         )
         try:
             device.close()
         except GpuExpertsError as late:
-            self._note(f"closing {device.name}", _line(late), "end this process to free its memory")
+            self._note(
+                f"closing {device.name}", first_line(late), "end this process to free its memory"
+            )
 
     def _note(self, what: str, reason: str, remedy: str) -> None:
         self.notes.append(SlowPath(what, reason, remedy))
@@ -434,13 +373,11 @@ class Executor:
         """Make sense again after something broke a layer off; forget everything if need be."""
         self._before_s = None
         try:
-            for event in self._flying.values():
-                event.wait(self._timeout_s)
-            self._land()
+            self.residents.settle(self._timeout_s)
             self.director.abandon()
             if self._shared is not None:
                 self._shared.abandon()
-            self.check_integrity()
+            self.residents.check_integrity()
         except DeviceError as error:
             if self.device is not None:
                 self._give_up(self.device, error)
@@ -450,31 +387,9 @@ class Executor:
 
     def _restart(self) -> None:
         """Begin with nothing resident."""
-        self._flying.clear()
-        self._link_until_s = 0.0
-        self._residents = self._settle(self.slot_count)
-
-    def check_integrity(self) -> None:
-        """Raise if slots and cache contradict themselves or each other, between two layers.
-
-        Raises
-        ------
-        SlotError, CapacityError
-            Saying how.
-        """
-        self.director.check_integrity()
-        self.slots.check_integrity()
-        held = {
-            (layer, expert)
-            for layer in range(len(self.layers))
-            for expert in self.director.cache.residency(layer)
-        }
-        if held != set(self.slots):
-            raise SlotError(
-                f"the cache holds {len(held)} experts and the slots {len(self.slots)}; they differ "
-                f"in (layer, expert) {sorted(held ^ set(self.slots))[:4]}",
-                hint="this is a defect of the executor: please report it",
-            )
+        assert self.device is not None
+        opened = self._settle(self.slot_count)
+        self.residents = Residents(self.device, self.layers, opened)
 
 
 def _choice(
@@ -506,7 +421,3 @@ def _replaced(ids: Ids, by: dict[int, int]) -> Ids:
     out_of_table = (ids < 0) | (ids > max(by))
     found: Ids = table[np.where(out_of_table, len(table) - 1, ids)]
     return found
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

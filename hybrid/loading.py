@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hybrid import host
 from hybrid.cache import converted_copy
 from hybrid.config import DEFAULT_EXPERTS, HybridConfig
 from hybrid.decode import DecodePath, install_fast_decode
-from hybrid.devices import Size, hardware_with, open_device, size_in_bytes, wants_vram
-from hybrid.errors import CheckpointError
+from hybrid.devices import (
+    Size,
+    choose_device,
+    emulation_note,
+    hardware_with,
+    open_device,
+    size_in_bytes,
+    wants_vram,
+)
+from hybrid.errors import CheckpointError, first_line
 from hybrid.placement import Budget, Placement, place_model
 from hybrid.slow_paths import has_native_bf16
 from hybrid.timeline import Timeline
@@ -23,39 +35,57 @@ DEFAULT_CONTEXT = 4096
 """Tokens of cache that memory is kept for unless more is asked for."""
 
 
-def load_placed_model(
+def load_model(
     path: str | PathLike[str],
-    name: str,
     *,
-    vram: Size = None,
-    ram: str | int | None = None,
-    context: int | None = None,
+    experts: str | None,
+    dense: str | None,
+    verify: bool,
+    dtype: torch.dtype | None,
+    device: str | None,
+    vram: Size,
+    ram: str | int | None,
+    context: int | None,
     threads: int,
-    timeline: Timeline | None = None,
-    **options: Any,
-) -> tuple[Any, Path, Placement]:
-    """Load a model and share it with the device called ``name``.
+    keep_timeline: bool,
+) -> tuple[Any, Path, Placement | None]:
+    """Load a transformers model and put it where it will run; says on stderr what it decided.
 
     Takes what :meth:`HybridModel.from_pretrained` takes.
+
+    Returns
+    -------
+    The model, its converted directory, and how it lies on a device, None on the CPU alone.
     """
-    if options.get("dtype") is None and name != "emulated":
-        options["dtype"] = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    model, directory = load_fast_model(path, fast=False, **options)
+    name = choose_device(device, vram)
+    if dtype is None and name is not None and name != "emulated":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    model, directory = load_fast_model(
+        path, experts=experts, dense=dense, verify=verify, dtype=dtype, fast=name is None
+    )
+    if name is None:
+        return model, directory, None
     model.hybrid_decode = DecodePath(False, f"the experts are shared with {name}")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
     asked = size_in_bytes(vram, "vram") if vram is not None and wants_vram(vram) else None
-    experts = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    device = open_device(name, asked, experts.shape, threads)
+    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
+    opened = open_device(name, asked, layer.shape, threads)
+    if context is None:
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
     placement = place_model(
         model,
-        device,
-        hardware_with(device),
+        opened,
+        hardware_with(opened),
         Budget(asked, None if ram is None else size_in_bytes(ram, "ram"), context),
         threads=threads,
-        timeline=timeline,
+        timeline=Timeline(keep_timeline),
     )
+    if name == "emulated":
+        note = emulation_note(by_name=device is not None)
+        placement = replace(placement, notes=(note, *placement.notes))
+    print(f"hybrid: {placement}", file=sys.stderr)
+    for note in placement.notes:
+        print(f"hybrid: {note.what}: {note.reason}; {note.remedy}", file=sys.stderr)
     return model, directory, placement
 
 
@@ -99,3 +129,25 @@ def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> An
 
 def _compute_dtype() -> torch.dtype:
     return torch.bfloat16 if has_native_bf16() else torch.float32
+
+
+def load_tokenizer(directory: Path) -> Any:
+    hint = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory} has no tokenizer that transformers can load: {first_line(error)}",
+            hint=hint,
+        ) from error
+    # Without files transformers makes a tokenizer that knows its special tokens only.
+    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < 2:
+        raise CheckpointError(f"{directory} has no tokenizer", hint=hint)
+    return tokenizer
+
+
+def set_threads(threads: int) -> None:
+    """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
+    host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)

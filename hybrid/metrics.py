@@ -77,6 +77,26 @@ class GenerationTimes:
         }
 
 
+class Term(NamedTuple):
+    """A part of a step's time: predicted, and measured; None where it cannot be told apart."""
+
+    phase: str
+    name: str
+    predicted_s: float
+    measured_s: float | None
+
+    def __str__(self) -> str:
+        predicted = f"predicted {_format(self.predicted_s * 1e3, 'ms')}"
+        if self.measured_s is None:
+            return f"{predicted}, measured only as part of the whole"
+        return f"{predicted}, measured {_format(self.measured_s * 1e3, 'ms')}{self._residual()}"
+
+    def _residual(self) -> str:
+        if self.measured_s is None or not self.predicted_s:
+            return ""
+        return f" ({self.measured_s / self.predicted_s - 1:+.0%})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What ran, how, and how fast. ``str()`` gives the text, ``to_dict()`` the JSON value.
@@ -95,6 +115,10 @@ class RunReport:
         What the kernels run on.
     figures
         Every number, by name.
+    placement
+        How the model lies on a device; None on the CPU alone.
+    terms
+        What a step's time consists of, the whole first, predicted and measured.
     slow_paths
         Everything that ran slower than it could.
     """
@@ -107,13 +131,16 @@ class RunReport:
     decode_path: str
     simd_level: str
     threads: str
+    placement: str | None = None
     figures: dict[str, Figure]
+    terms: tuple[Term, ...] = ()
     slow_paths: tuple[SlowPath, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return a value that ``json.dumps`` takes."""
         return asdict(self) | {
             "figures": {name: figure._asdict() for name, figure in self.figures.items()},
+            "terms": [term._asdict() for term in self.terms],
             "slow_paths": [path._asdict() for path in self.slow_paths],
         }
 
@@ -127,8 +154,12 @@ class RunReport:
         yield "single tokens", self.decode_path
         yield "SIMD level", self.simd_level
         yield "threads", self.threads
+        if self.placement is not None:
+            yield "device", self.placement
         for name, figure in self.figures.items():
             yield _LABELS[name], str(figure)
+        for term in self.terms:
+            yield f"{term.phase}", f"{term.name}: {term}"
         if not self.slow_paths:
             yield "slow paths", "none"
         for path in self.slow_paths:
@@ -143,6 +174,11 @@ _LABELS = {
     "ttft_s": "TTFT",
     "prompt_tokens_per_s": "prompt rate",
     "decode_tokens_per_s": "decode rate",
+    "hit_rate": "hit rate",
+    "prefetch_precision": "prefetch precision",
+    "prefetch_coverage": "prefetch coverage",
+    "prefetch_useful_bytes": "useful prefetches",
+    "prefetch_wasted_bytes": "wasted prefetches",
     "peak_memory_bytes": "peak memory",
 }
 
@@ -150,6 +186,8 @@ _LABELS = {
 def _format(value: float, unit: str) -> str:
     if unit == "bytes":
         return f"{value / _MIB:,.1f} MiB"
+    if unit == "share":
+        return f"{value:.1%}"
     if unit == "tokens":
         return f"{value:,.0f} tokens"
     return f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"

@@ -8,25 +8,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, overload
 
 import numba
 import torch
-from transformers import AutoTokenizer
 
 from cpu_experts import simd
 from hybrid import host
 from hybrid.demo import demo_path
-from hybrid.devices import choose_device
-from hybrid.errors import CheckpointError, UsageError
-from hybrid.loading import load_fast_model, load_placed_model
+from hybrid.errors import UsageError, first_line
+from hybrid.loading import load_model, load_tokenizer, set_threads
 from hybrid.metrics import Figure, GenerationTimes, RunReport
 from hybrid.placement import Placement
 from hybrid.slow_paths import slow_paths
 from hybrid.textstream import TextStream
-from hybrid.timeline import Timeline
 from hybrid.watch import OnText, Stopped, Watch
+from planner.perfetto import trace_events
 
 #: New tokens when text is asked for and neither the caller nor the model gives a limit.
 DEFAULT_NEW_TOKENS = 256
@@ -132,24 +129,20 @@ class HybridModel:
         if threads is None:  # what the environment asks other programs for may be too many
             threads = min(host.default_threads(), numba.config.NUMBA_NUM_THREADS)
         set_threads(threads)
-        chosen = choose_device(device, vram)
-        source = demo_path() if path is None or path == "demo" else path
-        options = {"experts": experts, "dense": dense, "verify": verify, "dtype": dtype}
-        placement = None
-        if chosen is None:
-            model, directory = load_fast_model(source, **options)
-        else:
-            model, directory, placement = load_placed_model(
-                source,
-                chosen,
-                vram=vram,
-                ram=ram,
-                context=context,
-                threads=threads,
-                timeline=Timeline(keep_timeline),
-                **options,
-            )
-        tokenizer = _load_tokenizer(directory)
+        model, directory, placement = load_model(
+            demo_path() if path is None or path == "demo" else path,
+            experts=experts,
+            dense=dense,
+            verify=verify,
+            dtype=dtype,
+            device=device,
+            vram=vram,
+            ram=ram,
+            context=context,
+            threads=threads,
+            keep_timeline=keep_timeline,
+        )
+        tokenizer = load_tokenizer(directory)
         name = "demo" if path is None else str(path)
         self = cls(model, tokenizer, name=name, threads=threads, placement=placement)
         self._warm_up()
@@ -279,12 +272,13 @@ class HybridModel:
 
     def report(self) -> RunReport:
         """Say what runs, how, how fast the last call was, and what ran slower than it could."""
-        index = self.model.hybrid_store.index
+        index, placement = self.model.hybrid_store.index, self.placement
         config = self.model.hf_quantizer.quantization_config
         figures = {
             "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
             "load_s": Figure(self._load_s, "s", "measured"),
             **({} if self._times is None else self._times.figures()),
+            **({} if self._times is None or placement is None else placement.figures()),
             "peak_memory_bytes": Figure(
                 host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
             ),
@@ -298,9 +292,33 @@ class HybridModel:
             decode_path=str(self.model.hybrid_decode),
             simd_level=simd.LEVEL,
             threads=f"{self.threads} (torch and kernels)",
+            placement=None if placement is None else str(placement),
             figures=figures,
-            slow_paths=tuple(slow_paths(self.model)),
+            terms=() if self._times is None or placement is None else placement.terms(),
+            slow_paths=(
+                *slow_paths(self.model),
+                *(() if placement is None else placement.slow_paths()),
+            ),
         )
+
+    def perfetto(self) -> str:
+        """Return what every lane did since loading as Chrome trace events, for ui.perfetto.dev.
+
+        Raises
+        ------
+        UsageError
+            When nothing was kept: the CPU alone has no lanes, and ``keep_timeline`` was not asked
+            for.
+        """
+        placement = self.placement
+        timeline = placement.executor.timeline if placement and placement.executor else None
+        if placement is None or timeline is None or not timeline.keep:
+            raise UsageError(
+                "there is no timeline of this model",
+                hint="load it with a device (vram=...) and keep_timeline=True",
+            )
+        timeline.finish()
+        return trace_events(f"{self._name} on {placement.device}", timeline.events)
 
     def _warm_up(self) -> None:
         """Run a few tokens, so that loading the kernels counts as loading and not as TTFT."""
@@ -387,6 +405,8 @@ class HybridModel:
             )
         with self._turn:
             set_threads(self.threads)
+            if self.placement is not None:
+                self.placement.begin_run()
             watch.start(ids)
             try:
                 result = self.model.generate(ids.to(self.model.device), **options)
@@ -416,7 +436,7 @@ def _as_ids(prompt: Any) -> torch.Tensor:
         ids = torch.as_tensor(prompt, dtype=torch.long)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"a prompt is a text or token ids, not {type(prompt).__name__}: {_first_line(error)}",
+            f"a prompt is a text or token ids, not {type(prompt).__name__}: {first_line(error)}",
             hint="generate from one text at a time, or from ids of equal length",
         ) from error
     if ids.dim() not in (1, 2):
@@ -425,29 +445,3 @@ def _as_ids(prompt: Any) -> torch.Tensor:
             hint="a single token is a list of one id",
         )
     return ids[None] if ids.dim() == 1 else ids
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    hint = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory} has no tokenizer that transformers can load: {_first_line(error)}",
-            hint=hint,
-        ) from error
-    # Without files transformers makes a tokenizer that knows its special tokens only.
-    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < 2:
-        raise CheckpointError(f"{directory} has no tokenizer", hint=hint)
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def set_threads(threads: int) -> None:
-    """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
-    host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
-    torch.set_num_threads(threads)
-    numba.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,13 @@ from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.discovery import survey
 from hybrid.errors import UsageError
-from hybrid.executor import Executor, Residents
+from hybrid.executor import Executor
 from hybrid.experts import LayerExperts
 from hybrid.lookahead import Lookahead
-from hybrid.metrics import SlowPath
+from hybrid.metrics import Figure, SlowPath, Term
+from hybrid.residents import Opened, Settle
 from hybrid.shared_first import SharedFirst
-from hybrid.timeline import Timeline
+from hybrid.timeline import DECODE, Timeline
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
@@ -142,6 +142,45 @@ class Placement:
     executor: Executor | None
     notes: tuple[SlowPath, ...]
 
+    def begin_run(self) -> None:
+        """Forget what the last call of ``generate`` took."""
+        if self.executor is not None:
+            self.executor.timeline.restart()
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the counts of the last call, and of prefetching since the model was loaded."""
+        if self.executor is None:
+            return {}
+        decode = self.executor.timeline.phases[DECODE]
+        fetched = self.executor.director.prefetcher
+        loaded = "counted since loading"
+        hits = decode.hits / decode.activated if decode.activated else None
+        return {
+            "hit_rate": Figure(hits, "share", "hits / activated experts in decode"),
+            "prefetch_precision": Figure(
+                fetched.prefetch_precision if fetched.fetched else None, "share", loaded
+            ),
+            "prefetch_useful_bytes": Figure(fetched.useful_bytes, "bytes", loaded),
+            "prefetch_wasted_bytes": Figure(fetched.wasted_bytes, "bytes", loaded),
+        }
+
+    def terms(self) -> tuple[Term, ...]:
+        """Return what a step of the last call consisted of, predicted and measured."""
+        if self.executor is None:
+            return ()
+        timeline = self.executor.timeline
+        timeline.finish()
+        found = []
+        for name, phase in timeline.phases.items():
+            if phase.measured.steps:
+                found.append(Term(name, "a step", phase.predicted.step_s, phase.measured.step_s))
+                found += [Term(name, *row) for row in phase.rows()]
+        return tuple(found)
+
+    def slow_paths(self) -> tuple[SlowPath, ...]:
+        """Return what is slower or smaller than it could be, and what went wrong since."""
+        return self.notes + tuple(self.executor.notes if self.executor else ())
+
     def __str__(self) -> str:
         items = ", ".join(
             f"{item.name} {item.bytes / 2**30:.2f} GiB"
@@ -240,6 +279,7 @@ def _share_experts(
     seconds = DenseSeconds(cost, budget.context)
     specs = [experts.spec for experts in layers]
     views = survey(model, specs)
+    lookahead = Lookahead.discover(model, specs, views=views)
     executor = Executor(
         layers,
         device,
@@ -247,18 +287,21 @@ def _share_experts(
         max(0, sum(placed.slots) - STAGING),
         seconds,
         threads=threads,
-        lookahead=Lookahead.discover(model, specs, views=views),
+        lookahead=lookahead,
         shared=SharedFirst(views),
         read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
         timeline=timeline,
     )
+    if lookahead.reason is not None:
+        remedy = "none yet: experts of those layers are not copied ahead"
+        executor.notes.append(SlowPath("layers without lookahead", lookahead.reason, remedy))
     for number, module in enumerate(modules):
         module.hybrid_experts = PlacedExperts(executor, number, layers[number])
     watch_steps(model, executor, seconds)
     return executor
 
 
-def settler(device: Device, layout: BlockLayout, cost: CostModel) -> Callable[[int], Residents]:
+def settler(device: Device, layout: BlockLayout, cost: CostModel) -> Settle:
     """Return what opens ``device`` for a number of slots, with nothing resident.
 
     The policy outlives that: what it has learned about the experts stays true.
@@ -266,11 +309,11 @@ def settler(device: Device, layout: BlockLayout, cost: CostModel) -> Callable[[i
     spec = cost.model
     policy = MRS(spec.moe_layers, spec.experts.count)
 
-    def settle(slots: int) -> Residents:
+    def settle(slots: int) -> Opened:
         device.open(layout, slots + STAGING)
         capacities = equal_capacities(slots, spec.moe_layers, spec.experts.count)
         director = Director(cost, ExpertCache(policy, capacities))
-        return Residents(SlotTable(slots, STAGING), director)
+        return Opened(SlotTable(slots, STAGING), director)
 
     return settle
 

@@ -122,6 +122,11 @@ class Timeline:
         self._open: deque[LayerRecord] = deque()
         self._start_s: float | None = None
 
+    def restart(self) -> None:
+        """Begin new sums; single spans stay."""
+        self.finish()
+        self.phases = {PREFILL: Phase(), DECODE: Phase()}
+
     def phase(self, tokens: int) -> Phase:
         """Return the phase that a step of so many tokens belongs to."""
         return self.phases[PREFILL if tokens > 1 else DECODE]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from planner.dryrun import PlanResult
+from planner.outcome import Event
 
 LANES = ("cpu", "gpu", "link", "disk", "cache")
 """Threads of the trace, in the order they are shown."""
@@ -14,13 +16,19 @@ def to_perfetto(result: PlanResult) -> str:
     """Return the recorded part of a dry run, the prompt and the first tokens, as JSON.
 
     A model that does not fit leaves the lanes empty.
+    """
+    title = f"{result.request.model.name} on {result.request.hardware.name}"
+    return trace_events(title, result.prediction.run.events if result.prediction else ())
+
+
+def trace_events(title: str, events: Iterable[Event]) -> str:
+    """Return ``events`` as JSON under one process called ``title``.
 
     Notes
     -----
     The format's timestamps are microseconds; "X" is a span, "i" an instant (what the cache does
     takes no time), "M" metadata.
     """
-    title = f"{result.request.model.name} on {result.request.hardware.name}"
     thread = {lane: number for number, lane in enumerate(LANES, start=1)}
     rows: list[dict[str, object]] = [
         {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": title}}
@@ -38,7 +46,7 @@ def to_perfetto(result: PlanResult) -> str:
                 "args": {"sort_index": number},
             }
         )
-    for event in result.prediction.run.events if result.prediction else ():
+    for event in events:
         row: dict[str, object] = {
             "pid": 1,
             "tid": thread[event.lane],

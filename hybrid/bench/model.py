@@ -24,8 +24,7 @@ from hybrid import host
 from hybrid.bench.kernels import read_seconds
 from hybrid.bench.record import provenance, spread
 from hybrid.errors import DiskSpaceError, UsageError
-from hybrid.loading import load_fast_model
-from hybrid.model import set_threads
+from hybrid.loading import load_fast_model, set_threads
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30

@@ -26,8 +26,7 @@ from hybrid.bench.model import generate_once, read_spec
 from hybrid.bench.random_model import write_random_model
 from hybrid.bench.record import provenance, spread
 from hybrid.errors import HybridError, UsageError
-from hybrid.loading import load_fast_model
-from hybrid.model import set_threads
+from hybrid.loading import load_fast_model, set_threads
 
 
 class Case(NamedTuple):

@@ -1,0 +1,188 @@
+"""What is on the device: which expert in which slot, what is on its way, and who decides it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_experts.experts import ExpertShape
+from gpu_experts.device import Device, Event
+from gpu_experts.errors import SlotError
+from gpu_experts.slots import SlotTable
+from hybrid.store import U8
+from planner.director import Admission, Director
+
+
+class PackedLayer(Protocol):
+    """One layer's experts: their packed blocks, and what they compute."""
+
+    @property
+    def blocks(self) -> U8:
+        """``[E, stride]`` uint8."""
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Layout and arithmetic."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A device with room for experts and nothing in it.
+
+    Parameters
+    ----------
+    slots
+        Which expert lies in which slot: none yet.
+    director
+        Decides over as many experts as the slots hold.
+    """
+
+    slots: SlotTable
+    director: Director
+
+
+class Residents:
+    """Moves experts to a device and knows what is there.
+
+    Parameters
+    ----------
+    device
+        Where experts are copied to.
+    layers
+        Every MoE layer's experts.
+    opened
+        Its slots and who decides over them.
+
+    Attributes
+    ----------
+    director
+        Decides; its cache and the slots hold the same experts between two layers.
+    """
+
+    def __init__(self, device: Device, layers: Sequence[PackedLayer], opened: Opened) -> None:
+        self.director = opened.director
+        self._slots = opened.slots
+        self._device = device
+        self._layers = layers
+        self._flying: dict[tuple[int, int], Event] = {}
+        self._link_until_s = 0.0
+
+    def slot(self, layer: int, expert: int) -> int:
+        """Return where a resident or staged expert lies."""
+        found = self._slots.lookup(layer, expert)
+        if found is None:
+            raise SlotError(f"layer {layer}, expert {expert} is in no slot")
+        return found
+
+    def link_free_s(self, now_s: float) -> float:
+        """When the link is predicted to be free, in seconds from now."""
+        return max(0.0, self._link_until_s - now_s) if self._flying else 0.0
+
+    def flying(self, layer: int, expert: int) -> Event | None:
+        """Return the copy of an expert that has not arrived yet."""
+        return self._flying.get((layer, expert))
+
+    def admit(self, admission: Admission) -> Event:
+        """Copy an expert into a slot of its own, where it is pinned until it has arrived."""
+        layer, expert, evicted = admission.layer, admission.expert, admission.evicted
+        if evicted is not None:
+            self._slots.release(layer, evicted)
+        slot = self._slots.assign(layer, expert)
+        event = self._copy(layer, expert, slot)
+        self.director.cache.pin(layer, expert)
+        self._flying[layer, expert] = event
+        return event
+
+    def stage(self, layer: int, expert: int) -> Event:
+        """Copy an expert that is used once."""
+        return self._copy(layer, expert, self._slots.stage(layer, expert))
+
+    def unstage(self, layer: int, expert: int) -> None:
+        """Give a staging slot back once its expert's compute is enqueued.
+
+        What is copied there next waits for that compute on the device.
+        """
+        self._slots.ready(layer, expert)
+        self._slots.release(layer, expert)
+
+    def _copy(self, layer: int, expert: int, slot: int) -> Event:
+        now_s = time.perf_counter()
+        self._link_until_s = max(now_s, self._link_until_s) + self.director.cost.experts.copy_s()
+        return self._device.copy(
+            self._layers[layer].blocks[expert], slot, f"layer {layer}: expert {expert} copied"
+        )
+
+    def land(self) -> None:
+        """Note which copies have arrived: those experts may be evicted again.
+
+        Raises
+        ------
+        DeviceFailedError
+            When one of them failed.
+        """
+        for (layer, expert), event in list(self._flying.items()):
+            if event.done():
+                event.wait(0.0)
+                self._slots.ready(layer, expert)
+                self.director.cache.unpin(layer, expert)
+                del self._flying[layer, expert]
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until everything that is on its way has arrived.
+
+        Raises
+        ------
+        DeviceTimeoutError, DeviceFailedError
+            When it does not.
+        """
+        for event in self._flying.values():
+            event.wait(timeout_s)
+        self.land()
+
+    def warm(self, uses: NDArray[np.integer], timeout_s: float) -> None:
+        """Fill free slots with the most used experts and wait until they are there.
+
+        Parameters
+        ----------
+        uses
+            How often each expert was used somewhere, ``[L, E]``.
+        """
+        cache = self.director.cache
+        for layer, counts in enumerate(uses):
+            held = cache.residency(layer)
+            free = cache.capacities[layer] - len(held)
+            order = [e for e in np.argsort(-counts, kind="stable").tolist() if e not in held]
+            for expert in order[:free]:
+                self.admit(Admission(layer, expert, cache.admit(layer, expert)))
+        self.settle(timeout_s)
+
+    def check_integrity(self) -> None:
+        """Raise if slots and cache contradict themselves or each other, between two layers.
+
+        Raises
+        ------
+        SlotError, CapacityError, AssertionError
+            Saying how.
+        """
+        self.director.check_integrity()
+        self._slots.check_integrity()
+        held = {
+            (layer, expert)
+            for layer in range(len(self._layers))
+            for expert in self.director.cache.residency(layer)
+        }
+        if held != set(self._slots):
+            raise SlotError(
+                f"the cache holds {len(held)} experts and the slots {len(self._slots)}; they "
+                f"differ in (layer, expert) {sorted(held ^ set(self._slots))[:4]}",
+                hint="this is a defect of the executor: please report it",
+            )
+
+
+Settle = Callable[[int], Opened]
+"""Opens the device for a number of slots, with nothing resident."""
