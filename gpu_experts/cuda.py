@@ -194,13 +194,18 @@ class CudaDevice:
         with self._guard("an output", 4 * tokens * layout.hidden):
             return torch.zeros(tokens, layout.hidden, dtype=torch.float32, device=self.torch_device)
 
-    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_host(
+        self, *tensors: Tensor, meanwhile: Callable[[], object] | None = None
+    ) -> tuple[Tensor, ...]:
         if (last := self._last.get("compute")) is not None:
             last.settled(self._timeout_s)
         reached = self._runtime.event()
         with self._guard("bringing results to the host"):
             copies = tuple(self._fetch(tensor.detach()) for tensor in tensors)
             reached.record(self._runtime.current())
+        if meanwhile is not None:
+            meanwhile()
+        with self._guard("bringing results to the host"):
             poll(reached.query, self._timeout_s, "the device's work so far")
             if time.perf_counter() - self._anchor.time > ANCHOR_S:
                 self._anchor = Anchor(self._runtime, self._timeout_s)

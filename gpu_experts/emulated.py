@@ -207,10 +207,11 @@ class EmulatedDevice:
     def to_host(
         self, *tensors: Tensor, meanwhile: Callable[[], object] | None = None
     ) -> tuple[Tensor, ...]:
-        if self._lanes is not None:
-            self._lanes[1].drain(self._timeout_s)
+        last = None if self._lanes is None else self._lanes[1].last
         if meanwhile is not None:
             meanwhile()
+        if last is not None:
+            last.settled(self._timeout_s)
         return tuple(tensor.detach() for tensor in tensors)
 
     def join(

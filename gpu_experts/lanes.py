@@ -36,8 +36,19 @@ class Clock:
             pass
 
 
+class LaneEvent(Event, Protocol):
+    """Work of a lane."""
+
+    def settled(self, timeout_s: float) -> None:
+        """Return once it is over, well or not; DeviceTimeoutError when that takes longer."""
+
+
 class Lane(Protocol):
     """Takes work in order."""
+
+    @property
+    def last(self) -> LaneEvent | None:
+        """What was submitted last."""
 
     def submit(
         self,
@@ -60,9 +71,6 @@ class Lane(Protocol):
             What must be over first, well or not.
         """
 
-    def drain(self, timeout_s: float) -> None:
-        """Return when everything submitted so far is over, well or not."""
-
     def close(self) -> None:
         """Take no more work; what is still waiting fails."""
 
@@ -80,7 +88,6 @@ class ThreadEvent:
         return self._over.is_set()
 
     def settled(self, timeout_s: float) -> None:
-        """Return once it is over, well or not; DeviceTimeoutError when that takes longer."""
         if not self._over.wait(timeout_s):
             raise timed_out(self.what, timeout_s)
 
@@ -114,7 +121,7 @@ class ThreadLane:
         self._clock = clock
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._closed = threading.Event()
-        self._last: ThreadEvent | None = None
+        self.last: ThreadEvent | None = None
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -127,13 +134,9 @@ class ThreadLane:
         after: Sequence[Event] = (),
         behind: Sequence[Event] = (),
     ) -> Event:
-        self._last = ThreadEvent(what)
-        self._queue.put((self._last, work, seconds, tuple(after), tuple(behind)))
-        return self._last
-
-    def drain(self, timeout_s: float) -> None:
-        if self._last is not None:
-            self._last.settled(timeout_s)
+        self.last = ThreadEvent(what)
+        self._queue.put((self.last, work, seconds, tuple(after), tuple(behind)))
+        return self.last
 
     def close(self) -> None:
         self._closed.set()
@@ -218,7 +221,6 @@ class ClockEvent:
         return self._clock.now() >= self.end
 
     def settled(self, timeout_s: float) -> None:
-        """Return once it is over, well or not; DeviceTimeoutError when that takes longer."""
         last = self._clock.now() + timeout_s
         self._clock.until(min(self.end, last))
         if self.end > last:
@@ -238,7 +240,7 @@ class ClockLane:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._last: ClockEvent | None = None
+        self.last: ClockEvent | None = None
 
     def submit(
         self,
@@ -250,8 +252,8 @@ class ClockLane:
         behind: Sequence[Event] = (),
     ) -> Event:
         start = self._clock.now()
-        if self._last is not None:
-            start = max(start, self._last.end)
+        if self.last is not None:
+            start = max(start, self.last.end)
         failure = None
         for event in (*behind, *after):
             if isinstance(event, ClockEvent):
@@ -265,12 +267,8 @@ class ClockLane:
                 work()
             except DeviceFailedError as error:
                 failure = failed(what, error)
-        self._last = ClockEvent(what, start, start + seconds, failure, self._clock)
-        return self._last
-
-    def drain(self, timeout_s: float) -> None:
-        if self._last is not None:
-            self._last.settled(timeout_s)
+        self.last = ClockEvent(what, start, start + seconds, failure, self._clock)
+        return self.last
 
     def close(self) -> None:
-        self._last = None
+        self.last = None
