@@ -373,11 +373,9 @@ class Executor:
         """Make sense again after something broke a layer off; forget everything if need be."""
         self._before_s = None
         try:
-            self.residents.settle(self._timeout_s)
-            self.director.abandon()
             if self._shared is not None:
                 self._shared.abandon()
-            self.residents.check_integrity()
+            self.residents.recover(self._timeout_s)
         except DeviceError as error:
             if self.device is not None:
                 self._give_up(self.device, error)

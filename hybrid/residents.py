@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cpu_experts.experts import ExpertShape
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import SlotError
-from gpu_experts.slots import SlotTable
+from gpu_experts.slots import SlotState, SlotTable
 from hybrid.store import U8
 from planner.director import Admission, Director
 
@@ -94,8 +94,8 @@ class Residents:
             self._slots.release(layer, evicted)
         slot = self._slots.assign(layer, expert)
         event = self._copy(layer, expert, slot)
-        self.director.cache.pin(layer, expert)
         self._flying[layer, expert] = event
+        self.director.cache.pin(layer, expert)
         return event
 
     def stage(self, layer: int, expert: int) -> Event:
@@ -144,6 +144,25 @@ class Residents:
             event.wait(timeout_s)
         self.land()
 
+    def recover(self, timeout_s: float) -> None:
+        """Make sense again after a layer was broken off between two halves of a change.
+
+        Raises
+        ------
+        DeviceTimeoutError, DeviceFailedError
+            When the device does not finish what it was given.
+        SlotError, CapacityError, AssertionError
+            When it makes no sense any more: open the device anew.
+        """
+        self.settle(timeout_s)
+        for layer, expert in list(self._slots):
+            if self._slots.state(layer, expert) is SlotState.LOADING:  # never handed to the device
+                self._slots.lost(layer, expert)
+                if expert in self.director.cache.residency(layer):
+                    self.director.lost(layer, expert)
+        self.director.abandon()
+        self.check_integrity()
+
     def warm(self, uses: NDArray[np.integer], timeout_s: float) -> None:
         """Fill free slots with the most used experts and wait until they are there.
 
@@ -176,6 +195,16 @@ class Residents:
             for layer in range(len(self._layers))
             for expert in self.director.cache.residency(layer)
         }
+        lost = [
+            key
+            for key in self._slots
+            if self._slots.state(*key) is SlotState.LOADING and key not in self._flying
+        ]
+        if lost:
+            raise SlotError(
+                f"slots wait for copies that nobody makes, of (layer, expert) {lost[:4]}",
+                hint="this is a defect of the executor: please report it",
+            )
         if held != set(self._slots):
             raise SlotError(
                 f"the cache holds {len(held)} experts and the slots {len(self._slots)}; they "

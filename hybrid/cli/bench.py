@@ -43,12 +43,7 @@ def kernels(
     from hybrid.bench.record import check_appendable
     from hybrid.errors import UsageError
 
-    try:
-        counts = {int(word) for word in tokens.split(",")} if tokens else set(bench.TOKENS)
-    except ValueError as error:
-        raise UsageError(
-            f"--tokens {tokens!r} is not a list of numbers", hint="for example --tokens 1,32"
-        ) from error
+    counts = set(_numbers(tokens, "--tokens", int)) if tokens else set(bench.TOKENS)
     wanted = tuple(check_format(word.strip()) for word in formats.split(","))
     chosen = [case for case in bench.cases(wanted) if case.tokens in counts]
     if not chosen:
@@ -132,6 +127,61 @@ def peers(
         progress=_say,
     )
     _deliver(result, as_json, record, bench.peers_table(result))
+
+
+@bench_app.command()
+def hybrid(
+    models: Annotated[
+        str, typer.Option("--model", help="Shipped models, comma-separated.")
+    ] = "Qwen3-30B-A3B,DeepSeek-V2-Lite",
+    device: Annotated[
+        str, typer.Option(help="The machine whose GPU and link are emulated.")
+    ] = "rtx4060-laptop-8gb",
+    resident: Annotated[
+        str, typer.Option(help="Shares of the experts that have slots, comma-separated.")
+    ] = "0.25,0.5,0.75",
+    prompts: Annotated[
+        str, typer.Option(help="Tokens of the prompts, comma-separated.")
+    ] = "128,512",
+    generate: Annotated[int, typer.Option(min=2, help="Tokens decoded after each.")] = 32,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="MoE layers.", show_default="what memory holds")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Routing trace (.npz) for the models that it fits.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds of all rules.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: _JSON = False,
+    record: _RECORD = None,
+) -> None:
+    """Sharing experts with an emulated GPU: ours beside other systems' rules."""
+    from hybrid.bench import hybrid as bench
+
+    result = bench.run(
+        [name.strip() for name in models.split(",")],
+        device=device,
+        shares=_numbers(resident, "--resident", float),
+        prompts=_numbers(prompts, "--prompts", int),
+        tokens=generate,
+        layers=layers,
+        trace=trace,
+        repeat=repeat,
+        threads=threads,
+        progress=_say,
+    )
+    _deliver(result, as_json, record, bench.hybrid_table(result))
+
+
+def _numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
+    from hybrid.errors import UsageError
+
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text!r} is not a list of numbers", hint=f"for example {option} 1,2"
+        ) from error
 
 
 @bench_app.command()

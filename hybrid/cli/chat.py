@@ -42,6 +42,10 @@ def chat(
     dense: cli.Dense = None,
     threads: cli.Threads = None,
     verify: cli.Verify = False,
+    device: cli.Device = None,
+    vram: cli.Vram = None,
+    ram: cli.Ram = None,
+    context: cli.Context = None,
 ) -> None:
     """Talk with a model.
 
@@ -57,7 +61,17 @@ def chat(
         seed=seed,
     )
     template = None if chat_template is None else cli.read_text(chat_template)
-    loaded = cli.load(model, experts=experts, dense=dense, threads=threads, verify=verify)
+    loaded = cli.load(
+        model,
+        experts=experts,
+        dense=dense,
+        threads=threads,
+        verify=verify,
+        device=device,
+        vram=vram,
+        ram=ram,
+        context=context,
+    )
     if template is not None:
         loaded.tokenizer.chat_template = template
     loaded.require_chat_template()

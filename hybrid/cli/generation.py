@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from hybrid.errors import UsageError
 from hybrid.metrics import summary_line
+from hybrid.paths import write_whole
 
 if TYPE_CHECKING:
     from hybrid.model import HybridModel
@@ -78,6 +80,36 @@ Threads = Annotated[
         show_default="OMP_NUM_THREADS or all cores",
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cuda, cuda:N, emulated or cpu.", show_default="the GPU if there is one, else cpu"
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the GPU's memory, use this much, such as 4GiB; 0 is the CPU alone.",
+        show_default="what is free",
+    ),
+]
+Ram = Annotated[
+    str | None, typer.Option(help="Of the memory, use this much.", show_default="all of it")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        "-c",
+        min=1,
+        help="Keep GPU memory for so many tokens.",
+        show_default="4096, or the model's if less",
+    ),
+]
+Perfetto = Annotated[
+    Path | None,
+    typer.Option(help="Write what CPU, GPU and link did when to this file, for ui.perfetto.dev."),
+]
 Verify = Annotated[bool, typer.Option("--verify", help="Check the store's checksums first.")]
 
 
@@ -119,10 +151,8 @@ def sampling_options(
     return penalty
 
 
-def load(
-    model: str | None, *, experts: str | None, dense: str | None, threads: int | None, verify: bool
-) -> HybridModel:
-    """Import what is needed and load ``model``.
+def load(model: str | None, **options: Any) -> HybridModel:
+    """Import what is needed and load ``model``; takes what ``HybridModel.from_pretrained`` takes.
 
     Collecting garbage while importing torch and transformers costs a fifth of the start and
     finds nothing, so it waits until the model is there.
@@ -134,9 +164,7 @@ def load(
         from hybrid.model import HybridModel
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return HybridModel.from_pretrained(
-            model, experts=experts, dense=dense, threads=threads, verify=verify
-        )
+        return HybridModel.from_pretrained(model, **options)
     finally:
         gc.freeze()
         gc.enable()
@@ -154,6 +182,26 @@ def write(piece: str) -> None:
     """Put ``piece`` on stdout at once."""
     sys.stdout.write(piece)
     sys.stdout.flush()
+
+
+def check_writable(file: Path | None) -> None:
+    """Refuse a file that exists or cannot be made, before anything takes long."""
+    if file is None:
+        return
+    if file.exists():
+        raise UsageError(f"{file} exists already", hint="choose another name, or delete it")
+    if not os.access(file.parent, os.W_OK):
+        raise UsageError(
+            f"cannot write to {file.parent}", hint="choose a folder that exists and is yours"
+        )
+
+
+def write_timeline(model: HybridModel, file: Path | None) -> None:
+    """Write the timeline of all lanes, if a file is given, and say so on stderr."""
+    if file is None:
+        return
+    write_whole(file, model.perfetto())
+    print(f"wrote {file}: open it in ui.perfetto.dev", file=sys.stderr)
 
 
 def summarise(model: HybridModel, *, whole: bool = False) -> None:

@@ -36,6 +36,11 @@ def run(
     dense: cli.Dense = None,
     threads: cli.Threads = None,
     verify: cli.Verify = False,
+    device: cli.Device = None,
+    vram: cli.Vram = None,
+    ram: cli.Ram = None,
+    context: cli.Context = None,
+    perfetto: cli.Perfetto = None,
     report: Annotated[
         bool, typer.Option("--report", help="End with the whole report instead of one line.")
     ] = False,
@@ -55,7 +60,21 @@ def run(
         seed=seed,
     )
     text = read_prompt(prompt, file)
-    loaded = cli.load(model, experts=experts, dense=dense, threads=threads, verify=verify)
+    cli.check_writable(perfetto)
+    loaded = cli.load(
+        model,
+        experts=experts,
+        dense=dense,
+        threads=threads,
+        verify=verify,
+        device=device,
+        vram=vram,
+        ram=ram,
+        context=context,
+        keep_timeline=perfetto is not None,
+    )
+    if perfetto is not None:
+        loaded.perfetto()  # raises now if there will be none
     cli.set_seed(seed)
     if echo:
         cli.write(text)
@@ -69,8 +88,10 @@ def run(
         )
     except KeyboardInterrupt:
         cli.summarise(loaded, whole=report)
+        cli.write_timeline(loaded, perfetto)
         raise
     cli.summarise(loaded, whole=report)
+    cli.write_timeline(loaded, perfetto)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -1,0 +1,108 @@
+"""A few layers of small random experts, and executors that share them with an emulated device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cpu_experts.experts import ExpertShape, pack_expert
+from cpu_experts.ffn import run_experts
+from gpu_experts.emulated import EmulatedDevice
+from gpu_experts.layout import BlockLayout
+from gpu_experts.slots import SlotTable
+from hybrid.devices import emulated_device
+from hybrid.executor import Executor
+from hybrid.placement import STAGING, DenseSeconds
+from hybrid.planning import find_hardware
+from hybrid.residents import Opened
+from planner.cache import ExpertCache
+from planner.capacity import equal_capacities
+from planner.cost import CostModel
+from planner.director import Director
+from planner.model import Experts, Layer, Mixer, ModelSpec
+from planner.policies import LRU
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 3, 8, 3, 64, 32
+SHAPE = ExpertShape(hidden=HIDDEN, intermediate=INTERMEDIATE, format="q4_0")
+SPEC = ModelSpec(
+    name="small",
+    family="test",
+    hidden=HIDDEN,
+    vocab=100,
+    context=1000,
+    tied=False,
+    layers=(Layer(mixer=Mixer(kind="full", params=1000), ffn_params=500, moe=True),) * LAYERS,
+    experts=Experts(count=EXPERTS, top_k=TOP_K, hidden=HIDDEN, intermediate=INTERMEDIATE),
+)
+
+
+class Blocks(NamedTuple):
+    """One layer's experts."""
+
+    blocks: np.ndarray
+    shape: ExpertShape
+
+
+def random_layers(seed: int = 0) -> list[Blocks]:
+    """Return ``LAYERS`` layers whose experts all differ."""
+    draw = np.random.default_rng(seed).standard_normal
+
+    def block() -> np.ndarray:
+        size = (INTERMEDIATE, HIDDEN)
+        return pack_expert(
+            SHAPE,
+            gate=draw(size, np.float32),
+            up=draw(size, np.float32),
+            down=draw(size[::-1], np.float32),
+        )
+
+    return [Blocks(np.stack([block() for _ in range(EXPERTS)]), SHAPE) for _ in range(LAYERS)]
+
+
+def shared_executor(
+    layers: list[Blocks],
+    slots: int,
+    *,
+    device: Any = None,
+    capacity_slots: int | None = None,
+    policy: Callable[[int, int], Any] = LRU,
+    **options: Any,
+) -> Executor:
+    """Return an executor with an exact emulated device, unless another is given."""
+    layout = BlockLayout.of(SHAPE, layers[0].blocks.shape[1])
+    cost = CostModel(SPEC, find_hardware("rtx4060-laptop-8gb"), "q4_0")
+    kept = policy(LAYERS, EXPERTS)
+    if device is None:
+        room = (slots if capacity_slots is None else capacity_slots) + STAGING
+        device = emulated_device(room * layout.stride, SHAPE, 1)
+
+    def settle(count: int) -> Opened:
+        device.open(layout, count + STAGING)
+        cache = ExpertCache(kept, equal_capacities(count, LAYERS, EXPERTS))
+        return Opened(SlotTable(count, STAGING), Director(cost, cache))
+
+    return Executor(layers, device, settle, slots, DenseSeconds(cost, 16), threads=1, **options)
+
+
+def random_step(rng: np.random.Generator, tokens: int) -> tuple[Any, Any, Any]:
+    """Return hidden states, ids (some without weights) and routing weights."""
+    hidden = torch.from_numpy(rng.standard_normal((tokens, HIDDEN), np.float32))
+    ids = np.stack([rng.permutation(EXPERTS + 1)[:TOP_K] for _ in range(tokens)])
+    weights = torch.from_numpy(rng.random((tokens, TOP_K), np.float32))
+    return hidden, torch.from_numpy(ids), weights
+
+
+def on_cpu(layer: Blocks, hidden: Any, ids: Any, weights: Any) -> np.ndarray:
+    """What the CPU alone computes."""
+    out = np.zeros(hidden.shape, np.float32)
+    run_experts(hidden.numpy(), ids.numpy(), weights.numpy(), layer.blocks, layer.shape, out)
+    return out
+
+
+def exact(executor: Executor) -> EmulatedDevice:
+    """Return the executor's device, which is still in use."""
+    assert isinstance(executor.device, EmulatedDevice)
+    return executor.device
