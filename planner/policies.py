@@ -129,24 +129,30 @@ class Blend(Policy):
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
+        # The slow average is kept LONG times as large.
         self._means = np.zeros((layers, 2, experts))
         self._value = np.zeros((layers, experts))
+        self._token = self._rates(1)
+
+    def _rates(self, tokens: int) -> tuple[Values, Values]:
+        """What is kept of both averages after ``tokens`` tokens and what is added, ``[2, 1]``."""
+        keep = ((1 - self.RATES) ** tokens)[:, None]
+        return keep, (1 - keep) * np.array([[1.0], [self.LONG]])
 
     def observe(self, layers: Ids, ids: Ids, weights: Values, tokens: int = 1) -> None:
-        keep = (1 - self.RATES) ** tokens
+        keep, gain = self._rates(tokens)
         share = weights / np.maximum(weights.sum(axis=1, keepdims=True), _TINY)
-        self._means[layers] *= keep[:, None]
-        self._means[layers[:, None], :, ids] += share[..., None] * (1 - keep)
-        means = self._means[layers]
-        self._value[layers] = means[:, 0] + self.LONG * means[:, 1]
+        self._means[layers] *= keep
+        self._means[layers[:, None], :, ids] += share[..., None] * gain[:, 0]
+        self._value[layers] = self._means[layers].sum(axis=1)
 
     def observe_one(self, layer: int, ids: Ids, weights: Values, tokens: int) -> None:
-        keep = (1 - self.RATES[:, None]) ** tokens
-        share = weights / max(float(weights.sum()), _TINY)
+        # The same without a copy, for the one token that every layer of every step waits for.
+        keep, gain = self._token if tokens == 1 else self._rates(tokens)
         means = self._means[layer]
         means *= keep
-        means[:, ids] += share * (1 - keep)
-        self._value[layer] = means[0] + self.LONG * means[1]
+        means[:, ids] += weights / max(np.add.reduce(weights), _TINY) * gain
+        np.add(means[0], means[1], out=self._value[layer])
 
     def value(self, layers: Ids) -> Values:
         return self._value[layers]

@@ -26,6 +26,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,9 @@ WINDOW = 64
 
 PAUSE = 1024
 """Layer steps for which nothing is prefetched after waste has won."""
+
+KNOTS = 64
+"""Points of the curve of expected makespans for each hit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +181,8 @@ class ValuePrefetch(NoPrefetch):
         self._copy_s = copy_s
         self._top_k = len(makespan_s) - 1
         self._makespan_s = np.asarray(makespan_s, dtype=np.float64)
-        self._hits = np.arange(self._top_k + 1)
-        self._ways = np.array([math.comb(self._top_k, h) for h in self._hits], dtype=np.float64)
+        knots = np.arange(self._top_k * KNOTS + 2) / KNOTS
+        self._curve: list[float] = self.expected_s(knots).tolist()
         self._recent: deque[bool] = deque(maxlen=WINDOW)
         self._paused = 0
 
@@ -213,18 +217,12 @@ class ValuePrefetch(NoPrefetch):
                 f"{[a.idle_s for a in ahead]}",
                 hint="give layers in the order they run, each with the idle time until it starts",
             )
-        experts, hits = [], []
-        for layer, most in zip(ahead, room, strict=True):
-            ids, expected = self._hits_after(layer, most, cache) if most else ([], [0.0])
-            experts.append(ids)
-            hits.append(expected)
-        seconds = self.expected_s(np.array([h for each in hits for h in each])).tolist()
-        worth = []
-        for each in hits:
-            now_s, *later_s = seconds[: len(each)]
-            del seconds[: len(each)]
-            worth.append([0.0, *(now_s - s for s in later_s)])
-        return self._fetch(ahead, experts, _knapsack(worth, room, price_s))
+        options = [
+            self._worth(layer, most, cache) if most else ([], [0.0])
+            for layer, most in zip(ahead, room, strict=True)
+        ]
+        counts = _knapsack([worth for _, worth in options], room, price_s)
+        return self._fetch(ahead, [experts for experts, _ in options], counts)
 
     def choose_for_prompt(
         self,
@@ -247,13 +245,15 @@ class ValuePrefetch(NoPrefetch):
         most = self._copies(ahead)
         if not self.active or not most:
             return ()
-        saved_s = [n * cpu_s(1) if n < 1 else cpu_s(round(n)) for n in ahead.expected.tolist()]
-        held = sorted(cache.residency(ahead.layer))
-        experts, losers = self._candidates(ahead, most, cache, held, ahead.expected)
+        tokens = ahead.expected.tolist()
+        saved_s = [n * cpu_s(1) if n < 1 else cpu_s(round(n)) for n in tokens]
+        held = cache.residency(ahead.layer)
+        experts = [expert for expert in range(len(tokens)) if expert not in held]
+        experts.sort(key=tokens.__getitem__, reverse=True)
         worth = [0.0]
-        for expert, loser in zip(experts, losers, strict=True):
-            lost_s = 0.0 if loser is None else saved_s[loser]
-            worth.append(worth[-1] + saved_s[expert] - lost_s)
+        losers = self._losers(ahead.layer, most, cache, tokens)
+        for expert, loser in zip(experts, losers, strict=False):
+            worth.append(worth[-1] + saved_s[expert] - (0.0 if loser is None else saved_s[loser]))
         return self._fetch([ahead], [experts], _knapsack([worth], [most], price_s))
 
     def resolve(self, layer: int, activated: Collection[int]) -> frozenset[int]:
@@ -268,49 +268,54 @@ class ValuePrefetch(NoPrefetch):
 
     def expected_s(self, hits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the layer's expected makespan at each expected number of hits, ``[n]``."""
-        q = np.minimum(np.maximum(hits / self._top_k, 0.0), 1.0)[:, None]
-        chance = self._ways * q**self._hits * (1 - q) ** (self._top_k - self._hits)
-        expected: NDArray[np.float64] = chance @ self._makespan_s
+        each = np.arange(self._top_k + 1)
+        ways = np.array([math.comb(self._top_k, h) for h in each], dtype=np.float64)
+        q = np.clip(hits / self._top_k, 0.0, 1.0)[:, None]
+        expected: NDArray[np.float64] = ways * q**each * (1 - q) ** each[::-1] @ self._makespan_s
         return expected
+
+    def _expect_s(self, hits: float) -> float:
+        """``expected_s`` of one number of hits, read off a curve of ``KNOTS`` points a hit."""
+        at = min(max(hits, 0.0), self._top_k) * KNOTS
+        knot = int(at)
+        low, high = self._curve[knot : knot + 2]
+        return low + (at - knot) * (high - low)
 
     def _copies(self, layer: Ahead) -> int:
         """How many copies end before the layer starts; never more than anyone could want."""
         most = len(layer.expected)
         return min(most, int(max(0.0, layer.idle_s) / self._copy_s))
 
-    def _candidates(
-        self,
-        layer: Ahead,
-        most: int,
-        cache: ExpertCache,
-        held: list[int],
-        value: NDArray[np.float64],
-    ) -> tuple[list[int], list[int | None]]:
-        """Return the likeliest missing experts and, for each, whom it would evict.
+    def _worth(self, layer: Ahead, most: int, cache: ExpertCache) -> tuple[list[int], list[float]]:
+        """Return the layer's missing experts, likeliest first, and V(n) for n = 0, 1, ..."""
+        held = cache.residency(layer.layer)
+        least = self._top_k / (2 * len(layer.expected))
+        likely = np.flatnonzero(layer.expected > least).tolist()
+        missing = [expert for expert in likely if expert not in held]
+        worth = [0.0]
+        if missing:
+            p = layer.expected.tolist()
+            missing.sort(key=p.__getitem__, reverse=True)
+            losers = self._losers(layer.layer, most, cache, cache.value(layer.layer).tolist())
+            hits = sum([p[expert] for expert in held])
+            now_s = self._expect_s(hits)
+            for expert, loser in zip(missing, losers, strict=False):
+                hits += p[expert] - (0.0 if loser is None else p[loser])
+                worth.append(now_s - self._expect_s(hits))
+        return missing, worth
 
-        Those of least ``value`` go first; None stands for a free slot. Earlier fetches that have
-        not met their layer yet are the caller's pins: nobody evicts them.
+    @staticmethod
+    def _losers(
+        layer: int, most: int, cache: ExpertCache, value: Sequence[float]
+    ) -> list[int | None]:
+        """Return who would have to go for 1, 2, ... ``most`` newcomers, least ``value`` first.
+
+        None stands for a free slot. Earlier fetches that have not met their layer yet are the
+        caller's pins: nobody evicts them.
         """
-        free = cache.capacities[layer.layer] - len(held)
-        going = sorted(cache.evictable(layer.layer), key=value.tolist().__getitem__)
-        losers = [*[None] * free, *going][:most]
-        rank = -layer.expected
-        rank[held] = np.inf
-        count = min(len(losers), len(rank) - len(held))
-        experts: list[int] = rank.argsort(kind="stable")[:count].tolist()
-        return experts, losers[:count]
-
-    def _hits_after(
-        self, layer: Ahead, most: int, cache: ExpertCache
-    ) -> tuple[list[int], list[float]]:
-        """Return the candidates, and the hits to expect after fetching 0, 1, ... of them."""
-        held, p = sorted(cache.residency(layer.layer)), layer.expected
-        experts, losers = self._candidates(layer, most, cache, held, cache.value(layer.layer))
-        hits = [float(p[held].sum())]
-        gains = p[experts].tolist()
-        for gain, loser in zip(gains, losers, strict=True):
-            hits.append(hits[-1] + gain - (0.0 if loser is None else float(p[loser])))
-        return experts, hits
+        free = min(most, cache.capacities[layer] - len(cache.residency(layer)))
+        going = nsmallest(most - free, cache.evictable(layer), key=value.__getitem__)
+        return [None] * free + going
 
     def _fetch(
         self, ahead: Sequence[Ahead], experts: Sequence[list[int]], counts: Sequence[int]
