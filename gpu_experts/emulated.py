@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -171,11 +172,12 @@ class EmulatedDevice:
     ) -> Event:
         layout, (_, lane) = self._opened()
         check_compute(layout, self._slots, x, slot_ids, routing_weights, out)
-        loads = np.bincount(slot_ids[slot_ids >= 0], minlength=self._slots)
-        used = [int(slot) for slot in np.flatnonzero(loads)]
+        loads = Counter(slot_ids.ravel().tolist())
+        loads.pop(-1, None)
+        used = sorted(loads)
         require_content(used, self._written)
         self._allocate(0, what)
-        seconds = sum(self.expert_s(int(loads[slot])) for slot in used)
+        seconds = sum([self.expert_s(loads[slot]) for slot in used])
         memory, run = self._memory, self._run
 
         def work() -> None:
