@@ -187,7 +187,8 @@ class Placement:
             for item in self.fit.items
             if item.place == "vram" and item.bytes
         )
-        slots, stored = sum(self.fit.slots), self.spec.moe_layers * self.spec.experts.count
+        slots = self.executor.slot_count if self.executor else 0
+        stored = self.spec.moe_layers * self.spec.experts.count
         return (
             f"{self.device}, {self.fit.vram_bytes / 2**30:.2f} GiB: {items}; "
             f"{slots} of {stored} experts can be resident ({slots / stored:.0%})"
@@ -284,7 +285,7 @@ def _share_experts(
         layers,
         device,
         settler(device, layout, cost),
-        max(0, sum(placed.slots) - STAGING),
+        _slots(placed, cost, layout.stride),
         seconds,
         threads=threads,
         lookahead=lookahead,
@@ -299,6 +300,13 @@ def _share_experts(
         module.hybrid_experts = PlacedExperts(executor, number, layers[number])
     watch_steps(model, executor, seconds)
     return executor
+
+
+def _slots(placed: Fit, cost: CostModel, stride: int) -> int:
+    """Slots for resident experts: a slot is a block rounded up to pages, more than its weights."""
+    spec = cost.model
+    room = placed.vram_bytes - placed.used("vram") + sum(placed.slots) * cost.experts.bytes
+    return min(max(0, room // stride - STAGING), spec.moe_layers * spec.experts.count)
 
 
 def settler(device: Device, layout: BlockLayout, cost: CostModel) -> Settle:

@@ -1,0 +1,266 @@
+"""A model on an emulated device: the same text as on the CPU, and a report that says how."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_experts.emulated import EmulatedDevice
+from hybrid.cli import main
+from hybrid.demo import demo_path
+from hybrid.devices import choose_device, emulated_device
+from hybrid.errors import UsageError
+from hybrid.loading import load_fast_model
+from hybrid.model import HybridModel
+from hybrid.placement import STAGING, Budget, Placement, place_model
+from hybrid.planning import find_hardware
+from planner.memory import VRAM_RESERVE_BYTES
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
+PROMPT = "def main(argv):\n    "
+#: Rounding of one sum in two parts, over all layers and against logits of this size.
+TOLERANCE = 1e-4
+
+
+def placed(path: Path | str, slots: int, **options: Any) -> HybridModel:
+    """Load ``path`` with room for ``slots`` resident experts on an exact emulated device."""
+    source = demo_path() if path == "demo" else path
+    model, _ = load_fast_model(source, fast=False)
+    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
+    needed = _dense_bytes(model) + (slots + STAGING) * layer.blocks.shape[1]
+    return HybridModel.from_pretrained(path, vram=needed, threads=1, context=256, **options)
+
+
+def _dense_bytes(model: Any) -> int:
+    """What a placement takes besides slots, found by asking for too little."""
+    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
+    big = emulated_device(2 << 30, layer.shape, 1)
+    hardware = find_hardware("rtx4060-laptop-8gb")
+    placement = place_model(model, big, hardware, Budget(None, None, 256), threads=1)
+    return sum(
+        item.bytes
+        for item in placement.fit.items
+        if item.place == "vram" and not item.name.startswith("expert slots")
+    )
+
+
+def device_of(model: HybridModel) -> EmulatedDevice:
+    executor = placement_of(model).executor
+    assert executor is not None
+    assert isinstance(executor.device, EmulatedDevice)
+    return executor.device
+
+
+def placement_of(model: HybridModel) -> Placement:
+    assert model.placement is not None
+    return model.placement
+
+
+@pytest.fixture(scope="module")
+def alone() -> HybridModel:
+    return HybridModel.from_pretrained(threads=1)
+
+
+@pytest.fixture(scope="module")
+def text(alone: HybridModel) -> str:
+    return alone.generate(PROMPT, **GREEDY)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 7, 40, 96])
+def test_any_number_of_slots_writes_the_same_text(slots: int, text: str) -> None:
+    """The trained model's greedy text does not depend on what is resident where."""
+    model = placed("demo", slots)
+    executor = placement_of(model).executor
+    assert executor is not None
+    for _ in range(2):  # the cache lives on between the calls
+        assert model.generate(PROMPT, **GREEDY) == text
+    executor.residents.settle(5.0)
+    executor.residents.check_integrity()
+    assert executor.slot_count == min(slots, 96)
+
+
+def test_logits_agree_to_rounding(alone: HybridModel) -> None:
+    """Whatever is resident, logits of a prompt are those of the CPU alone."""
+    ids = alone.encode(PROMPT * 4)
+    model = placed("demo", 30)
+    with torch.no_grad():
+        expected = alone.model(ids).logits
+        for _ in range(3):
+            found = model.model(ids).logits
+            assert float((found - expected).abs().max()) < TOLERANCE * float(expected.abs().max())
+
+
+def test_the_report_says_what_was_predicted_and_measured(tiny_model: Path) -> None:
+    """Every term has both sides; the emulated device is named as a slow path with its remedy."""
+    model = placed(tiny_model, 6)
+    model.generate("abc", max_new_tokens=9, do_sample=False)
+    report = model.report()
+    assert "experts can be resident" in str(report.placement)
+    names = {(term.phase, term.name) for term in report.terms}
+    assert {("decode", "experts"), ("prefill", "attention and router"), ("decode", "link")} <= names
+    whole = next(term for term in report.terms if term.name == "a step" and term.phase == "decode")
+    assert whole.predicted_s > 0
+    assert whole.measured_s is not None
+    parts = [t for t in report.terms if t.phase == "decode" and t.name in _TERMS]
+    assert sum(t.measured_s or 0 for t in parts) == pytest.approx(whole.measured_s)
+    assert 0 <= (report.figures["hit_rate"].value or 0) <= 1
+    assert any("emulated device instead of a GPU" in path.what for path in report.slow_paths)
+    values = report.to_dict()
+    assert json.loads(json.dumps(values))["terms"][0]["phase"] == "prefill"
+    assert "predicted" in str(report)
+
+
+_TERMS = ("attention and router", "deciding", "experts", "output head")
+
+
+def test_interrupting_generation_leaves_the_model_usable(text: str) -> None:
+    """Ctrl-C in the middle of an answer, again and again: the next answer is right."""
+    model = placed("demo", 20)
+    for limit in (1, 2, 5, 11):
+        told: list[str] = []
+
+        def stop(piece: str, told: list[str] = told, limit: int = limit) -> None:
+            told.append(piece)
+            if len(told) == limit:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(PROMPT, on_text=stop, **GREEDY)
+    assert model.generate(PROMPT, **GREEDY) == text
+
+
+def test_two_threads_write_what_one_writes(text: str) -> None:
+    """Calls from two threads take turns."""
+    model = placed("demo", 20)
+    texts: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(model.generate(PROMPT, **GREEDY)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [text, text]
+
+
+@pytest.mark.parametrize("fault", ["copy", "compute", "memory"])
+def test_a_fault_in_the_middle_changes_no_text(fault: Any, text: str, capfd: Any) -> None:
+    """The device fails while it writes; the text goes on with the same tokens, and it is said."""
+    model = placed("demo", 20)
+    device_of(model).fail(fault, 30)
+    assert model.generate(PROMPT, **GREEDY) == text
+    said = [path.what for path in model.report().slow_paths]
+    wanted = "expert slots instead of 20" if fault == "memory" else "all experts on the CPU since"
+    assert any(wanted in what for what in said)
+    assert wanted in capfd.readouterr().err
+    assert model.generate(PROMPT, **GREEDY) == text
+
+
+def test_attention_without_memory_is_repeated_with_fewer_slots(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation of torch's own fails in the middle of a pass: its cache is cut back."""
+    model = placed("demo", 20)
+    attention = model.model.get_decoder().layers[3].self_attn
+    original, calls = attention.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        result = original(*args, **kwargs)  # the cache has the token now
+        if len(calls) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(attention, "forward", forward)
+    assert model.generate(PROMPT, **GREEDY) == text
+    assert any("15 expert slots instead of 20" in p.what for p in model.report().slow_paths)
+
+
+def test_a_stalled_device_times_out(text: str) -> None:
+    """An event that never comes, as after a suspend, ends the device and not the program."""
+    model = placed("demo", 20)
+    executor = placement_of(model).executor
+    assert executor is not None
+    executor._timeout_s = 0.3
+    device_of(model).fail("stall", 20)
+    assert model.generate(PROMPT, **GREEDY) == text
+    assert any("did not finish in" in path.reason for path in model.report().slow_paths)
+
+
+def test_too_little_vram_says_how_much_is_needed(tiny_model: Path) -> None:
+    """The dense part alone needs more: the message has both sizes."""
+    with pytest.raises(UsageError, match=r"0\.01 GiB .*not enough") as caught:
+        HybridModel.from_pretrained(tiny_model, vram=10 << 20, threads=1)
+    needed = VRAM_RESERVE_BYTES / 2**30
+    assert f"give it {needed:.2f} GiB or more" in str(caught.value.hint)
+
+
+def test_more_vram_than_the_device_has_is_refused(tiny_model: Path) -> None:
+    """Both sizes and the remedy."""
+    model, _ = load_fast_model(tiny_model, fast=False)
+    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
+    device = emulated_device(1 << 30, layer.shape, 1)
+    hardware = find_hardware("rtx4060-laptop-8gb")
+    with pytest.raises(UsageError, match=r"vram is 2\.00 GiB, emulated, exact has 1\.00 GiB"):
+        place_model(model, device, hardware, Budget(2 << 30, None, 256), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "vram", "expected"),
+    [
+        (None, None, None),
+        (None, "auto", None),
+        (None, 0, None),
+        (None, "0", None),
+        ("cpu", None, None),
+        (None, "4GiB", "emulated"),
+        ("emulated", None, "emulated"),
+    ],
+)
+def test_what_runs_where_without_a_gpu(
+    name: str | None, vram: Any, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPU alone unless vram or the device is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(name, vram) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "vram"), [("gpu", None), ("cuda:x", None), ("cuda", None), ("emulated", 0)]
+)
+def test_devices_that_cannot_be_are_refused(
+    name: str, vram: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One clear error with a hint each."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError) as caught:
+        choose_device(name, vram)
+    assert caught.value.hint
+
+
+def test_the_command_line_shares_and_writes_a_timeline(tmp_path: Path, capfd: Any) -> None:
+    """``hybrid run --vram --perfetto --report``: text on stdout, the rest on stderr, a file."""
+    file = tmp_path / "lanes.json"
+    words = ["run", "-p", "import os", "-n", "8", "--greedy", "--vram", "1GiB", "--report"]
+    assert main([*words, "--perfetto", str(file)]) == 0
+    said = capfd.readouterr()
+    assert "experts can be resident" in said.err
+    assert "predicted" in said.err
+    assert str(file) in said.err
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {event["cat"] for event in events if event["ph"] == "X"} >= {"cpu", "gpu"}
+    assert main([*words, "--perfetto", str(file)]) == 2
+    assert "exists already" in capfd.readouterr().err
+
+
+def test_a_timeline_of_the_cpu_alone_is_refused(tmp_path: Path, capfd: Any) -> None:
+    """There are no lanes to show; nothing is generated first."""
+    words = ["run", "-p", "x", "--perfetto", str(tmp_path / "x.json")]
+    assert main(words) == 2
+    assert "there is no timeline" in capfd.readouterr().err
