@@ -59,7 +59,10 @@ class Predictor(Protocol):
         """What is to be known of ``hidden``, on its device; None when nothing is predicted."""
 
     def probabilities(self, layer: int, scores: F32) -> Ahead:
-        """The chance of each expert of the next layers to be activated."""
+        """The chance of each expert of the next layers to be activated, for one token."""
+
+    def expected_loads(self, layer: int, scores: F32) -> Ahead:
+        """The tokens that each expert of the next layers will get, for several."""
 
     def learn(self, layer: int, ids: NDArray[np.integer]) -> None:
         """What the layer's router chose."""
@@ -272,7 +275,7 @@ class Executor:
         out = device.new_output(len(x))
         computes: list[Event] = []
         landing: dict[int, Event] = {}
-        waiting = deque(plan.copies)
+        waiting, arrivals = deque(plan.copies), iter(plan.copies)
 
         def copy_next() -> None:
             expert = waiting.popleft()
@@ -296,8 +299,10 @@ class Executor:
                     f"layer {layer}: resident experts {', '.join(map(str, here))}",
                 )
                 continue
-            for expert in run:
-                while expert not in landing:
+            for _ in run:
+                # In the order of arrival, whatever the plan's: then at most two are staged.
+                expert = next(arrivals)
+                if expert not in landing:
                     copy_next()
                 compute((expert,), (landing[expert],), f"layer {layer}: copied expert {expert}")
                 if expert not in kept:
@@ -309,9 +314,7 @@ class Executor:
         plan = decision.plan
         busy_s = max(plan.link_end_s, decision.work.link_free_s)
         idle_s = plan.makespan_s + self._seconds.mixer(plan.layer, tokens) - busy_s
-        fills = self.director.fill(
-            decision, ahead, [idle_s * (n + 1) for n in range(max(1, len(ahead)))]
-        )
+        fills = self.director.fill(decision, ahead, [idle_s])
         return [self.residents.admit(fill.admission) for fill in fills]
 
     def _predict(self, layer: int, ids: Ids, scores: F32 | None) -> Ahead:
@@ -321,10 +324,13 @@ class Executor:
         self._lookahead.learn(layer, ids)
         if scores is None:
             return []
-        ahead = self._lookahead.probabilities(layer, scores)
+        predict = self._lookahead.probabilities
+        if ids.shape[0] > 1:
+            predict = self._lookahead.expected_loads
+        ahead = predict(layer, scores)
         if self._read_ahead is not None:
-            for following, chance in ahead:
-                self._read_ahead(following, np.flatnonzero(chance > 0.5).tolist())
+            for following, expected in ahead:
+                self._read_ahead(following, np.flatnonzero(expected > 0.5).tolist())
         return ahead
 
     def shrink(self, error: Exception) -> None:

@@ -208,7 +208,7 @@ def _routing(
         prompt_weights=routing.prompt_weights[:moe_layers],
         decode=routing.decode[:, :moe_layers],
         weights=routing.weights[:, :moe_layers],
-        guess=routing.guess[:, :moe_layers],
+        guess=routing.guess[:, :, :moe_layers],
     )
 
 

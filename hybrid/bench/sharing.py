@@ -103,26 +103,28 @@ class Layer:
 
 
 class _Replay:
-    """Stands for the routers of later layers: what the routing says they would have guessed."""
+    """Stands for the routers of later layers: what the routing says they would have told."""
 
     def __init__(self, routing: Routing, layers: int) -> None:
         self._routing, self._layers = routing, layers
-        self.step: int | None = None
+        self.step = -1
+        """The decode step; -1 is the prompt."""
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Nothing to compute: a placeholder while there is a layer to predict."""
-        ahead = self.step is not None and layer + 1 < self._layers
-        return torch.empty(0) if ahead else None
+        return torch.empty(0) if layer + 1 < self._layers else None
 
     def probabilities(
         self, layer: int, scores: NDArray[Any]
     ) -> list[tuple[int, NDArray[np.float64]]]:
-        """Belief in the next layer's experts."""
-        routing = self._routing
-        guess = routing.guess[self.step, layer + 1].ravel()
-        belief = np.full(routing.experts, (1 - RECALL) * guess.size / routing.experts)
-        belief[guess[guess < routing.experts]] = RECALL
-        return [(layer + 1, belief)]
+        """What is believed of the next three layers."""
+        last = min(layer + len(RECALL), self._layers - 1)
+        return [
+            (ahead, self._routing.expected(self.step, ahead, ahead - layer))
+            for ahead in range(layer + 1, last + 1)
+        ]
+
+    expected_loads = probabilities
 
     def learn(self, layer: int, ids: NDArray[Any]) -> None:
         """Nothing to learn."""
@@ -260,7 +262,7 @@ class Runner:
         scene, routing = self.scene, self.scene.routing
         layers = range(scene.model.moe_layers)
         self.executor.timeline = Timeline()
-        self.lookahead.step = None
+        self.lookahead.step = -1
         prompt = [scene.prompt_ids(layer) for layer in layers]
         even = np.float32(1 / scene.model.experts.top_k)
         prefill_s = self.step(prompt, [np.full(ids.shape, even, np.float32) for ids in prompt])
