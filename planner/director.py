@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from numpy.typing import ArrayLike
@@ -18,12 +19,30 @@ from planner.cache import ExpertCache, Values
 from planner.cost import CostModel
 from planner.errors import CapacityError
 from planner.plan import LayerPlan
-from planner.prefetch import Ahead, NoPrefetch, ValuePrefetch
+from planner.prefetch import LASTING, Ahead, NoPrefetch, ValuePrefetch
 from planner.problem import LayerCost
 from planner.schedule import schedule
 from planner.spec import LayerWork
 
 Scheduler = Callable[[LayerWork, Collection[int], LayerCost], LayerPlan]
+
+
+SMOOTHING = 0.75
+"""Weight of the past in a layer's usual idle link time."""
+
+
+REUSE = 0.25
+"""How much likelier the next token uses what this one used than whom that evicts: fitted to
+simulated runs on recorded traces."""
+
+
+def contended_s(cpu_s: float, link_s: float, slowdown: float) -> float:
+    """Return how long CPU work of ``cpu_s`` takes while the link copies for its first ``link_s``.
+
+    Both read the same memory: until the link is done, the CPU loses ``1 - 1/slowdown`` of the
+    time.
+    """
+    return min(cpu_s * slowdown, cpu_s + link_s * (1 - 1 / slowdown))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +122,20 @@ class Director:
         self.refilled = 0
         """Experts that the CPU computed and idle link time brought to the cache after."""
         self._scheduler = scheduler
+        self._top_k = cost.model.experts.top_k
+        link = cost.hardware.link
+        self._slowdown = link.cpu_slowdown.value if link else 1.0
         self._copy_s = cost.experts.copy_s()
+        self._spare_s: dict[tuple[int, int], float] = {}
         # What the shared expert takes in decode: the time most steps find the GPU free.
         self._shared_s = next(cost.ffn(layer, 1).value for layer in cost.model.layers if layer.moe)
         self._table = cost.decode_table(self._shared_s)
+        by_hits = self._table.by_hits()
+        # What one more hit saves in decode at 0, 1, ... hits; a prompt has more: the mean.
+        self._hit_s = [fewer - more for fewer, more in pairwise(by_hits)]
+        self._hit_s += [0.0, (by_hits[0] - by_hits[-1]) / self._top_k]
         self.prefetcher = (
-            ValuePrefetch(self._table.by_hits(), self._copy_s, cost.experts.bytes)
+            ValuePrefetch(by_hits, self._copy_s, cost.experts.bytes)
             if prefetch
             else NoPrefetch(cost.experts.bytes)
         )
@@ -147,8 +174,9 @@ class Director:
         cache = self.cache
         work = LayerWork(layer, loads, gpu_free_s, link_free_s)
         residency = cache.residency(layer)
-        hits = len(cache.step(layer, ids, weights).hits)
-        for expert in self.prefetcher.resolve(layer, work.expert_ids):
+        tokens = -(-sum(load for _, load in loads) // self._top_k)
+        hits = len(cache.step(layer, ids, weights, tokens).hits)
+        for expert in self.prefetcher.resolve(layer, work.expert_ids, len(loads) - hits):
             cache.unpin(layer, expert)
         plan = self._plan(work, residency)
         return Decision(work, plan, residency, hits, tuple(self._admit(layer, plan.copies)))
@@ -170,31 +198,98 @@ class Director:
         decision
             What ``place`` said.
         ahead
-            The next layers in the order they run, each with the probability of every expert
-            being activated there, ``[E]``, from any predictor; may be empty.
+            The next layers in the order they run; may be empty. Each with what a predictor
+            expects of its experts, ``[E]``: after a step of one token the probability of being
+            activated, after a longer one the tokens each will get.
         idle_s
-            Idle link time, from the end of the plan's copies until the experts of each layer of
-            ``ahead`` start, ascending. One more than none: without ``ahead``, until the next
-            layer.
+            Idle link time from the end of the plan's copies until the next layer's experts start;
+            further entries, ascending, until those of the layers after it. The director
+            estimates what is missing, from the idle time those layers had in their last steps.
         """
-        room = int(idle_s[0] / self._copy_s)
-        if room <= 0:
-            return ()
+        room = max(0, int(idle_s[0] / self._copy_s))
+        layers = self._ahead(decision, ahead, idle_s)
+        price_s = self._price_s(decision, 1 + max(room, len(layers) and self._starts(idle_s[0])))
+        if sum(load for _, load in decision.work.loads) <= self._top_k:
+            fetches = self.prefetcher.choose(layers, self.cache, price_s)
+        elif layers:
+            cpu_s = self.cost.experts.cpu_s
+            fetches = self.prefetcher.choose_for_prompt(layers[0], self.cache, cpu_s, price_s)
+        else:
+            fetches = ()
         fills = []
-        layers = [Ahead(layer, p, s) for (layer, p), s in zip(ahead, idle_s, strict=False)]
-        for fetch in self.prefetcher.choose(layers, self.cache):
+        for fetch in fetches:
             evicted = self.cache.admit(fetch.layer, fetch.expert)
             self.cache.pin(fetch.layer, fetch.expert)
             fills.append(Fill(Admission(fetch.layer, fetch.expert, evicted), "prefetch"))
-        if self.refill and len(fills) < room:
-            layer = decision.plan.layer
-            value = self.cache.value(layer)
-            missing = [expert for expert in decision.plan.cpu if expert not in decision.residency]
-            missing.sort(key=lambda expert: -value[expert])
-            refills = self._admit(layer, missing[: room - len(fills)])
+        room = self._refills(decision, len(fills), room, price_s)
+        if room:
+            refills = self._refill(decision, room)
             self.refilled += len(refills)
             fills += [Fill(admission, "refill") for admission in refills]
         return tuple(fills)
+
+    def _refills(self, decision: Decision, done: int, room: int, price_s: Sequence[float]) -> int:
+        """Return how many more copies are worth it for the tokens to come, after ``done``."""
+        if not self.refill:
+            return 0
+        hit_s = self._hit_s[min(decision.hits, len(self._hit_s) - 1)]
+        worth_s = LASTING * REUSE * hit_s
+        more = done
+        while more < room and price_s[more + 1] - price_s[more] <= worth_s:
+            more += 1
+        return more - done
+
+    def _refill(self, decision: Decision, room: int) -> list[Admission]:
+        """Bring in what the CPU computes in this layer, as far as the cache values it more."""
+        plan = decision.plan
+        value = self.cache.value(plan.layer).tolist()
+        missing = [expert for expert in plan.cpu if expert not in decision.residency]
+        missing.sort(key=value.__getitem__, reverse=True)
+        return self._admit(plan.layer, missing[:room])
+
+    def _starts(self, idle_s: float) -> int:
+        """How many copies start before the next layer's experts do, the last half way in."""
+        return max(0, round(idle_s / self._copy_s))
+
+    def _ahead(
+        self,
+        decision: Decision,
+        ahead: Sequence[tuple[int, Values]],
+        known_s: Sequence[float],
+    ) -> list[Ahead]:
+        """Return the next layers with the idle time before each; remember what this one leaves.
+
+        A copy for a later layer is decided before the last moment only where the idle time
+        between is short: predictions get better. And only copies that start before the next layer
+        are decided at all. Steps of very different sizes leave very different times, so those
+        are kept apart.
+        """
+        size = sum(load for _, load in decision.work.loads).bit_length()
+        here, spare_s = (size, decision.plan.layer), max(0.0, known_s[0])
+        usual_s = self._spare_s.get(here, spare_s)
+        self._spare_s[here] = spare_s + SMOOTHING * (usual_s - spare_s)
+        until_s, limit_s = 0.0, self._starts(spare_s) * self._copy_s
+        found: list[Ahead] = []
+        for distance, (layer, expected) in enumerate(ahead):
+            if distance < len(known_s):
+                until_s = known_s[distance]
+            else:
+                until_s += self._spare_s.get((size, ahead[distance - 1][0]), spare_s)
+            if distance == 0:
+                found.append(Ahead(layer, expected, until_s))
+            elif until_s - spare_s < self._top_k * self._copy_s:
+                found.append(Ahead(layer, expected, max(spare_s, min(until_s, limit_s))))
+        return found
+
+    def _price_s(self, decision: Decision, most: int) -> list[float]:
+        """Return how much later the layer ends for 0, 1, ... ``most`` copies after the plan's."""
+        plan, slowdown = decision.plan, self._slowdown
+        busy_s = max(plan.link_end_s, decision.work.link_free_s)
+        ends_s = [
+            max(plan.gpu_end_s, contended_s(plan.cpu_end_s, busy_s + n * self._copy_s, slowdown))
+            for n in range(most + 1)
+        ]
+        return [end_s - ends_s[0] for end_s in ends_s]
 
     def lost(self, layer: int, expert: int) -> None:
         """Learn that the copy of an admitted expert failed: it is not resident after all."""

@@ -5,7 +5,7 @@ activated there. With h expected hits, the layer ends after E[M(H)], where M[h] 
 at h hits and H is binomial with mean h. Fetching expert e into the slot of expert v changes h by
 p_e - p_v, so fetching the n likeliest missing experts of layer m is worth
 
-    V_m(n) = E M(h) - E M(h + sum_{i <= n} (p_i - p_{v_i})),
+    V_m(n) = LASTING * (E M(h) - E M(h + sum_{i <= n} (p_i - p_{v_i}))),
 
 with v_i the residents the cache would evict (p_v = 0 for a free slot). This is HybriMoE's impact
 (arXiv 2504.05897, section IV-C) with the scheduler's own makespans. Choose how many to fetch for
@@ -23,7 +23,7 @@ is worth the CPU time of the newcomer's expected tokens less that of the evicted
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -39,6 +39,18 @@ WINDOW = 64
 
 PAUSE = 1024
 """Layer steps for which nothing is prefetched after waste has won."""
+
+LASTING = 2.0
+"""What an expert saves while it stays, over what it saves in the step it was fetched for: fitted
+to simulated runs on recorded traces, where 1 fetches too little and 3 too much."""
+
+DOUBT = 8.0
+FADING = 0.98
+"""How many fetches it takes to doubt a predictor, and how much of the past one more leaves."""
+
+FAR = 0.5
+"""How likely an expert of a layer after the next must be: the layers between know better, and
+what is not likelier than not is more often wasted than used."""
 
 KNOTS = 64
 """Points of the curve of expected makespans for each hit."""
@@ -72,6 +84,35 @@ class Prefetch:
     expert: int
 
 
+class _Record:
+    """How fetches at one distance (0 for the next layer) fared."""
+
+    def __init__(self) -> None:
+        self.paused = 0
+        """Layer steps for which nothing is fetched at this distance."""
+        self._recent: deque[bool] = deque(maxlen=WINDOW)
+        self._given = 0.0
+        self._found = 0.0
+
+    @property
+    def trust(self) -> float:
+        """How much of the missing experts' probabilities came true, of late; 1 at first.
+
+        Predictors are right about the residents too, of which nothing is fetched; about who is
+        missing they are wrong more often.
+        """
+        return min(1.0, (self._found + DOUBT) / (self._given + DOUBT))
+
+    def add(self, p: float, used: bool) -> None:
+        """Take in that an expert fetched for its probability ``p`` was used, or not."""
+        self._given = FADING * self._given + p
+        self._found = FADING * self._found + used
+        self._recent.append(used)
+        if len(self._recent) == WINDOW and 2 * sum(self._recent) < WINDOW:
+            self._recent.clear()
+            self.paused = PAUSE
+
+
 class NoPrefetch:
     """Fetch nothing ahead, and account for it.
 
@@ -89,7 +130,9 @@ class NoPrefetch:
         self.fetched = 0
         self.used = 0
         self.wasted = 0
-        self._waiting: dict[int, set[int]] = {}
+        self.missed = 0
+        # Of every layer, what was fetched for it: how many layers early, and how likely.
+        self._waiting: dict[int, dict[int, tuple[int, float]]] = {}
 
     def choose(
         self, ahead: Sequence[Ahead], cache: ExpertCache, price_s: Sequence[float] = ()
@@ -107,20 +150,21 @@ class NoPrefetch:
         """Return what to copy now in prefill, in the order to copy it: nothing."""
         return ()
 
-    def resolve(self, layer: int, activated: Collection[int]) -> frozenset[int]:
-        """Take what the router of ``layer`` chose; return the prefetched experts now resolved."""
-        waiting = self._waiting.pop(layer, set())
+    def resolve(self, layer: int, activated: Collection[int], misses: int = 0) -> frozenset[int]:
+        """Take what the router of ``layer`` chose, and how many of those were not resident.
+
+        Returns the prefetched experts, now resolved.
+        """
+        waiting = frozenset(self._waiting.pop(layer, {}))
+        self.missed += misses
         used = len(waiting.intersection(activated))
         self.used += used
         self.wasted += len(waiting) - used
-        return frozenset(waiting)
+        return waiting
 
     def forget(self, layer: int, expert: int) -> bool:
         """Take back a fetch that failed; return whether its router had yet to answer."""
-        waiting = self._waiting.get(layer, set())
-        found = expert in waiting
-        waiting.discard(expert)
-        return found
+        return self._waiting.get(layer, {}).pop(expert, None) is not None
 
     def abandon(self) -> list[tuple[int, int]]:
         """Wait for no router any more; return layer and id of every fetch that was unresolved."""
@@ -148,12 +192,18 @@ class NoPrefetch:
         resolved = self.used + self.wasted
         return self.used / resolved if resolved else 0.0
 
+    @property
+    def prefetch_coverage(self) -> float:
+        """Misses avoided over all there would have been; 0 when there were none."""
+        misses = self.used + self.missed
+        return self.used / misses if misses else 0.0
+
 
 class ValuePrefetch(NoPrefetch):
     """Fetch what is worth more than what it evicts, as much as the idle link carries.
 
-    It judges itself by its last ``WINDOW`` fetches: when most were wasted it pauses for ``PAUSE``
-    layer steps and starts with a clean record.
+    It judges itself by its last ``WINDOW`` fetches at each distance: when most were wasted it
+    pauses there for ``PAUSE`` layer steps and starts with a clean record.
 
     Parameters
     ----------
@@ -183,13 +233,12 @@ class ValuePrefetch(NoPrefetch):
         self._makespan_s = np.asarray(makespan_s, dtype=np.float64)
         knots = np.arange(self._top_k * KNOTS + 2) / KNOTS
         self._curve: list[float] = self.expected_s(knots).tolist()
-        self._recent: deque[bool] = deque(maxlen=WINDOW)
-        self._paused = 0
+        self._records: defaultdict[int, _Record] = defaultdict(_Record)
 
     @property
     def active(self) -> bool:
-        """Whether it prefetches at all at present."""
-        return self._paused == 0
+        """Whether it prefetches for the next layer at present."""
+        return not self._records[0].paused
 
     def choose(
         self, ahead: Sequence[Ahead], cache: ExpertCache, price_s: Sequence[float] = ()
@@ -208,8 +257,6 @@ class ValuePrefetch(NoPrefetch):
         WorkError
             When a later layer has less idle time before it than an earlier one.
         """
-        if not self.active:
-            return ()
         room = [self._copies(layer) for layer in ahead]
         if room != sorted(room):
             raise WorkError(
@@ -218,8 +265,10 @@ class ValuePrefetch(NoPrefetch):
                 hint="give layers in the order they run, each with the idle time until it starts",
             )
         options = [
-            self._worth(layer, most, cache) if most else ([], [0.0])
-            for layer, most in zip(ahead, room, strict=True)
+            self._worth(layer, most, cache, distance)
+            if most and not self._records[distance].paused
+            else ([], [0.0])
+            for distance, (layer, most) in enumerate(zip(ahead, room, strict=True))
         ]
         counts = _knapsack([worth for _, worth in options], room, price_s)
         return self._fetch(ahead, [experts for experts, _ in options], counts)
@@ -256,15 +305,12 @@ class ValuePrefetch(NoPrefetch):
             worth.append(worth[-1] + saved_s[expert] - (0.0 if loser is None else saved_s[loser]))
         return self._fetch([ahead], [experts], _knapsack([worth], [most], price_s))
 
-    def resolve(self, layer: int, activated: Collection[int]) -> frozenset[int]:
-        if self._paused:
-            self._paused -= 1
-        waiting = super().resolve(layer, activated)
-        self._recent.extend(expert in activated for expert in sorted(waiting))
-        if len(self._recent) == WINDOW and 2 * sum(self._recent) < WINDOW:
-            self._recent.clear()
-            self._paused = PAUSE
-        return waiting
+    def resolve(self, layer: int, activated: Collection[int], misses: int = 0) -> frozenset[int]:
+        for record in self._records.values():
+            record.paused = max(0, record.paused - 1)
+        for expert, (distance, p) in sorted(self._waiting.get(layer, {}).items()):
+            self._records[distance].add(p, expert in activated)
+        return super().resolve(layer, activated, misses)
 
     def expected_s(self, hits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the layer's expected makespan at each expected number of hits, ``[n]``."""
@@ -286,10 +332,13 @@ class ValuePrefetch(NoPrefetch):
         most = len(layer.expected)
         return min(most, int(max(0.0, layer.idle_s) / self._copy_s))
 
-    def _worth(self, layer: Ahead, most: int, cache: ExpertCache) -> tuple[list[int], list[float]]:
+    def _worth(
+        self, layer: Ahead, most: int, cache: ExpertCache, distance: int
+    ) -> tuple[list[int], list[float]]:
         """Return the layer's missing experts, likeliest first, and V(n) for n = 0, 1, ..."""
         held = cache.residency(layer.layer)
-        least = self._top_k / (2 * len(layer.expected))
+        trust = self._records[distance].trust
+        least = FAR / trust if distance else self._top_k / (2 * len(layer.expected))
         likely = np.flatnonzero(layer.expected > least).tolist()
         missing = [expert for expert in likely if expert not in held]
         worth = [0.0]
@@ -300,8 +349,8 @@ class ValuePrefetch(NoPrefetch):
             hits = sum([p[expert] for expert in held])
             now_s = self._expect_s(hits)
             for expert, loser in zip(missing, losers, strict=False):
-                hits += p[expert] - (0.0 if loser is None else p[loser])
-                worth.append(now_s - self._expect_s(hits))
+                hits += trust * p[expert] - (0.0 if loser is None else p[loser])
+                worth.append(LASTING * (now_s - self._expect_s(hits)))
         return missing, worth
 
     @staticmethod
@@ -322,10 +371,11 @@ class ValuePrefetch(NoPrefetch):
     ) -> tuple[Prefetch, ...]:
         """Take the first experts of each layer, and keep account of them."""
         chosen = []
-        for layer, ids, count in zip(ahead, experts, counts, strict=True):
-            if count:
-                chosen += [Prefetch(layer.layer, expert) for expert in ids[:count]]
-                self._waiting.setdefault(layer.layer, set()).update(ids[:count])
+        for distance, (layer, ids, count) in enumerate(zip(ahead, experts, counts, strict=True)):
+            for expert in ids[:count]:
+                chosen.append(Prefetch(layer.layer, expert))
+                p = min(1.0, float(layer.expected[expert]))
+                self._waiting.setdefault(layer.layer, {})[expert] = distance, p
         self.fetched += len(chosen)
         return tuple(chosen)
 

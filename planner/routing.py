@@ -28,8 +28,8 @@ from planner.spec import Source
 SKEW = 0.85
 LOCALITY = 1.4
 PERSISTENCE = 0.74
-RECALL = 0.85
-"""Share of the next layer's experts that its router names one layer early: assumed, after what is
+RECALL = (0.85, 0.75, 0.65)
+"""Share of a layer's experts that its router names 1, 2 and 3 layers early: assumed, after what is
 published of reusing the next routers (HybriMoE, arXiv 2504.05897; HOBBIT, arXiv 2411.01433)."""
 SAMPLED = 256
 """Prompt tokens drawn one by one; the loads of a longer prompt are these, scaled up."""
@@ -67,7 +67,7 @@ class Routing:
     weights
         ``[T, L, B, A]`` the router's weights of those choices.
     guess
-        ``[T, L, B, A]`` what the layer before would have predicted.
+        ``[M, T, L, B, A]`` what the layers 1, 2, ... M before would have predicted.
     experts
         Experts per layer that have weights; higher ids stand for zero-computation ones.
     source, origin
@@ -98,8 +98,29 @@ class Routing:
 
     def shortened(self, tokens: int) -> Routing:
         """Return the same routing with no more than ``tokens`` decode steps."""
-        kept = {name: getattr(self, name)[:tokens] for name in ("decode", "weights", "guess")}
-        return replace(self, **kept)
+        return replace(
+            self,
+            decode=self.decode[:tokens],
+            weights=self.weights[:tokens],
+            guess=self.guess[:, :tokens],
+        )
+
+    def expected(self, step: int, layer: int, distance: int) -> NDArray[np.float64]:
+        """What a predictor ``distance`` layers early expects of the experts of ``layer``, ``[E]``.
+
+        At decode step ``step`` of one sequence the probability of each being activated, of
+        several the tokens each gets; at step -1, the prompt, the tokens each gets.
+        """
+        recall, count = RECALL[distance - 1], self.prompt.shape[1]
+        if step < 0:
+            loads = self.prompt[layer].astype(np.float64)
+            loads = recall * loads + (1 - recall) * loads.sum() / count
+            return np.asarray(loads[: self.experts])
+        sequences, top_k = self.decode.shape[2:]
+        named = np.bincount(self.guess[distance - 1, step, layer].ravel(), minlength=count)
+        rest = (1 - recall) * top_k / self.experts
+        belief = (recall - rest) * np.minimum(named, sequences)
+        return np.asarray(belief[: self.experts] + sequences * rest)
 
     def uses(self) -> NDArray[np.int64]:
         """Return how many tokens each expert of each layer gets in all, ``[L, E]``."""
@@ -271,8 +292,10 @@ def _split(
         loads[layer] = np.bincount(chosen, minlength=choices)
         total[layer] = np.bincount(chosen, weights=weighed, minlength=choices)
     decode = ids[prompt:]
-    missed = rng.random(decode.shape) >= RECALL
-    guess = np.where(missed, rng.integers(0, choices, decode.shape), decode)
+    guess = np.empty((len(RECALL), *decode.shape), dtype=decode.dtype)
+    for early, recall in zip(guess, RECALL, strict=True):
+        missed = rng.random(decode.shape) >= recall
+        early[:] = np.where(missed, rng.integers(0, choices, decode.shape), decode)
     mean = total / (prompt * ids.shape[2])
     count = model.experts.count
     return Routing(loads, mean, decode, weights[prompt:], guess, count, source, origin)

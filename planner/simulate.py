@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import islice, pairwise
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import islice
 
 from planner.cache import ExpertCache
 from planner.cost import CostModel
-from planner.director import Admission, Decision, Director, Fill, Scheduler
+from planner.director import Admission, Decision, Director, Fill, Scheduler, contended_s
 from planner.memory import Fit
 from planner.outcome import CALL, CPU, DENSE, DISK, GPU, HEAD, LINK, MIXER, Event, Run, Step
 from planner.plan import LayerPlan
@@ -114,12 +111,14 @@ class Simulator:
         self._link_free_s = 0.0
         self._recording = False
         self._share = 1.0
-        self._guess: NDArray[np.int64] | None = None
+        self._at = -1
         moe = [
             share for layer, share in zip(cost.model.layers, self._shares, strict=True) if layer.moe
         ]
         simulated = [number for number, share in enumerate(moe) if share]
-        self._following = dict(pairwise(simulated))
+        self._following = {
+            layer: simulated[at + 1 : at + 1 + len(RECALL)] for at, layer in enumerate(simulated)
+        }
         self._ram = RamCache(fit.in_ram, simulated, cost.model.experts.count)
         self._layers: list[Counter[str]] = [Counter() for _ in range(cost.model.moe_layers)]
         self._events: list[Event] = []
@@ -139,7 +138,7 @@ class Simulator:
         decode = []
         for at, choices in enumerate(steps):
             self._recording = at < self.record
-            self._guess = self.routing.guess[at]
+            self._at = at
             decode.append(self._step(choices, batch, prompt + at + 1, batch))
         return Run(
             prefill=prefill,
@@ -210,7 +209,8 @@ class Simulator:
         link_end_s = max(plan.link_end_s, link_free_s)
         idle_s = plan.makespan_s + mixer_s - link_end_s
         fills = self._fill(self.director, decision, idle_s) if self.director else ()
-        link_end_s += len(fills) * self.cost.experts.copy_s() if fills else 0.0
+        if fills:
+            link_end_s += len(fills) * self.cost.experts.copy_s() + self._read_s(fills)
         cpu_end_s, gpu_end_s, read_s = self._ends(decision, read, link_end_s)
         self._account(step, decision, (cpu_end_s, gpu_end_s, read_s))
         self._note(decision, read_s)
@@ -222,22 +222,20 @@ class Simulator:
 
     def _fill(self, director: Director, decision: Decision, idle_s: float) -> tuple[Fill, ...]:
         """Have idle link time used until the next router answers."""
-        following = self._following.get(decision.plan.layer)
-        ahead = []
-        if following is not None and self._guess is not None:
-            ahead.append((following, self._probability(self._guess[following])))
+        ahead = [
+            (layer, self.routing.expected(self._at, layer, distance))
+            for distance, layer in enumerate(self._following[decision.plan.layer], start=1)
+        ]
         fills = director.fill(decision, ahead, [idle_s])
         self._counts.update(fill.reason for fill in fills)
         self._note_admissions([fill.admission for fill in fills])
         return fills
 
-    def _probability(self, guess: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What a predictor that names ``guess`` and is right ``RECALL`` of the time believes."""
-        experts = self.cost.model.experts
-        rest = (1 - RECALL) * experts.top_k / experts.count
-        belief = np.full(experts.count + experts.identity, rest)
-        belief[guess.ravel()] = RECALL
-        return belief[: experts.count]
+    def _read_s(self, fills: Sequence[Fill]) -> float:
+        """Time that copies wait for the disk."""
+        wanted = [(fill.admission.layer, fill.admission.expert) for fill in fills]
+        read = sum(len(self._ram.read(layer, [expert])) for layer, expert in wanted)
+        return self.cost.disk_read(read).value if read else 0.0
 
     def _cpu_only(self, work: LayerWork) -> Decision:
         """Everything on the CPU, the shared expert first."""
@@ -251,15 +249,13 @@ class Simulator:
     ) -> tuple[float, float, float]:
         """When CPU, GPU and disk are done, with what the plan leaves out.
 
-        Copies slow the CPU down while both run: until the link is done the CPU loses
-        ``1 - 1/slowdown`` of the time. Experts on disk are read one after the other; the last of
-        them is computed when all are read.
+        Copies slow the CPU down while both run. Experts on disk are read one after the other; the
+        last of them is computed when all are read.
         """
         plan = decision.plan
         cpu_end_s, gpu_end_s = plan.cpu_end_s, plan.gpu_end_s
-        if plan.cpu and link_end_s > 0:
-            lost_s = link_end_s * (1 - 1 / self._slowdown)
-            cpu_end_s = min(cpu_end_s * self._slowdown, cpu_end_s + lost_s)
+        if plan.cpu:
+            cpu_end_s = contended_s(cpu_end_s, link_end_s, self._slowdown)
         if not read:
             return cpu_end_s, gpu_end_s, 0.0
         read_s = self.cost.disk_read(len(read)).value

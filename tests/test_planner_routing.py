@@ -134,11 +134,24 @@ def test_the_synthetic_router_is_deterministic_and_valid() -> None:
 
 
 def test_guesses_are_right_as_often_as_stated() -> None:
-    """The share of the router's choices that the layer before names is the stated recall."""
+    """The share of the router's choices named 1, 2, 3 layers early is the stated recall."""
     routing = synthetic(small_model(), 8, 400)
-    assert (routing.guess == routing.decode).mean() == pytest.approx(
-        RECALL + (1 - RECALL) / 16, abs=0.01
-    )
+    for guess, recall in zip(routing.guess, RECALL, strict=True):
+        found = (guess == routing.decode).mean()
+        assert found == pytest.approx(recall + (1 - recall) / 16, abs=0.01)
+
+
+def test_expectations_follow_the_guess() -> None:
+    """What a predictor expects sums to what is activated: of one token, of several, of a prompt."""
+    model = small_model()
+    one, four = synthetic(model, 8, 20), synthetic(model, 8, 20, batch=4)
+    for distance in range(1, len(RECALL) + 1):
+        p = one.expected(3, 2, distance)
+        named = np.unique(one.guess[distance - 1, 3, 2])
+        assert p.max() <= 1.0
+        assert set(np.flatnonzero(p > 0.5)) == set(named)
+        assert four.expected(3, 2, distance).sum() == pytest.approx(4 * 4, rel=0.2)
+        assert one.expected(-1, 2, distance).sum() == pytest.approx(one.prompt[2].sum())
 
 
 def test_identity_experts_never_load() -> None:

@@ -200,7 +200,7 @@ def test_sampled_layers_stand_for_all() -> None:
         routing,
         decode=np.repeat(routing.decode[:, :1], 6, axis=1),
         weights=np.repeat(routing.weights[:, :1], 6, axis=1),
-        guess=np.repeat(routing.guess[:, :1], 6, axis=1),
+        guess=np.repeat(routing.guess[:, :, :1], 6, axis=2),
         prompt=np.repeat(routing.prompt[:1], 6, axis=0),
         prompt_weights=np.repeat(routing.prompt_weights[:1], 6, axis=0),
     )

@@ -79,7 +79,7 @@ def test_a_copy_must_end_before_its_layer_starts():
     rule = ValuePrefetch(SAVES_A_SECOND, copy_s=1.0)
     cache = cache_of([4, 4], [[], []])
     near = Ahead(0, np.array([0.9, 0.8, 0, 0, 0, 0]), idle_s=1.0)
-    far = Ahead(1, np.array([0.3, 0.2, 0, 0, 0, 0]), idle_s=2.0)
+    far = Ahead(1, np.array([0.7, 0.6, 0, 0, 0, 0]), idle_s=2.0)
     assert rule.choose([near, far], cache) == (Prefetch(0, 0), Prefetch(1, 0))
     surer = Ahead(1, np.array([1.0, 0.95, 0, 0, 0, 0]), idle_s=2.0)
     assert rule.choose([near, surer], cache) == (Prefetch(1, 0), Prefetch(1, 1))
