@@ -240,8 +240,8 @@ def dry_run(request: Request) -> PlanResult:
     routing = request.routing()
     cost = request.cost
     run = OURS.run(request, placed, routing, record=RECORDED)
-    terms = _estimates(cost, run.decode_terms(), request.batch)
-    prefill = _estimates(cost, run.prefill.terms, request.prompt * request.batch)
+    terms = estimates(cost, run.decode_terms(), request.batch)
+    prefill = estimates(cost, run.prefill.terms, request.prompt * request.batch)
     comparison = _Comparison(request, placed, routing, run)
     prediction = Prediction(
         routing_source=routing.source,
@@ -259,7 +259,7 @@ def dry_run(request: Request) -> PlanResult:
     return PlanResult(request, placed, prediction)
 
 
-def _estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[str, Estimate]:
+def estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[str, Estimate]:
     """Give each term the source and the relative error of the durations it is made of."""
     experts = cost.experts
     last = cost.model.layers[-1]

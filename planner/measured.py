@@ -2,19 +2,22 @@
 
 A step of one token takes the path of decode, whose time grows with the context; a step of more
 is a prompt, whose time grows with its tokens. Between two points time is linear; a prompt beyond
-the last grows as its time per token does, which attention's square term asks for.
+the last grows as its time per token does, which attention's square term asks for. A head of
+another size takes its part of the one that was measured.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from planner.hardware import TermPoint
 from planner.spec import Estimate, Source
 
 _Key = tuple[str, str, int, str]
+_OF_THE_HEAD = ("head", "call")
 
 
 class MeasuredTerms:
@@ -42,25 +45,44 @@ class MeasuredTerms:
 
     def decode(self, term: str, kind: str, params: int, fmt: str, context: int) -> Estimate | None:
         """Return what one token takes with ``context`` tokens in the cache; None: not measured."""
-        points = self._decode.get((term, kind, params, fmt))
+        points, scale = _find(self._decode, (term, kind, params, fmt))
         if not points:
             return None
-        return _along([point.context for point in points], points, context)
+        return _scaled(_along([point.context for point in points], points, context), scale)
 
     def prompt(self, term: str, kind: str, params: int, fmt: str, tokens: int) -> Estimate | None:
         """Return what a prompt of ``tokens`` takes, alone in the cache; None: not measured."""
-        points = self._prompt.get((term, kind, params, fmt))
+        points, scale = _find(self._prompt, (term, kind, params, fmt))
         if not points:
             return None
         places = [point.tokens for point in points]
         if tokens <= places[-1] or len(points) < 2:
-            return _along(places, points, tokens)
+            return _scaled(_along(places, points, tokens), scale)
         (near, far), last = places[-2:], points[-1]
         per_token_s = last.seconds / far
         slope_s = max(0.0, (per_token_s - points[-2].seconds / near) / (far - near))
         value = tokens * (per_token_s + slope_s * (tokens - far))
         error = None if last.error is None else last.error * value / max(last.seconds, 1e-12)
-        return Estimate(value, Source.FITTED, error)
+        return _scaled(Estimate(value, Source.FITTED, error), scale)
+
+
+def _find(table: Mapping[_Key, list[TermPoint]], key: _Key) -> tuple[list[TermPoint], float]:
+    """Points of ``key`` and what to multiply them by; a head's, of the one nearest in size."""
+    if key in table:
+        return table[key], 1.0
+    term, kind, params, fmt = key
+    others = [other for other in table if (other[0], other[1], other[3]) == (term, kind, fmt)]
+    if term not in _OF_THE_HEAD or not params or not others:
+        return [], 1.0
+    nearest = min(others, key=lambda other: abs(math.log(max(1, other[2]) / params)))
+    return table[nearest], params / nearest[2] if term == "head" else 1.0
+
+
+def _scaled(estimate: Estimate, scale: float) -> Estimate:
+    if scale == 1.0:
+        return estimate
+    scaled = estimate * scale
+    return Estimate(scaled.value, Source.FITTED, scaled.error)
 
 
 def _along(places: list[int], points: list[TermPoint], at: int) -> Estimate:

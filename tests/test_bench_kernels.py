@@ -57,7 +57,7 @@ def test_the_record_has_every_key_and_adds_up(
 def test_calls_take_turns_over_all_experts() -> None:
     """Few experts a call: each comes once before any comes again, from ever other layers."""
     shape = ExpertShape(hidden=64, intermediate=32, format="q4_0")
-    blocks = kernels._fill(shape, 8)
+    blocks = kernels.fill(shape, 8)
     assert blocks.nbytes >= kernels.ROTATION_BYTES
     calls = kernels._calls(CASE, blocks, shape)
     taken = [next(calls) for _ in range(4)]

@@ -47,7 +47,10 @@ def run_main(code: str) -> str:
 @pytest.mark.parametrize(
     "code",
     ["import hybrid", "import planner", run_main("['--help']"), run_main("['--version']")]
-    + [run_main(f"[{command!r}, '--help']") for command in ("run", "chat", "plan", "env", "bench")]
+    + [
+        run_main(f"[{command!r}, '--help']")
+        for command in ("run", "chat", "plan", "env", "bench", "calibrate")
+    ]
     + [run_main("['env', '--json']")],
 )
 def test_nothing_heavy_is_imported(code: str) -> None:

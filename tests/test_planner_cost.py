@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from planner.cost import CostModel, ExpertCost, interpolate, weight_bytes
 from planner.errors import CostError, WorkError
-from planner.hardware import Point
+from planner.hardware import Point, TermPoint
+from planner.measured import MeasuredTerms
 from planner.spec import Estimate, Source
 from planner_examples import bare_machine, machine, machine_table, quantity, small_model
 
@@ -98,3 +100,101 @@ def test_longer_context_and_more_tokens_cost_more() -> None:
     assert cost.mixer(layer, 512, 512).value > cost.mixer(layer, 1, 512).value
     assert cost.head(4).value >= cost.head(1).value
     assert cost.disk_read(3).value == pytest.approx(3 * (BYTES / 1e8 + 1e-4))
+
+
+def term(name: str, tokens: int, context: int, seconds: float, **more: Any) -> TermPoint:
+    """A point of a part of 100 weights."""
+    about = {"family": "qwen3_moe", "params": 100, "format": "bf16", "error": 0.1 * seconds}
+    where = {"tokens": tokens, "context": context, "seconds": seconds}
+    return TermPoint(term=name, **{**about, **where, **more})
+
+
+def test_measured_parts_are_looked_up_by_context_and_by_tokens() -> None:
+    """Single tokens vary with the context, prompts with their tokens; the ends are marked."""
+    points = [
+        term("attention", 1, 100, 1.0),
+        term("attention", 1, 300, 2.0),
+        term("attention", 10, 10, 20.0),
+        term("attention", 20, 20, 60.0),
+    ]
+    found = MeasuredTerms(points, "qwen3_moe")
+
+    def decode(context: int) -> Estimate | None:
+        return found.decode("attention", "", 100, "bf16", context)
+
+    def prompt(tokens: int) -> Estimate | None:
+        return found.prompt("attention", "", 100, "bf16", tokens)
+
+    assert decode(100) == Estimate(1.0, Source.MEASURED, 0.1)
+    assert decode(200) == Estimate(1.5, Source.MEASURED, 0.2)
+    assert decode(5) == Estimate(1.0, Source.FITTED, 0.1)
+    assert decode(500) == Estimate(3.0, Source.FITTED, 0.2)
+    assert prompt(15) == Estimate(40.0, Source.MEASURED, 6.0)
+    # 2 and 3 seconds a token at 10 and 20 tokens are 5 at 40: attention's square is kept.
+    assert prompt(40) == Estimate(200.0, Source.FITTED, pytest.approx(20.0))
+    assert prompt(2) == Estimate(20.0, Source.FITTED, 2.0)
+    for other in (("head", "", 100, "bf16"), ("attention", "full", 100, "bf16")):
+        assert found.decode(*other, 1) is None
+        assert found.prompt(*other, 1) is None
+    assert MeasuredTerms(points, "mixtral").decode("attention", "", 100, "bf16", 1) is None
+
+
+def test_a_head_of_another_size_takes_its_part() -> None:
+    """The nearest head in size is scaled, and is fitted then; attention never is."""
+    points = [
+        term("head", 1, 1, 1.0),
+        term("head", 1, 1, 8.0, params=1000),
+        term("call", 1, 1, 0.5),
+        term("attention", 1, 1, 1.0),
+    ]
+    found = MeasuredTerms(points, "qwen3_moe")
+    assert found.decode("head", "", 900, "bf16", 1) == Estimate(7.2, Source.FITTED, pytest.approx(0.72))
+    assert found.decode("head", "", 50, "bf16", 1) == Estimate(0.5, Source.FITTED, 0.05)
+    assert found.decode("call", "", 900, "bf16", 1) == Estimate(0.5, Source.MEASURED, 0.05)
+    assert found.decode("attention", "", 900, "bf16", 1) is None
+
+
+def test_measured_parts_replace_the_roofline_on_the_cpu() -> None:
+    """Attention, dense layers, head and call are what was measured; a GPU's machine ignores it."""
+    model = small_model()
+    layer = model.layers[0]
+    points = (
+        term("attention", 1, 64, 1.0, kind="full", params=layer.mixer.params),
+        term("attention", 32, 32, 2.0, kind="full", params=layer.mixer.params),
+        term("feed_forward", 1, 1, 3.0, params=layer.ffn_params),
+        term("feed_forward", 32, 32, 4.0, params=layer.ffn_params),
+        term("head", 1, 1, 5.0, params=model.head_params),
+        term("call", 1, 1, 6.0, params=model.head_params),
+        term("call", 32, 32, 7.0, params=model.head_params),
+        term("expert", 1, 1, 8.0, params=model.experts.params_each, format="q4_0"),
+    )
+    cost = CostModel(model, replace(bare_machine(), terms=points))
+    single = (cost.mixer(layer, 1, 64), cost.ffn(layer, 1), cost.head(1), cost.call(1))
+    assert [estimate.value for estimate in single] == [1.0, 3.0, 5.0, 6.0]
+    prompt = (cost.mixer(layer, 32, 32), cost.ffn(layer, 32), cost.call(32))
+    assert [estimate.value for estimate in prompt] == [2.0, 4.0, 7.0]
+    # One token's experts are a part of one call, more tokens' have a call of their own.
+    assert cost.experts.cpu_set_s([1] * 4) == 4 * 8.0
+    assert cost.experts.cpu_set_s([1] * 5) == pytest.approx(1e-5 + 5 * cost.experts.cpu_s(1))
+    # What was not measured is still the roofline's: several sequences, another format.
+    plain = CostModel(model, bare_machine())
+    assert cost.mixer(layer, 2, 64, sequences=2) == plain.mixer(layer, 2, 64, sequences=2)
+    q8 = CostModel(model, replace(bare_machine(), terms=points), dense_format="q8_0")
+    assert q8.ffn(layer, 1) == CostModel(model, bare_machine(), dense_format="q8_0").ffn(layer, 1)
+    with_gpu = CostModel(model, replace(machine(), terms=points))
+    assert with_gpu.mixer(layer, 1, 64) == CostModel(model, machine()).mixer(layer, 1, 64)
+    assert with_gpu.experts.cpu_set_s([1]) == CostModel(model, machine()).experts.cpu_set_s([1])
+
+
+def test_a_machine_states_what_surrounds_the_layers() -> None:
+    """Without a measured family the machine's own figures count; without those nothing does."""
+    model = small_model()
+    assert CostModel(model, bare_machine()).call(1) == Estimate(0.0, Source.ASSUMED)
+    cpu = machine_table()["cpu"]
+    own = {"token_start_s": 1.0, "prompt_start_s": 2.0, "prompt_layer_overhead_s": 3.0}
+    cpu |= {name: quantity(value) for name, value in own.items()}
+    cost = CostModel(model, machine(cpu=cpu, gpu=None, link=None))
+    assert (cost.call(1).value, cost.call(2).value) == (1.0, 2.0)
+    layer = model.layers[0]
+    assert cost.mixer(layer, 2, 2).value > 3.0 > cost.mixer(layer, 1, 2).value
+    assert cost.mixer(layer, 2, 2, sequences=2).value < 3.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from planner.errors import SpecError
 from planner.fields import read_table
-from planner.hardware import HardwareSpec, Quantity
+from planner.hardware import HardwareSpec, Point, Quantity, TermPoint, to_toml
 from planner.spec import Source
 
 HARDWARE = Path(__file__).parents[1] / "configs" / "hardware"
@@ -62,6 +64,10 @@ def test_shipped_machines_state_a_source_for_every_number() -> None:
         (("disk",), None, "lacks disk"),
         (("cpu",), [1], "not a table"),
         (("points",), [{"lane": "tpu"}], "lane is 'tpu'"),
+        (("points",), 3, "points is not a list of tables"),
+        (("terms",), [1], "terms is not a list of tables"),
+        (("terms",), [{"term": "lunch"}], "term is 'lunch'"),
+        (("terms",), [{"term": "head", "seconds": 1}], "terms[0] lacks family"),
     ],
 )
 def test_bad_machines_are_refused(path: tuple[str, ...], value: Any, words: str) -> None:
@@ -101,3 +107,41 @@ def test_overrides_are_marked_as_assumed() -> None:
     bare = HardwareSpec.from_table(read_table(HARDWARE / "cpu-only-laptop.toml"), "bare.toml")
     with pytest.raises(SpecError, match="has no gpu"):
         bare.with_values("gpu", vram_bytes=1e9)
+
+
+def test_what_is_written_reads_back_as_an_equal() -> None:
+    """Every shipped machine, and one with all that only a calibration knows, survives TOML."""
+    specs = [
+        HardwareSpec.from_table(read_table(HARDWARE / f"{name}.toml"), name)
+        for name in sorted(SHIPPED)
+    ]
+    shape = {"hidden": 8, "intermediate": 4, "format": "q4_0"}
+    measured = Quantity(1.25e-4, Source.MEASURED, 'a "quoted"\nline', 0.1)
+    term = {"family": "qwen3_moe", "params": 7, "format": "bf16", "tokens": 1, "context": 9}
+    specs.append(
+        replace(
+            specs[0],
+            summary="",
+            cpu=replace(specs[0].cpu, token_start_s=measured, prompt_layer_overhead_s=measured),
+            points=(
+                Point(lane="cpu", load=1, seconds=1e-5, error=1e-7, **shape),
+                Point(lane="copy", load=0, seconds=2.0, **shape),
+            ),
+            terms=(
+                TermPoint(term="attention", kind="full", seconds=0.1, error=0.01, **term),
+                TermPoint(term="feed_forward", seconds=0.0, **term),
+            ),
+        )
+    )
+    for spec in specs:
+        assert HardwareSpec.from_table(tomllib.loads(to_toml(spec)), "written") == spec
+
+
+def test_what_only_a_calibration_knows_may_be_absent() -> None:
+    """A data sheet says nothing of the runtime's own costs, and a misspelt one is still refused."""
+    spec = HardwareSpec.from_table(LAPTOP, "laptop.toml")
+    assert (spec.cpu.token_start_s, spec.points, spec.terms) == (None, (), ())
+    data = copy.deepcopy(LAPTOP)
+    data["cpu"]["token_start"] = data["cpu"]["start_s"]
+    with pytest.raises(SpecError, match="unknown field 'token_start'"):
+        HardwareSpec.from_table(data, "laptop.toml")

@@ -80,7 +80,7 @@ def read_seconds(words: NDArray[np.uint64], threads: int) -> float:
     return time.perf_counter() - start
 
 
-def _fill(shape: ExpertShape, experts: int) -> NDArray[np.uint8]:
+def fill(shape: ExpertShape, experts: int) -> NDArray[np.uint8]:
     """Random experts ``[layers * experts, stride]``, at least ``ROTATION_BYTES`` in all."""
     rng = np.random.default_rng(0)
     f, d = shape.intermediate, shape.hidden
@@ -166,7 +166,7 @@ def run(
         shape = ExpertShape(hidden=case.hidden, intermediate=case.intermediate, format=case.format)
         if memory != (shape, case.experts):
             progress(f"filling experts {case.hidden} x {case.intermediate} {case.format}")
-            memory, blocks = (shape, case.experts), _fill(shape, case.experts)
+            memory, blocks = (shape, case.experts), fill(shape, case.experts)
         progress(" ".join(f"{k}={v}" for k, v in case._asdict().items()))
         words = blocks.reshape(-1).view(np.uint64)
         calls = _calls(case, blocks, shape)

@@ -38,6 +38,9 @@ COMMANDS = {
         "hybrid.cli.convert", "convert", "Convert a Hugging Face MoE model to an expert store."
     ),
     "plan": _Mount("hybrid.cli.plan", "plan", "Tell beforehand how fast a machine runs a model."),
+    "calibrate": _Mount(
+        "hybrid.cli.calibrate", "calibrate", "Measure this machine, for plans about it."
+    ),
     "bench": _Mount("hybrid.cli.bench", "bench_app", "Measure this machine."),
     "env": _Mount("hybrid.cli.env", "env", "Show what this machine and installation offer."),
 }

@@ -1,0 +1,229 @@
+"""Measures this machine with the runtime's own code, for the planner to predict with.
+
+A replica of the wanted model's first layers runs prompts and single tokens (:mod:`hybrid.replica`);
+its routed experts run at all loads, the memory and the disk are read (:mod:`hybrid.measure`); the
+device is measured where one is given (:mod:`hybrid.measure_device`). Time is limited: what does
+not fit is left out, and named.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging as transformers_logging
+
+from cpu_experts.experts import ExpertShape
+from hybrid import calibrated, host
+from hybrid.calibrated import Identity
+from hybrid.calibrated_spec import Measured, to_spec
+from hybrid.errors import UsageError
+from hybrid.loading import set_threads
+from hybrid.measure import Budget, Others, bare_experts, disk_times, expert_times, read_rates
+from hybrid.parts import Pass
+from hybrid.paths import cache_dir
+from hybrid.prediction import predicted
+from hybrid.replica import Replica, shortened
+from hybrid.subject import Subject, subject
+from planner.hardware import HardwareSpec
+
+if TYPE_CHECKING:
+    from gpu_experts.device import Device
+
+__all__ = ["calibrate", "covers", "hardware_for", "predicted"]
+
+LIMIT_S = 40.0
+"""What measuring takes at most. Making and loading the replica comes before it, about 10 s; so
+does compiling the kernels when they are used for the first time."""
+STANDARD = "Qwen3-30B-A3B"
+"""The model whose shape is measured when none is named."""
+OTHER_SHAPES = ((4096, 14336, 8, 2), (2048, 1408, 64, 6))
+"""Experts measured besides it: hidden, intermediate, count, top_k of Mixtral-8x7B and
+DeepSeek-V2-Lite."""
+PROMPTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+DECODED_AFTER = (8, 64, 512, 2048)
+DECODED = 26
+"""New tokens after those prompts."""
+TURNS = (3, 12)
+"""Times that each prompt is run: the most only of small models, which take no time."""
+QUICK_S = 10.0
+"""Turns beyond the least end after this."""
+
+Progress = Callable[[str], None]
+
+
+def calibrate(
+    model: str | Path | None = None,
+    *,
+    experts: str | None = None,
+    dense: str | None = None,
+    device: Device | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda what: None,
+    limit_s: float = LIMIT_S,
+) -> HardwareSpec:
+    """Measure this machine and return what was found; see :func:`hardware_for` for keeping it.
+
+    Parameters
+    ----------
+    model
+        A directory, a ``config.json`` or a shipped name whose shape is measured; a standard one
+        by default.
+    experts, dense
+        Weight formats: those of a converted directory; ``"q4_0"`` and what the checkpoint has
+        for anything else.
+    device
+        An accelerator to measure, too; opened and closed here.
+    threads
+        For torch and the kernels, as the runtime chooses them unless given.
+    progress
+        Called with a line about what is measured next.
+    limit_s
+        What measuring may take.
+
+    Raises
+    ------
+    UsageError, UnsupportedModelError, PlannerError
+        When the model is unknown or its code cannot be run, or a value cannot be used.
+    """
+    wanted = subject(STANDARD if model is None else model, experts, dense)
+    threads = host.default_threads() if threads is None else threads
+    set_threads(threads)
+    home = cache_dir()
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="hybrid-calibrate-") as folder:
+        progress(f"making some layers of {wanted.model.name} with random weights")
+        replica = _replica(wanted, Path(folder))
+        replica.generate(8, 8)
+        budget, others = Budget(limit_s), Others()
+        progress("reading from memory")
+        reads = read_rates(threads, budget)
+        progress("reading from disk")
+        found = Measured(reads, disk_times(home, budget.part(0.1)))
+        count, top_k = wanted.model.experts.count, wanted.model.experts.top_k
+        if device is not None:
+            from hybrid.measure_device import device_times
+
+            progress(f"measuring {device.name}")
+            found.device = device_times(device, replica.runners(), top_k, budget.part(0.3))
+        shape = replica.runners()[0].shape
+        progress("running experts")
+        found.experts.append(expert_times(replica.runners(), shape, count, top_k, budget.part(0.3)))
+        runs, missing = _run(replica, budget.part(1.0 if model else 0.8), progress)
+        parts = list(replica.parts(runs))
+        found.parts.append((wanted.model.family, wanted.experts, wanted.dense, parts))
+        if missing:
+            found.left_out.append(f"prompts of {', '.join(map(str, missing))}")
+        del replica
+        for hidden, intermediate, count, top_k in OTHER_SHAPES if model is None else ():
+            if budget.left_s() < 4:
+                found.left_out.append(f"experts of {hidden} x {intermediate}")
+                continue
+            progress(f"running experts of {hidden} x {intermediate}")
+            shape = ExpertShape(hidden=hidden, intermediate=intermediate, format=wanted.experts)
+            times = expert_times(bare_experts(shape, count), shape, count, top_k, budget.part(0.5))
+            found.experts.append(times)
+    found.disturbed = others.share()
+    identity = Identity.of_this_machine(threads, device.name if device else "")
+    return to_spec(found, identity, datetime.now(UTC))
+
+
+def hardware_for(
+    model: str | Path | None = None, *, force: bool = False, **options: Any
+) -> HardwareSpec:
+    """Return this machine with ``model``'s shape measured, now if it was not before.
+
+    Parameters
+    ----------
+    model
+        As of :func:`calibrate`; any calibration will do for None.
+    force
+        Measure even though it was before.
+    options
+        Those of :func:`calibrate`.
+
+    Raises
+    ------
+    UsageError
+        When the calibration that is there is damaged, unless by ``force``; and as
+        :func:`calibrate`.
+    """
+    device = options.get("device")
+    identity = Identity.of_this_machine(options.get("threads"), device.name if device else "")
+    try:
+        old = calibrated.load(identity)
+    except UsageError:
+        if not force:
+            raise
+        old = None
+    formats = options.get("experts"), options.get("dense")
+    known = old is not None and (model is None or covers(old, subject(model, *formats)))
+    if old is not None and known and not force:
+        return old
+    spec = calibrated.added(old, calibrate(model, **options))
+    calibrated.save(spec, identity)
+    return spec
+
+
+def covers(spec: HardwareSpec, wanted: Subject) -> bool:
+    """Whether a calibration has measured this model's shape and formats."""
+    shape = wanted.model.experts
+    measured = {(p.hidden, p.intermediate, p.format) for p in spec.points}
+    mixers = {layer.mixer.params for layer in wanted.model.layers}
+    known = {
+        term.params
+        for term in spec.terms
+        if (term.term, term.family, term.format) == ("attention", wanted.model.family, wanted.dense)
+    }
+    return (shape.hidden, shape.intermediate, wanted.experts) in measured and mixers <= known
+
+
+def _replica(wanted: Subject, folder: Path) -> Replica:
+    settings = shortened(wanted.settings, wanted.model, wanted.experts, wanted.dense)
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        return Replica(wanted.model, settings, folder, wanted.experts, wanted.dense)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{wanted.model.name} ({wanted.model.family}) cannot be made with random weights: "
+            f"{type(error).__name__}: {error}",
+            hint="name a text model whose family transformers knows, or none",
+        ) from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _run(
+    replica: Replica, budget: Budget, progress: Progress
+) -> tuple[dict[int, list[list[Pass]]], list[int]]:
+    """Generate after prompts of all lengths, several times while time allows.
+
+    Returns every prompt's generations, the first left out where there are more (it allocates),
+    and the prompts that there was no time for.
+    """
+    longest = replica.model.context or PROMPTS[-1] + DECODED
+    prompts = [prompt for prompt in PROMPTS if prompt + DECODED <= longest]
+    runs: dict[int, list[list[Pass]]] = {}
+    took_s: dict[int, float] = {}
+    last_s = 0.0
+    begun_s = budget.left_s()
+    for turn in range(TURNS[1]):
+        if turn >= TURNS[0] and begun_s - budget.left_s() > QUICK_S:
+            break
+        for prompt in prompts:
+            expected_s = took_s.get(prompt, 2.5 * last_s)
+            if expected_s > budget.left_s() and prompt > PROMPTS[0]:
+                break
+            progress(f"prompts of {prompt} tokens, turn {turn + 1}")
+            before_s = budget.left_s()
+            new_tokens = DECODED if prompt in DECODED_AFTER else 1
+            runs.setdefault(prompt, []).append(replica.generate(prompt, new_tokens))
+            last_s = took_s[prompt] = before_s - budget.left_s()
+    kept = {prompt: found[1:] or found for prompt, found in runs.items()}
+    return kept, [prompt for prompt in prompts if prompt not in runs]

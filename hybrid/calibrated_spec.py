@@ -1,0 +1,187 @@
+"""From measurements to a hardware description: every number with its spread and its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from statistics import median, pstdev
+from typing import TYPE_CHECKING
+
+from hybrid.calibrated import Identity
+from hybrid.measure import DiskTimes, ExpertTimes
+from hybrid.parts import Part
+from planner.cost import weight_bytes
+from planner.hardware import Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
+from planner.spec import Source
+
+if TYPE_CHECKING:
+    from hybrid.measure_device import DeviceTimes
+
+COMMAND = "hybrid calibrate"
+DISTURBED = 0.05
+"""Part of the processors' time from which on other programs' use of it is worth a remark."""
+
+
+@dataclass
+class Measured:
+    """Everything a calibration found.
+
+    Attributes
+    ----------
+    reads
+        Bytes a second from memory.
+    disk
+        The disk's times.
+    experts
+        Of every shape, the wanted model's first.
+    parts
+        Of every model: its family, the experts' and the dense weights' formats, its parts.
+    device
+        The device's times, where there is one.
+    left_out
+        What there was no time for.
+    disturbed
+        Part of the processors' time that other programs took meanwhile.
+    """
+
+    reads: list[float]
+    disk: DiskTimes
+    experts: list[ExpertTimes] = field(default_factory=list)
+    parts: list[tuple[str, str, str, list[Part]]] = field(default_factory=list)
+    device: DeviceTimes | None = None
+    left_out: list[str] = field(default_factory=list)
+    disturbed: float = 0.0
+
+
+def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec:
+    """Describe the machine that was measured."""
+    terms = [
+        term
+        for family, experts, dense, parts in found.parts
+        for term in _terms(family, experts, dense, parts)
+    ]
+    points = [point for times in found.experts for point in _cpu_points(times)]
+    gpu, link = None, None
+    if found.device is not None:
+        gpu, link = found.device.gpu(COMMAND), found.device.link(COMMAND)
+        points += found.device.points()
+    remarks = ""
+    if found.left_out:
+        remarks += f"; left out for lack of time: {', '.join(found.left_out)}"
+    if found.disturbed >= DISTURBED:
+        remarks += f"; other programs used {found.disturbed:.0%} of the processors meanwhile"
+    return HardwareSpec(
+        name="this-machine",
+        summary=f"{identity.cpu}, {identity.threads} threads, {identity.simd_level}; "
+        f"calibrated {when:%Y-%m-%d %H:%M} UTC{remarks}",
+        cpu=_cpu(found, identity, terms),
+        disk=_disk(found.disk),
+        gpu=gpu,
+        link=link,
+        points=tuple(points),
+        terms=tuple(terms),
+    )
+
+
+def _quantity(samples: Sequence[float], what: str, source: Source = Source.MEASURED) -> Quantity:
+    """The samples' median, with their standard deviation relative to it."""
+    value = float(median(samples))
+    count = f"median of {len(samples)}" if len(samples) > 1 else "one sample"
+    error = float(pstdev(samples) / value) if len(samples) > 1 and value else None
+    return Quantity(value, source, f"{COMMAND}: {what}, {count}", error)
+
+
+def _cpu(found: Measured, identity: Identity, terms: list[TermPoint]) -> Cpu:
+    rate = _quantity(found.reads, f"{identity.threads} threads reading 1 GiB")
+    times = found.experts[0]
+    shape, fmt = times.shape, times.shape.format
+    params = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
+    size, most = weight_bytes(params, fmt), max(times.loads)
+    name = f"experts of {shape.hidden} x {shape.intermediate} in {fmt}"
+    shares = [min(1.0, size / max(s, 1e-12) / rate.value) for s in times.loads[1]]
+    rates = [2 * params * most / max(s, 1e-12) for s in times.loads[most]]
+
+    def overhead(single: bool) -> Quantity:
+        """What the smallest step's attention takes beyond reading its weights."""
+        mine = [t for t in terms if t.term == "attention" and (t.tokens == 1) == single]
+        first = min(mine, key=lambda term: (term.tokens, term.context))
+        rest_s = first.seconds - weight_bytes(first.params, first.format) / rate.value
+        step = "a single token's" if single else f"{first.tokens} tokens'"
+        origin = f"{COMMAND}: {step} attention and router without reading its weights"
+        return Quantity(max(0.0, rest_s), Source.FITTED, origin)
+
+    def around(single: bool) -> Quantity:
+        mine = [t for t in terms if t.term == "call" and (t.tokens == 1) == single]
+        first = min(mine, key=lambda term: term.tokens)
+        origin = f"{COMMAND}: a step of {first.tokens} tokens without layers and head"
+        error = first.error / first.seconds if first.error and first.seconds else None
+        return Quantity(first.seconds, Source.MEASURED, origin, error)
+
+    return Cpu(
+        name=identity.cpu,
+        ram_bytes=Quantity(
+            float(identity.ram_bytes), Source.MEASURED, f"{COMMAND}: the system's own figure"
+        ),
+        memory_bytes_per_s=rate,
+        memory_efficiency=_quantity(shares, f"{name}, one token each, beside plain reads"),
+        flop_per_s=_quantity(rates, f"{name}, {most} tokens each"),
+        flop_efficiency=Quantity(
+            1.0, Source.MEASURED, f"{COMMAND}: flop_per_s is what the kernels reach", 0.0
+        ),
+        start_s=_quantity(times.start_s, f"{name}, a call besides its experts"),
+        layer_overhead_s=overhead(single=found.device is None),
+        prompt_layer_overhead_s=overhead(single=False),
+        token_start_s=around(single=True),
+        prompt_start_s=around(single=False),
+    )
+
+
+def _disk(times: DiskTimes) -> Disk:
+    how = (
+        "the system could not be told to forget the file, memory may have answered"
+        if times.cached
+        else "the system had been told to forget the file"
+    )
+    return Disk(
+        bytes_per_s=_quantity(times.bytes_per_s, f"a file in the cache folder, {how}"),
+        latency_s=_quantity(times.latency_s, f"4 KiB anywhere in it, {how}"),
+    )
+
+
+def _cpu_points(times: ExpertTimes) -> Iterator[Point]:
+    for load, samples in sorted(times.loads.items()):
+        yield Point(
+            lane="cpu",
+            hidden=times.shape.hidden,
+            intermediate=times.shape.intermediate,
+            format=times.shape.format,
+            load=load,
+            seconds=float(median(samples)),
+            error=_spread(samples),
+        )
+
+
+def _terms(family: str, experts: str, dense: str, parts: Sequence[Part]) -> Iterator[TermPoint]:
+    """Points of a model's parts; only attention depends on the context of a single token."""
+    merged: dict[tuple[str, str, int, int, int], list[float]] = {}
+    for part in parts:
+        context = part.context if part.term == "attention" else part.tokens
+        key = (part.term, part.kind, part.params, part.tokens, context)
+        merged.setdefault(key, []).extend(part.samples)
+    for (term, kind, params, tokens, context), samples in merged.items():
+        yield TermPoint(
+            term=term,
+            family=family,
+            kind=kind,
+            params=params,
+            format=experts if term == "expert" else dense,
+            tokens=tokens,
+            context=context,
+            seconds=float(median(samples)),
+            error=_spread(samples) if any(samples) else None,
+        )
+
+
+def _spread(samples: Sequence[float]) -> float | None:
+    return float(pstdev(samples)) if len(samples) > 1 else None

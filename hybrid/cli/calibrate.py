@@ -1,0 +1,102 @@
+"""``hybrid calibrate``: measure this machine, once, so that plans are about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def calibrate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            show_default=False,
+            metavar="[MODEL]",
+            help="Measure this model's shape: a directory, a config.json, or a name such as "
+            "Qwen3-30B-A3B. No weights are needed. A standard shape unless given.",
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Weight format of the experts.", show_default="q4_0")
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Weight format of everything else.", show_default="as the checkpoint has it"
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the hardware file (TOML) here.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again; overwrite the file.")
+    ] = False,
+) -> None:
+    """Measure how fast this machine runs experts, attention and all the rest.
+
+    Takes about a minute. The result is kept for this machine, and 'hybrid plan' uses it when no
+    --hardware is given; measuring another model's shape adds to it.
+    """
+    from hybrid.errors import UsageError
+
+    if out is not None and out.exists() and not force:
+        raise UsageError(f"{out} exists", hint="choose another name, or add --force")
+    from hybrid.calibrate import LIMIT_S, hardware_for
+    from hybrid.calibrated import Identity, main_numbers
+    from hybrid.cli.plan import write_file
+    from planner.hardware import to_toml
+
+    identity = Identity.of_this_machine(threads)
+    with _Progress(LIMIT_S) as progress:
+        spec = hardware_for(
+            model, force=force, experts=experts, dense=dense, threads=threads, progress=progress
+        )
+    known = "" if progress.used else ", measured before; --force measures again"
+    print(f"in force: {identity.path}{known}", file=sys.stderr)
+    if out is not None:
+        write_file(out, identity.comment() + to_toml(spec))
+    if as_json:
+        print(json.dumps({"path": str(identity.path), **asdict(spec)}))
+        return
+    rows: list[tuple[str, str]] = [("machine", spec.summary), *main_numbers(spec)]
+    print("\n".join(f"{name:<15} {text}" for name, text in rows))
+
+
+class _Progress:
+    """Shows what is being measured and how much of the time is used, on stderr.
+
+    The bar stands at its beginning until the replica is made, which takes as long as it takes.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("", total=limit_s, visible=False)
+        self._begun_s: float | None = None
+        self.used = False
+
+    def __enter__(self) -> _Progress:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def __call__(self, what: str) -> None:
+        now_s = time.monotonic()
+        if self.used and self._begun_s is None:
+            self._begun_s = now_s
+        done_s = now_s - (now_s if self._begun_s is None else self._begun_s)
+        self._bar.update(self._task, description=what, completed=done_s, visible=True)
+        self.used = True

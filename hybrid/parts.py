@@ -1,0 +1,164 @@
+"""From the times of whole steps to those of their parts.
+
+In transformers' code every part is timed by itself. Where all layers of a single token are one
+call, a part is what the call takes less without it: the variants take turns within a generation,
+and medians are compared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from planner.model import Layer, ModelSpec
+
+WHOLE, OTHER_TOP_K, NO_HEAD, NO_SHARED = "whole", "other top_k", "no head", "no shared expert"
+"""Variants of a single token's call."""
+ALONE = "layer alone"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the model took: seconds of single steps, of one layer where it is a layer's.
+
+    ``term``, ``kind``, ``params``, ``tokens`` and ``context`` are those of
+    ``planner.hardware.TermPoint``.
+    """
+
+    term: str
+    kind: str
+    params: int
+    tokens: int
+    context: int
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: its whole time and its parts', by (part, layer)."""
+
+    whole_s: float
+    spans: Mapping[tuple[str, int], float]
+
+
+def in_modules(
+    model: ModelSpec,
+    layers: Sequence[Layer],
+    scale: float,
+    passes: Sequence[Pass],
+    tokens: int,
+    context: int,
+) -> Iterator[Part]:
+    """Parts of passes through transformers' code.
+
+    Parameters
+    ----------
+    model, layers
+        The model, and those of its layers that ran.
+    scale
+        How many times larger the model's head is than the one that ran.
+    passes
+        With spans of ``layer``, ``feed_forward`` and ``experts`` of each layer, and of ``head``.
+    tokens, context
+        Of each pass.
+    """
+    samples = defaultdict[tuple[str, str, int], list[float]](list)
+    for step in passes:
+        found = defaultdict[tuple[str, str, int], list[float]](list)
+        for index, layer in enumerate(layers):
+            beside_s = step.spans.get(("feed_forward", index), 0.0)
+            experts_s = step.spans.get(("experts", index), 0.0)
+            attention_s = max(0.0, step.spans["layer", index] - beside_s - experts_s)
+            found["attention", layer.mixer.kind, layer.mixer.params].append(attention_s)
+            found["feed_forward", "", layer.ffn_params].append(beside_s)
+        head_s = step.spans["head", 0]
+        layers_s = sum(step.spans["layer", index] for index in range(len(layers)))
+        found["head", "", model.head_params].append(head_s * scale)
+        around_s = max(0.0, step.whole_s - layers_s - head_s)
+        found["call", "", model.head_params].append(around_s)
+        for key, values in found.items():
+            samples[key].append(fmean(values))
+    for (term, kind, params), seconds in samples.items():
+        yield Part(term, kind, params, tokens, context, tuple(seconds))
+
+
+def compiled(
+    model: ModelSpec,
+    layers: Sequence[Layer],
+    scale: float,
+    steps: Mapping[int, Sequence[Pass]],
+    other_top_k: int,
+) -> Iterator[Part]:
+    """Parts of single tokens' compiled calls.
+
+    Only attention depends on the context; the others are medians over all contexts.
+
+    Parameters
+    ----------
+    model, layers, scale
+        As of :func:`in_modules`.
+    steps
+        Context to steps; each has a span of one variant, and some of every layer ``ALONE``.
+    other_top_k
+        Experts of a token in the variant with another number of them.
+    """
+    times = {context: _by_variant(decoded) for context, decoded in steps.items()}
+
+    def saved_s(variant: str) -> float:
+        """What leaving out the variant's part saves, which is negative where it adds."""
+        return median(median(by[WHOLE]) - median(by[variant]) for by in times.values())
+
+    moe = [index for index, layer in enumerate(layers) if layer.moe]
+    top_k = model.experts.top_k
+    expert_s = max(0.0, saved_s(OTHER_TOP_K) / len(moe) / (top_k - other_top_k))
+    has_shared = all(NO_SHARED in by for by in times.values())
+    shared_s = max(0.0, saved_s(NO_SHARED) / len(moe)) if has_shared else 0.0
+    head_s = max(0.0, saved_s(NO_HEAD))
+    around = [
+        max(0.0, step.whole_s - step.spans[WHOLE, 0])
+        for decoded in steps.values()
+        for step in decoded
+        if (WHOLE, 0) in step.spans
+    ]
+    yield Part("expert", "", model.experts.params_each, 1, 1, (expert_s,))
+    yield Part("head", "", model.head_params, 1, 1, (head_s * scale,))
+    yield Part("call", "", model.head_params, 1, 1, tuple(around))
+    beside = {layers[index].ffn_params: shared_s for index in moe}
+    rest_s = top_k * expert_s + shared_s
+    for context, by in times.items():
+        share = _layer_shares(layers, steps[context])
+        layers_s = [max(0.0, seconds - head_s) for seconds in by[WHOLE]]
+        for mixer in dict.fromkeys(layers[index].mixer for index in moe):
+            mine = fmean(share[index] for index in moe if layers[index].mixer == mixer)
+            samples = tuple(max(0.0, seconds * mine - rest_s) for seconds in layers_s)
+            yield Part("attention", mixer.kind, mixer.params, 1, context, samples)
+            for index, layer in enumerate(layers):
+                if layer.mixer == mixer and layer.ffn_params not in beside:
+                    whole_s = median(layers_s) * share[index]
+                    beside[layer.ffn_params] = max(0.0, whole_s - median(samples))
+    for params, seconds in beside.items():
+        yield Part("feed_forward", "", params, 1, 1, (seconds,))
+
+
+def _by_variant(steps: Sequence[Pass]) -> dict[str, list[float]]:
+    found = defaultdict[str, list[float]](list)
+    for step in steps:
+        for (name, _), seconds in step.spans.items():
+            if name != ALONE:
+                found[name].append(seconds)
+    return found
+
+
+def _layer_shares(layers: Sequence[Layer], steps: Sequence[Pass]) -> list[float]:
+    """Each layer's share of all layers' time; equal where all are of one kind."""
+    if len(set(layers)) == 1:
+        return [1 / len(layers)] * len(layers)
+    rows = [
+        [step.spans[ALONE, index] for index in range(len(layers))]
+        for step in steps
+        if (ALONE, 0) in step.spans
+    ]
+    seconds = [median(column) for column in zip(*rows, strict=True)]
+    return [value / sum(seconds) for value in seconds]

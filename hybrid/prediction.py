@@ -1,0 +1,193 @@
+"""What a run on the CPU alone should take, term by term, and how far measurements are from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hybrid import calibrated
+from hybrid.calibrated import Identity
+from hybrid.subject import float_format
+from planner.dryrun import OURS, estimates
+from planner.families import from_hf_config
+from planner.hardware import HardwareSpec
+from planner.model import ModelSpec
+from planner.outcome import TERMS
+from planner.request import Request
+from planner.spec import Estimate, Source
+
+_MOST_STEPS = 128
+"""Decode steps that are simulated; the time per token of more is that of these."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted durations of a run, term by term.
+
+    Attributes
+    ----------
+    prompt
+        Terms of the time to the first token; they add up to ``ttft``.
+    token
+        Mean terms of a decode step; they add up to ``tpot``. Empty when no step was asked for.
+    """
+
+    prompt: dict[str, Estimate]
+    token: dict[str, Estimate]
+
+    @property
+    def ttft(self) -> Estimate:
+        """Time to the first token."""
+        return _sum(self.prompt)
+
+    @property
+    def tpot(self) -> Estimate:
+        """Time per token after the first."""
+        return _sum(self.token)
+
+
+def _sum(terms: Mapping[str, Estimate]) -> Estimate:
+    return sum(terms.values(), Estimate(0.0, Source.MEASURED, 0.0))
+
+
+def predict(
+    model: ModelSpec,
+    hardware: HardwareSpec,
+    *,
+    experts: str,
+    dense: str,
+    prompt: int,
+    tokens: int,
+    loads: Sequence[Sequence[int]] | None = None,
+) -> Prediction:
+    """Predict a run on the CPU alone.
+
+    Parameters
+    ----------
+    model, hardware
+        What runs, and where; a GPU of the machine is left alone.
+    experts, dense
+        Weight formats.
+    prompt, tokens
+        Tokens of the prompt, and new ones.
+    loads
+        Tokens that each expert of each MoE layer got of the prompt, ``[L, E]``, where it is known;
+        otherwise they are made up as for ``hybrid plan``.
+
+    Raises
+    ------
+    SpecError, CostError
+        When lengths or formats cannot be.
+    """
+    machine = replace(hardware, gpu=None, link=None)
+    request = Request(
+        model=model,
+        hardware=machine,
+        experts=experts,
+        dense=dense,
+        context=prompt + tokens,
+        prompt=prompt,
+        tokens=min(max(1, tokens - 1), _MOST_STEPS),
+    )
+    routing = request.routing()
+    if loads is not None:
+        known = np.zeros_like(routing.prompt)
+        known[:, : np.shape(loads)[1]] = loads
+        routing = replace(routing, prompt=known, source=Source.MEASURED, origin="as it was routed")
+    run = OURS.run(request, request.fit(), routing)
+    return Prediction(
+        prompt=estimates(request.cost, run.prefill.terms, prompt),
+        token=estimates(request.cost, run.decode_terms(), 1) if tokens > 1 else {},
+    )
+
+
+def predicted(
+    network: Any,
+    prompt_tokens: int,
+    new_tokens: int,
+    *,
+    threads: int | None = None,
+    loads: Sequence[Sequence[int]] | None = None,
+) -> Prediction | None:
+    """Predict a run of a loaded model on this machine; None when it was not calibrated.
+
+    Parameters
+    ----------
+    network
+        A transformers model of this package, on the CPU.
+    prompt_tokens, new_tokens
+        Of the run.
+    threads
+        That it runs on.
+    loads
+        See :func:`predict`.
+
+    Raises
+    ------
+    UsageError
+        When the calibration is damaged.
+    """
+    hardware = calibrated.load(Identity.of_this_machine(threads))
+    if hardware is None:
+        return None
+    index = network.hybrid_store.index
+    return predict(
+        from_hf_config(network.config.to_dict()),
+        hardware,
+        experts=index.format,
+        dense=index.dense_format or float_format(network.config.dtype),
+        prompt=prompt_tokens,
+        tokens=new_tokens,
+        loads=loads,
+    )
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A predicted duration beside the measured one, in seconds."""
+
+    term: str
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def share(self) -> float:
+        """Predicted minus measured, over measured."""
+        return (self.predicted_s - self.measured_s) / self.measured_s if self.measured_s else 0.0
+
+
+TOTAL = "total"
+
+
+def residuals(predicted: Mapping[str, Estimate], measured: Mapping[str, float]) -> list[Residual]:
+    """Return what was measured beside what was predicted.
+
+    Parameters
+    ----------
+    predicted
+        Terms of a :class:`Prediction`.
+    measured
+        Seconds of those terms that were measured one by one, and of ``TOTAL``. Terms that were
+        not are left out, but count in the total.
+
+    Returns
+    -------
+    One entry a measured term, in the order of the report, the total last.
+    """
+    rows = [
+        Residual(term, predicted[term].value, measured[term])
+        for term in TERMS
+        if term in measured and term in predicted
+    ]
+    if TOTAL in measured:
+        rows.append(Residual(TOTAL, _sum(predicted).value, measured[TOTAL]))
+    return rows
+
+
+def furthest(rows: Sequence[Residual]) -> Residual | None:
+    """Return the term that is off by most seconds; None without measured terms."""
+    terms = [row for row in rows if row.term != TOTAL]
+    return max(terms, key=lambda row: abs(row.predicted_s - row.measured_s), default=None)
