@@ -1,9 +1,9 @@
 """Carries out each layer's plan on the CPU and on a device at once: the one place that sees both.
 
 A layer's step: wait for the router's answer, decide, give the device its copies and experts in the
-plan's order, give it what is worth copying ahead, compute the CPU's experts meanwhile, join. The
-host waits twice, for the router and at the join. Whatever the device does wrong, the layer's
-experts are computed on the CPU from the same weights, and generation goes on.
+plan's order and what is worth copying ahead, compute the CPU's experts meanwhile, join. The host
+waits twice, for the router and at the join. Whatever the device does wrong, the layer's experts
+are computed on the CPU from the same weights, and generation goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numba
 import numpy as np
@@ -76,6 +76,14 @@ class Launcher(Protocol):
 
     def abandon(self) -> None:
         """Forget what was started."""
+
+
+class _Given(NamedTuple):
+    """What the device was given in a layer's step."""
+
+    out: Tensor
+    computes: list[Event]
+    copies: list[Event]
 
 
 class Executor:
@@ -141,6 +149,7 @@ class Executor:
         self.residents = Residents(device, layers, settle(slots))
         self._before_s: float | None = None
         self._turn = threading.Lock()
+        self._records: deque[LayerRecord] = deque()
 
     @property
     def director(self) -> Director:
@@ -158,6 +167,7 @@ class Executor:
 
     def end_step(self, tokens: int, predicted_head_s: float) -> None:
         """Stop it, after the output head."""
+        self._note_records()
         if self._before_s is not None:
             self.timeline.step(tokens, time.perf_counter() - self._before_s, predicted_head_s)
         self._before_s = None
@@ -209,13 +219,11 @@ class Executor:
         x = answer[0].float().numpy()
         ids = answer[1].numpy()
         factors = answer[2].float().contiguous().numpy()
+        known = None if len(answer) < 4 else answer[3].numpy()
         routed_s = time.perf_counter()
-        self.residents.land()
         decision = self._place(layer, ids, factors, tokens, routed_s)
         plan = decision.plan
-        computes, copies, out = self._launch(device, decision, flat, ids, factors)
-        ahead = self._predict(layer, ids, None if len(answer) < 4 else answer[3].numpy())
-        copies += self._fill(decision, ahead, tokens)
+        given = self._enqueue(device, decision, flat, ids, factors, known)
         decided_s = time.perf_counter()
         cpu_out = None
         if plan.cpu:
@@ -224,16 +232,16 @@ class Executor:
             here = _replaced(ids, {expert: expert for expert in plan.cpu})
             run_experts(x, here, factors, packed.blocks, packed.shape, cpu_out)
         cpu_end_s = time.perf_counter()
-        if out is None:
-            out = device.new_output(tokens)
-        result = device.join(out, cpu_out, computes, hidden.dtype, self._timeout_s)
+        result = device.join(given.out, cpu_out, given.computes, hidden.dtype, self._timeout_s)
         joined_s = time.perf_counter()
         experts = self.director.cost.experts
-        self.timeline.add(
+        self._records.append(
             LayerRecord(
                 layer=layer,
                 tokens=tokens,
                 plan=plan,
+                activated=len(decision.work.loads),
+                hits=decision.hits,
                 dense_s=self._seconds.mixer(layer, tokens),
                 gpu_work_s=sum(experts.gpu_s(n) for e, n in decision.work.loads if e in plan.gpu),
                 copy_s=experts.copy_s(),
@@ -242,14 +250,34 @@ class Executor:
                 decided_s=decided_s,
                 cpu_end_s=cpu_end_s,
                 joined_s=joined_s,
-                computes=computes,
-                copies=copies,
-            ),
-            activated=len(decision.work.loads),
-            hits=decision.hits,
+                computes=given.computes,
+                copies=given.copies,
+            )
         )
         self._before_s = joined_s
         return result.view(hidden.shape)
+
+    def _enqueue(
+        self,
+        device: Device,
+        decision: Decision,
+        x: Tensor,
+        ids: Ids,
+        factors: F32,
+        scores: F32 | None,
+    ) -> _Given:
+        """Give the device the layer's work, then what is worth copying for later layers."""
+        computes, copies, out = self._launch(device, decision, x, ids, factors)
+        self.residents.land()
+        ahead = self._predict(decision.work.layer, ids, scores)
+        copies += self._fill(decision, ahead, len(x))
+        self._note_records()
+        return _Given(out, computes, copies)
+
+    def _note_records(self) -> None:
+        """Hand what was measured to the timeline, when there is time for it."""
+        while self._records:
+            self.timeline.add(self._records.popleft())
 
     def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
         """Ask where each expert that the router chose runs."""
@@ -265,12 +293,10 @@ class Executor:
 
     def _launch(
         self, device: Device, decision: Decision, x: Tensor, ids: Ids, factors: F32
-    ) -> tuple[list[Event], list[Event], Tensor | None]:
+    ) -> tuple[list[Event], list[Event], Tensor]:
         """Give the device the plan's copies and experts, in the plan's order."""
         plan, layer = decision.plan, decision.plan.layer
         kept = {admission.expert: admission for admission in decision.admitted}
-        if not plan.gpu:
-            return [], [], None
         residents = self.residents
         out = device.new_output(len(x))
         computes: list[Event] = []
@@ -378,6 +404,7 @@ class Executor:
     def _recover(self) -> None:
         """Make sense again after something broke a layer off; forget everything if need be."""
         self._before_s = None
+        self._records.clear()
         try:
             if self._shared is not None:
                 self._shared.abandon()

@@ -34,6 +34,8 @@ class LayerRecord:
         Which MoE layer, and how many tokens it saw.
     plan
         What was planned, in seconds from the moment of deciding.
+    activated, hits
+        Experts that got a token, and those of them that were resident.
     dense_s, gpu_work_s, copy_s
         Predicted: attention and router before it, the GPU's share of the routed experts, one copy.
     entered_s, routed_s, decided_s, cpu_end_s, joined_s
@@ -46,6 +48,8 @@ class LayerRecord:
     layer: int
     tokens: int
     plan: LayerPlan
+    activated: int
+    hits: int
     dense_s: float
     gpu_work_s: float
     copy_s: float
@@ -131,11 +135,11 @@ class Timeline:
         """Return the phase that a step of so many tokens belongs to."""
         return self.phases[PREFILL if tokens > 1 else DECODE]
 
-    def add(self, record: LayerRecord, activated: int, hits: int) -> None:
+    def add(self, record: LayerRecord) -> None:
         """Take one layer's record."""
         phase = self.phase(record.tokens)
-        phase.activated += activated
-        phase.hits += hits
+        phase.activated += record.activated
+        phase.hits += record.hits
         terms, lanes = phase.measured.terms, phase.measured.lanes
         terms[ROUTER] += record.routed_s - record.entered_s
         terms[DECIDING] += record.decided_s - record.routed_s
