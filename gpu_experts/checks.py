@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gpu_experts.errors import DeviceFailedError, ShapeError, SlotError
 from gpu_experts.layout import BlockLayout
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def opened(layout: BlockLayout | None) -> BlockLayout:
@@ -56,7 +55,7 @@ def check_compute(
             f"routing_weights are {routing_weights.dtype} {list(routing_weights.shape)};"
             f" they must be float32 {list(slot_ids.shape)}"
         )
-    if out.dtype.itemsize != 4 or not out.is_floating_point() or out.shape != x.shape or not out.is_contiguous():
+    if out.dtype != torch.float32 or out.shape != x.shape or not out.is_contiguous():
         raise ShapeError(
             f"out is {out.dtype} {list(out.shape)}; it must be contiguous float32 {list(x.shape)}"
         )

@@ -18,12 +18,10 @@ from torch import Tensor
 from gpu_experts import reference
 from gpu_experts.device import Note
 from gpu_experts.layout import GROUP, TILE, BlockLayout, pad
-from gpu_experts.routing import Routing
+from gpu_experts.routing import VECTOR_LOAD, Routing
 
 Implementation = Literal["torch", "triton"]
 
-#: Loads up to this many tokens a slot run in the vector kernels.
-VECTOR_LOAD = 4
 #: Inputs whose order the matrix kernels permute together.
 SPAN = 128
 #: The most that intermediate results of one pass may take; longer calls are cut by tokens.
@@ -128,17 +126,17 @@ def _run_vector(
 ) -> None:
     from gpu_experts import triton_kernels as kernels
 
-    tokens, choices = routing.shape
     fp, strips = layout.padded_intermediate, pad(layout.hidden, TILE) // TILE
-    h = torch.empty(tokens * choices, fp, dtype=torch.float32, device=x.device)
-    slot_of = routing.slot_of(table)
+    h = torch.empty(routing.pairs, fp, dtype=torch.float32, device=x.device)
+    views, slot_of, token_of = _views(slots), routing.slot_of(table), routing.token_of(table)
     common = {"GROUPS": 8, "num_warps": 4}
-    kernels.up_vector[(tokens * choices, fp // TILE)](
+    kernels.up_vector[(routing.pairs, fp // TILE)](
         x,
-        *_views(slots),
+        *views,
+        routing.user_of(table),
         slot_of,
+        token_of,
         h,
-        choices,
         layout.hidden,
         pad(layout.hidden, GROUP) // GROUP,
         fp // TILE,
@@ -149,13 +147,15 @@ def _run_vector(
         STRIPS=1,
         **common,
     )
-    kernels.down_vector[(tokens, strips)](
+    kernels.down_vector[(routing.users, strips)](
         h,
-        *_views(slots),
+        *views,
         slot_of,
         routing.weight_of(table),
+        routing.by_user(table),
+        token_of,
+        routing.begin_of(table),
         out,
-        choices,
         fp,
         layout.hidden,
         fp // GROUP,
@@ -191,19 +191,19 @@ def _run_matrix(
 ) -> None:
     from gpu_experts import triton_kernels as kernels
 
-    tokens, choices = routing.shape
     fp, strips = layout.padded_intermediate, pad(layout.hidden, TILE) // TILE
-    inputs = permute_inputs(x, layout.format)
+    token_of = routing.token_of(table)
+    inputs = permute_inputs(x if routing.users == len(x) else x[token_of], layout.format)
     h = torch.empty(routing.pairs, pad(fp, SPAN), dtype=x.dtype, device=x.device)
     y = torch.empty(routing.pairs, layout.hidden, dtype=torch.float32, device=x.device)
-    tiles = routing.tile_table(table)
+    views, tiles = _views(slots), routing.tile_table(table)
     # Gate and up are two accumulators: half as many rows of each as of down.
     across = 2
     common = {"ROWS": routing.tile_rows, "num_warps": 4, "num_stages": 2}
     kernels.up_matrix[(routing.tiles, -(-fp // (TILE * across)))](
         inputs,
-        *_views(slots),
-        routing.tokens(table),
+        *views,
+        routing.user_of(table),
         tiles,
         h,
         inputs.shape[1],
@@ -219,7 +219,7 @@ def _run_matrix(
     )
     kernels.down_matrix[(routing.tiles, -(-strips // (2 * across)))](
         h,
-        *_views(slots),
+        *views,
         tiles,
         y,
         h.shape[1],
@@ -235,12 +235,13 @@ def _run_matrix(
         **common,
     )
     block = 256
-    kernels.add_pairs[(tokens, -(-layout.hidden // block))](
+    kernels.add_pairs[(routing.users, -(-layout.hidden // block))](
         y,
-        routing.pair_of(table),
         routing.weight_of(table),
+        routing.by_user(table),
+        token_of,
+        routing.begin_of(table),
         out,
-        choices,
         layout.hidden,
         BLOCK=block,
     )

@@ -134,7 +134,8 @@ def run(
     out
         ``[T, D]`` float32, added to.
     """
-    tokens, weights = routing.tokens(table), routing.weights(table)
+    tokens = routing.token_of(table)[routing.user_of(table)]
+    weights = routing.weight_of(table)
     for slot, first, count in routing.runs:
         mine = tokens[first : first + count]
         y = expert(layout, slots[slot], x[mine].float())

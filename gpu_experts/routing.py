@@ -3,124 +3,135 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_experts.device import F32, I32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Loads up to this many tokens a slot are for the vector kernels, which need no tiles.
+VECTOR_LOAD = 4
 #: Rows of a tile of the matrix kernels, by the largest load that needs no more.
 TILE_ROWS = (16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """(token, choice) pairs that are routed to slots, sorted by slot.
+    """(token, choice) pairs that are routed to slots, sorted by slot, then by token.
 
     Attributes
     ----------
-    shape
-        ``(T, A)``.
     runs
-        (slot, first pair, pairs) of every distinct slot, by slot.
+        (slot, first pair, pairs) of every distinct slot, ascending.
+    pairs, users
+        N pairs, and U tokens that have one.
+    tile_rows, tiles
+        Most pairs that a tile holds, and how many tiles there are: none when every load is at
+        most :data:`VECTOR_LOAD`.
     table
-        int32, one part after the other: the pairs' tokens ``[N]``; their routing weights
-        ``[N]`` as float32 bits; for every token and choice the slot ``[T, A]``, the pair
-        ``[T, A]`` (-1 where elsewhere) and the routing weight ``[T, A]`` as float32 bits; the
-        tiles ``[tiles, 3]``: slot, first pair, pairs.
-    tile_rows
-        Most pairs that a tile holds.
-    tiles
-        How many there are.
+        int32, what the methods below cut apart: for every pair its user, slot, and routing
+        weight (float32 bits); the pairs by user, then by choice; the users' tokens; where each
+        user's pairs begin, and the end; the tiles.
     """
 
-    shape: tuple[int, int]
     runs: tuple[tuple[int, int, int], ...]
-    table: I32
+    pairs: int
+    users: int
     tile_rows: int
     tiles: int
+    table: I32
 
-    @property
-    def pairs(self) -> int:
-        """N, how many pairs are routed to slots."""
-        return sum(count for _, _, count in self.runs)
-
-    @property
+    @cached_property
     def largest_load(self) -> int:
         """Most tokens that one slot has."""
         return max((count for _, _, count in self.runs), default=0)
 
-    def tokens(self, table: Tensor) -> Tensor:
-        """The pairs' tokens ``[N]`` int32."""
+    def user_of(self, table: Tensor) -> Tensor:
+        """Of every pair its user, ``[N]`` int32."""
         return table[: self.pairs]
 
-    def weights(self, table: Tensor) -> Tensor:
-        """The pairs' routing weights ``[N]`` float32."""
-        return _floats(table[self.pairs : 2 * self.pairs])
-
     def slot_of(self, table: Tensor) -> Tensor:
-        """Slots ``[T * A]`` int32, -1 where elsewhere."""
-        return self._choices(table, 0)
-
-    def pair_of(self, table: Tensor) -> Tensor:
-        """Pairs ``[T * A]`` int32, -1 where elsewhere."""
-        return self._choices(table, 1)
+        """Of every pair its slot, ``[N]`` int32."""
+        return table[self.pairs : 2 * self.pairs]
 
     def weight_of(self, table: Tensor) -> Tensor:
-        """Routing weights ``[T * A]`` float32."""
-        return _floats(self._choices(table, 2))
+        """Of every pair its routing weight, ``[N]`` float32."""
+        import torch
 
-    def _choices(self, table: Tensor, part: int) -> Tensor:
-        size = self.shape[0] * self.shape[1]
-        at = 2 * self.pairs + part * size
-        return table[at : at + size]
+        return table[2 * self.pairs : 3 * self.pairs].view(torch.float32)
+
+    def by_user(self, table: Tensor) -> Tensor:
+        """The pairs by user, then by choice, ``[N]`` int32."""
+        return table[3 * self.pairs : 4 * self.pairs]
+
+    def token_of(self, table: Tensor) -> Tensor:
+        """Of every user its token, ``[U]`` int32."""
+        return table[4 * self.pairs : 4 * self.pairs + self.users]
+
+    def begin_of(self, table: Tensor) -> Tensor:
+        """Where every user's pairs begin in :meth:`by_user`, and the end, ``[U + 1]`` int32."""
+        at = 4 * self.pairs + self.users
+        return table[at : at + self.users + 1]
 
     def tile_table(self, table: Tensor) -> Tensor:
         """Tiles ``[3 * tiles]`` int32: slot, first pair, pairs."""
-        return table[2 * self.pairs + 3 * self.shape[0] * self.shape[1] :]
-
-
-def _floats(bits: Tensor) -> Tensor:
-    import torch
-
-    return bits.view(torch.float32)
+        return table[4 * self.pairs + 2 * self.users + 1 :]
 
 
 def sort_by_slot(slot_ids: I32, routing_weights: F32) -> Routing:
-    """Sort a call's pairs by slot and cut them into tiles.
+    """Sort a call's pairs by slot and cut large loads into tiles.
 
     Parameters
     ----------
     slot_ids, routing_weights
         ``[T, A]``; -1 means elsewhere.
     """
-    tokens, choices = slot_ids.shape
-    ids = slot_ids.reshape(-1).astype(np.int32)
-    order = np.argsort(ids, kind="stable")
-    order = order[np.searchsorted(ids[order], 0) :]
-    slots, first, counts = np.unique(ids[order], return_index=True, return_counts=True)
-    runs = tuple((int(s), int(f), int(n)) for s, f, n in zip(slots, first, counts, strict=True))
+    ids = slot_ids.reshape(-1)
+    here = np.flatnonzero(ids >= 0)
+    order = np.argsort(ids[here], kind="stable")
+    slots = ids[here[order]]
+    first = np.flatnonzero(np.diff(slots, prepend=-1))
+    counts = np.diff(first, append=slots.size)
+    tokens = here // max(1, slot_ids.shape[1])
+    begins = np.diff(tokens, prepend=-1) != 0
+    begin = np.flatnonzero(begins)
+    by_user = np.empty_like(order)
+    by_user[order] = np.arange(order.size)
     largest = int(counts.max(initial=0))
     rows = next((rows for rows in TILE_ROWS if largest <= rows), TILE_ROWS[-1])
-    tiles = [
-        (slot, at, min(rows, start + count - at))
-        for slot, start, count in runs
-        for at in range(start, start + count, rows)
-    ]
-    pair_of = np.full(ids.size, -1, np.int32)
-    pair_of[order] = np.arange(order.size, dtype=np.int32)
-    bits = np.ascontiguousarray(routing_weights, dtype=np.float32).reshape(-1).view(np.int32)
-    table = np.concatenate(
-        [
-            (order // max(choices, 1)).astype(np.int32),
-            bits[order],
-            ids,
-            pair_of,
-            bits,
-            np.array(tiles, np.int32).reshape(-1),
-        ]
+    tiles = _tiles(slots[first], first, counts, rows) if largest > VECTOR_LOAD else _NO_TILES
+    parts = (
+        (np.cumsum(begins) - 1)[order],
+        slots,
+        routing_weights.reshape(-1)[here[order]].view(np.int32),
+        by_user,
+        tokens[begin],
+        begin,
+        [order.size],
+        tiles.reshape(-1),
     )
-    return Routing((tokens, choices), runs, table, rows, len(tiles))
+    return Routing(
+        runs=tuple(zip(slots[first].tolist(), first.tolist(), counts.tolist(), strict=True)),
+        pairs=order.size,
+        users=begin.size,
+        tile_rows=rows,
+        tiles=len(tiles),
+        table=np.concatenate(parts, dtype=np.int32, casting="unsafe"),
+    )
+
+
+Integers = NDArray[np.signedinteger]
+_NO_TILES: Integers = np.empty((0, 3), np.int64)
+
+
+def _tiles(slots: Integers, first: Integers, counts: Integers, rows: int) -> Integers:
+    """Cut runs into tiles ``[tiles, 3]`` of at most ``rows`` pairs."""
+    each = -(-counts // rows)
+    at = (np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)) * rows
+    size = np.minimum(rows, np.repeat(counts, each) - at)
+    return np.stack([np.repeat(slots, each), np.repeat(first, each) + at, size], axis=1)

@@ -128,9 +128,10 @@ def up_vector(
     words_ptr,
     scales_ptr,
     floats_ptr,
+    user_ptr,
     slot_ptr,
+    token_ptr,
     h_ptr,
-    choices,
     inputs,
     groups,
     strips,
@@ -147,16 +148,15 @@ def up_vector(
     STRIPS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """h[pair] = act(gate(x)) * up(x), float32 ``[T * A, 16 strips]``; a pair and rows a program."""
+    """h[pair] = act(gate(x)) * up(x), float32 ``[N, 16 strips]``; a pair and rows a program."""
     pair = tl.program_id(0)
     slot = tl.load(slot_ptr + pair)
-    if slot < 0:
-        return
+    token = tl.load(token_ptr + tl.load(user_ptr + pair))
     SIDES: tl.constexpr = 2 if GATED else 1
     UNIT: tl.constexpr = 72 if Q4 else 136
     strip, lane, live = _strip_rows(tl.program_id(1) * STRIPS, strips, STRIPS)
     base = slot.to(tl.int64) * slot_quads * 4
-    x_row = x_ptr + (pair // choices).to(tl.int64) * inputs
+    x_row = x_ptr + token.to(tl.int64) * inputs
     gate = _dot_vector(
         x_row, inputs, words_ptr, scales_ptr, base, groups, strip, lane, live, SIDES, Q4, GROUPS
     )
@@ -182,8 +182,10 @@ def down_vector(
     floats_ptr,
     slot_ptr,
     weight_ptr,
+    pairs_ptr,
+    token_ptr,
+    begin_ptr,
     out_ptr,
-    choices,
     inputs,
     rows,
     groups,
@@ -197,25 +199,24 @@ def down_vector(
     GROUPS: tl.constexpr,
 ):
     """out[token] += routing weight * down(h) over the token's choices, in their order."""
-    token = tl.program_id(0)
+    user = tl.program_id(0)
+    token = tl.load(token_ptr + user)
     strip, lane, live = _strip_rows(tl.program_id(1) * STRIPS, strips, STRIPS)
     row = strip * 16 + lane
     live = live & (row < rows)
     to = out_ptr + token.to(tl.int64) * rows + row
     total = tl.load(to, live, other=0.0)
-    for choice in range(choices):
-        pair = token * choices + choice
-        slot = tl.load(slot_ptr + pair)
-        if slot >= 0:
-            base = slot.to(tl.int64) * slot_quads * 4
-            h_row = h_ptr + pair.to(tl.int64) * inputs
-            at = base + down_quads * 4
-            y = _dot_vector(
-                h_row, inputs, words_ptr, scales_ptr, at, groups, strip, lane, live, 1, Q4, GROUPS
-            )
-            if BIAS:
-                y += tl.load(floats_ptr + base + bias_quads * 4 + row, live, other=0.0)
-            total += tl.load(weight_ptr + pair) * y
+    for at in range(tl.load(begin_ptr + user), tl.load(begin_ptr + user + 1)):
+        pair = tl.load(pairs_ptr + at)
+        base = tl.load(slot_ptr + pair).to(tl.int64) * slot_quads * 4
+        h_row = h_ptr + pair.to(tl.int64) * inputs
+        down = base + down_quads * 4
+        y = _dot_vector(
+            h_row, inputs, words_ptr, scales_ptr, down, groups, strip, lane, live, 1, Q4, GROUPS
+        )
+        if BIAS:
+            y += tl.load(floats_ptr + base + bias_quads * 4 + row, live, other=0.0)
+        total += tl.load(weight_ptr + pair) * y
     tl.store(to, total, live)
 
 
@@ -252,7 +253,7 @@ def up_matrix(
     words_ptr,
     scales_ptr,
     floats_ptr,
-    token_ptr,
+    user_ptr,
     tile_ptr,
     h_ptr,
     x_stride,
@@ -272,7 +273,7 @@ def up_matrix(
     ROWS: tl.constexpr,
     STRIPS: tl.constexpr,
 ):
-    """h[pair] = act(gate(x)) * up(x), x and h permuted; a tile of pairs and rows a program."""
+    """h[pair] = act(gate(x)) * up(x), x by user; both permuted; a tile and rows a program."""
     slot = tl.load(tile_ptr + 3 * tl.program_id(0))
     first = tl.load(tile_ptr + 3 * tl.program_id(0) + 1)
     count = tl.load(tile_ptr + 3 * tl.program_id(0) + 2)
@@ -285,8 +286,8 @@ def up_matrix(
     start = base + strip.to(tl.int64) * (groups * (UNIT * SIDES))
     pair = first + tl.arange(0, ROWS)
     mine = tl.arange(0, ROWS) < count
-    token = tl.load(token_ptr + pair, mine, other=0)
-    x_rows = x_ptr + token.to(tl.int64) * x_stride
+    user = tl.load(user_ptr + pair, mine, other=0)
+    x_rows = x_ptr + user.to(tl.int64) * x_stride
     place = tl.arange(0, PLACES)
     chunk = place % CHUNKS
     gate = tl.zeros([ROWS, 16 * STRIPS], tl.float32)
@@ -375,22 +376,23 @@ def down_matrix(
 @triton.jit
 def add_pairs(
     y_ptr,
-    pair_ptr,
     weight_ptr,
+    pairs_ptr,
+    token_ptr,
+    begin_ptr,
     out_ptr,
-    choices,
     rows,
     BLOCK: tl.constexpr,
 ):
     """out[token] += routing weight * y[pair] over the token's choices, in their order."""
-    token = tl.program_id(0)
+    user = tl.program_id(0)
+    token = tl.load(token_ptr + user)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = row < rows
     to = out_ptr + token.to(tl.int64) * rows + row
     total = tl.load(to, live, other=0.0)
-    for choice in range(choices):
-        pair = tl.load(pair_ptr + token * choices + choice)
-        weight = tl.load(weight_ptr + token * choices + choice)
-        y = tl.load(y_ptr + pair.to(tl.int64) * rows + row, live & (pair >= 0), other=0.0)
-        total += weight * y
+    for at in range(tl.load(begin_ptr + user), tl.load(begin_ptr + user + 1)):
+        pair = tl.load(pairs_ptr + at)
+        y = tl.load(y_ptr + pair.to(tl.int64) * rows + row, live, other=0.0)
+        total += tl.load(weight_ptr + pair) * y
     tl.store(to, total, live)

@@ -43,9 +43,9 @@ def _plain_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 
 def _stamps(x, routing, table, slots, layout, out, implementation) -> None:
     """In place of experts: add what the slots hold, as the stand-in of the emulated device."""
-    ids = routing.slot_of(table).view(routing.shape)
-    weights = routing.weight_of(table).view(routing.shape)
-    out += (weights * slots[:, 0][ids.long()].float()).sum(1, keepdim=True)
+    tokens = routing.token_of(table)[routing.user_of(table)]
+    seen = slots[:, 0][routing.slot_of(table).long()].float() * routing.weight_of(table)
+    out.index_add_(0, tokens, seen[:, None].expand(-1, out.shape[1]))
 
 
 def device(runtime: FakeRuntime | None = None, slots: int = SLOTS, **options) -> CudaDevice:

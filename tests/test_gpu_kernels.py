@@ -20,7 +20,7 @@ from cpu_experts.formats import FORMATS, pack, unpack
 from gpu_experts import kernels, reference
 from gpu_experts.errors import ShapeError
 from gpu_experts.layout import BlockLayout
-from gpu_experts.routing import sort_by_slot
+from gpu_experts.routing import VECTOR_LOAD, sort_by_slot
 from test_ffn import _layer, _routing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,7 +88,7 @@ def _compare(shape, tokens, implementation, place, dtype=torch.float32, experts=
     slots = torch.from_numpy(blocks).to(place)
     kernels.run(hidden, routing, table, slots, layout, out, implementation)
     want = 1 + naive_gpu.experts(shape, weights, hidden.float().cpu().numpy(), ids, factors)
-    vector = implementation == "triton" and routing.largest_load <= kernels.VECTOR_LOAD
+    vector = implementation == "triton" and routing.largest_load <= VECTOR_LOAD
     bound = EXACT if vector or implementation == "torch" else ROUNDED[dtype]
     error = np.abs(out.cpu().numpy() - want).max() / np.abs(want).max()
     assert error <= bound, f"off by {error:.2e} of the largest result"
@@ -102,7 +102,7 @@ def test_equals_the_twin_at_every_load(implementation, place, fmt, tokens) -> No
     """One token, a few, and enough for the matrix kernels with a tile that is not full."""
     shape = ExpertShape(hidden=64, intermediate=96, format=fmt)
     routing = _compare(shape, tokens, implementation, place)
-    assert (routing.largest_load > kernels.VECTOR_LOAD) == (tokens == 40)
+    assert (routing.largest_load > VECTOR_LOAD) == (tokens == 40)
 
 
 @everywhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from gpu_experts import layout as gpu
 from gpu_experts.errors import DeviceMemoryError, GpuExpertsError, ShapeError
 from gpu_experts.kernels import permute_inputs
 from gpu_experts.layout import BlockLayout
-from gpu_experts.routing import TILE_ROWS, sort_by_slot
+from gpu_experts.routing import TILE_ROWS, VECTOR_LOAD, sort_by_slot
 
 
 def test_both_sides_agree_on_formats_and_activations() -> None:
@@ -94,41 +95,49 @@ def test_importing_the_package_loads_no_framework() -> None:
 @given(
     ids=st.integers(0, 5).flatmap(
         lambda choices: st.lists(
-            st.lists(st.integers(-1, 6), min_size=choices, max_size=choices), max_size=90
+            st.lists(st.integers(-1, 3), min_size=choices, max_size=choices), max_size=90
         ).map(lambda rows: np.array(rows, np.int32).reshape(len(rows), choices))
     )
 )
 def test_a_routing_table_holds_every_pair_once(ids) -> None:
-    """Sorted pairs, runs, the map back and the tiles all say the same as a plain loop."""
+    """Sorted pairs, runs, users and tiles all say the same as a plain loop."""
     weights = np.random.default_rng(0).random(ids.shape).astype(np.float32)
     routing = sort_by_slot(ids, weights)
     table = torch.from_numpy(routing.table)
-    tokens, factors = routing.tokens(table).tolist(), routing.weights(table).tolist()
-    pair_of = routing.pair_of(table).reshape(ids.shape).tolist()
     want = sorted(
         (int(slot), token, choice)
         for token, row in enumerate(ids)
         for choice, slot in enumerate(row)
         if slot >= 0
     )
-    assert routing.pairs == len(want)
-    for pair, (_, token, choice) in enumerate(want):
-        assert tokens[pair] == token
-        assert factors[pair] == weights[token, choice]
-        assert pair_of[token][choice] == pair
-    assert sum(pair >= 0 for row in pair_of for pair in row) == len(want)
-    assert routing.slot_of(table).tolist() == ids.reshape(-1).tolist()
-    assert routing.weight_of(table).tolist() == weights.reshape(-1).tolist()
-    covered = []
-    for slot, first, count in routing.tile_table(table).reshape(-1, 3).tolist():
-        assert 0 < count <= routing.tile_rows
-        covered += [(pair, slot) for pair in range(first, first + count)]
-    assert covered == [(pair, slot) for pair, (slot, _, _) in enumerate(want)]
-    assert [(s, n) for s, _, n in routing.runs] == [
-        (slot, sum(s == slot for s, _, _ in want)) for slot in sorted({s for s, _, _ in want})
+    loads = Counter(slot for slot, _, _ in want)
+    users = sorted({token for _, token, _ in want})
+    assert (routing.pairs, routing.users) == (len(want), len(users))
+    assert routing.slot_of(table).tolist() == [slot for slot, _, _ in want]
+    assert routing.token_of(table).tolist() == users
+    assert [users[user] for user in routing.user_of(table)] == [token for _, token, _ in want]
+    assert routing.weight_of(table).tolist() == [weights[token, at] for _, token, at in want]
+    begin, by_user = routing.begin_of(table).tolist(), routing.by_user(table).tolist()
+    assert [
+        [want[pair] for pair in by_user[begin[at] : begin[at + 1]]] for at in range(len(users))
+    ] == [
+        [(int(slot), token, choice) for choice, slot in enumerate(ids[token]) if slot >= 0]
+        for token in users
     ]
-    assert routing.largest_load == max((n for _, _, n in routing.runs), default=0)
-    assert routing.tile_rows in TILE_ROWS
+    assert len(by_user) == len(want)
+    assert [(slot, count) for slot, _, count in routing.runs] == sorted(loads.items())
+    assert [want[first][0] for _, first, _ in routing.runs] == sorted(loads)
+    assert routing.largest_load == max(loads.values(), default=0)
+    tiles = routing.tile_table(table).reshape(-1, 3).tolist()
+    assert len(tiles) == routing.tiles
+    covered = [(pair, slot) for slot, first, count in tiles for pair in range(first, first + count)]
+    if routing.largest_load <= VECTOR_LOAD:
+        assert covered == []
+    else:
+        assert covered == [(pair, slot) for pair, (slot, _, _) in enumerate(want)]
+        assert all(0 < count <= routing.tile_rows for _, _, count in tiles)
+        assert routing.tile_rows in TILE_ROWS
+        assert routing.tile_rows >= min(routing.largest_load, TILE_ROWS[-1])
 
 
 @pytest.mark.parametrize("fmt", ["q4_0", "q8_0"])
