@@ -149,7 +149,7 @@ def plan(
         Tokens of cache to reserve per sequence: 4096, or what the model was made for if less.
     options
         Fields of ``planner.request.Request``: ``experts``, ``dense``, ``prompt``, ``tokens``,
-        ``batch``, ``trace``, ``seed``.
+        ``batch``, ``trace``, ``popularity``, ``seed``.
 
     Raises
     ------

@@ -107,22 +107,65 @@ class ExpertCache:
     """
 
     def __init__(self, policy: Policy, capacities: Sequence[int]) -> None:
-        if len(capacities) != policy.layers:
-            raise CapacityError(
-                f"{len(capacities)} capacities for {policy.layers} layers",
-                hint="give each MoE layer its number of slots",
-            )
-        for layer, capacity in enumerate(capacities):
-            if not 0 <= capacity <= policy.experts:
-                raise CapacityError(
-                    f"layer {layer} has {capacity} slots for {policy.experts} experts",
-                    hint="a layer has from 0 slots to one per expert",
-                )
         self.policy = policy
-        self.capacities = tuple(capacities)
+        self.capacities = self._checked(capacities)
         self._residents: list[set[int]] = [set() for _ in capacities]
         self._pins: list[Counter[int]] = [Counter() for _ in capacities]
         self._in_use: tuple[int, frozenset[int]] = (-1, frozenset())
+
+    def _checked(self, capacities: Sequence[int]) -> tuple[int, ...]:
+        if len(capacities) != self.policy.layers:
+            raise CapacityError(
+                f"{len(capacities)} capacities for {self.policy.layers} layers",
+                hint="give each MoE layer its number of slots",
+            )
+        for layer, capacity in enumerate(capacities):
+            if not 0 <= capacity <= self.policy.experts:
+                raise CapacityError(
+                    f"layer {layer} has {capacity} slots for {self.policy.experts} experts",
+                    hint="a layer has from 0 slots to one per expert",
+                )
+        return tuple(capacities)
+
+    def resize(self, capacities: Sequence[int]) -> list[tuple[int, int]]:
+        """Give every layer another number of slots, between two steps.
+
+        Returns
+        -------
+        list of (layer, expert)
+            Who had to go, in that order: of layers that shrink, those of least value.
+
+        Raises
+        ------
+        CapacityError
+            As on making the cache; or when more experts of a layer are pinned or in use than it
+            would have slots: then nothing has changed.
+        """
+        capacities = self._checked(capacities)
+        for layer, capacity in enumerate(capacities):
+            held = len(self._residents[layer]) - len(self.evictable(layer))
+            if held > capacity:
+                raise CapacityError(
+                    f"layer {layer}: {held} experts are pinned or in use, {capacity} slots asked",
+                    hint="resize between two steps, when no copy is under way",
+                )
+        self.capacities = capacities
+        gone = []
+        for layer, capacity in enumerate(capacities):
+            value = self.value(layer).tolist()
+            over = max(0, len(self._residents[layer]) - capacity)
+            for expert in sorted(self.evictable(layer), key=value.__getitem__)[:over]:
+                self.drop(layer, expert)
+                gone.append((layer, expert))
+        return gone
+
+    def clear(self) -> None:
+        """Empty every slot and forget every pin; what the policy has learned stays."""
+        self.release()
+        for layer, pins in enumerate(self._pins):
+            pins.clear()
+            for expert in sorted(self._residents[layer]):
+                self.drop(layer, expert)
 
     def residency(self, layer: int) -> frozenset[int]:
         """Return the experts in this layer's slots."""

@@ -21,7 +21,8 @@ from planner.memory import Fit
 from planner.model import Layer, ModelSpec
 from planner.oracles import Belady
 from planner.outcome import CALL, CPU, DISK, GPU, HEAD, LINK, MIXER, TERMS, Run
-from planner.policies import LRU, MRS, StaticPopularity
+from planner.policies import LRU, StaticPopularity
+from planner.popularity import favourites, informed
 from planner.request import Request
 from planner.routing import Routing
 from planner.schedule import schedule
@@ -75,9 +76,9 @@ class Rule:
         if cost.on_gpu:
             cache = ExpertCache(self.policy(request, routing), placed.slots)
             moe = [i for i, layer in enumerate(request.model.layers) if layer.moe]
-            for number, (index, slots) in enumerate(zip(moe, placed.slots, strict=True)):
+            for number, index in enumerate(moe):
                 if shares is None or shares[index]:
-                    for expert in (-cache.value(number)).argsort(kind="stable")[:slots].tolist():
+                    for expert in favourites(cache, number):
                         cache.admit(number, expert)
         simulator = Simulator(
             cost,
@@ -93,8 +94,8 @@ class Rule:
         return simulator.simulate(request.prompt, request.batch)
 
 
-def _mrs(request: Request, routing: Routing) -> Policy:
-    return MRS(request.model.moe_layers, request.model.experts.count)
+def _blend(request: Request, routing: Routing) -> Policy:
+    return informed(request.model.moe_layers, request.model.experts.count, request.known)
 
 
 def _lru(request: Request, routing: Routing) -> Policy:
@@ -130,7 +131,12 @@ def _hindsight(request: Request, routing: Routing) -> Policy:
 
 
 OURS = Rule(
-    "hybrid", "exact schedule, MRS cache, prefetch", schedule, _mrs, prefetch=True, refill=True
+    "hybrid",
+    "exact schedule, learned cache, prefetch",
+    schedule,
+    _blend,
+    prefetch=True,
+    refill=True,
 )
 RULES = (
     Rule("all CPU", "every expert on the CPU", all_cpu, _popular),

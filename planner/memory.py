@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from planner.capacity import equal_capacities
 from planner.cost import CostModel, weight_bytes
 from planner.errors import SpecError
+from planner.popularity import Popularity
 
 VRAM_RESERVE_BYTES = 600 * 2**20
 """Driver context, compiled kernels and allocator slack: assumed."""
 RAM_RESERVE_BYTES = 2 * 2**30
 """The operating system and Python with torch: assumed."""
+
+
+PAGE_BYTES = 4096
+"""The expert store aligns experts to pages, and so do their slots."""
+STAGING = 4
+"""Slots for experts that are copied, used once and not kept."""
+PINNED_SHARE = 0.5
+"""The most of RAM that is pinned for copies: systems refuse, or starve, beyond about half."""
+
+
+class HostMemory(StrEnum):
+    """How the experts lie in RAM."""
+
+    PINNED = "pinned"
+    """A page-locked copy: the GPU reads it at the link's full rate."""
+    ANONYMOUS = "anonymous"
+    """A copy of its own; copies to the GPU go through a pinned ring."""
+    FILE = "file-backed"
+    """The store itself, memory-mapped: the system drops and reads pages as it needs."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,10 @@ class Fit:
         What the machine has; VRAM 0 without a GPU.
     slots
         GPU expert slots of each MoE layer; 0 without a GPU.
+    slot_bytes
+        Size of one slot.
+    host
+        How the experts lie in RAM.
     in_ram
         Share of the experts that stay in RAM; the rest are read from disk when needed.
     shortage
@@ -48,6 +73,8 @@ class Fit:
     slots: tuple[int, ...]
     in_ram: float
     shortage: str | None
+    slot_bytes: int = 0
+    host: HostMemory = HostMemory.FILE
 
     @property
     def fits(self) -> bool:
@@ -59,7 +86,16 @@ class Fit:
         return sum(item.bytes for item in self.items if item.place == place)
 
 
-def fit(cost: CostModel, *, context: int, prompt: int, batch: int) -> Fit:
+def fit(
+    cost: CostModel,
+    *,
+    context: int,
+    prompt: int,
+    batch: int,
+    slot_bytes: int | None = None,
+    staging: int = 0,
+    popularity: Popularity | None = None,
+) -> Fit:
     """Place a model's memory.
 
     Parameters
@@ -72,11 +108,19 @@ def fit(cost: CostModel, *, context: int, prompt: int, batch: int) -> Fit:
         Tokens computed at once in prefill, which sizes the workspace.
     batch
         Sequences.
+    slot_bytes
+        Size of one expert slot; by default that of the expert's weights alone.
+    staging
+        Slots set aside for experts on their way; the runtime's and the dry run's are ``STAGING``.
+    popularity
+        Of earlier sessions: shares the slots among the layers; equally without.
 
     Raises
     ------
     SpecError
         When the context exceeds the model's, or the prompt exceeds the context.
+    TraceError
+        When the popularity is another model's.
     """
     model, hardware = cost.model, cost.hardware
     _check_lengths(cost, context, prompt)
@@ -96,27 +140,54 @@ def fit(cost: CostModel, *, context: int, prompt: int, batch: int) -> Fit:
     ram = int(hardware.cpu.ram_bytes.value)
     shortage = None
     slots = 0
+    slot_bytes = slot_bytes or cost.experts.bytes
     if hardware.gpu:
         items.append(Item("driver and kernels", "vram", VRAM_RESERVE_BYTES))
         free = vram - _sum(items, "vram")
         if free < 0:
-            shortage = f"VRAM is short by {-free / 2**30:.2f} GiB before any expert"
-        slots = min(max(0, free) // cost.experts.bytes, experts.count * model.moe_layers)
-        items.append(Item(f"expert slots ({slots})", "vram", slots * cost.experts.bytes))
+            shortage = (
+                f"VRAM is short by {-free / 2**30:.2f} GiB before any expert; "
+                f"{_sum(items, 'vram') / 2**30:.2f} GiB are needed"
+            )
+        room = max(0, free) // slot_bytes
+        staging = min(staging, room)
+        slots = min(room - staging, experts.count * model.moe_layers)
+        if staging:
+            items.append(Item(f"copies on their way ({staging})", "vram", staging * slot_bytes))
+        items.append(Item(f"expert slots ({slots})", "vram", slots * slot_bytes))
     room = ram - _sum(items, "ram")
     if room < 0:
-        shortage = f"RAM is short by {-room / 2**30:.2f} GiB before any expert"
+        shortage = (
+            f"RAM is short by {-room / 2**30:.2f} GiB before any expert; "
+            f"{_sum(items, 'ram') / 2**30:.2f} GiB are needed"
+        )
     kept = min(stored, max(0, room))
-    items.append(Item(f"experts in RAM ({cost.expert_format})", "ram", kept))
+    host = HostMemory.FILE
+    if stored <= room:
+        pinned = hardware.gpu and stored <= PINNED_SHARE * ram
+        host = HostMemory.PINNED if pinned else HostMemory.ANONYMOUS
+    items.append(Item(f"experts in RAM ({cost.expert_format}, {host})", "ram", kept))
     items.append(Item(f"expert store ({cost.expert_format})", "disk", stored))
+    if popularity is not None:
+        popularity.check(model.moe_layers, experts.count, "the popularity file")
+        capacities = popularity.capacities(slots)
+    else:
+        capacities = equal_capacities(slots, model.moe_layers, experts.count)
     return Fit(
         items=tuple(items),
         vram_bytes=vram,
         ram_bytes=ram,
-        slots=equal_capacities(slots, model.moe_layers, experts.count),
+        slots=capacities,
         in_ram=kept / stored,
         shortage=shortage,
+        slot_bytes=slot_bytes,
+        host=host,
     )
+
+
+def paged(size: int) -> int:
+    """Return ``size`` bytes rounded up to whole pages, as experts lie in store and slots."""
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
 def workspace_bytes(cost: CostModel, tokens: int) -> int:

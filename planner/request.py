@@ -9,8 +9,9 @@ from pathlib import Path
 from planner.cost import BITS_PER_WEIGHT, CostModel
 from planner.errors import SpecError
 from planner.hardware import HardwareSpec
-from planner.memory import Fit, fit
+from planner.memory import STAGING, Fit, fit, paged
 from planner.model import ModelSpec
+from planner.popularity import Popularity, read_popularity
 from planner.routing import Routing, from_trace, synthetic
 
 _MOST_SIMULATED = 8192
@@ -31,6 +32,8 @@ class Request:
         Tokens of cache per sequence, of the prompt, decoded; sequences.
     trace
         A recorded routing, or None for a synthetic one.
+    popularity
+        A file of expert uses in earlier sessions, or None.
     seed
         Of the synthetic routing.
 
@@ -49,6 +52,7 @@ class Request:
     tokens: int = 16
     batch: int = 1
     trace: Path | None = None
+    popularity: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +80,20 @@ class Request:
 
     def fit(self) -> Fit:
         """How it lies in memory."""
-        return fit(self.cost, context=self.context, prompt=self.prompt, batch=self.batch)
+        return fit(
+            self.cost,
+            context=self.context,
+            prompt=self.prompt,
+            batch=self.batch,
+            slot_bytes=paged(self.cost.experts.bytes),
+            staging=STAGING,
+            popularity=self.known,
+        )
+
+    @cached_property
+    def known(self) -> Popularity | None:
+        """What is known of the experts' use before the first token."""
+        return read_popularity(self.popularity) if self.popularity else None
 
     def routing(self) -> Routing:
         """The routing every variant of this request replays."""

@@ -65,6 +65,10 @@ def plan(
         Path | None,
         typer.Option(help="Replay this recorded routing (.npz) instead of a made-up one."),
     ] = None,
+    popularity: Annotated[
+        Path | None,
+        typer.Option(help="Start with what earlier sessions used: a popularity file."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the made-up routing.")] = 0,
     experiment: Annotated[
         Path | None, typer.Option(help="Run an experiment file and print it beside its reference.")
@@ -114,6 +118,7 @@ def plan(
         experts=experts,
         dense=dense,
         trace=trace,
+        popularity=popularity,
         seed=seed,
     )
     if as_json:
