@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +46,7 @@ class HitRates:
         self._rows = np.arange(distances)[:, None]
         self._tokens = [0.0] * distances
         self._new = [0] * distances
-        self._right, self._chosen = [0] * distances, [0] * distances
+        self._top_k = top_k
 
     def chances(self, order: Ids) -> F64:
         """Return every token's chances, ``[M, S, N]``.
@@ -61,30 +63,38 @@ class HitRates:
             np.put_along_axis(chances, order, self._rates[: len(order), None], axis=2)
         return chances
 
-    def count(self, distance: int, order: Ids, chosen: Ids) -> None:
-        """Count which places of ``order``, ``[S, N]``, the router has ``chosen``, ``[S, A]``."""
-        at, top_k = distance - 1, chosen.shape[1]
-        activated = np.zeros(order.shape)
-        if len(order) == 1:
-            activated[0, chosen[0]] = 1.0
-            hits = activated[0, order[0]]
+    def count(self, orders: Mapping[int, Ids], chosen: Ids) -> None:
+        """Count which places the router has ``chosen``, ``[S, A]``.
+
+        Parameters
+        ----------
+        orders
+            ``[S, N]`` experts, best first, by distance.
+        """
+        if len(chosen) == 1:
+            activated = np.zeros(self._hits.shape[1])
+            activated[chosen[0]] = 1.0
+            for distance, order in orders.items():
+                self._hits[distance - 1] += activated[order[0]]
         else:
+            activated = np.zeros((len(chosen), self._hits.shape[1]))
             np.put_along_axis(activated, chosen, 1.0, axis=1)
-            hits = np.take_along_axis(activated, order, axis=1).sum(axis=0)
-        self._hits[at] += hits
-        self._right[at] += int(hits[:top_k].sum())
-        self._chosen[at] += chosen.size
-        self._new[at] += len(order)
-        if self._new[at] >= _REFRESH_TOKENS:
-            self._refresh(at)
+            for distance, order in orders.items():
+                places = np.take_along_axis(activated, order, axis=1)
+                self._hits[distance - 1] += places.sum(axis=0)
+        for distance in orders:
+            self._new[distance - 1] += len(chosen)
+            if self._new[distance - 1] >= _REFRESH_TOKENS:
+                self._refresh(distance - 1)
 
     def recall(self) -> dict[int, float]:
         """Return by distance the share of chosen experts that were among the first A ranks.
 
-        Distances without any prediction are left out.
+        Distances without any prediction are left out. Old tokens count less than new ones.
         """
-        pairs = enumerate(zip(self._right, self._chosen, strict=True), 1)
-        return {distance: right / chosen for distance, (right, chosen) in pairs if chosen}
+        chosen = self._hits.sum(axis=1)
+        right = self._hits[:, : self._top_k].sum(axis=1)
+        return {at + 1: float(right[at] / chosen[at]) for at in np.flatnonzero(chosen).tolist()}
 
     def _refresh(self, at: int) -> None:
         self._tokens[at] += self._new[at]

@@ -65,6 +65,19 @@ class _Reach:
     selections: tuple[tuple[int, Selection], ...]
 
 
+class _Waiting:
+    """What was foretold of a layer for a step of some tokens: rankings, ``[S, N]``, by distance."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.orders: dict[int, Ids] = {}
+
+    def add(self, tokens: int, distance: int, order: Ids) -> None:
+        if tokens != self.tokens:  # of another step, which did not reach the layer
+            self.tokens, self.orders = tokens, {}
+        self.orders[distance] = order
+
+
 class Lookahead:
     """Predicts the experts of the next layers; make one with :meth:`discover`.
 
@@ -84,8 +97,7 @@ class Lookahead:
         self._choices = max((len(v.router.weight) for v in views if v.router), default=0)
         self._rates = HitRates(self._choices, max((view.top_k for view in views), default=0))
         self._reach = _fold(views, self._choices, model.device, model.dtype)
-        # By distance what was foretold of a layer: the ranking of every n-th of some tokens.
-        self._waiting: list[dict[int, tuple[Ids, int, int]]] = [{} for _ in views]
+        self._waiting = [_Waiting() for _ in views]
         self._tokens = [0] * len(views)
         self._inputs: dict[int, Tensor] = {}
         self._hooks = [
@@ -145,7 +157,7 @@ class Lookahead:
         x = x.reshape(-1, x.shape[-1])
         self._tokens[layer] = x.shape[0]
         if x.shape[0] > self._sample:
-            x = x[:: self._every(layer)]
+            x = x[:: _every(x.shape[0], self._sample)]
         if reach.scale is not None:
             x = x * reach.scale
         if reach.shift is not None:
@@ -188,11 +200,11 @@ class Lookahead:
 
     def learn(self, layer: int, ids: Ids) -> None:
         """Compare what was predicted for ``layer`` with what its router chose, ``[T, A]``."""
-        for distance, (order, tokens, every) in self._waiting[layer].items():
-            if ids.size == tokens * self._views[layer].top_k:
-                chosen = ids.reshape(tokens, -1)
-                self._rates.count(distance, order, chosen[::every] if every > 1 else chosen)
-        self._waiting[layer].clear()
+        waiting, self._waiting[layer] = self._waiting[layer], _Waiting()
+        if waiting.orders and ids.size == waiting.tokens * self._views[layer].top_k:
+            chosen = ids.reshape(waiting.tokens, -1)
+            every = _every(waiting.tokens, self._sample)
+            self._rates.count(waiting.orders, chosen[::every] if every > 1 else chosen)
 
     def recall(self) -> dict[int, float]:
         """Return by distance the share of the chosen experts that were among as many predicted."""
@@ -216,10 +228,9 @@ class Lookahead:
                 part = slice(start, start + count)
                 order[part] = ranking(selection.scores(scores[part]))
                 start += count
-        tokens, every = self._tokens[layer], self._every(layer)
         for distance, ahead in enumerate(reach.ahead, 1):
             if ahead is not None:
-                self._waiting[ahead][distance] = (order[distance - 1], tokens, every)
+                self._waiting[ahead].add(self._tokens[layer], distance, order[distance - 1])
         return order
 
     def _by_layer(self, layer: int, values: F64) -> list[tuple[int, F64]]:
@@ -232,9 +243,6 @@ class Lookahead:
             if ahead is not None
         ]
 
-    def _every(self, layer: int) -> int:
-        return -(-self._tokens[layer] // self._sample)
-
     def _keeping(self, layer: int) -> Callable[..., None]:
         """Make a hook that keeps the router's input, where the experts' does not tell it."""
 
@@ -243,6 +251,11 @@ class Lookahead:
             self._inputs[layer] = args[0]
 
         return keep
+
+
+def _every(tokens: int, sample: int) -> int:
+    """Which part of the tokens makes no more than ``sample`` of them: every n-th."""
+    return -(-tokens // sample)
 
 
 def _reason(views: Sequence[LayerView]) -> str | None:
