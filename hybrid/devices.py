@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numba
 import torch
 
@@ -9,6 +13,8 @@ from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import F32, I32, U8, Device
 from gpu_experts.emulated import EmulatedDevice
+from hybrid import calibrated
+from hybrid.calibrated import Identity
 from hybrid.errors import UsageError
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware, parse_bytes
@@ -104,9 +110,43 @@ def emulated_device(capacity_bytes: int, shape: ExpertShape, threads: int) -> Em
     return EmulatedDevice(capacity_bytes, run=run)
 
 
-def hardware_with(device: Device) -> HardwareSpec:
-    """Return what this machine does how fast, with ``device`` as its GPU."""
-    return find_hardware(EMULATED_AS)
+def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec:
+    """Return what this machine does how fast, with ``device`` as its GPU.
+
+    A real device is measured with the model's shape when it is used for the first time, which
+    takes under a minute. An emulated one is taken for that of ``EMULATED_AS``, beside this
+    machine's CPU where that was calibrated.
+    """
+    if isinstance(device, EmulatedDevice):
+        cpu = calibrated.load(Identity.of_this_machine(threads))
+        like = find_hardware(EMULATED_AS)
+        return like if cpu is None else emulated_hardware(cpu, like)
+    from hybrid.calibrate import hardware_for
+
+    return hardware_for(directory, device=device, threads=threads, progress=_say)
+
+
+def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
+    """Return the CPU of one machine with the GPU and the link of another.
+
+    Raises
+    ------
+    UsageError
+        When the other has no GPU.
+    """
+    if like.gpu is None:
+        raise UsageError(f"{like.name} has no GPU to emulate", hint="choose hardware with one")
+    return replace(
+        cpu,
+        name=f"{cpu.name} with the GPU of {like.name}",
+        gpu=like.gpu,
+        link=like.link,
+        points=tuple(point for point in cpu.points if point.lane == "cpu"),
+    )
+
+
+def _say(text: str) -> None:
+    print(f"hybrid: {text}", file=sys.stderr)
 
 
 def emulation_note(*, by_name: bool) -> SlowPath:

@@ -24,6 +24,7 @@ from torch import Tensor
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
+from hybrid.choices import F32, Ids, loads_of, replaced
 from hybrid.errors import first_line
 from hybrid.experts import compute_on_cpu
 from hybrid.metrics import SlowPath
@@ -37,8 +38,6 @@ SHRINK = 0.75
 TIMEOUT_S = 30.0
 """A copy or a kernel that takes longer is given up: none takes a second."""
 
-Ids = NDArray[np.int32]
-F32 = NDArray[np.float32]
 Ahead = list[tuple[int, NDArray[np.float64]]]
 
 
@@ -229,7 +228,7 @@ class Executor:
         if plan.cpu:
             numba.set_num_threads(self._threads)
             cpu_out = np.zeros((tokens, packed.shape.hidden), np.float32)
-            here = _replaced(ids, {expert: expert for expert in plan.cpu})
+            here = replaced(ids, {expert: expert for expert in plan.cpu})
             run_experts(x, here, factors, packed.blocks, packed.shape, cpu_out)
         cpu_end_s = time.perf_counter()
         result = device.join(given.out, cpu_out, given.computes, hidden.dtype, self._timeout_s)
@@ -281,7 +280,7 @@ class Executor:
 
     def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
         """Ask where each expert that the router chose runs."""
-        loads, mean = _choice(ids, factors, len(self.layers[layer].blocks))
+        loads, mean = loads_of(ids, factors, len(self.layers[layer].blocks))
         return self.director.place(
             layer,
             loads,
@@ -310,7 +309,7 @@ class Executor:
             )
 
         def compute(experts: Sequence[int], after: Sequence[Event], what: str) -> None:
-            here = _replaced(ids, {expert: residents.slot(layer, expert) for expert in experts})
+            here = replaced(ids, {expert: residents.slot(layer, expert) for expert in experts})
             computes.append(device.compute(x, here, factors, out, after, what))
 
         if waiting:  # the link starts first; then the GPU has the residents to compute meanwhile
@@ -421,34 +420,3 @@ class Executor:
         assert self.device is not None
         opened = self._settle(self.slot_count)
         self.residents = Residents(self.device, self.layers, opened)
-
-
-def _choice(
-    ids: Ids, factors: F32, experts: int
-) -> tuple[tuple[tuple[int, int], ...], Sequence[float]]:
-    """Return the activated experts' loads, ids ascending, and their mean routing weights."""
-    if len(ids) == 1:  # one token: no expert twice
-        chosen = [
-            pair
-            for pair in zip(ids[0].tolist(), factors[0].tolist(), strict=True)
-            if 0 <= pair[0] < experts
-        ]
-        chosen.sort()
-        return tuple([(expert, 1) for expert, _ in chosen]), [weight for _, weight in chosen]
-    valid = (ids >= 0) & (ids < experts)
-    flat = ids[valid]
-    counts = np.bincount(flat, minlength=experts)
-    used = np.flatnonzero(counts)
-    weights = np.bincount(flat, weights=factors[valid], minlength=experts)[used] / len(ids)
-    return tuple(zip(used.tolist(), counts[used].tolist(), strict=True)), weights.tolist()
-
-
-def _replaced(ids: Ids, by: dict[int, int]) -> Ids:
-    """Return ``ids`` with each key of ``by`` replaced and -1 in place of all others."""
-    if len(ids) == 1:
-        return np.array([[by.get(expert, -1) for expert in ids[0].tolist()]], np.int32)
-    table = np.full(max(by) + 2, -1, np.int32)
-    table[list(by)] = list(by.values())
-    out_of_table = (ids < 0) | (ids > max(by))
-    found: Ids = table[np.where(out_of_table, len(table) - 1, ids)]
-    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,7 +34,11 @@ class LayerExperts:
     own_gating
         Whether the family's own gating code runs between the projections because the kernels
         have no parameters for it.
+    spent_s
+        Seconds spent here since it was last set to 0.
     """
+
+    spent_s = 0.0
 
     def __init__(self, spec: ExpertsSpec, blocks: U8, shape: ExpertShape) -> None:
         self.spec = spec
@@ -52,6 +58,12 @@ class LayerExperts:
         expert_ids, routing_weights
             ``[T, A]``, used as they are; ids of E and above contribute nothing.
         """
+        start_s = time.perf_counter()
+        out = self._compute(hidden, expert_ids, routing_weights)
+        self.spent_s += time.perf_counter() - start_s
+        return out
+
+    def _compute(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         if not self.own_gating:
             return compute_on_cpu(hidden, expert_ids, routing_weights, self.blocks, self.shape)
         x, ids, weights = _on_host(hidden, expert_ids, routing_weights, self.shape.hidden)

@@ -75,7 +75,7 @@ def load_model(
     placement = place_model(
         model,
         opened,
-        hardware_with(opened),
+        hardware_with(opened, directory, threads),
         Budget(asked, None if ram is None else size_in_bytes(ram, "ram"), context),
         threads=threads,
         timeline=Timeline(keep_timeline),

@@ -16,12 +16,13 @@ import torch
 from cpu_experts import simd
 from hybrid import host
 from hybrid.demo import demo_path
-from hybrid.errors import UsageError, first_line
+from hybrid.errors import UsageError
 from hybrid.loading import load_model, load_tokenizer, set_threads
-from hybrid.metrics import Figure, GenerationTimes, RunReport
+from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.placement import Placement
+from hybrid.prediction import cpu_terms
 from hybrid.slow_paths import slow_paths
-from hybrid.textstream import TextStream
+from hybrid.textstream import TextStream, as_ids
 from hybrid.watch import OnText, Stopped, Watch
 from planner.perfetto import trace_events
 
@@ -67,6 +68,7 @@ class HybridModel:
         self._name = name
         self._load_s = 0.0
         self._times: GenerationTimes | None = None
+        self._experts = [m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts")]
         self._turn = threading.Lock()
 
     @classmethod
@@ -194,7 +196,7 @@ class HybridModel:
         """
         if isinstance(prompt, str):
             return self._write(self.encode(prompt), **options)
-        ids = _as_ids(prompt)
+        ids = as_ids(prompt)
         self._check_length(ids)
         if options.get("stop_strings"):
             options.setdefault("tokenizer", self.tokenizer)
@@ -206,7 +208,7 @@ class HybridModel:
         Takes what :meth:`generate` takes. The model runs in a thread of its own; leaving the
         loop early stops it.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
+        ids = self.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         self._check_length(ids)
         return self._pieces(ids, options)
 
@@ -294,12 +296,19 @@ class HybridModel:
             threads=f"{self.threads} (torch and kernels)",
             placement=None if placement is None else str(placement),
             figures=figures,
-            terms=() if self._times is None or placement is None else placement.terms(),
+            terms=self._terms(),
             slow_paths=(
                 *slow_paths(self.model),
                 *(() if placement is None else placement.slow_paths()),
             ),
         )
+
+    def _terms(self) -> tuple[Term, ...]:
+        if self._times is None:
+            return ()
+        if self.placement is not None:
+            return self.placement.terms()
+        return cpu_terms(self.model, self._times, self.threads)
 
     def perfetto(self) -> str:
         """Return what every lane did since loading as Chrome trace events, for ui.perfetto.dev.
@@ -407,6 +416,8 @@ class HybridModel:
             set_threads(self.threads)
             if self.placement is not None:
                 self.placement.begin_run()
+            for module in self._experts:
+                module.spent_s = 0.0
             watch.start(ids)
             try:
                 result = self.model.generate(ids.to(self.model.device), **options)
@@ -428,20 +439,3 @@ class HybridModel:
                 "must also hold the answer",
                 hint=f"shorten the prompt to {context - 1} tokens or fewer",
             )
-
-
-def _as_ids(prompt: Any) -> torch.Tensor:
-    """Return token ids as ``[B, T]``."""
-    try:
-        ids = torch.as_tensor(prompt, dtype=torch.long)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"a prompt is a text or token ids, not {type(prompt).__name__}: {first_line(error)}",
-            hint="generate from one text at a time, or from ids of equal length",
-        ) from error
-    if ids.dim() not in (1, 2):
-        raise UsageError(
-            f"token ids are {list(ids.shape)}, they must be [T] or [B, T]",
-            hint="a single token is a list of one id",
-        )
-    return ids[None] if ids.dim() == 1 else ids

@@ -10,12 +10,14 @@ import numpy as np
 
 from hybrid import calibrated
 from hybrid.calibrated import Identity
+from hybrid.metrics import GenerationTimes, Term
 from hybrid.subject import float_format
+from hybrid.timeline import DECODE, PREFILL
 from planner.dryrun import OURS, estimates
 from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
-from planner.outcome import TERMS
+from planner.outcome import CPU, TERMS
 from planner.request import Request
 from planner.spec import Estimate, Source
 
@@ -191,3 +193,35 @@ def furthest(rows: Sequence[Residual]) -> Residual | None:
     """Return the term that is off by most seconds; None without measured terms."""
     terms = [row for row in rows if row.term != TOTAL]
     return max(terms, key=lambda row: abs(row.predicted_s - row.measured_s), default=None)
+
+
+def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term, ...]:
+    """Return what a run on the CPU alone consisted of, predicted and as far as it was measured.
+
+    The one-token kernels compute a step in one call, so only the whole of it is measured.
+
+    Parameters
+    ----------
+    network, threads
+        As for :func:`predicted`; its experts' ``spent_s`` were 0 when the run began.
+    times
+        Of the run.
+    """
+    if times.sequences != 1 or times.ttft_s is None:
+        return ()
+    found = predicted(network, times.prompt_tokens, times.new_tokens, threads=threads)
+    if found is None:
+        return ()
+    experts = [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
+    spent_s = sum(layer.spent_s for layer in experts) if network.hybrid_decode.fast else None
+    terms = [Term(PREFILL, "a step", found.ttft.value, times.ttft_s)]
+    terms += [
+        Term(PREFILL, name, estimate.value, spent_s if name == CPU else None)
+        for name, estimate in found.prompt.items()
+        if estimate.value
+    ]
+    if times.new_tokens > 1:
+        token_s = times.decode_s / (times.new_tokens - 1)
+        terms.append(Term(DECODE, "a step", found.tpot.value, token_s))
+        terms += [Term(DECODE, n, e.value, None) for n, e in found.token.items() if e.value]
+    return tuple(terms)

@@ -1,9 +1,13 @@
-"""Turn generated ids into text as they come: whole characters only, up to a stop string."""
+"""Ids as the runtime takes them, and as text as they come: whole characters only, up to a stop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
+
+from hybrid.errors import UsageError, first_line
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -115,3 +119,20 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def as_ids(prompt: Any) -> torch.Tensor:
+    """Return token ids as ``[B, T]``."""
+    try:
+        ids = torch.as_tensor(prompt, dtype=torch.long)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"a prompt is a text or token ids, not {type(prompt).__name__}: {first_line(error)}",
+            hint="generate from one text at a time, or from ids of equal length",
+        ) from error
+    if ids.dim() not in (1, 2):
+        raise UsageError(
+            f"token ids are {list(ids.shape)}, they must be [T] or [B, T]",
+            hint="a single token is a list of one id",
+        )
+    return ids[None] if ids.dim() == 1 else ids

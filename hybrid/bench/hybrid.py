@@ -13,6 +13,8 @@ import psutil
 from hybrid import host
 from hybrid.bench.record import provenance, spread
 from hybrid.bench.sharing import BASELINE, FORMAT, RULES, Layer, Runner, Scene
+from hybrid.calibrate import hardware_for
+from hybrid.devices import EMULATED_AS, emulated_hardware
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
 from hybrid.planning import find_hardware, find_model
@@ -35,7 +37,7 @@ _MEMORY_SHARE = 0.6
 def run(
     models: Sequence[str] = MODELS,
     *,
-    hardware: HardwareSpec,
+    device: str = EMULATED_AS,
     shares: Sequence[float] = SHARES,
     prompts: Sequence[int] = PROMPTS,
     tokens: int = TOKENS,
@@ -51,8 +53,9 @@ def run(
     ----------
     models
         Names of shipped models.
-    hardware
-        This machine's CPU as it was calibrated, with the device and link to emulate.
+    device
+        The machine whose GPU and link are emulated. The CPU is this machine's, which is measured
+        with each model's experts first if it was not before.
     shares
         Slots over experts.
     prompts, tokens
@@ -67,17 +70,16 @@ def run(
     Raises
     ------
     UsageError
-        When the hardware has no GPU, or memory does not hold a single layer.
+        When the device is none, or memory does not hold a single layer.
     """
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
-    if hardware.gpu is None or hardware.link is None:
-        raise UsageError(
-            f"{hardware.name} has no GPU to emulate", hint="choose hardware with one (--device)"
-        )
+    like = find_hardware(device)
     rows: list[dict[str, Any]] = []
     for name in models:
         full = find_model(name)
+        cpu = hardware_for(name, experts=FORMAT, threads=threads, progress=progress)
+        hardware = emulated_hardware(cpu, like)
         model = _cut(full, layers or _layers_that_fit(full, hardware))
         shared: list[Layer] | None = None
         for prompt in prompts:
@@ -91,7 +93,7 @@ def run(
         del shared
     return {
         **provenance("hybrid bench hybrid", threads),
-        "emulated": f"{hardware.gpu.name}, link {hardware.link.bytes_per_s.value / 1e9:.1f} GB/s",
+        "emulated": device,
         "format": FORMAT,
         "repeat": repeat,
         "results": rows,
@@ -209,21 +211,6 @@ def _routing(
         decode=routing.decode[:, :moe_layers],
         weights=routing.weights[:, :moe_layers],
         guess=routing.guess[:, :, :moe_layers],
-    )
-
-
-def emulated_hardware(cpu: HardwareSpec, device: str) -> HardwareSpec:
-    """Return this machine's ``cpu`` with the GPU and link of the described machine ``device``."""
-    other = find_hardware(device)
-    if other.gpu is None:
-        raise UsageError(f"{other.name} has no GPU to emulate", hint="choose hardware with one")
-    points = tuple(point for point in cpu.points if point.lane == "cpu")
-    return replace(
-        cpu,
-        name=f"this CPU with the GPU of {other.name}",
-        gpu=other.gpu,
-        link=other.link,
-        points=points,
     )
 
 
