@@ -200,8 +200,8 @@ class ExpertCache:
         """End the current step: what it used may be evicted."""
         self._in_use = (-1, frozenset())
 
-    def admit(self, layer: int, expert: int) -> int | None:
-        """Give ``expert`` a slot.
+    def admit(self, layer: int, expert: int, evicting: int | None = None) -> int | None:
+        """Give ``expert`` a slot: a free one, or that of ``evicting`` or whom the policy chooses.
 
         Returns
         -------
@@ -211,7 +211,8 @@ class ExpertCache:
         Raises
         ------
         CapacityError
-            When it is resident already, or every slot is pinned or in use.
+            When it is resident already, or every slot, or that of ``evicting``, is pinned or in
+            use.
         """
         held = self._residents[layer]
         if expert in held:
@@ -221,11 +222,11 @@ class ExpertCache:
             )
         evicted = None
         if len(held) >= self.capacities[layer]:
-            evicted = self.victim(layer, expert)
-            if evicted is None:
+            evicted = self.victim(layer, expert) if evicting is None else evicting
+            if evicted is None or (evicting is not None and evicting not in self.evictable(layer)):
+                who = f"all {self.capacities[layer]} are" if evicting is None else f"{evicting} is"
                 raise CapacityError(
-                    f"layer {layer}: no slot for expert {expert}, all "
-                    f"{self.capacities[layer]} are pinned or in use",
+                    f"layer {layer}: no slot for expert {expert}, {who} pinned or in use",
                     hint="compute it on the CPU, or give the layer more slots",
                 )
         self._give(layer, expert, evicted)

@@ -218,7 +218,7 @@ class Director:
             fetches = ()
         fills = []
         for fetch in fetches:
-            evicted = self.cache.admit(fetch.layer, fetch.expert)
+            evicted = self.cache.admit(fetch.layer, fetch.expert, fetch.evicting)
             self.cache.pin(fetch.layer, fetch.expert)
             fills.append(Fill(Admission(fetch.layer, fetch.expert, evicted), "prefetch"))
         room = self._refills(decision, len(fills), room, price_s)

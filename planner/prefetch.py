@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nsmallest
 
 import numpy as np
@@ -78,10 +78,11 @@ class Ahead:
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    """One expert to copy ahead of its layer."""
+    """One expert to copy ahead of its layer, and who must go; None leaves that to the cache."""
 
     layer: int
     expert: int
+    evicting: int | None = None
 
 
 class _Record:
@@ -303,7 +304,10 @@ class ValuePrefetch(NoPrefetch):
         losers = self._losers(ahead.layer, most, cache, tokens)
         for expert, loser in zip(experts, losers, strict=False):
             worth.append(worth[-1] + saved_s[expert] - (0.0 if loser is None else saved_s[loser]))
-        return self._fetch([ahead], [experts], _knapsack([worth], [most], price_s))
+        chosen = self._fetch([ahead], [experts], _knapsack([worth], [most], price_s))
+        return tuple(
+            replace(fetch, evicting=loser) for fetch, loser in zip(chosen, losers, strict=False)
+        )
 
     def resolve(self, layer: int, activated: Collection[int], misses: int = 0) -> frozenset[int]:
         for record in self._records.values():
