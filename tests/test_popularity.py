@@ -1,0 +1,183 @@
+"""Popularity files, caches that start from them, and caches that change their size."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.cache import ExpertCache
+from planner.cost import CostModel
+from planner.errors import CapacityError, SpecError, TraceError
+from planner.memory import STAGING, HostMemory, fit, paged
+from planner.policies import Blend
+from planner.popularity import Popularity, favourites, informed, read_popularity
+from planner.request import Request
+from planner_examples import bare_machine, hybrid_plan, machine, save_config, small_model
+
+LAYERS, EXPERTS = 6, 16
+USES = np.arange(LAYERS * EXPERTS).reshape(LAYERS, EXPERTS)
+
+
+def test_a_file_comes_back_as_it_was(tmp_path):
+    """Write, read, the same."""
+    path = tmp_path / "uses.json"
+    path.write_text(Popularity("small", 96, USES).to_json())
+    found = read_popularity(path)
+    assert (found.model, found.tokens) == ("small", 96)
+    assert (found.uses == USES).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": "other"},
+        {"uses": [[1, 2], [3]]},
+        {"uses": [[1, -2]]},
+        {"uses": []},
+        {"uses": [["a"]]},
+        {"tokens": None},
+        {"tokens": -1},
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, change):
+    """Another schema, ragged, negative or missing counts: the path and what to do."""
+    path = tmp_path / "uses.json"
+    path.write_text(json.dumps({**json.loads(Popularity("m", 1, USES).to_json()), **change}))
+    with pytest.raises(TraceError, match=r"uses\.json") as caught:
+        read_popularity(path)
+    assert caught.value.hint
+
+
+def test_a_cut_file_is_named(tmp_path):
+    """Half a file is not JSON."""
+    path = tmp_path / "cut.json"
+    path.write_text(Popularity("m", 1, USES).to_json()[:40])
+    with pytest.raises(SpecError, match=r"cut\.json"):
+        read_popularity(path)
+
+
+def test_a_trace_is_counted(tmp_path):
+    """Each layer's uses are the trace's; an expert that the model lacks is named."""
+    ids = np.array([[[0, 1], [2, 1]], [[0, 3], [2, 0]]], np.uint8)
+    path = tmp_path / "trace.npz"
+    np.savez(path, expert_ids=ids, routing_weights=np.ones(ids.shape, np.float16))
+    found = Popularity.of_trace(path, "m", 4)
+    assert found.uses.tolist() == [[2, 1, 0, 1], [1, 1, 2, 0]]
+    assert found.tokens == 2
+    with pytest.raises(TraceError, match="names expert 3, m has experts 0 to 2"):
+        Popularity.of_trace(path, "m", 3)
+
+
+def test_a_cache_starts_with_the_favourites():
+    """The policy that was told values the most used most; without counts all are alike."""
+    cache = ExpertCache(informed(LAYERS, EXPERTS, Popularity("m", 50, USES)), [3] * LAYERS)
+    assert favourites(cache, 2) == [15, 14, 13]
+    cold = ExpertCache(informed(LAYERS, EXPERTS), [3] * LAYERS)
+    assert favourites(cold, 2) == [0, 1, 2]
+    with pytest.raises(TraceError, match=r"\[6, 16\] experts of m, the model has \[6, 8\]"):
+        informed(LAYERS, 8, Popularity("m", 50, USES))
+
+
+def test_slots_go_where_uses_are_spread():
+    """A layer that uses few experts needs fewer slots than one that uses all alike."""
+    uses = np.ones((2, 8), dtype=np.int64) * 10
+    uses[0] = [70, 10, 0, 0, 0, 0, 0, 0]
+    few, many = Popularity("m", 40, uses).capacities(8)
+    assert few + many == 8
+    assert few < many
+
+
+sizes = st.lists(st.integers(0, EXPERTS), min_size=2, max_size=2)
+
+
+@given(sizes, sizes, st.integers(0, 99))
+@settings(deadline=None)
+def test_resize_keeps_the_most_valued(before, after, seed):
+    """Shrinking drops the least valued only; growing drops nobody; integrity holds."""
+    rng = np.random.default_rng(seed)
+    policy = Blend(2, EXPERTS)
+    cache = ExpertCache(policy, before)
+    for layer in range(2):
+        policy.observe_one(layer, np.arange(EXPERTS), rng.random(EXPERTS), 1)
+        for expert in rng.permutation(EXPERTS)[: before[layer]].tolist():
+            cache.admit(layer, expert)
+    held = [cache.residency(layer) for layer in range(2)]
+    gone = cache.resize(after)
+    cache.check_integrity()
+    for layer in range(2):
+        kept, dropped = cache.residency(layer), {e for at, e in gone if at == layer}
+        assert kept | dropped == held[layer]
+        assert len(dropped) == max(0, before[layer] - after[layer])
+        value = cache.value(layer)
+        assert max(value[list(dropped)], default=-1.0) <= min(value[list(kept)], default=9.0)
+    assert cache.capacities == tuple(after)
+
+
+def test_resize_refuses_to_drop_pins_and_clear_takes_them_back():
+    """Too few slots for what is pinned changes nothing; clearing forgets slots and pins."""
+    cache = ExpertCache(Blend(2, EXPERTS), [2, 2])
+    for expert in (4, 5):
+        cache.admit(1, expert)
+        cache.pin(1, expert)
+    with pytest.raises(CapacityError, match="layer 1: 2 experts are pinned or in use, 1 slots"):
+        cache.resize([0, 1])
+    assert cache.capacities == (2, 2)
+    cache.clear()
+    assert cache.residency(1) == frozenset()
+    assert not cache.pinned(1, 4)
+    assert cache.resize([0, 1]) == []
+
+
+def test_fit_sets_slots_aside_and_uses_no_byte_twice():
+    """Everything in VRAM adds up to at most what is there; staging comes out of the slots."""
+    cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=780 * 2**20), "q4_0")
+    slot = paged(cost.experts.bytes)
+    sizes = {"context": 256, "prompt": 64, "batch": 1, "slot_bytes": slot}
+    bare, staged = fit(cost, **sizes), fit(cost, **sizes, staging=STAGING)
+    assert sum(bare.slots) - sum(staged.slots) == STAGING
+    for placed in (bare, staged):
+        assert placed.vram_bytes - slot < placed.used("vram") <= placed.vram_bytes
+        assert placed.slot_bytes == slot
+    assert slot % 4096 == 0
+
+
+def test_host_memory_is_pinned_while_there_is_plenty():
+    """Half of RAM may be pinned for a GPU, more is copied, what exceeds RAM is mapped."""
+
+    def kind(hardware, ram):
+        cost = CostModel(small_model(), hardware.with_values("cpu", ram_bytes=ram), "q4_0")
+        return fit(cost, context=256, prompt=64, batch=1).host
+
+    gib = 2**30
+    assert kind(machine(), 16 * gib) is HostMemory.PINNED
+    assert kind(bare_machine(), 16 * gib) is HostMemory.ANONYMOUS
+    assert kind(machine(), int(2.04 * gib)) is HostMemory.FILE
+
+
+def test_a_shortage_says_what_is_needed():
+    """VRAM too small for the dense part: by how much, and how much it takes."""
+    cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=256 * 2**20), "q4_0")
+    placed = fit(cost, context=256, prompt=64, batch=1)
+    assert placed.shortage is not None
+    assert f"{placed.used('vram') / 2**30:.2f} GiB are needed" in placed.shortage
+
+
+def test_plan_takes_a_popularity_file(tmp_path, capsys):
+    """The dry run's slots follow the file, and another model's is refused with exit code 2."""
+    uses = USES.copy()
+    uses[0] = [1000, 900, *[0] * 14]
+    path = tmp_path / "uses.json"
+    path.write_text(Popularity("small", 96, uses).to_json())
+    hardware = machine().with_values("gpu", vram_bytes=780 * 2**20)
+    sizes = {"context": 256, "prompt": 64, "tokens": 4}
+    placed = Request(model=small_model(), hardware=hardware, popularity=path, **sizes).fit()
+    assert placed.slots[0] < max(placed.slots)
+    path.write_text(Popularity("other", 96, uses[:, :8]).to_json())
+    words = (str(save_config(tmp_path / "m")), "--hardware", "rtx4060-laptop")
+    code, _, err = hybrid_plan(*words, "--popularity", str(path), capsys=capsys)
+    assert code == 2
+    assert "experts of other" in err
