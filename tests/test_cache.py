@@ -15,7 +15,7 @@ from planner.capacity import equal_capacities, hits_by_capacity, marginal_capaci
 from planner.errors import CapacityError, TraceError
 from planner.forecast import Forecast
 from planner.oracles import SCH, Belady
-from planner.policies import ARC, LFU, LRU, MRS, StaticPopularity
+from planner.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
 from planner.replay import Replay, _one_by_one, replay
 
 TRACES = Path(__file__).parents[1].parent / "shared" / "traces"
@@ -50,6 +50,7 @@ def policies(ids: np.ndarray, capacities: list[int]) -> list[Policy]:
         LRU(layers, EXPERTS),
         LFU(layers, EXPERTS),
         MRS(layers, EXPERTS),
+        Blend(layers, EXPERTS),
         ARC(layers, EXPERTS, capacities),
         StaticPopularity(layers, EXPERTS, counts),
         Forecast(layers, EXPERTS),
@@ -131,6 +132,21 @@ def test_mrs_is_the_papers_recurrence():
     assert policy.victim(1, 1, [0, 2]) == 0
 
 
+def test_blend_is_two_moving_averages():
+    """Shares of the weight, kept by (1 - rate) per token; a prompt decays by all its tokens."""
+    policy = Blend(2, 3)
+    policy.observe(np.array([1]), np.array([[0, 2]]), np.array([[0.3, 0.1]]), tokens=5)
+    policy.observe_one(1, np.array([2]), np.array([0.7]), tokens=1)
+    fast, slow = np.zeros(3), np.zeros(3)
+    for share, tokens in (([0.75, 0.0, 0.25], 5), ([0.0, 0.0, 1.0], 1)):
+        keep_fast, keep_slow = 0.7**tokens, 0.99**tokens
+        fast = keep_fast * fast + (1 - keep_fast) * np.array(share)
+        slow = keep_slow * slow + (1 - keep_slow) * np.array(share)
+    assert policy.value_one(1) == pytest.approx(fast + 3 * slow)
+    assert policy.value(np.array([0, 1]))[1] == pytest.approx(fast + 3 * slow)
+    assert policy.value_one(0).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_hits_by_capacity_is_exact_for_lru():
     """One pass gives what a replay gives at every capacity."""
     rng = np.random.default_rng(0)
@@ -207,17 +223,23 @@ def test_forecast_is_deterministic_and_layers_do_not_mix():
 @pytest.mark.parametrize("name", ["intent", "law"])
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_on_recorded_routing_the_policies_rank_as_claimed(name, share):
-    """LRU < MRS < Forecast < Belady on the first 1,500 tokens of DeepSeek-V2-Lite."""
+    """LRU < MRS < Blend < Forecast < Belady on the first 1,500 tokens of DeepSeek-V2-Lite."""
     with np.load(TRACES / f"esft_dsv2lite_{name}.npz") as arrays:
         ids, weights = arrays["expert_ids"][:1500], arrays["routing_weights"][:1500]
     _, layers, _ = ids.shape
     capacities = [int(64 * share)] * layers
     rates = [
         replay(policy, ids, weights, capacities).hit_rate
-        for policy in (LRU(layers, 64), MRS(layers, 64), Forecast(layers, 64), Belady(ids, 64))
+        for policy in (
+            LRU(layers, 64),
+            MRS(layers, 64),
+            Blend(layers, 64),
+            Forecast(layers, 64),
+            Belady(ids, 64),
+        )
     ]
     assert rates == sorted(rates)
-    assert rates[2] > 0.8 * rates[3]
+    assert rates[3] > 0.8 * rates[4]
 
 
 def test_bad_input_is_refused():

@@ -12,7 +12,7 @@ from planner.cache import ExpertCache
 from planner.errors import CapacityError
 from planner.forecast import Forecast
 from planner.oracles import Belady
-from planner.policies import ARC, LFU, LRU, MRS, StaticPopularity
+from planner.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
 from planner.replay import replay
 
 LAYERS, EXPERTS = 2, 7
@@ -25,7 +25,7 @@ class CacheMachine(RuleBasedStateMachine):
     """Steps, admissions and pins in any order, for any policy."""
 
     @initialize(
-        name=st.sampled_from(["lru", "lfu", "mrs", "arc", "static", "forecast"]),
+        name=st.sampled_from(["lru", "lfu", "mrs", "blend", "arc", "static", "forecast"]),
         capacities=st.lists(st.integers(0, EXPERTS), min_size=LAYERS, max_size=LAYERS),
     )
     def start(self, name, capacities):
@@ -34,6 +34,7 @@ class CacheMachine(RuleBasedStateMachine):
                 "lru": lambda: LRU(LAYERS, EXPERTS),
                 "lfu": lambda: LFU(LAYERS, EXPERTS),
                 "mrs": lambda: MRS(LAYERS, EXPERTS),
+                "blend": lambda: Blend(LAYERS, EXPERTS),
                 "arc": lambda: ARC(LAYERS, EXPERTS, capacities),
                 "static": lambda: StaticPopularity(LAYERS, EXPERTS, np.eye(LAYERS, EXPERTS)),
                 "forecast": lambda: Forecast(LAYERS, EXPERTS),

@@ -28,6 +28,8 @@ def test_the_record_is_complete_and_consistent(trace):
     result = run_planner_bench([trace], repeat=3, instances=2, progress=seen.append)
     assert json.loads(json.dumps(result)) == result
     assert all(len(row["samples_s"]) == 3 for row in result["decisions"])
+    assert [row["ahead"] for row in result["steps"]] == [0, 3]
+    assert all(len(row["samples_s"]) == 48 for row in result["steps"])
     assert [row["experts"] for row in result["gaps"]] == [8, 16, 32, 64, 128]
     for row in result["gaps"]:
         assert 0 <= row["gap_mean"] <= row["gap_max"]
@@ -35,12 +37,23 @@ def test_the_record_is_complete_and_consistent(trace):
     for share in SHARES:
         rows = [row for row in result["caches"] if row["share"] == share]
         always = {row["policy"] for row in rows if row["admission"] == "always"}
-        assert always == {"belady", "sch", "lru", "lfu", "arc", "static", "mrs", "forecast"}
+        assert always == {
+            "belady",
+            "sch",
+            "lru",
+            "lfu",
+            "arc",
+            "static",
+            "mrs",
+            "blend",
+            "forecast",
+        }
         equal = [row for row in rows if row["capacities"] == "equal"]
         assert max(row["of_belady"] for row in equal) == 1.0
     assert any("forecast" in text for text in seen)
     text = planner_table(result)
     assert "decode, from the table" in text
+    assert "place and fill" in text
     assert text.count("small.npz") == len(result["caches"])
 
 

@@ -15,17 +15,21 @@ from numpy.typing import NDArray
 from hybrid.bench.record import provenance, spread
 from hybrid.planning import find_hardware, find_model
 from planner.baselines import BASELINES
-from planner.cache import Policy
+from planner.cache import ExpertCache, Policy
 from planner.capacity import hits_by_capacity, marginal_capacities
-from planner.cost import ExpertCost
+from planner.cost import CostModel, ExpertCost
 from planner.decode_table import DecodeTable
+from planner.director import Decision, Director, Fill
 from planner.forecast import Forecast
 from planner.oracles import SCH, Belady
-from planner.policies import ARC, LFU, LRU, MRS, StaticPopularity
+from planner.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
+from planner.popularity import favourites, informed
 from planner.problem import LayerCost
 from planner.replay import Admission, replay
+from planner.request import Request
 from planner.routing import read_trace
 from planner.schedule import schedule
+from planner.simulate import Simulator
 from planner.spec import LayerWork
 
 MODEL, HARDWARE, FORMAT = "Qwen3-30B-A3B", "rtx4060-laptop-8gb", "q4_0"
@@ -37,6 +41,9 @@ SHARES = (0.25, 0.5)
 
 LEARNED_SHARE = 0.25
 """First part of a trace that static popularity and marginal capacities are taken from."""
+
+STEP_SHARE = 10
+"""One decode step, of as many decisions as the model has layers, for so many timed decisions."""
 
 WARM_UP = 10
 """Decisions made before the timed ones."""
@@ -71,14 +78,17 @@ def run_planner_bench(
     Returns
     -------
     dict
-        ``decisions``: seconds to decide one layer, by case. ``gaps``: distance of plans from
-        their lower bound and from the best baseline, by number of experts. ``caches``: hit rates
-        by trace, capacity and policy, each also as a fraction of Belady's under the same rule.
+        ``decisions``: seconds to plan one layer, by case. ``steps``: seconds of all that is
+        decided in one layer of a decode step, by layers looked ahead. ``gaps``: distance of
+        plans from their lower bound and from the best baseline, by number of experts.
+        ``caches``: hit rates by trace, capacity and policy, each also as a fraction of Belady's under the same rule.
     """
     found = [(path, *read_trace(path)) for path in traces]
     cost = ExpertCost(find_model(MODEL), find_hardware(HARDWARE), FORMAT)
     progress("timing decisions")
     decisions = list(_decisions(cost, repeat, seed))
+    progress("timing whole steps")
+    steps = [_steps(ahead, -(-repeat // STEP_SHARE), seed) for ahead in (0, 3)]
     progress("comparing plans with their bounds")
     gaps = list(_gaps(cost, instances, seed))
     caches: list[dict[str, Any]] = []
@@ -89,6 +99,7 @@ def run_planner_bench(
         "hardware": HARDWARE,
         "format": FORMAT,
         "decisions": decisions,
+        "steps": steps,
         "gaps": gaps,
         "caches": caches,
         "cache_method": (
@@ -135,6 +146,53 @@ def _decisions(cost: ExpertCost, repeat: int, seed: int) -> Iterator[dict[str, A
         yield {"case": name, "experts": experts, "tokens": tokens or 1} | spread(samples[WARM_UP:])
 
 
+def _steps(ahead: int, tokens: int, seed: int) -> dict[str, Any]:
+    """Time the director through a simulated decode: ``place`` and ``fill`` of every layer."""
+    model, hardware = find_model(MODEL), find_hardware(HARDWARE)
+    warm = 2
+    request = Request(model=model, hardware=hardware, prompt=32, tokens=warm + tokens, seed=seed)
+    placed, routing = request.fit(), request.routing()
+    cache = ExpertCache(informed(model.moe_layers, model.experts.count), placed.slots)
+    for layer in range(model.moe_layers):
+        for expert in favourites(cache, layer):
+            cache.admit(layer, expert)
+    simulator = Simulator(request.cost, placed, routing, cache)
+    timed = simulator.director = _Timed(request.cost, cache)
+    timed.ahead = ahead
+    simulator.simulate(request.prompt)
+    samples = timed.samples_s[(1 + warm) * model.moe_layers :]
+    shape = {"experts": model.experts.count, "top_k": model.experts.top_k, "ahead": ahead}
+    return {"case": "place and fill"} | shape | spread(samples)
+
+
+class _Timed(Director):
+    """Notes how long it takes over each layer."""
+
+    ahead = 3
+    samples_s: list[float]
+
+    def __init__(self, cost: CostModel, cache: ExpertCache) -> None:
+        super().__init__(cost, cache)
+        self.samples_s = []
+
+    def place(self, *args: Any, **times: Any) -> Decision:
+        start = time.perf_counter()
+        decision = super().place(*args, **times)
+        self.samples_s.append(time.perf_counter() - start)
+        return decision
+
+    def fill(
+        self,
+        decision: Decision,
+        ahead: Sequence[tuple[int, NDArray[np.float64]]],
+        idle_s: Sequence[float],
+    ) -> tuple[Fill, ...]:
+        start = time.perf_counter()
+        fills = super().fill(decision, ahead[: self.ahead], idle_s)
+        self.samples_s[-1] += time.perf_counter() - start
+        return fills
+
+
 def _schedule(cost: LayerCost, work: LayerWork, residency: frozenset[int]) -> object:
     return schedule(work, residency, cost)
 
@@ -177,6 +235,7 @@ def _caches(
         "arc": lambda capacities: ARC(layers, experts, capacities),
         "static": lambda _: StaticPopularity(layers, experts, counts),
         "mrs": lambda _: MRS(layers, experts),
+        "blend": lambda _: Blend(layers, experts),
         "forecast": lambda _: Forecast(layers, experts),
     }
     for share in SHARES:
@@ -184,8 +243,11 @@ def _caches(
         marginal = marginal_capacities(curve, sum(equal))
         runs: list[tuple[str, str, tuple[int, ...], Admission]] = [
             *((name, "equal", equal, "always") for name in learn),
-            *((name, "equal", equal, "worth") for name in ("belady", "lru", "mrs", "forecast")),
-            *((name, "marginal", marginal, "always") for name in ("mrs", "forecast")),
+            *(
+                (name, "equal", equal, "worth")
+                for name in ("belady", "lru", "mrs", "blend", "forecast")
+            ),
+            *((name, "marginal", marginal, "always") for name in ("mrs", "blend", "forecast")),
         ]
         best: dict[Admission, float] = {}
         for name, split, capacities, admission in runs:
@@ -211,6 +273,10 @@ def planner_table(result: dict[str, Any]) -> str:
     for row in result["decisions"]:
         micros = row["seconds_median"] * 1e6
         lines.append(f"{row['case']:<52}{row['experts']:>8}{row['tokens']:>8}{micros:>9.1f}")
+    for row in result["steps"]:
+        name = f"{row['case']}, {row['ahead']} layers ahead"
+        micros = row["seconds_median"] * 1e6
+        lines.append(f"{name:<52}{row['experts']:>8}{1:>8}{micros:>9.1f}")
     lines += [
         "",
         f"{'distance of plans from their lower bound':<44}{'experts':>8}{'mean':>8}{'max':>8}"
