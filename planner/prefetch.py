@@ -26,7 +26,6 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from heapq import nsmallest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +108,8 @@ class _Record:
         self._given = FADING * self._given + p
         self._found = FADING * self._found + used
         self._recent.append(used)
-        if len(self._recent) == WINDOW and 2 * sum(self._recent) < WINDOW:
+        kept = sum(self._recent)
+        if len(self._recent) == WINDOW and LASTING * kept < WINDOW - kept:
             self._recent.clear()
             self.paused = PAUSE
 
@@ -203,8 +203,9 @@ class NoPrefetch:
 class ValuePrefetch(NoPrefetch):
     """Fetch what is worth more than what it evicts, as much as the idle link carries.
 
-    It judges itself by its last ``WINDOW`` fetches at each distance: when most were wasted it
-    pauses there for ``PAUSE`` layer steps and starts with a clean record.
+    It judges itself by its last ``WINDOW`` fetches at each distance: when those wasted outweigh
+    what the others save while they stay, it pauses there for ``PAUSE`` layer steps and starts
+    with a clean record.
 
     Parameters
     ----------
@@ -265,12 +266,15 @@ class ValuePrefetch(NoPrefetch):
                 f"{[a.idle_s for a in ahead]}",
                 hint="give layers in the order they run, each with the idle time until it starts",
             )
-        options = [
-            self._worth(layer, most, cache, distance)
-            if most and not self._records[distance].paused
-            else ([], [0.0])
-            for distance, (layer, most) in enumerate(zip(ahead, room, strict=True))
-        ]
+        options: list[tuple[list[int], list[float]]] = []
+        wanted = 0
+        for distance, (layer, most) in enumerate(zip(ahead, room, strict=True)):
+            # Nearer layers come first: what they leave of the link is for the others.
+            if wanted < most and not self._records[distance].paused:
+                options.append(self._worth(layer, most, cache, distance))
+                wanted += len(options[-1][1]) - 1
+            else:
+                options.append(([], [0.0]))
         counts = _knapsack([worth for _, worth in options], room, price_s)
         return self._fetch(ahead, [experts for experts, _ in options], counts)
 
@@ -367,8 +371,8 @@ class ValuePrefetch(NoPrefetch):
         caller's pins: nobody evicts them.
         """
         free = min(most, cache.capacities[layer] - len(cache.residency(layer)))
-        going = nsmallest(most - free, cache.evictable(layer), key=value.__getitem__)
-        return [None] * free + going
+        going = sorted(cache.evictable(layer), key=value.__getitem__) if free < most else []
+        return [None] * free + going[: most - free]
 
     def _fetch(
         self, ahead: Sequence[Ahead], experts: Sequence[list[int]], counts: Sequence[int]

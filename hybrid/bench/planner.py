@@ -81,7 +81,8 @@ def run_planner_bench(
         ``decisions``: seconds to plan one layer, by case. ``steps``: seconds of all that is
         decided in one layer of a decode step, by layers looked ahead. ``gaps``: distance of
         plans from their lower bound and from the best baseline, by number of experts.
-        ``caches``: hit rates by trace, capacity and policy, each also as a fraction of Belady's under the same rule.
+        ``caches``: hit rates by trace, capacity and policy, each also as a fraction of Belady's
+        under the same rule.
     """
     found = [(path, *read_trace(path)) for path in traces]
     cost = ExpertCost(find_model(MODEL), find_hardware(HARDWARE), FORMAT)
