@@ -117,6 +117,8 @@ class Executor:
         None when it was given up: everything runs on the CPU then.
     notes
         What did not go as planned, for the report.
+    uses, tokens
+        How often each expert was used, ``[L, E]``, by how many tokens, since the model was loaded.
     """
 
     def __init__(
@@ -148,6 +150,8 @@ class Executor:
         self.residents = Residents(device, layers, settle(slots))
         self._before_s: float | None = None
         self._turn = threading.Lock()
+        self.uses = np.zeros((len(layers), len(layers[0].blocks)), np.int64)
+        self.tokens = 0
         self._records: deque[LayerRecord] = deque()
 
     @property
@@ -155,10 +159,10 @@ class Executor:
         """Who decides."""
         return self.residents.director
 
-    def warm(self, uses: NDArray[np.integer]) -> None:
-        """Fill free slots with the experts most used somewhere, ``uses`` ``[L, E]``."""
+    def warm(self) -> None:
+        """Fill free slots with whom the cache's policy values most."""
         if self.device is not None:
-            self.residents.warm(uses, self._timeout_s)
+            self.residents.warm(self._timeout_s)
 
     def begin_step(self) -> None:
         """Start the clock of a forward pass."""
@@ -239,7 +243,7 @@ class Executor:
                 layer=layer,
                 tokens=tokens,
                 plan=plan,
-                activated=len(decision.work.loads),
+                loads=decision.work.loads,
                 hits=decision.hits,
                 dense_s=self._seconds.mixer(layer, tokens),
                 gpu_work_s=sum(experts.gpu_s(n) for e, n in decision.work.loads if e in plan.gpu),
@@ -276,7 +280,12 @@ class Executor:
     def _note_records(self) -> None:
         """Hand what was measured to the timeline, when there is time for it."""
         while self._records:
-            self.timeline.add(self._records.popleft())
+            record = self._records.popleft()
+            self.timeline.add(record)
+            if record.layer == 0:
+                self.tokens += record.tokens
+            for expert, load in record.loads:
+                self.uses[record.layer, expert] += load
 
     def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
         """Ask where each expert that the router chose runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +29,10 @@ from planner.cost import CostModel
 from planner.director import Director
 from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
-from planner.memory import Fit, fit
+from planner.memory import STAGING, Fit, fit
 from planner.model import ModelSpec
-from planner.policies import MRS
-
-PROMPT = 2048
-"""Tokens of a prompt that the workspace is sized for."""
-STAGING = 4
-"""Slots for experts that are copied, used once and not kept."""
+from planner.popularity import Popularity, informed
+from planner.request import Request
 
 
 class PlacedExperts:
@@ -110,11 +107,14 @@ class Budget:
         Of the host; None is all it has.
     context
         Tokens of cache to keep room for.
+    popularity
+        What is known of the experts' use; None is nothing.
     """
 
     vram_bytes: int | None
     ram_bytes: int | None
     context: int
+    popularity: Popularity | None = None
 
 
 @dataclass(frozen=True)
@@ -246,12 +246,21 @@ def place_model(
     index = model.hybrid_store.index
     spec = from_hf_config(model.config.to_dict(), index.source["name"])
     cost = CostModel(spec, hardware, index.format, index.dense_format or _dense_format(model))
-    placed = fit(cost, context=budget.context, prompt=min(budget.context, PROMPT), batch=1)
+    stride = layers[0].blocks.shape[1]
+    placed = fit(
+        cost,
+        context=budget.context,
+        prompt=min(budget.context, Request.prompt),
+        batch=Request.batch,
+        slot_bytes=stride,
+        staging=STAGING,
+        popularity=budget.popularity,
+    )
     if not placed.fits:
         raise UsageError(
             f"{placed.shortage}: {_gib(vram)} of {device.name} are not enough",
-            hint=f"give it {_gib(placed.used('vram') + layers[0].blocks.shape[1])} or more, "
-            "a shorter context, or vram=0 for the CPU alone",
+            hint=f"give it {_gib(placed.used('vram'))} or more, a shorter context, or vram=0 for "
+            "the CPU alone",
         )
     move_dense(model, device.torch_device)
     notes = [SlowPath(*note) for note in device.notes]
@@ -284,8 +293,8 @@ def _share_experts(
     executor = Executor(
         layers,
         device,
-        settler(device, layout, cost),
-        _slots(placed, cost, layout.stride),
+        settler(device, layout, cost, placed.slots, budget.popularity),
+        sum(placed.slots),
         seconds,
         threads=threads,
         lookahead=lookahead,
@@ -293,6 +302,8 @@ def _share_experts(
         read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
         timeline=timeline,
     )
+    if budget.popularity is not None:
+        executor.warm()
     if lookahead.reason is not None:
         remedy = "none yet: experts of those layers are not copied ahead"
         executor.notes.append(SlowPath("layers without lookahead", lookahead.reason, remedy))
@@ -302,26 +313,35 @@ def _share_experts(
     return executor
 
 
-def _slots(placed: Fit, cost: CostModel, stride: int) -> int:
-    """Slots for resident experts: a slot is a block rounded up to pages, more than its weights."""
-    spec = cost.model
-    room = placed.vram_bytes - placed.used("vram") + sum(placed.slots) * cost.experts.bytes
-    return min(max(0, room // stride - STAGING), spec.moe_layers * spec.experts.count)
-
-
-def settler(device: Device, layout: BlockLayout, cost: CostModel) -> Settle:
+def settler(
+    device: Device,
+    layout: BlockLayout,
+    cost: CostModel,
+    capacities: Sequence[int],
+    popularity: Popularity | None = None,
+) -> Settle:
     """Return what opens ``device`` for a number of slots, with nothing resident.
 
     The policy outlives that: what it has learned about the experts stays true.
+
+    Parameters
+    ----------
+    capacities
+        Slots of every layer at first; fewer are shared out anew.
     """
     spec = cost.model
-    policy = MRS(spec.moe_layers, spec.experts.count)
+    policy = informed(spec.moe_layers, spec.experts.count, popularity)
 
     def settle(slots: int) -> Opened:
+        shares = tuple(capacities)
+        if slots != sum(shares):
+            shares = (
+                equal_capacities(slots, spec.moe_layers, spec.experts.count)
+                if popularity is None
+                else popularity.capacities(slots)
+            )
         device.open(layout, slots + STAGING)
-        capacities = equal_capacities(slots, spec.moe_layers, spec.experts.count)
-        director = Director(cost, ExpertCache(policy, capacities))
-        return Opened(SlotTable(slots, STAGING), director)
+        return Opened(SlotTable(slots, STAGING), Director(cost, ExpertCache(policy, shares)))
 
     return settle
 

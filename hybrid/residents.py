@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cpu_experts.experts import ExpertShape
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import SlotError
 from gpu_experts.slots import SlotState, SlotTable
 from hybrid.store import U8
 from planner.director import Admission, Director
+from planner.popularity import favourites
 
 
 class PackedLayer(Protocol):
@@ -163,20 +161,14 @@ class Residents:
         self.director.abandon()
         self.check_integrity()
 
-    def warm(self, uses: NDArray[np.integer], timeout_s: float) -> None:
-        """Fill free slots with the most used experts and wait until they are there.
-
-        Parameters
-        ----------
-        uses
-            How often each expert was used somewhere, ``[L, E]``.
-        """
+    def warm(self, timeout_s: float) -> None:
+        """Fill free slots with whom the policy values most, and wait until they are there."""
         cache = self.director.cache
-        for layer, counts in enumerate(uses):
+        for layer in range(len(self._layers)):
             held = cache.residency(layer)
             free = cache.capacities[layer] - len(held)
-            order = [e for e in np.argsort(-counts, kind="stable").tolist() if e not in held]
-            for expert in order[:free]:
+            wanted = [expert for expert in favourites(cache, layer) if expert not in held]
+            for expert in wanted[:free]:
                 self.admit(Admission(layer, expert, cache.admit(layer, expert)))
         self.settle(timeout_s)
 

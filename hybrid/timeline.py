@@ -34,8 +34,8 @@ class LayerRecord:
         Which MoE layer, and how many tokens it saw.
     plan
         What was planned, in seconds from the moment of deciding.
-    activated, hits
-        Experts that got a token, and those of them that were resident.
+    loads, hits
+        ``(expert, tokens)`` of the activated experts, and how many of them were resident.
     dense_s, gpu_work_s, copy_s
         Predicted: attention and router before it, the GPU's share of the routed experts, one copy.
     entered_s, routed_s, decided_s, cpu_end_s, joined_s
@@ -48,7 +48,7 @@ class LayerRecord:
     layer: int
     tokens: int
     plan: LayerPlan
-    activated: int
+    loads: tuple[tuple[int, int], ...]
     hits: int
     dense_s: float
     gpu_work_s: float
@@ -138,7 +138,7 @@ class Timeline:
     def add(self, record: LayerRecord) -> None:
         """Take one layer's record."""
         phase = self.phase(record.tokens)
-        phase.activated += record.activated
+        phase.activated += len(record.loads)
         phase.hits += record.hits
         terms, lanes = phase.measured.terms, phase.measured.lanes
         terms[ROUTER] += record.routed_s - record.entered_s

@@ -15,13 +15,14 @@ from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.devices import emulated_device
 from hybrid.executor import Executor
-from hybrid.placement import STAGING, DenseSeconds
+from hybrid.placement import DenseSeconds
 from hybrid.planning import find_hardware
 from hybrid.residents import Opened
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
 from planner.director import Director
+from planner.memory import STAGING
 from planner.model import Experts, Layer, Mixer, ModelSpec
 from planner.policies import LRU
 

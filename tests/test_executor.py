@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gpu_experts.errors import DeviceFailedError
 from hybrid.executor import Executor
 from hybrid.timeline import DECODE, PREFILL, Timeline
+from planner.popularity import Popularity, informed
 from sharing import (
     EXPERTS,
     HIDDEN,
@@ -131,13 +132,20 @@ def test_a_predictor_that_is_right_raises_the_hits(layers: list[Blocks]) -> None
 
 
 def test_warming_fills_the_slots_with_the_most_used(layers: list[Blocks]) -> None:
-    """A popularity count decides what is resident before the first token."""
-    executor = shared_executor(layers, 2 * LAYERS)
+    """What is known of the experts' use decides what is resident before the first token."""
     uses = np.tile(np.arange(EXPERTS), (LAYERS, 1))
-    executor.warm(uses)
+    known = Popularity("small", 100, uses)
+    executor = shared_executor(layers, 2 * LAYERS, policy=lambda *shape: informed(*shape, known))
+    executor.warm()
     executor.residents.check_integrity()
     for layer in range(LAYERS):
         assert executor.director.cache.residency(layer) == {EXPERTS - 1, EXPERTS - 2}
+    rng = np.random.default_rng(11)
+    executor.run_layer(0, *random_step(rng, 40))
+    executor.end_step(40, 0.0)
+    assert executor.tokens == 40
+    assert 0 < executor.uses[0].sum() <= 40 * TOP_K
+    assert not executor.uses[1:].any()
 
 
 FAULTS = ("copy", "compute", "memory", "stall")

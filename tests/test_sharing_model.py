@@ -17,14 +17,14 @@ from hybrid.devices import choose_device, emulated_device
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
-from hybrid.placement import STAGING, Budget, Placement, place_model
+from hybrid.placement import Budget, Placement, place_model
 from hybrid.planning import find_hardware
-from planner.memory import VRAM_RESERVE_BYTES
+from planner.memory import STAGING, VRAM_RESERVE_BYTES
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
 PROMPT = "def main(argv):\n    "
-#: Rounding of one sum in two parts, over all layers and against logits of this size.
-TOLERANCE = 1e-4
+#: Sums that are rounded apart may move an activation of a later layer by one of its 127 steps.
+TOLERANCE = 2e-3
 
 
 def placed(path: Path | str, slots: int, **options: Any) -> HybridModel:
@@ -45,7 +45,8 @@ def _dense_bytes(model: Any) -> int:
     return sum(
         item.bytes
         for item in placement.fit.items
-        if item.place == "vram" and not item.name.startswith("expert slots")
+        if item.place == "vram"
+        and not item.name.startswith(("expert slots", "copies on their way"))
     )
 
 

@@ -26,7 +26,7 @@ from gpu_experts.emulated import EmulatedDevice
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.executor import Executor
-from hybrid.placement import STAGING, DenseSeconds
+from hybrid.placement import DenseSeconds
 from hybrid.residents import Opened
 from hybrid.store import U8
 from hybrid.timeline import Timeline
@@ -36,6 +36,7 @@ from planner.capacity import equal_capacities
 from planner.cost import CostModel
 from planner.director import Director, Scheduler
 from planner.hardware import HardwareSpec
+from planner.memory import STAGING
 from planner.model import ModelSpec
 from planner.policies import LRU, MRS, StaticPopularity
 from planner.routing import RECALL, Routing
@@ -237,7 +238,7 @@ class Runner:
             lookahead=self.lookahead if rule.prefetch else None,
             shared=_SharedExperts(self.device, self.seconds),
         )
-        self.executor.warm(uses)
+        self.executor.warm()
 
     def step(
         self, ids: Sequence[NDArray[np.int64]], weights: Sequence[NDArray[np.float32]]
