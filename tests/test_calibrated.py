@@ -1,0 +1,173 @@
+"""The calibration in force: whose it is, how it is kept, and what a damaged one says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid import calibrated
+from hybrid.calibrated import Identity, added, load, require, save
+from hybrid.cli import main
+from hybrid.errors import UsageError
+from planner.hardware import HardwareSpec, Point, TermPoint
+from planner_examples import bare_machine, machine
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder without a calibration."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def point(hidden: int, seconds: float, fmt: str = "q4_0") -> Point:
+    shape = {"hidden": hidden, "intermediate": 4, "format": fmt}
+    return Point(lane="cpu", load=1, seconds=seconds, **shape)
+
+
+def term(params: int, seconds: float, family: str = "qwen3_moe") -> TermPoint:
+    about: dict[str, Any] = {"format": "bf16", "tokens": 1, "context": 1}
+    return TermPoint(term="head", family=family, params=params, seconds=seconds, **about)
+
+
+def test_identity_is_this_machine_and_these_kernels(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anything that changes speed changes the file; asking twice does not."""
+    here = Identity.of_this_machine(2)
+    assert here == Identity.of_this_machine(2)
+    assert here.path.parent == home / "hardware"
+    others = [
+        replace(here, **{name: value})
+        for name, value in {
+            "cpu": "another",
+            "cores": here.cores + 1,
+            "threads": 3,
+            "simd_level": "none",
+            "ram_bytes": 1,
+            "device": "a GPU",
+            "kernels": "changed",
+        }.items()
+    ]
+    assert len({here.path, *(other.path for other in others)}) == 8
+    monkeypatch.setenv("HYBRID_SIMD", "portable")
+    assert Identity.of_this_machine(2).path != here.path
+
+
+def test_kernels_are_told_by_their_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One changed letter is another hash; the device's sources count with a device only."""
+    for package in ("cpu_experts", "gpu_experts"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "kernels.py").write_text("a = 1")
+    place = str(tmp_path / "cpu_experts" / "hostcpu.py")
+    monkeypatch.setattr(calibrated.hostcpu, "__file__", place)
+    digest = calibrated._kernels.__wrapped__
+    before = digest(False), digest(True)
+    (tmp_path / "gpu_experts" / "kernels.py").write_text("a = 2")
+    assert digest(False) == before[0]
+    assert digest(True) != before[1]
+    (tmp_path / "cpu_experts" / "kernels.py").write_text("a = 2")
+    assert digest(False) != before[0]
+
+
+def test_what_is_saved_is_in_force(home: Path) -> None:
+    """Only for the machine it was measured on, and with its identity to read."""
+    here = Identity.of_this_machine()
+    assert load() is None
+    with pytest.raises(UsageError) as caught:
+        require()
+    assert "hybrid calibrate" in str(caught.value.hint)
+    path = save(bare_machine(), here)
+    assert require() == bare_machine()
+    assert f"# simd_level: {here.simd_level}" in path.read_text()
+    assert load(replace(here, threads=here.threads + 1)) is None
+
+
+@pytest.mark.parametrize("content", [b"name = 'cut", b"name = 'x'", b"\xff\xfe", b"[cpu]\n"])
+def test_a_damaged_file_names_itself_and_the_remedy(
+    home: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan ends with exit code 2 and the command that helps; env tells it and goes on."""
+    path = save(bare_machine(), Identity.of_this_machine())
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        load()
+    assert str(path) in caught.value.message
+    assert "hybrid calibrate --force" in str(caught.value.hint)
+    assert main(["plan", "OLMoE"]) == 2
+    assert "hybrid calibrate --force" in capsys.readouterr().err
+    assert main(["env"]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interrupted_writing_leaves_the_old_file(
+    home: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing half-written, nothing left beside it."""
+    here = Identity.of_this_machine()
+    path = save(bare_machine(), here)
+
+    def interrupt(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(UsageError if error is OSError else error):
+        save(machine(), here)
+    assert list(path.parent.iterdir()) == [path]
+    assert load() == bare_machine()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in the way is named, with the variable that moves the folder."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UsageError) as caught:
+        save(bare_machine(), Identity.of_this_machine())
+    assert "HYBRID_CACHE" in str(caught.value.hint)
+
+
+def test_another_model_is_added() -> None:
+    """New points replace those of the same shape, whatever their loads; others stay."""
+    old = replace(
+        bare_machine(),
+        points=(point(1, 1.0), replace(point(1, 9.0), load=9), point(1, 2.0, "q8_0")),
+        terms=(term(5, 1.0), term(5, 1.0, "mixtral"), term(6, 1.0)),
+    )
+    new = replace(machine(), points=(point(1, 3.0),), terms=(term(5, 3.0),))
+    both = added(old, new)
+    assert both.points == (point(1, 3.0), point(1, 2.0, "q8_0"))
+    assert both.terms == (term(5, 3.0), term(5, 1.0, "mixtral"), term(6, 1.0))
+    assert (both.cpu, both.gpu) == (new.cpu, new.gpu)
+    assert added(None, new) == new
+
+
+def test_plan_uses_it_and_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --hardware the calibration counts; --hardware still wins; env shows it."""
+    words = ["plan", "OLMoE", "--tokens", "2", "--prompt", "8", "--context", "32"]
+    assert main(words) == 2
+    assert "hybrid calibrate" in capsys.readouterr().err
+    spec = HardwareSpec(
+        name="this-machine",
+        summary="as measured",
+        cpu=bare_machine().cpu,
+        disk=bare_machine().disk,
+        points=(point(1, 1.0),),
+        terms=(replace(term(1, 1.0), term="attention"),),
+    )
+    save(spec, Identity.of_this_machine())
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "this-machine: as measured" in out
+    assert "as it was calibrated" in err
+    assert main([*words, "-H", "cpu-only-laptop"]) == 0
+    out, err = capsys.readouterr()
+    assert "this-machine" not in out + err
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("as measured", "10.0 GB/s ± 10%", "1 x 4 q4_0", "qwen3_moe with bf16"):
+        assert part in shown

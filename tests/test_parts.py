@@ -1,0 +1,133 @@
+"""How whole steps' times become parts, on steps whose parts are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hybrid.parts import (
+    ALONE,
+    NO_HEAD,
+    NO_SHARED,
+    OTHER_TOP_K,
+    WHOLE,
+    Part,
+    Pass,
+    compiled,
+    in_modules,
+)
+from hybrid.replica import ROWS, shortened
+from planner.families import from_hf_config
+from planner.model import ModelSpec
+from planner_examples import SMALL, small_model
+
+ATTENTION_S, EXPERT_S, SHARED_S, HEAD_S, CALL_S, DENSE_S = 0.5, 0.125, 0.25, 2.0, 1.0, 4.0
+
+
+def by_term(parts: Any) -> dict[tuple[str, int, int], tuple[float, ...]]:
+    """Samples by term, weights and context."""
+    return {(part.term, part.params, part.context): part.samples for part in parts}
+
+
+def mixed_model() -> ModelSpec:
+    """A dense layer before three of experts; their other dense weights differ."""
+    return small_model(decoder_sparse_step=1, mlp_only_layers=[0], num_hidden_layers=4)
+
+
+def test_parts_of_timed_modules() -> None:
+    """Attention is a layer less what is beside it; what is left of a step surrounds the layers."""
+    model = mixed_model()
+    spans = {("head", 0): HEAD_S}
+    for index, layer in enumerate(model.layers):
+        beside_s = SHARED_S if layer.moe else DENSE_S
+        experts_s = 4 * EXPERT_S if layer.moe else 0.0
+        spans |= {
+            ("layer", index): ATTENTION_S + beside_s + experts_s,
+            ("feed_forward", index): beside_s,
+            ("experts", index): experts_s,
+        }
+    layers_s = sum(seconds for (name, _), seconds in spans.items() if name == "layer")
+    passes = [Pass(layers_s + HEAD_S + CALL_S, spans), Pass(layers_s + HEAD_S + 3 * CALL_S, spans)]
+    found = by_term(in_modules(model, model.layers, 2.0, passes, 8, 8))
+    dense, sparse = model.layers[0], model.layers[1]
+    assert found == {
+        ("attention", sparse.mixer.params, 8): (ATTENTION_S,) * 2,
+        ("feed_forward", dense.ffn_params, 8): (DENSE_S,) * 2,
+        ("feed_forward", sparse.ffn_params, 8): (SHARED_S,) * 2,
+        ("head", model.head_params, 8): (2 * HEAD_S,) * 2,
+        ("call", model.head_params, 8): (CALL_S, 3 * CALL_S),
+    }
+
+
+def compiled_steps(model: ModelSpec, attention_s: float) -> list[Pass]:
+    """One step of every variant, and each layer alone twice as slow as it is among the others."""
+
+    def layer_s(index: int, top_k: int, shared: bool = True) -> float:
+        if not model.layers[index].moe:
+            return attention_s + DENSE_S
+        return attention_s + top_k * EXPERT_S + (SHARED_S if shared else 0.0)
+
+    every = range(len(model.layers))
+    whole_s = sum(layer_s(i, 4) for i in every) + HEAD_S
+    alone = {(ALONE, i): 2 * layer_s(i, 4) for i in every}
+    return [
+        Pass(whole_s + CALL_S, {(WHOLE, 0): whole_s}),
+        Pass(9.0, {(NO_HEAD, 0): whole_s - HEAD_S} | alone),
+        Pass(9.0, {(OTHER_TOP_K, 0): sum(layer_s(i, 2) for i in every) + HEAD_S}),
+        Pass(9.0, {(NO_SHARED, 0): sum(layer_s(i, 4, False) for i in every) + HEAD_S}),
+    ]
+
+
+def test_parts_of_compiled_steps() -> None:
+    """Every part comes out of the differences, attention for each context, also of mixed layers."""
+    for model in (small_model(), mixed_model()):
+        steps = {100: compiled_steps(model, ATTENTION_S), 900: compiled_steps(model, 3.0)}
+        found = by_term(compiled(model, model.layers, 2.0, steps, 2))
+        sparse = model.layers[-1]
+        expected = {
+            ("expert", model.experts.params_each, 1): (EXPERT_S,),
+            ("head", model.head_params, 1): (2 * HEAD_S,),
+            ("call", model.head_params, 1): (CALL_S,) * 2,
+            ("attention", sparse.mixer.params, 100): (ATTENTION_S,),
+            ("attention", sparse.mixer.params, 900): (3.0,),
+            ("feed_forward", sparse.ffn_params, 1): (SHARED_S,),
+        }
+        if not model.layers[0].moe:
+            expected["feed_forward", model.layers[0].ffn_params, 1] = (DENSE_S,)
+        assert found.keys() == expected.keys()
+        for key, samples in expected.items():
+            assert found[key] == pytest.approx(samples), key
+
+
+def test_noise_never_makes_a_part_negative() -> None:
+    """A variant that happened to be slower than the whole leaves a part of nothing."""
+    model = small_model()
+    steps = [
+        Pass(1.0, {(WHOLE, 0): 2.0}),
+        Pass(1.0, {(NO_HEAD, 0): 3.0}),
+        Pass(1.0, {(OTHER_TOP_K, 0): 3.0}),
+    ]
+    parts: list[Part] = list(compiled(model, model.layers, 1.0, {1: steps}, 2))
+    assert all(seconds >= 0 for part in parts for seconds in part.samples)
+
+
+def test_a_replica_has_every_kind_of_layer() -> None:
+    """As few layers as show all kinds and read enough, all for a small model; lists are cut too."""
+    settings = SMALL | {"num_hidden_layers": 40, "vocab_size": 150_000, "eos_token_id": 149_000}
+    few = shortened(settings, from_hf_config(settings, "few"), "q4_0", "bf16")
+    assert 2 <= few["num_hidden_layers"] < 40
+    assert (few["vocab_size"], few["eos_token_id"]) == (ROWS, None)
+    late = settings | {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [25],
+        "layer_types": ["full_attention"] * 40,
+    }
+    long = shortened(late, from_hf_config(late, "late"), "q4_0", "bf16")
+    assert long["num_hidden_layers"] == len(long["layer_types"]) == 26
+    assert long["mlp_only_layers"] == [25]
+    small = shortened(SMALL, small_model(), "q4_0", "bf16")
+    assert small == SMALL
+    wide = replace(small_model(), layers=small_model().layers * 20)
+    assert shortened(SMALL, wide, "f32", "f32")["num_hidden_layers"] < 10
