@@ -31,7 +31,7 @@ SMOOTHING = 0.75
 """Weight of the past in a layer's usual idle link time."""
 
 
-REUSE = 0.25
+REUSE = 0.6
 """How much likelier the next token uses what this one used than whom that evicts: fitted to
 simulated runs on recorded traces."""
 
