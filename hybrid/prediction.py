@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,6 +146,30 @@ def predicted(
         tokens=new_tokens,
         loads=loads,
     )
+
+
+@contextmanager
+def prompt_loads(network: Any) -> Iterator[list[list[int]]]:
+    """Note how many tokens each expert of each layer gets in the first pass that is run inside.
+
+    What is yielded has one row a MoE layer then, in order, for :func:`predict`.
+    """
+    modules = [module for module in network.modules() if hasattr(module, "hybrid_experts")]
+    loads: list[list[int]] = []
+
+    def note(module: Any, args: Any, named: Any) -> None:
+        if len(loads) < len(modules):
+            ids = named["top_k_index"] if "top_k_index" in named else args[1]
+            count = len(module.hybrid_experts.blocks)
+            chosen = ids.reshape(-1)
+            loads.append(chosen[chosen < count].bincount(minlength=count).tolist())
+
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield loads
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ class Replica:
                 experts_too = hasattr(part, "hybrid_experts")
                 self._watch(part, ("experts" if experts_too else "feed_forward", index))
         self._watch(self.network.get_output_embeddings(), ("head", 0))
-        for experts in self.runners():  # so that no call is the first to use a page
-            experts.blocks[:, ::_PAGE].sum()
+        for runner in self.runners():  # so that no call is the first to use a page
+            runner.blocks[:, ::_PAGE].sum()
         self.fast = getattr(self.network, "hybrid_fast_decoder", None)
         if self.fast is not None:
             self.fast.decoder = _Turns(self.fast.decoder, self.network, self)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from hybrid import calibrated
 from hybrid.bench.model import read_spec, run
+from hybrid.calibrated import Identity
 from hybrid.cli.bench import bench_app
 from hybrid.errors import UsageError
 from hybrid.store import ExpertStore
+from planner_examples import bare_machine
 
 SPEC = """
 name = "Tiny"
@@ -56,6 +59,7 @@ def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.Mon
     assert len(result["decode"]["samples_s"]) == len(result["prefill"]["samples_s"]) == 3
     assert result["read_fraction"] > 0
     assert result["load_s"] > 0
+    assert result["predicted"] is None
     assert 0 < result["anonymous_memory_bytes"] <= result["peak_memory_bytes"]
     json.dumps(result)
 
@@ -83,6 +87,7 @@ def test_the_command_prints_one_json_object(
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), *options])
     assert "decode" in done.stdout
     assert "of the bandwidth" in done.stdout
+    assert "hybrid calibrate" in done.stdout
 
 
 def test_bad_descriptions_are_refused(tmp_path: Path) -> None:
@@ -94,3 +99,19 @@ def test_bad_descriptions_are_refused(tmp_path: Path) -> None:
         read_spec(tmp_path / "bad.toml", None)
     with pytest.raises(UsageError, match="either a model directory or --spec"):
         run()
+
+
+def test_a_calibrated_machine_predicts_the_bench(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predictions stand beside what was measured, made with the loads that the router chose."""
+    _small_read(monkeypatch)
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    options = ["--prompt", "4", "--generate", "3", "--repeat", "1", "--threads", "1"]
+    done = CliRunner().invoke(bench_app, ["model", str(tiny_model), "--json", *options])
+    found = json.loads(done.stdout)["predicted"]
+    assert sum(found["prompt_terms_s"].values()) == pytest.approx(found["ttft_s"])
+    assert sum(found["token_terms_s"].values()) == pytest.approx(found["tpot_s"])
+    done = CliRunner().invoke(bench_app, ["model", str(tiny_model), *options])
+    assert "against measured)" in done.stdout

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from hybrid.prediction import TOTAL, furthest, predict, residuals
+from hybrid.prediction import TOTAL, furthest, predict, prompt_loads, residuals
 from planner.cost import CostModel
 from planner.hardware import Point, TermPoint
 from planner.outcome import CALL, CPU, HEAD, MIXER
@@ -95,3 +98,24 @@ def test_points_of_experts_count_in_prompts() -> None:
     loads = [[5] * 16] * 6
     found = predict(model, spec, **FORMATS, prompt=20, tokens=1, loads=loads)
     assert found.prompt[CPU].value == pytest.approx(6 * (16 * 5.0 + 1e-5))
+
+
+def test_loads_are_noted_of_the_first_pass_only() -> None:
+    """One row a layer, ids of no expert left out; afterwards nothing is noted."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hybrid_experts = SimpleNamespace(blocks=range(3))
+
+        def forward(self, hidden: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+            return hidden
+
+    layers = torch.nn.ModuleList([Experts(), Experts()])
+    first = torch.tensor([[0, 2], [2, 3]])
+    with prompt_loads(layers) as loads:
+        layers[0](None, first, None)
+        layers[1](None, top_k_index=first[:1], top_k_weights=None)
+        layers[0](None, first, None)
+    layers[0](None, first, None)
+    assert loads == [[1, 0, 2], [1, 0, 1]]

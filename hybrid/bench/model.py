@@ -25,6 +25,7 @@ from hybrid.bench.kernels import read_seconds
 from hybrid.bench.record import provenance, spread
 from hybrid.errors import DiskSpaceError, UsageError
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.prediction import predicted, prompt_loads
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
@@ -100,7 +101,8 @@ def run(
     -------
     One record: ``load_s``, prefill and decode (median, quartiles and samples),
     ``bytes_per_token`` of weights and cache, ``read_fraction`` of the bandwidth read beside each
-    repeat, peak memory and how single tokens were computed.
+    repeat, peak memory, how single tokens were computed, and what was ``predicted`` (None when
+    this machine was not calibrated).
     """
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
@@ -145,7 +147,8 @@ def _measure(
     decodes: list[float] = []
     reads: list[float] = []
     anonymous = [_anonymous_bytes()]
-    generate_once(model, prompt, 2)
+    with prompt_loads(model) as loads:
+        generate_once(model, prompt, 2)
     read_seconds(words, threads)
     for turn in range(repeat):
         progress(f"run {turn + 1} of {repeat}")
@@ -173,6 +176,23 @@ def _measure(
         "store_bytes": model.hybrid_store.index.nbytes,
         "peak_memory_bytes": host.peak_memory_bytes(),
         "anonymous_memory_bytes": max(anonymous),
+        "predicted": _predicted(model, prompt, generate, threads, loads),
+    }
+
+
+def _predicted(
+    model: Any, prompt: int, generate: int, threads: int, loads: list[list[int]]
+) -> dict[str, Any] | None:
+    """What the calibration makes of the same run; None when this machine has none."""
+    known = loads if prompt > 1 else None
+    found = predicted(model, prompt, generate, threads=threads, loads=known)
+    if found is None:
+        return None
+    return {
+        "ttft_s": found.ttft.value,
+        "tpot_s": found.tpot.value,
+        "prompt_terms_s": {name: term.value for name, term in found.prompt.items()},
+        "token_terms_s": {name: term.value for name, term in found.token.items()},
     }
 
 

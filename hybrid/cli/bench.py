@@ -218,6 +218,7 @@ def _model_table(result: dict[str, Any]) -> str:
         ("load", f"{result['load_s']:.2f} s to the first token"),
         ("prefill", f"{prefill['tokens_per_s']:.1f} tokens/s, {_range(prefill)}"),
         ("decode", f"{decode['tokens_per_s']:.1f} tokens/s, {_range(decode)} a token"),
+        ("predicted", _prediction(result)),
         ("read bandwidth", f"{result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB, mapped files included"),
         ("anonymous", f"{result['anonymous_memory_bytes'] / 2**20:,.0f} MiB"),
@@ -226,6 +227,21 @@ def _model_table(result: dict[str, Any]) -> str:
         share = f"{result['bytes_per_token'] / 1e6:.1f} MB, {result['read_fraction']:.2f} of"
         rows.append(("read a token", f"{share} the bandwidth"))
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
+
+
+def _prediction(result: dict[str, Any]) -> str:
+    """Prefill and a token as they were predicted, and by how much that is off."""
+    found = result["predicted"]
+    if found is None:
+        from hybrid.calibrated import REMEDY
+
+        return f"nothing: {REMEDY}"
+    texts = []
+    for name, key in (("prefill", "ttft_s"), ("decode", "tpot_s")):
+        measured_s = result[name]["seconds_median"]
+        off = found[key] / measured_s - 1
+        texts.append(f"{name} {found[key] * 1e3:.1f} ms ({off:+.0%} against measured)")
+    return ", ".join(texts)
 
 
 def _range(times: dict[str, Any]) -> str:
