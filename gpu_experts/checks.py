@@ -70,6 +70,6 @@ def check_compute(
 
 def require_content(slots: Iterable[int], written: Mapping[int, object]) -> None:
     """Raise SlotError when one of ``slots`` was never copied into."""
-    empty = [slot for slot in slots if slot not in written]
+    empty = sorted(slot for slot in slots if slot not in written)
     if empty:
         raise SlotError(f"nothing was copied into slots {empty}", hint="call copy() first")

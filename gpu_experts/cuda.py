@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -102,10 +101,13 @@ class CudaDevice:
         what = f"{slots} slots of {layout.stride} bytes"
         with self._guard(what, asked):
             self._runtime.release_cached()
+            self._implementation, note = kernels.choose(layout)
+            if self._implementation == "triton":
+                note = kernels.probe(layout, self.torch_device)
+                self._implementation = "triton" if note is None else "torch"
+            self._note(note)
             shape = (slots, layout.stride)
             self._slots = torch.empty(shape, dtype=torch.uint8, device=self.torch_device)
-        self._implementation, note = kernels.choose(layout)
-        self._note(note)
         self._layout = layout
         self._host = host or self._host_blocks(layout)
         self._feeder = Feeder("copies")
@@ -162,14 +164,14 @@ class CudaDevice:
         for name, tensor in (("x", x), ("out", out)):
             if tensor.device != self.torch_device:
                 raise ShapeError(f"{name} is on {tensor.device}, the device is {self.torch_device}")
-        used = [int(slot) for slot in np.unique(slot_ids[slot_ids >= 0])]
-        require_content(used, self._written)
-        needs = [need for need in (*after, *(self._written[s] for s in used)) if not _over(need)]
         step = kernels.tokens_a_pass(layout, slot_ids.shape[1])
         parts = [
             (at, sort_by_slot(slot_ids[at : at + step], routing_weights[at : at + step]))
             for at in range(0, len(x), step)
         ]
+        used = {slot for _, routing in parts for slot, _, _ in routing.runs}
+        require_content(used, self._written)
+        needs = [need for need in (*after, *(self._written[s] for s in used)) if not _over(need)]
         event, stream, inputs = self._event(what), self._runtime.current(), x.detach()
 
         def issue() -> None:

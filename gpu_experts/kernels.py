@@ -12,13 +12,14 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpu_experts import reference
 from gpu_experts.device import Note
 from gpu_experts.layout import GROUP, TILE, BlockLayout, pad
-from gpu_experts.routing import VECTOR_LOAD, Routing
+from gpu_experts.routing import VECTOR_LOAD, Routing, sort_by_slot
 
 Implementation = Literal["torch", "triton"]
 
@@ -45,6 +46,35 @@ def choose(layout: BlockLayout) -> tuple[Implementation, Note | None]:
         reason = "triton is not installed, every expert is widened for every use"
         return "torch", Note("experts on the GPU in plain torch", reason, remedy)
     return "triton", None
+
+
+def probe(layout: BlockLayout, device: torch.device) -> Note | None:
+    """Run each kind of Triton kernel once, so that they are compiled before they are needed.
+
+    Returns
+    -------
+    None, or what to say when they cannot be compiled or started here: Triton needs a C compiler
+    and a GPU that it knows.
+    """
+    slots = torch.zeros(1, layout.stride, dtype=torch.uint8, device=device)
+    try:
+        for tokens in (1, VECTOR_LOAD + 1):
+            x = torch.zeros(tokens, layout.hidden, dtype=torch.bfloat16, device=device)
+            routing = sort_by_slot(
+                np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32)
+            )
+            out = torch.zeros(x.shape, device=device)
+            table = torch.from_numpy(routing.table).to(device)
+            run(x, routing, table, slots, layout, out, "triton")
+            out.cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        said = str(error).splitlines() or [type(error).__name__]
+        reason = f"triton cannot run here: {said[0]}"
+        remedy = "install a C compiler, and a triton that fits torch and the GPU"
+        return Note("experts on the GPU in plain torch", reason, remedy)
+    return None
 
 
 def workspace_bytes(layout: BlockLayout, tokens: int, choices: int) -> int:

@@ -24,10 +24,12 @@ TILE_ROWS = (16, 32, 64)
 class Routing:
     """(token, choice) pairs that are routed to slots, sorted by slot, then by token.
 
+    A single token's pairs stay in the order of its choices: no slot has two of them to gather.
+
     Attributes
     ----------
     runs
-        (slot, first pair, pairs) of every distinct slot, ascending.
+        (slot, first pair, pairs): pairs of one slot that lie together.
     pairs, users
         N pairs, and U tokens that have one.
     tile_rows, tiles
@@ -91,6 +93,8 @@ def sort_by_slot(slot_ids: I32, routing_weights: F32) -> Routing:
     slot_ids, routing_weights
         ``[T, A]``; -1 means elsewhere.
     """
+    if len(slot_ids) == 1:
+        return _one_token(slot_ids[0].tolist(), routing_weights[0].view(np.int32).tolist())
     ids = slot_ids.reshape(-1)
     here = np.flatnonzero(ids >= 0)
     order = np.argsort(ids[here], kind="stable")
@@ -122,6 +126,25 @@ def sort_by_slot(slot_ids: I32, routing_weights: F32) -> Routing:
         tile_rows=rows,
         tiles=len(tiles),
         table=np.concatenate(parts, dtype=np.int32, casting="unsafe"),
+    )
+
+
+def _one_token(slots: list[int], weights: list[int]) -> Routing:
+    """What one token's choices come to, without the cost of a dozen array operations."""
+    here = [(slot, bits) for slot, bits in zip(slots, weights, strict=True) if slot >= 0]
+    n = len(here)
+    user = [0] * min(n, 1)
+    numbers = [0] * n
+    numbers += [slot for slot, _ in here]
+    numbers += [bits for _, bits in here]
+    numbers += [*range(n), *user, *user, n]
+    return Routing(
+        runs=tuple((slot, pair, 1) for pair, (slot, _) in enumerate(here)),
+        pairs=n,
+        users=len(user),
+        tile_rows=TILE_ROWS[0],
+        tiles=0,
+        table=np.array(numbers, np.int32),
     )
 
 
