@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +28,9 @@ Run = Callable[[Tensor, Tensor, Tensor], object]
 
 LOADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 _MOST_TOKENS = 512
+_TURNS = 7
+_SHORT_CALLS = 8
+"""Calls of a single token in each turn."""
 _READ_BYTES = 1 << 30
 _DISK_BYTES = 1 << 28
 _DISK_BLOCK = 1 << 22
@@ -128,7 +130,8 @@ def expert_times(
     -----
     A call of m experts takes ``start + m * each``: a call of a single token and one of as many
     experts as possible, each with one token, tell the two apart. The other loads follow from the
-    start that is known then.
+    start that is known then. Loads take turns, so that a moment's disturbance is one sample of
+    many loads and not all of one's.
     """
     rng = np.random.default_rng(0)
     turn = 0
@@ -145,26 +148,38 @@ def expert_times(
         runs[turn % len(runs)](x, ids, weights)
         return budget.now_s() - start_s
 
-    found = ExpertTimes(shape)
     many = max(1, min(experts // top_k, _MOST_TOKENS))
-    one = budget.repeat(partial(measure, 1, 1), 5, 40)
-    if many == 1:  # every token uses all experts: nothing tells start and experts apart
+    kinds = [(1, 1)] * _SHORT_CALLS + [(1, many)] * 3
+    kinds += [(load, max(1, min(many, _MOST_TOKENS // load))) for load in LOADS[1:]]
+    turns: list[dict[tuple[int, int], list[float]]] = []
+    took_s: dict[int, float] = {}
+    last_s = 0.0
+    while len(turns) < _TURNS and (not turns or budget.left_s() > 0):
+        turns.append({})
+        for load, groups in kinds:
+            if load > 1 and took_s.get(load, 2.5 * last_s) > budget.left_s():
+                break
+            last_s = took_s[load] = measure(load, groups)
+            turns[-1].setdefault((load, groups), []).append(last_s)
+    found = ExpertTimes(shape)
+    # The first turn allocates: it counts only for what no other turn had time for.
+    later = [turn for turn in turns[1:] if turn] or turns
+
+    def of(kind: tuple[int, int]) -> list[float]:
+        return [s for turn in later for s in turn.get(kind, ())] or turns[0].get(kind, [])
+
+    one, all_s = of((1, 1)), of((1, many))
+    if many == 1:  # every call uses as many experts: nothing tells start and experts apart
         found.start_s, found.loads[1] = [0.0], [seconds / top_k for seconds in one]
     else:
-        all_s = budget.repeat(partial(measure, 1, many), 3, 15)
         each_s = (median(all_s) - median(one)) / (many * top_k - top_k)
         found.start_s = [max(0.0, seconds - top_k * each_s) for seconds in one]
         start_s = median(found.start_s)
         found.loads[1] = [max(0.0, s - start_s) / (many * top_k) for s in all_s]
-    start_s, last_s = median(found.start_s), 0.0
-    for load in LOADS[1:]:
-        groups = max(1, min(many, _MOST_TOKENS // load))
-        if last_s * 2.5 > budget.left_s():
-            break
-        begun_s = budget.left_s()
-        samples = budget.repeat(partial(measure, load, groups), 2, 5)
-        last_s = begun_s - budget.left_s()
-        found.loads[load] = [max(0.0, s - start_s) / (groups * top_k) for s in samples]
+    start_s = median(found.start_s)
+    for load, groups in kinds[_SHORT_CALLS + 3 :]:
+        if samples := of((load, groups)):
+            found.loads[load] = [max(0.0, s - start_s) / (groups * top_k) for s in samples]
     return found
 
 

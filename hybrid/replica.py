@@ -22,7 +22,7 @@ import torch
 from cpu_experts.decoder import Decoder
 from cpu_experts.formats import TILE, packed_bytes
 from cpu_experts.layers import Matrix
-from hybrid.bench.random_model import write_random_model
+from hybrid.bench.random_model import check_room, write_random_model
 from hybrid.decoder_parts import read_norm
 from hybrid.loading import load_fast_model
 from hybrid.parts import (
@@ -123,11 +123,17 @@ class Replica:
         Where its files are written.
     experts, dense
         Weight formats.
+
+    Raises
+    ------
+    DiskSpaceError
+        When there is no room for them.
     """
 
     def __init__(
         self, model: ModelSpec, settings: dict[str, Any], folder: Path, experts: str, dense: str
     ) -> None:
+        check_room(settings, folder, experts, dense)
         write_random_model(settings, folder, experts=experts, dense=dense)
         self.network, _ = load_fast_model(folder)
         self.network.generation_config.eos_token_id = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from typer.testing import CliRunner
 
 from hybrid import calibrated
 from hybrid.bench.model import read_spec, run
+from hybrid.bench.random_model import check_room
 from hybrid.calibrated import Identity
 from hybrid.cli.bench import bench_app
-from hybrid.errors import UsageError
+from hybrid.errors import DiskSpaceError, UsageError
 from hybrid.store import ExpertStore
 from planner_examples import bare_machine
 
@@ -88,6 +90,16 @@ def test_the_command_prints_one_json_object(
     assert "decode" in done.stdout
     assert "of the bandwidth" in done.stdout
     assert "hybrid calibrate" in done.stdout
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is needed and what is free, and where to turn."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DiskSpaceError, match=r"0\.00 GiB free") as caught:
+        check_room(read_spec(spec, 1), tmp_path, "q4_0", None)
+    assert "TMPDIR" in str(caught.value.hint)
 
 
 def test_bad_descriptions_are_refused(tmp_path: Path) -> None:

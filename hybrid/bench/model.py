@@ -6,7 +6,6 @@ so that rates and bandwidth are neighbours in time on a machine whose speed drif
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 import tomllib
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from hybrid import host
 from hybrid.bench.kernels import read_seconds
 from hybrid.bench.record import provenance, spread
-from hybrid.errors import DiskSpaceError, UsageError
+from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.prediction import predicted, prompt_loads
 
@@ -114,15 +113,10 @@ def run(
     settings = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
-    from hybrid.bench.random_model import random_bytes, write_random_model
+    from hybrid.bench.random_model import check_room, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
-        needed, free = random_bytes(settings, experts, dense), shutil.disk_usage(folder).free
-        if needed > free:
-            raise DiskSpaceError(
-                f"{folder} has {free / 2**30:.2f} GiB free, the model takes {needed / 2**30:.2f}",
-                hint="set TMPDIR to a larger disk, or measure fewer layers with --layers",
-            )
+        needed = check_room(settings, Path(folder), experts, dense)
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
         write_random_model(settings, Path(folder), experts=experts, dense=dense)
         shape = {"spec": spec.stem, "layers": settings["num_hidden_layers"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import is_quantized, pack, packed_bytes
 from hybrid.checkpoint import converted_config, layout
 from hybrid.dense import dense_matrices
+from hybrid.errors import DiskSpaceError
 from hybrid.families import find_experts
 from hybrid.store import DATA_NAME, StoreIndex, header_page
 from hybrid.store import INDEX_NAME as STORE_INDEX
@@ -98,6 +100,23 @@ def random_bytes(settings: dict[str, Any], experts: str, dense: str | None) -> i
     fmt = dense if dense is not None else "bf16"
     stored = sum(record.nbytes(experts) for record in layout(specs, experts))
     return stored + sum(packed_bytes(rows, cols, fmt) for rows, cols in matrices.values())
+
+
+def check_room(settings: dict[str, Any], folder: Path, experts: str, dense: str | None) -> int:
+    """Return about how many bytes :func:`write_random_model` writes, if ``folder`` has room.
+
+    Raises
+    ------
+    DiskSpaceError
+        When it has not.
+    """
+    needed, free = random_bytes(settings, experts, dense), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"{folder} has {free / 2**30:.2f} GiB free, the model takes {needed / 2**30:.2f}",
+            hint="set TMPDIR to a larger disk, or measure fewer layers",
+        )
+    return needed
 
 
 def _by_layer(names: dict[str, Any]) -> Iterator[list[str]]:
