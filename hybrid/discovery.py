@@ -43,7 +43,8 @@ class RouterView:
     module
         The module that is given the router's input.
     weight
-        ``[N, D]`` float32; N exceeds E where ids beyond the experts stand for no computation.
+        ``[N, D]`` float32 on the CPU; N exceeds E where ids beyond the experts stand for no
+        computation.
     bias
         ``[N]``, added to the logits.
     selection
@@ -238,7 +239,7 @@ def _find_matrix(
                 vectors = list(_vectors(block, spec, rows))
                 bias, selection, agreed = find_selection(logits, chosen, vectors, owners)
                 if agreed > best:
-                    best, found = agreed, (call, weight[:rows], bias, selection)
+                    best, found = agreed, (call, weight[:rows].cpu(), bias, selection)
                 if best == 1.0:
                     return found
     return found if best >= _AGREEMENT else None

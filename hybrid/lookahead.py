@@ -50,7 +50,7 @@ class _Reach:
     offset
         ``[M * N]`` what their norms and routers add.
     scale, shift
-        ``[D]`` the stream is ``input * scale + shift``; None where it is the input.
+        ``[D]`` float32, the stream is ``input * scale + shift``; None where it is the input.
     ahead
         For each of the M layers its index, or None where nothing can be told.
     selections
@@ -88,15 +88,18 @@ class Lookahead:
     ----------
     reason
         Which layers are not predicted and why, for the report; None when all are.
+    nbytes
+        Memory of the folded routers, on the model's device.
     """
 
     def __init__(self, model: Any, views: Sequence[LayerView], *, sample: int = SAMPLE) -> None:
-        self._views = views
         self._sample = sample
+        self._experts = [view.spec.experts for view in views]
+        self._top_k = [view.top_k for view in views]
         self.reason = _reason(views)
-        self._choices = max((len(v.router.weight) for v in views if v.router), default=0)
-        self._rates = HitRates(self._choices, max((view.top_k for view in views), default=0))
-        self._reach = _fold(views, self._choices, model.device, model.dtype)
+        choices = max((len(view.router.weight) for view in views if view.router), default=0)
+        self._rates = HitRates(choices, max(self._top_k, default=0))
+        self._reach, self.nbytes = _fold(views, choices, model.device, model.dtype)
         self._waiting = [_Waiting() for _ in views]
         self._tokens = [0] * len(views)
         self._inputs: dict[int, Tensor] = {}
@@ -162,7 +165,7 @@ class Lookahead:
             x = x * reach.scale
         if reach.shift is not None:
             x = x + reach.shift
-        out = linear(x, reach.rows, reach.offset).float()
+        out = linear(x.to(reach.rows.dtype), reach.rows, reach.offset).float()
         return out.view(x.shape[0], len(reach.ahead), -1).transpose(0, 1)
 
     def probabilities(self, layer: int, scores: F32) -> list[tuple[int, F64]]:
@@ -201,7 +204,7 @@ class Lookahead:
     def learn(self, layer: int, ids: Ids) -> None:
         """Compare what was predicted for ``layer`` with what its router chose, ``[T, A]``."""
         waiting, self._waiting[layer] = self._waiting[layer], _Waiting()
-        if waiting.orders and ids.size == waiting.tokens * self._views[layer].top_k:
+        if waiting.orders and ids.size == waiting.tokens * self._top_k[layer]:
             chosen = ids.reshape(waiting.tokens, -1)
             every = _every(waiting.tokens, self._sample)
             self._rates.count(waiting.orders, chosen[::every] if every > 1 else chosen)
@@ -238,7 +241,7 @@ class Lookahead:
         reach = self._reach[layer]
         assert reach is not None
         return [
-            (ahead, values[i, : self._views[ahead].spec.experts])
+            (ahead, values[i, : self._experts[ahead]])
             for i, ahead in enumerate(reach.ahead)
             if ahead is not None
         ]
@@ -285,8 +288,8 @@ def _joined(routers: Sequence[RouterView | None], choices: int) -> Iterator[tupl
 
 def _fold(
     views: Sequence[LayerView], choices: int, device: torch.device, dtype: torch.dtype
-) -> list[_Reach | None]:
-    """Fold every router with its norm, stack them, and cut the stack for each layer.
+) -> tuple[list[_Reach | None], int]:
+    """Fold every router with its norm, stack them, and cut the stack for each layer; its bytes.
 
     ``router(normalised * weight + bias)`` is ``(router * weight) normalised + router bias``.
     """
@@ -297,9 +300,8 @@ def _fold(
     for layer, router in enumerate(routers):
         if router is not None:
             rows = len(router.weight)
-            matrix = router.weight.cpu()
-            stack[layer, :rows] = matrix * router.scaling.weight
-            offset[layer, :rows] = matrix @ router.scaling.bias
+            stack[layer, :rows] = router.weight * router.scaling.weight
+            offset[layer, :rows] = router.weight @ router.scaling.bias
             if router.bias is not None:
                 offset[layer, :rows] += torch.from_numpy(router.bias)
     stack, offset = stack.to(device, dtype), offset.to(device, dtype)
@@ -310,20 +312,20 @@ def _fold(
         if router is None or all(m is None for m in ahead):
             return None
         entry = router.entry or router.scaling
-        usable = entry.weight.abs() > 0
+        usable = entry.weight.abs() > 1e-6 * entry.weight.abs().max()
         scale = torch.where(usable, 1.0 / entry.weight, 0.0)
         shift = -entry.bias * scale
         plain = bool((scale == 1).all())
         return _Reach(
             rows=stack[after.start : after.stop].flatten(0, 1),
             offset=offset[after.start : after.stop].flatten(),
-            scale=None if plain and not shift.any() else scale.to(device, dtype),
-            shift=shift.to(device, dtype) if shift.any() else None,
+            scale=None if plain and not shift.any() else scale.to(device),
+            shift=shift.to(device) if shift.any() else None,
             ahead=ahead,
             selections=tuple(_joined(routers[after.start : after.stop], choices)),
         )
 
-    return [reach(layer) for layer in range(len(views))]
+    return [reach(layer) for layer in range(len(views))], stack.nbytes + offset.nbytes
 
 
 def _reachable(router: RouterView | None, other: RouterView | None) -> bool:

@@ -202,6 +202,22 @@ def test_a_survey_leaves_no_trace(kind: str) -> None:
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
 
+def test_a_router_before_a_smaller_latent_space_is_followed() -> None:
+    """Where the experts' input tells nothing of the router's, that is kept, and removed again."""
+    pattern = ["moe", "full_attention", "moe", "moe"]
+    model, specs = routed_model("nemotron_h", layers_block_type=pattern, moe_latent_size=24)
+    lookahead = Lookahead.discover(model, specs)
+    assert lookahead.reason is None
+    run = Run(model, specs, lookahead)
+    scores = run.scores[0]
+    assert scores is not None
+    norm, gate = model.model.layers[2].norm, model.model.layers[2].mixer.gate
+    z = norm(run.given["model.layers.0.norm"]).view(48, -1)
+    torch.testing.assert_close(scores[0], z @ gate.weight.T, rtol=1e-4, atol=1e-4)
+    lookahead.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_layers_beyond_the_last_are_not_predicted() -> None:
     """Three layers ahead at the first of four, one at the last but one, none at the last."""
     model, specs = routed_model("mixtral")

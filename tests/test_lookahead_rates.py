@@ -18,23 +18,25 @@ from hybrid.lookahead import Lookahead
 from hybrid.scaling import Scaling
 from hybrid.selection import Selection, find_selection
 
-EXPERTS, TOP_K, SIZE = 12, 3, 16
+LAYERS, EXPERTS, TOP_K, SIZE = 5, 12, 3, 16
 Ids = NDArray[np.int64]
 
 
-def made_up(layers: int = 5, sample: int = 128, extra: int = 0) -> Lookahead:
-    """A lookahead over random routers on streams that no norm scales."""
+def random_routers(choices: int = EXPERTS) -> list[torch.Tensor]:
     seeded = torch.Generator().manual_seed(3)
+    return [torch.randn(choices, SIZE, generator=seeded) for _ in range(LAYERS)]
 
-    def view() -> LayerView:
-        weight = torch.randn(EXPERTS + extra, SIZE, generator=seeded)
-        way = Scaling.direct(SIZE)
-        router = RouterView(torch.nn.Identity(), weight, None, Selection(), way, way)
-        spec: Any = SimpleNamespace(experts=EXPERTS)
-        return LayerView(spec, TOP_K, router, why="")
 
+def made_up(sample: int = 128, choices: int = EXPERTS) -> Lookahead:
+    """A lookahead over random routers on streams that no norm scales."""
+    way = Scaling.direct(SIZE)
+    spec: Any = SimpleNamespace(experts=EXPERTS)
+    views = [
+        LayerView(spec, TOP_K, RouterView(torch.nn.Identity(), weight, None, Selection(), way, way))
+        for weight in random_routers(choices)
+    ]
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    return Lookahead(model, [view() for _ in range(layers)], sample=sample)
+    return Lookahead(model, views, sample=sample)
 
 
 def top(scores: Any, count: int = TOP_K) -> Ids:
@@ -108,21 +110,22 @@ def test_tokens_at_once_and_one_by_one_count_the_same() -> None:
 
 def test_recall_is_the_share_foretold() -> None:
     """Decoding a stream of tokens: recall by distance as plain loops count it."""
-    lookahead, seeded = made_up(), torch.Generator().manual_seed(4)
+    lookahead, routers = made_up(), random_routers()
+    seeded = torch.Generator().manual_seed(4)
     said: dict[tuple[int, int], set[int]] = {}
     right, wanted = dict.fromkeys((1, 2, 3), 0), dict.fromkeys((1, 2, 3), 0)
     for _ in range(30):
         x = torch.randn(1, SIZE, generator=seeded)
         said.clear()
-        for layer in range(5):
+        for layer in range(LAYERS):
             x = x + 0.4 * torch.randn(1, SIZE, generator=seeded)
-            chosen = top(lookahead._views[layer].router.weight @ x[0])  # type: ignore[union-attr]
+            chosen = top(routers[layer] @ x[0])
             for distance in (1, 2, 3):
                 if (layer, distance) in said:
                     right[distance] += len(said[layer, distance] & set(chosen.tolist()))
                     wanted[distance] += TOP_K
             lookahead.learn(layer, chosen[None])
-            if layer < 4:
+            if layer < LAYERS - 1:
                 scores = foretold(lookahead, layer, x)
                 for later, logits in enumerate(scores[:, 0], layer + 1):
                     said[later, later - layer] = set(top(logits).tolist())
@@ -174,7 +177,7 @@ def test_a_long_prompt_is_sampled() -> None:
 
 def test_choices_without_weights_are_ranked_and_left_out() -> None:
     """Ids past the experts take places in the ranking but have no chance to be given."""
-    lookahead = made_up(extra=4)
+    lookahead = made_up(choices=EXPERTS + 4)
     scores = foretold(lookahead, 0, torch.randn(1, SIZE))
     assert scores.shape == (3, 1, EXPERTS + 4)
     chance = lookahead.probabilities(0, scores)[0][1]
