@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,13 +24,15 @@ from hybrid.devices import (
     emulation_note,
     hardware_with,
     open_device,
+    pinned_bytes,
     size_in_bytes,
     wants_vram,
 )
-from hybrid.errors import CheckpointError, first_line
+from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.placement import Budget, Placement, place_model
 from hybrid.slow_paths import has_native_bf16
 from hybrid.timeline import Timeline
+from planner.popularity import Popularity, read_popularity
 
 DEFAULT_CONTEXT = 4096
 """Tokens of cache that memory is kept for unless more is asked for."""
@@ -46,6 +49,7 @@ def load_model(
     vram: Size,
     ram: str | int | None,
     context: int | None,
+    popularity: str | PathLike[str] | None,
     threads: int,
     keep_timeline: bool,
 ) -> tuple[Any, Path, Placement | None]:
@@ -68,7 +72,9 @@ def load_model(
     model.hybrid_decode = DecodePath(False, f"the experts are shared with {name}")
     asked = size_in_bytes(vram, "vram") if vram is not None and wants_vram(vram) else None
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    opened = open_device(name, asked, layer.shape, threads)
+    host_bytes = psutil.virtual_memory().total if ram is None else size_in_bytes(ram, "ram")
+    pinned = pinned_bytes(model.hybrid_store.index.nbytes, host_bytes)
+    opened = open_device(name, asked, layer.shape, threads, pinned)
     if context is None:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
@@ -76,7 +82,12 @@ def load_model(
         model,
         opened,
         hardware_with(opened, directory, threads),
-        Budget(asked, None if ram is None else size_in_bytes(ram, "ram"), context),
+        Budget(
+            asked,
+            None if ram is None else host_bytes,
+            context,
+            known_uses(popularity, str(path), len(layer.blocks)),
+        ),
         threads=threads,
         timeline=Timeline(keep_timeline),
     )
@@ -87,6 +98,27 @@ def load_model(
     for note in placement.notes:
         print(f"hybrid: {note.what}: {note.reason}; {note.remedy}", file=sys.stderr)
     return model, directory, placement
+
+
+def known_uses(file: str | PathLike[str] | None, model: str, experts: int) -> Popularity | None:
+    """Return the uses of experts that a popularity file or a routing trace (``.npz``) counts.
+
+    Raises
+    ------
+    UsageError
+        When there is no such file.
+    """
+    if file is None:
+        return None
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(
+            f"there is no popularity file {path}",
+            hint="write one with HybridModel.save_popularity, or leave it out",
+        )
+    if path.suffix == ".npz":
+        return Popularity.of_trace(path, model, experts)
+    return read_popularity(path)
 
 
 def load_fast_model(

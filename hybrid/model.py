@@ -8,23 +8,25 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, overload
 
 import numba
 import torch
 
-from cpu_experts import simd
 from hybrid import host
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
+from hybrid.executor import Executor
 from hybrid.loading import load_model, load_tokenizer, set_threads
-from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
+from hybrid.metrics import GenerationTimes, RunReport
+from hybrid.paths import write_whole
 from hybrid.placement import Placement
-from hybrid.prediction import cpu_terms
-from hybrid.slow_paths import slow_paths
+from hybrid.report import run_report
 from hybrid.textstream import TextStream, as_ids
 from hybrid.watch import OnText, Stopped, Watch
 from planner.perfetto import trace_events
+from planner.popularity import Popularity
 
 #: New tokens when text is asked for and neither the caller nor the model gives a limit.
 DEFAULT_NEW_TOKENS = 256
@@ -85,6 +87,7 @@ class HybridModel:
         vram: str | int | None = None,
         ram: str | int | None = None,
         context: int | None = None,
+        popularity: str | PathLike[str] | None = None,
         keep_timeline: bool = False,
     ) -> HybridModel:
         """Load a model directory.
@@ -117,6 +120,9 @@ class HybridModel:
             ``"4GiB"``; ``"auto"`` and None are what is free, and vram 0 is the CPU alone.
         context
             Tokens of cache to keep memory for: 4096, or what the model was made for if less.
+        popularity
+            A file of :meth:`save_popularity`, or a routing trace (``.npz``): the experts used most
+            there are on the device from the start.
         keep_timeline
             Keep what every lane did when, for :meth:`perfetto`.
 
@@ -141,6 +147,7 @@ class HybridModel:
             vram=vram,
             ram=ram,
             context=context,
+            popularity=popularity,
             threads=threads,
             keep_timeline=keep_timeline,
         )
@@ -274,41 +281,41 @@ class HybridModel:
 
     def report(self) -> RunReport:
         """Say what runs, how, how fast the last call was, and what ran slower than it could."""
-        index, placement = self.model.hybrid_store.index, self.placement
-        config = self.model.hf_quantizer.quantization_config
-        figures = {
-            "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
-            "load_s": Figure(self._load_s, "s", "measured"),
-            **({} if self._times is None else self._times.figures()),
-            **({} if self._times is None or placement is None else placement.figures()),
-            "peak_memory_bytes": Figure(
-                host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
-            ),
-        }
-        return RunReport(
-            model=self._name,
-            family=type(self.model).__name__,
-            experts_format=index.format,
-            dense_format=config.dense or "as in the checkpoint",
-            compute_dtype=f"{self.model.dtype}".removeprefix("torch."),
-            decode_path=str(self.model.hybrid_decode),
-            simd_level=simd.LEVEL,
-            threads=f"{self.threads} (torch and kernels)",
-            placement=None if placement is None else str(placement),
-            figures=figures,
-            terms=self._terms(),
-            slow_paths=(
-                *slow_paths(self.model),
-                *(() if placement is None else placement.slow_paths()),
-            ),
+        return run_report(
+            self.model,
+            self.placement,
+            self._times,
+            name=self._name,
+            threads=self.threads,
+            load_s=self._load_s,
         )
 
-    def _terms(self) -> tuple[Term, ...]:
-        if self._times is None:
-            return ()
-        if self.placement is not None:
-            return self.placement.terms()
-        return cpu_terms(self.model, self._times, self.threads)
+    def save_popularity(self, path: str | PathLike[str]) -> None:
+        """Write how often each expert was used, for a later start with a device.
+
+        Counts this model's calls, and those that ``popularity`` told when it was loaded.
+
+        Raises
+        ------
+        UsageError
+            When the model runs on the CPU alone, where nobody counts, or ``path`` cannot be
+            written.
+        """
+        executor = self.require_executor("counts which experts are used")
+        known = Popularity(self._name, executor.tokens, executor.uses)
+        before = self.placement.popularity if self.placement else None
+        if before is not None:
+            known = Popularity(self._name, known.tokens + before.tokens, known.uses + before.uses)
+        write_whole(Path(path), known.to_json())
+
+    def require_executor(self, what: str) -> Executor:
+        """Return who shares the experts with a device; UsageError when nobody ``what``."""
+        executor = None if self.placement is None else self.placement.executor
+        if executor is None:
+            raise UsageError(
+                f"on the CPU alone nothing {what}", hint="load the model with a device (vram=...)"
+            )
+        return executor
 
     def perfetto(self) -> str:
         """Return what every lane did since loading as Chrome trace events, for ui.perfetto.dev.
@@ -316,18 +323,13 @@ class HybridModel:
         Raises
         ------
         UsageError
-            When nothing was kept: the CPU alone has no lanes, and ``keep_timeline`` was not asked
-            for.
+            When the model runs on the CPU alone, or ``keep_timeline`` was not asked for.
         """
-        placement = self.placement
-        timeline = placement.executor.timeline if placement and placement.executor else None
-        if placement is None or timeline is None or not timeline.keep:
-            raise UsageError(
-                "there is no timeline of this model",
-                hint="load it with a device (vram=...) and keep_timeline=True",
-            )
+        timeline = self.require_executor("has lanes to show").timeline
+        if not timeline.keep:
+            raise UsageError("no timeline was kept", hint="load the model with keep_timeline=True")
         timeline.finish()
-        return trace_events(f"{self._name} on {placement.device}", timeline.events)
+        return trace_events(f"{self._name} on {self.placement.device}", timeline.events)  # type: ignore[union-attr]
 
     def _warm_up(self) -> None:
         """Run a few tokens, so that loading the kernels counts as loading and not as TTFT."""

@@ -133,6 +133,8 @@ class Placement:
         Runs the experts; None when the device cannot run this model's.
     notes
         What is slower or smaller than it could be.
+    popularity
+        What was known of the experts' use; None is nothing.
     """
 
     device: str
@@ -141,6 +143,7 @@ class Placement:
     hardware: HardwareSpec
     executor: Executor | None
     notes: tuple[SlowPath, ...]
+    popularity: Popularity | None = None
 
     def begin_run(self) -> None:
         """Forget what the last call of ``generate`` took."""
@@ -271,7 +274,8 @@ def place_model(
         notes.append(SlowPath("all experts on the CPU", reason, remedy))
     else:
         executor = _share_experts(model, modules, device, cost, placed, budget, threads, timeline)
-    return Placement(device.name, placed, spec, hardware, executor, tuple(notes))
+    known = budget.popularity
+    return Placement(device.name, placed, spec, hardware, executor, tuple(notes), known)
 
 
 def _share_experts(

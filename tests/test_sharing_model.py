@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,11 @@ from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.placement import Budget, Placement, place_model
-from hybrid.planning import find_hardware
+from hybrid.planning import find_hardware, plan
+from planner.errors import PlannerError
 from planner.memory import STAGING, VRAM_RESERVE_BYTES
+from planner.popularity import Popularity
+from tiny_model import CONTEXT
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
 PROMPT = "def main(argv):\n    "
@@ -260,8 +264,52 @@ def test_the_command_line_shares_and_writes_a_timeline(tmp_path: Path, capfd: An
     assert "exists already" in capfd.readouterr().err
 
 
+def test_a_session_begins_with_what_the_last_one_used(tmp_path: Path, capfd: Any) -> None:
+    """``--popularity``: written at the end, added to by the next session, which starts warm."""
+    file = tmp_path / "uses.json"
+    words = ["run", "-p", "import os", "-n", "8", "--greedy", "--vram", "1GiB"]
+    counted = []
+    for _ in range(2):
+        assert main([*words, "--popularity", str(file)]) == 0
+        assert str(file) in capfd.readouterr().err
+        counted.append(json.loads(file.read_text())["tokens"])
+    assert counted[1] == 2 * counted[0] > 0
+    model = placed("demo", 24, popularity=file)
+    executor = placement_of(model).executor
+    assert executor is not None
+    cache = executor.director.cache
+    assert sum(len(cache.residency(layer)) for layer in range(6)) == 24
+    assert main(["run", "-p", "x", "--popularity", str(file)]) == 2
+    assert "on the CPU alone" in capfd.readouterr().err
+
+
+def test_a_popularity_file_of_another_model_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    """The message gives both shapes; a missing file is named."""
+    file = tmp_path / "uses.json"
+    file.write_text(Popularity("other", 3, np.ones((2, 3), np.int64)).to_json())
+    with pytest.raises(PlannerError, match=r"\[2, 3\].*\[2, 8\]"):
+        HybridModel.from_pretrained(tiny_model, vram="1GiB", popularity=file)
+    with pytest.raises(UsageError, match="there is no popularity file"):
+        HybridModel.from_pretrained(tiny_model, vram="1GiB", popularity=tmp_path / "none.json")
+
+
+def test_the_dry_run_places_as_the_runtime_does(tiny_model: Path) -> None:
+    """``hybrid plan`` and loading agree on every slot, given the same machine and sizes."""
+    model = HybridModel.from_pretrained(tiny_model, vram="606MiB", threads=1)
+    placement = placement_of(model)
+    dry = plan(
+        placement.spec,
+        placement.hardware,
+        dense="f32",
+        context=CONTEXT,
+    )
+    assert dry.fit == placement.fit
+    assert placement.executor is not None
+    assert placement.executor.slot_count == sum(dry.fit.slots)
+
+
 def test_a_timeline_of_the_cpu_alone_is_refused(tmp_path: Path, capfd: Any) -> None:
     """There are no lanes to show; nothing is generated first."""
     words = ["run", "-p", "x", "--perfetto", str(tmp_path / "x.json")]
     assert main(words) == 2
-    assert "there is no timeline" in capfd.readouterr().err
+    assert "on the CPU alone" in capfd.readouterr().err

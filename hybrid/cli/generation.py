@@ -106,6 +106,14 @@ Context = Annotated[
         show_default="4096, or the model's if less",
     ),
 ]
+PopularityFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--popularity",
+        help="Begin with the experts that were used most in this file (if it is there), and "
+        "add this session's uses to it at the end.",
+    ),
+]
 Perfetto = Annotated[
     Path | None,
     typer.Option(help="Write what CPU, GPU and link did when to this file, for ui.perfetto.dev."),
@@ -202,6 +210,21 @@ def write_timeline(model: HybridModel, file: Path | None) -> None:
         return
     write_whole(file, model.perfetto())
     print(f"wrote {file}: open it in ui.perfetto.dev", file=sys.stderr)
+
+
+def known(file: Path | None) -> Path | None:
+    """Return a popularity file to begin with: none where it is yet to be written."""
+    return file if file is not None and file.exists() else None
+
+
+def write_popularity(model: HybridModel, file: Path | None) -> None:
+    """Write the session's uses of experts, if a file is given, and say so on stderr."""
+    if file is None:
+        return
+    if file.suffix == ".npz":  # a trace is read and stays as it is
+        return
+    model.save_popularity(file)
+    print(f"wrote {file}: which experts this session used", file=sys.stderr)
 
 
 def summarise(model: HybridModel, *, whole: bool = False) -> None:

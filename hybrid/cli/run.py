@@ -40,6 +40,7 @@ def run(
     vram: cli.Vram = None,
     ram: cli.Ram = None,
     context: cli.Context = None,
+    popularity: cli.PopularityFile = None,
     perfetto: cli.Perfetto = None,
     report: Annotated[
         bool, typer.Option("--report", help="End with the whole report instead of one line.")
@@ -71,10 +72,13 @@ def run(
         vram=vram,
         ram=ram,
         context=context,
+        popularity=cli.known(popularity),
         keep_timeline=perfetto is not None,
     )
     if perfetto is not None:
         loaded.perfetto()  # raises now if there will be none
+    if popularity is not None:
+        loaded.require_executor("counts which experts are used")
     cli.set_seed(seed)
     if echo:
         cli.write(text)
@@ -92,6 +96,7 @@ def run(
         raise
     cli.summarise(loaded, whole=report)
     cli.write_timeline(loaded, perfetto)
+    cli.write_popularity(loaded, popularity)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -1,0 +1,69 @@
+"""The report of a loaded model's last call, put together from whoever knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpu_experts import simd
+from hybrid import host
+from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
+from hybrid.placement import Placement
+from hybrid.prediction import cpu_terms
+from hybrid.slow_paths import slow_paths
+
+
+def run_report(
+    network: Any,
+    placement: Placement | None,
+    times: GenerationTimes | None,
+    *,
+    name: str,
+    threads: int,
+    load_s: float,
+) -> RunReport:
+    """Say what runs, how, how fast the last call was, and what ran slower than it could.
+
+    Parameters
+    ----------
+    network
+        A transformers model of this package.
+    placement
+        How it lies on a device; None on the CPU alone.
+    times
+        Of the last call; None before the first.
+    name, threads, load_s
+        What was loaded, how many threads compute, and how long loading took.
+    """
+    index = network.hybrid_store.index
+    figures = {
+        "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
+        "load_s": Figure(load_s, "s", "measured"),
+    }
+    terms: tuple[Term, ...] = ()
+    if times is not None:
+        figures |= times.figures()
+        if placement is None:
+            terms = cpu_terms(network, times, threads)
+        else:
+            figures |= placement.figures()
+            terms = placement.terms()
+    figures["peak_memory_bytes"] = Figure(
+        host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
+    )
+    return RunReport(
+        model=name,
+        family=type(network).__name__,
+        experts_format=index.format,
+        dense_format=network.hf_quantizer.quantization_config.dense or "as in the checkpoint",
+        compute_dtype=f"{network.dtype}".removeprefix("torch."),
+        decode_path=str(network.hybrid_decode),
+        simd_level=simd.LEVEL,
+        threads=f"{threads} (torch and kernels)",
+        placement=None if placement is None else str(placement),
+        figures=figures,
+        terms=terms,
+        slow_paths=(
+            *slow_paths(network),
+            *(() if placement is None else placement.slow_paths()),
+        ),
+    )
