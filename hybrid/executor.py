@@ -211,7 +211,8 @@ class Executor:
         packed = self.layers[layer]
         flat = hidden.detach().reshape(-1, packed.shape.hidden)
         tokens = len(flat)
-        scores = self._lookahead.scores(layer, flat) if self._lookahead else None
+        looks = self._lookahead is not None and (tokens > 1 or self.director.looks_ahead)
+        scores = self._lookahead.scores(layer, flat) if self._lookahead and looks else None
         answer = device.to_host(
             flat,
             expert_ids.detach(),

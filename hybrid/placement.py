@@ -182,7 +182,17 @@ class Placement:
 
     def slow_paths(self) -> tuple[SlowPath, ...]:
         """Return what is slower or smaller than it could be, and what went wrong since."""
-        return self.notes + tuple(self.executor.notes if self.executor else ())
+        if self.executor is None:
+            return self.notes
+        director, found = self.executor.director, [*self.notes, *self.executor.notes]
+        if not director.looks_ahead:
+            saved = director.most_saved_s * 1e6
+            reason = f"it takes {director.deciding_s * 1e6:.0f} us a layer and saves {saved:.0f} us"
+            found.append(SlowPath("no prefetching in decode", f"{reason} at most", "none needed"))
+        elif not director.prefetcher.active:
+            reason = "most of what it fetched lately was not used"
+            found.append(SlowPath("prefetching pauses", reason, "none needed: it tries again"))
+        return tuple(found)
 
     def __str__(self) -> str:
         items = ", ".join(

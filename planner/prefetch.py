@@ -188,6 +188,11 @@ class NoPrefetch:
         return self.wasted * self.expert_bytes
 
     @property
+    def active(self) -> bool:
+        """Whether it fetches at present; without a rule it has nothing to pause."""
+        return True
+
+    @property
     def prefetch_precision(self) -> float:
         """Used over resolved fetches; 0 when there were none."""
         resolved = self.used + self.wasted

@@ -83,7 +83,7 @@ def shared_executor(
     def settle(count: int) -> Opened:
         device.open(layout, count + STAGING)
         cache = ExpertCache(kept, equal_capacities(count, LAYERS, EXPERTS))
-        return Opened(SlotTable(count, STAGING), Director(cost, cache))
+        return Opened(SlotTable(count, STAGING), Director(cost, cache, deciding_s=0.0))
 
     return Executor(layers, device, settle, slots, DenseSeconds(cost, 16), threads=1, **options)
 

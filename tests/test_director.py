@@ -141,7 +141,9 @@ def test_copies_that_slow_the_cpu_down_must_be_worth_it():
     chosen = []
     for link in (machine_table()["link"], CONTENDED):
         cost = CostModel(MODEL, machine(link=link), "q4_0")
-        one = Director(cost, ExpertCache(Blend(LAYERS, EXPERTS), [3] * LAYERS), refill=False)
+        one = Director(
+            cost, ExpertCache(Blend(LAYERS, EXPERTS), [3] * LAYERS), refill=False, deciding_s=0.0
+        )
         decision = place(one, 0, list(range(TOP_K)))
         chosen.append(one.fill(decision, [(1, unlikely)], [1.1 * cost.experts.copy_s()]))
     assert [len(fills) for fills in chosen] == [1, 0]
@@ -292,3 +294,18 @@ def test_any_policy_and_no_prefetch_will_do():
     assert one.fill(place(one, 0, [0, 1, 2, 3]), [(1, sure(7))], [1.0]) == ()
     one.abandon()
     one.check_integrity()
+
+
+def test_looking_ahead_must_save_more_than_it_takes() -> None:
+    """Where copies ahead can save less than the deciding, decode does without; prompts do not."""
+    cost = CostModel(small_model(), machine())
+    chance = np.linspace(1.0, 0.1, 16)
+    fetched = []
+    for deciding_s in (0.0, 1.0):
+        cache = ExpertCache(Blend(6, 16), [8] * 6)
+        one = Director(cost, cache, refill=False, deciding_s=deciding_s)
+        assert one.looks_ahead == (deciding_s == 0.0)
+        loads = tuple((expert, 1) for expert in range(4))
+        decision = one.place(0, loads, range(4), [0.25] * 4, gpu_free_s=0.0, link_free_s=0.0)
+        fetched.append(len(one.fill(decision, [(1, chance)], [1.0])))
+    assert fetched[0] > 0 == fetched[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
+import numpy as np
 import psutil
 
 from hybrid import host
@@ -23,6 +24,7 @@ from planner.cost import CostModel
 from planner.errors import TraceError
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
+from planner.popularity import Popularity
 from planner.routing import Routing, from_trace, synthetic
 
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite")
@@ -30,6 +32,8 @@ SHARES = (0.25, 0.5, 0.75)
 """Slots over experts."""
 PROMPTS = (128, 512)
 TOKENS = 32
+OTHER_TOKENS = 1000
+"""Tokens of the same routing, after those that are run, that say which experts are popular."""
 _MEMORY_SHARE = 0.6
 """Part of the free memory that experts may take."""
 
@@ -83,8 +87,8 @@ def run(
         model = _cut(full, layers or _layers_that_fit(full, hardware))
         shared: list[Layer] | None = None
         for prompt in prompts:
-            routing = _routing(full, prompt, tokens, trace, model.moe_layers)
-            scene = Scene(model, hardware, routing, threads)
+            routing, known = _routing(full, prompt, tokens, trace, model.moe_layers)
+            scene = Scene(model, hardware, routing, known, threads)
             if shared is not None:
                 scene.__dict__["layers"] = shared  # the experts do not depend on the prompt
             shared = scene.layers
@@ -194,24 +198,32 @@ def _cut(model: ModelSpec, moe_layers: int) -> ModelSpec:
 
 def _routing(
     model: ModelSpec, prompt: int, tokens: int, trace: Path | None, moe_layers: int
-) -> Routing:
-    """Return the routing of the first MoE layers."""
-    routing = None
+) -> tuple[Routing, Popularity]:
+    """Return the routing of the first MoE layers, and what the tokens after it used."""
+    whole = None
     if trace is not None:
         try:
-            routing = from_trace(trace, model, prompt, tokens)
+            whole = from_trace(trace, model, prompt, tokens + OTHER_TOKENS)
         except TraceError:  # of another model
-            routing = None
-    if routing is None:
-        routing = synthetic(model, prompt, tokens)
-    return replace(
-        routing,
-        prompt=routing.prompt[:moe_layers],
-        prompt_weights=routing.prompt_weights[:moe_layers],
-        decode=routing.decode[:, :moe_layers],
-        weights=routing.weights[:, :moe_layers],
-        guess=routing.guess[:, :, :moe_layers],
+            whole = None
+    if whole is None:
+        whole = synthetic(model, prompt, tokens + OTHER_TOKENS)
+    routing = replace(
+        whole.shortened(tokens),
+        prompt=whole.prompt[:moe_layers],
+        prompt_weights=whole.prompt_weights[:moe_layers],
+        decode=whole.decode[:tokens, :moe_layers],
+        weights=whole.weights[:tokens, :moe_layers],
+        guess=whole.guess[:, :tokens, :moe_layers],
     )
+    count = model.experts.count
+    uses = np.stack(
+        [
+            np.bincount(whole.decode[tokens:, layer].ravel(), minlength=count)[:count]
+            for layer in range(moe_layers)
+        ]
+    )
+    return routing, Popularity(model.name, OTHER_TOKENS, uses)
 
 
 def hybrid_table(result: dict[str, Any]) -> str:

@@ -38,7 +38,8 @@ from planner.director import Director, Scheduler
 from planner.hardware import HardwareSpec
 from planner.memory import STAGING
 from planner.model import ModelSpec
-from planner.policies import LRU, MRS, StaticPopularity
+from planner.policies import LRU, StaticPopularity
+from planner.popularity import Popularity, informed
 from planner.routing import RECALL, Routing
 from planner.schedule import schedule
 
@@ -58,7 +59,7 @@ class Rule:
     scheduler
         Places one layer's experts.
     policy
-        Makes the cache policy from the number of uses of every expert, ``[L, E]``.
+        Makes the cache policy from what other text used.
     prefetch, refill
         What idle link time is used for; see :class:`planner.director.Director`.
     """
@@ -66,31 +67,39 @@ class Rule:
     name: str
     meaning: str
     scheduler: Scheduler
-    policy: Callable[[NDArray[np.int64]], Policy]
+    policy: Callable[[Popularity], Policy]
     prefetch: bool = False
     refill: bool = False
 
 
-def _static(uses: NDArray[np.int64]) -> Policy:
-    layers, experts = uses.shape
-    return StaticPopularity(layers, experts, uses)
+def _static(known: Popularity) -> Policy:
+    layers, experts = known.uses.shape
+    return StaticPopularity(layers, experts, known.uses)
+
+
+def _lru(known: Popularity) -> Policy:
+    policy = LRU(*known.uses.shape)
+    for layer, uses in enumerate(known.uses):  # the most used counts as used last
+        policy.observe_one(layer, np.argsort(uses, kind="stable"), uses.astype(np.float64), 1)
+    return policy
+
+
+def _ours(known: Popularity) -> Policy:
+    layers, experts = known.uses.shape
+    return informed(layers, experts, known)
 
 
 RULES = (
     Rule("all CPU", "every routed expert on the CPU", all_cpu, _static),
-    Rule("on demand", "all on the GPU, LRU cache", on_demand, lambda uses: LRU(*uses.shape)),
-    Rule(
-        BASELINE, "the most used on the GPU, in hindsight; others on the CPU", static_split, _static
-    ),
+    Rule("on demand", "all on the GPU, LRU cache", on_demand, _lru),
+    Rule(BASELINE, "the most used of other text on the GPU, the rest not", static_split, _static),
     Rule("+ schedule", "the same experts resident, placed by the planner", schedule, _static),
-    Rule(
-        "+ cache", "and kept by recent scores", schedule, lambda uses: MRS(*uses.shape), refill=True
-    ),
+    Rule("+ cache", "and kept by what the router weighed", schedule, _ours, refill=True),
     Rule(
         "+ prefetch",
-        "and copied ahead of their router",
+        "and copied ahead of their router, where that pays",
         schedule,
-        lambda uses: MRS(*uses.shape),
+        _ours,
         prefetch=True,
         refill=True,
     ),
@@ -158,14 +167,22 @@ class Scene:
         This machine's CPU with the described machine's device and link.
     routing
         Of the prompt and of the decoded tokens.
+    known
+        What other text used.
     threads
         Of the CPU's kernels.
     """
 
     def __init__(
-        self, model: ModelSpec, hardware: HardwareSpec, routing: Routing, threads: int
+        self,
+        model: ModelSpec,
+        hardware: HardwareSpec,
+        routing: Routing,
+        known: Popularity,
+        threads: int,
     ) -> None:
         self.model, self.hardware, self.routing = model, hardware, routing
+        self.known = known
         self.threads = threads
         self.cost = CostModel(model, hardware, FORMAT)
 
@@ -217,12 +234,11 @@ class Runner:
         )
         self.seconds = DenseSeconds(cost, scene.routing.decode.shape[0])
         self.lookahead = _Replay(scene.routing, model.moe_layers)
-        uses = scene.routing.uses()[:, : model.experts.count]
 
         def settle(count: int) -> Opened:
             self.device.open(layout, count + STAGING)
             capacities = equal_capacities(count, model.moe_layers, model.experts.count)
-            cache = ExpertCache(rule.policy(uses), capacities)
+            cache = ExpertCache(rule.policy(scene.known), capacities)
             director = Director(
                 cost, cache, scheduler=rule.scheduler, prefetch=rule.prefetch, refill=rule.refill
             )
