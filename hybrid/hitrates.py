@@ -11,6 +11,7 @@ from hybrid.selection import Ids
 
 F64 = NDArray[np.float64]
 
+# A token counts once for every layer.
 #: Tokens that the prior counts for, and tokens after which old ones count half.
 _PRIOR_TOKENS = 64
 _MEMORY_TOKENS = 32_768

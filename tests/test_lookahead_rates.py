@@ -232,7 +232,7 @@ def test_recall_by_layer_adds_up(measured: dict[str, Any]) -> None:
     ]
     for at, distance in enumerate(("1", "2", "3")):
         mean = np.mean([row[at] for row in by_layer if row[at] is not None])
-        assert measured["recall"][distance] == pytest.approx(mean, abs=0.01)
+        assert measured["recall"][distance] == pytest.approx(mean)
 
 
 def test_too_little_text_is_refused() -> None:

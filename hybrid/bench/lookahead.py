@@ -92,7 +92,7 @@ def run(
         "layers": len(specs),
         "experts": experts,
         "top_k": top_k,
-        "recall": {str(distance): share for distance, share in lookahead.recall().items()},
+        "recall": kept.recall(),
         "recall_by_layer": kept.recall_by_layer(),
         "previous_token": kept.previous_token(),
         "popular": kept.popular(),
@@ -134,6 +134,11 @@ class Comparison:
             for ahead, order in self._lookahead.ranking(layer, logits.cpu().numpy()):
                 self._waiting[ahead, ahead - layer] = order[:, : chosen.shape[1]]
         return real(hidden, ids, weights)
+
+    def recall(self) -> dict[str, float | None]:
+        """Return recall by distance over all layers; None where nothing was foretold."""
+        pairs = zip(self._right.sum(axis=0), self._wanted.sum(axis=0), strict=True)
+        return {str(at): float(r / w) if w else None for at, (r, w) in enumerate(pairs, 1)}
 
     def recall_by_layer(self) -> list[list[float | None]]:
         """Return recall by layer and distance; None where nothing was foretold."""
