@@ -140,6 +140,8 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
 def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
     """Return the CPU of one machine with the GPU and the link of another.
 
+    What the modelling code costs a layer is the other's, too: it runs beside a GPU there.
+
     Raises
     ------
     UsageError
@@ -150,6 +152,7 @@ def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
     return replace(
         cpu,
         name=f"{cpu.name} with the GPU of {like.name}",
+        cpu=replace(cpu.cpu, layer_overhead_s=like.cpu.layer_overhead_s),
         gpu=like.gpu,
         link=like.link,
         points=tuple(point for point in cpu.points if point.lane == "cpu"),

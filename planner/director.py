@@ -43,6 +43,13 @@ DECIDING_S = 120e-6
 3 GHz Zen 3, where it delays the CPU's experts as much."""
 
 
+FURTHER_S = 50e-6
+"""What choosing for one more layer ahead takes, measured likewise."""
+FURTHER_GAIN = 0.007
+"""Share of a layer's time that one more layer ahead saves: mean of simulated runs, see
+``hybrid bench planner``."""
+
+
 def contended_s(cpu_s: float, link_s: float, slowdown: float) -> float:
     """Return how long CPU work of ``cpu_s`` takes while the link copies for its first ``link_s``.
 
@@ -150,6 +157,8 @@ class Director:
         period_s = by_hits[self._top_k // 2] + cost.mixer(first, 1, 1).value
         self.most_saved_s = max(self._hit_s) * min(self._top_k, period_s / self._copy_s)
         self.deciding_s = deciding_s
+        self.reach = 3 if FURTHER_GAIN * period_s > FURTHER_S or not deciding_s else 1
+        """How many layers decode looks ahead."""
         self.prefetcher = (
             ValuePrefetch(by_hits, self._copy_s, cost.experts.bytes)
             if prefetch
@@ -230,7 +239,9 @@ class Director:
         """
         room = max(0, int(idle_s[0] / self._copy_s))
         prompt = sum(load for _, load in decision.work.loads) > self._top_k
-        layers = self._ahead(decision, ahead if prompt or self.looks_ahead else (), idle_s)
+        if not prompt:
+            ahead = ahead[: self.reach] if self.looks_ahead else ()
+        layers = self._ahead(decision, ahead, idle_s)
         price_s = self._price_s(decision, 1 + max(room, len(layers) and self._starts(idle_s[0])))
         fetches: Sequence[Prefetch] = ()
         if layers and prompt:

@@ -62,6 +62,8 @@ class Rule:
         Makes the cache policy from what other text used.
     prefetch, refill
         What idle link time is used for; see :class:`planner.director.Director`.
+    by_layer
+        Whether slots go to whole layers, the first ones, instead of being shared out evenly.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Rule:
     policy: Callable[[Popularity], Policy]
     prefetch: bool = False
     refill: bool = False
+    by_layer: bool = False
 
 
 def _static(known: Popularity) -> Policy:
@@ -92,6 +95,13 @@ def _ours(known: Popularity) -> Policy:
 RULES = (
     Rule("all CPU", "every routed expert on the CPU", all_cpu, _static),
     Rule("on demand", "all on the GPU, LRU cache", on_demand, _lru),
+    Rule(
+        "whole layers",
+        "all experts of the first layers on the GPU, as llama.cpp splits",
+        static_split,
+        _static,
+        by_layer=True,
+    ),
     Rule(BASELINE, "the most used of other text on the GPU, the rest not", static_split, _static),
     Rule("+ schedule", "the same experts resident, placed by the planner", schedule, _static),
     Rule("+ cache", "and kept by what the router weighed", schedule, _ours, refill=True),
@@ -214,6 +224,11 @@ class Scene:
         return flat.reshape(top_k, -1).T.copy()
 
 
+def _whole_layers(total: int, layers: int, experts: int) -> tuple[int, ...]:
+    """Give the first layers a slot for every expert, as far as ``total`` slots go."""
+    return tuple(min(experts, max(0, total - layer * experts)) for layer in range(layers))
+
+
 class Runner:
     """One rule at work on a scene."""
 
@@ -238,6 +253,8 @@ class Runner:
         def settle(count: int) -> Opened:
             self.device.open(layout, count + STAGING)
             capacities = equal_capacities(count, model.moe_layers, model.experts.count)
+            if rule.by_layer:
+                capacities = _whole_layers(count, model.moe_layers, model.experts.count)
             cache = ExpertCache(rule.policy(scene.known), capacities)
             director = Director(
                 cost, cache, scheduler=rule.scheduler, prefetch=rule.prefetch, refill=rule.refill
