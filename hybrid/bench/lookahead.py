@@ -164,3 +164,24 @@ class Comparison:
 def _shared(chosen: Ids, foretold: Ids) -> int:
     """Count the ids of ``chosen``, ``[T, A]``, that are in the same row of ``foretold``."""
     return int((chosen[:, :, None] == foretold[:, None, :]).any(-1).sum())
+
+
+def lookahead_table(result: dict[str, Any]) -> str:
+    """Return the record as text."""
+    rows = [
+        (f"{distance} layers early" if distance != "1" else "1 layer early", share)
+        for distance, share in result["recall"].items()
+    ]
+    rows += [
+        ("same as the token before", result["previous_token"]),
+        ("the layer's most used, in hindsight", result["popular"]),
+        ("a blind guess", result["chance"]),
+    ]
+    head = (
+        f"{result['model']} ({result['family']}), {result['layers']} layers, "
+        f"{result['top_k']} of {result['experts']} experts, {result['tokens']} tokens"
+    )
+    return "\n".join(
+        [head, "share of the chosen experts that are foretold"]
+        + [f"  {name:<36}{'none' if share is None else f'{share:.1%}':>7}" for name, share in rows]
+    )

@@ -185,6 +185,30 @@ def _numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
 
 
 @bench_app.command()
+def lookahead(
+    directory: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A model directory; the demo model without."),
+    ] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", "-f", help="Text it was not trained on; can be repeated."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many are read.")] = 16_384,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: _JSON = False,
+    record: _RECORD = None,
+) -> None:
+    """How many of a layer's experts are known 1, 2 and 3 layers early."""
+    from hybrid.bench import lookahead as bench
+    from hybrid.cli.generation import read_text
+
+    texts = [read_text(path) for path in file] if file else None
+    result = bench.run(directory, texts=texts, tokens=tokens, threads=threads, progress=_say)
+    _deliver(result, as_json, record, bench.lookahead_table(result))
+
+
+@bench_app.command()
 def planner(
     trace: Annotated[
         list[Path] | None,
