@@ -30,6 +30,7 @@ from hybrid.experts import compute_on_cpu
 from hybrid.metrics import SlowPath
 from hybrid.residents import PackedLayer, Residents, Settle
 from hybrid.timeline import LayerRecord, Timeline
+from hybrid.trace import TraceRecorder
 from planner.director import Decision, Director
 from planner.errors import PlannerError
 
@@ -108,6 +109,8 @@ class Executor:
         Told a layer and its likely experts when the store does not fit into memory.
     timeline
         Collects what happened.
+    recorder
+        Keeps what the routers choose; None for nobody.
     timeout_s
         How long to wait for the device.
 
@@ -134,6 +137,7 @@ class Executor:
         shared: Launcher | None = None,
         read_ahead: Callable[[int, Sequence[int]], None] | None = None,
         timeline: Timeline | None = None,
+        recorder: TraceRecorder | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.layers = layers
@@ -146,6 +150,7 @@ class Executor:
         self._threads = threads
         self._lookahead, self._shared = lookahead, shared
         self._read_ahead = read_ahead
+        self.recorder = recorder
         self._timeout_s = timeout_s
         self.residents = Residents(device, layers, settle(slots))
         self._before_s: float | None = None
@@ -275,6 +280,8 @@ class Executor:
         self.residents.land()
         ahead = self._predict(decision.work.layer, ids, scores)
         copies += self._fill(decision, ahead, len(x))
+        if self.recorder is not None:
+            self.recorder.learn(decision.work.layer, ids, factors)
         self._note_records()
         return _Given(out, computes, copies)
 

@@ -52,6 +52,7 @@ def load_model(
     popularity: str | PathLike[str] | None,
     threads: int,
     keep_timeline: bool,
+    record_routing: bool,
 ) -> tuple[Any, Path, Placement | None]:
     """Load a transformers model and put it where it will run; says on stderr what it decided.
 
@@ -87,6 +88,7 @@ def load_model(
             None if ram is None else host_bytes,
             context,
             known_uses(popularity, str(path), len(layer.blocks)),
+            record_routing,
         ),
         threads=threads,
         timeline=Timeline(keep_timeline),

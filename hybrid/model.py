@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, overload
 
 import numba
@@ -17,16 +16,13 @@ import torch
 from hybrid import host
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.executor import Executor
+from hybrid.keepsakes import Keepsakes
 from hybrid.loading import load_model, load_tokenizer, set_threads
 from hybrid.metrics import GenerationTimes, RunReport
-from hybrid.paths import write_whole
 from hybrid.placement import Placement
 from hybrid.report import run_report
 from hybrid.textstream import TextStream, as_ids
 from hybrid.watch import OnText, Stopped, Watch
-from planner.perfetto import trace_events
-from planner.popularity import Popularity
 
 #: New tokens when text is asked for and neither the caller nor the model gives a limit.
 DEFAULT_NEW_TOKENS = 256
@@ -36,7 +32,7 @@ _LENGTHS = ("max_length", "max_new_tokens")
 Message = dict[str, Any]
 
 
-class HybridModel:
+class HybridModel(Keepsakes):
     """A causal language model whose experts run from the packed store.
 
     Make one with :meth:`from_pretrained`. One call computes at a time; calls from other
@@ -89,6 +85,7 @@ class HybridModel:
         context: int | None = None,
         popularity: str | PathLike[str] | None = None,
         keep_timeline: bool = False,
+        record_routing: bool = False,
     ) -> HybridModel:
         """Load a model directory.
 
@@ -125,6 +122,8 @@ class HybridModel:
             there are on the device from the start.
         keep_timeline
             Keep what every lane did when, for :meth:`perfetto`.
+        record_routing
+            Keep which experts every token used, for :meth:`save_routing`.
 
         Raises
         ------
@@ -150,6 +149,7 @@ class HybridModel:
             popularity=popularity,
             threads=threads,
             keep_timeline=keep_timeline,
+            record_routing=record_routing,
         )
         tokenizer = load_tokenizer(directory)
         name = "demo" if path is None else str(path)
@@ -289,47 +289,6 @@ class HybridModel:
             threads=self.threads,
             load_s=self._load_s,
         )
-
-    def save_popularity(self, path: str | PathLike[str]) -> None:
-        """Write how often each expert was used, for a later start with a device.
-
-        Counts this model's calls, and those that ``popularity`` told when it was loaded.
-
-        Raises
-        ------
-        UsageError
-            When the model runs on the CPU alone, where nobody counts, or ``path`` cannot be
-            written.
-        """
-        executor = self.require_executor("counts which experts are used")
-        known = Popularity(self._name, executor.tokens, executor.uses)
-        before = self.placement.popularity if self.placement else None
-        if before is not None:
-            known = Popularity(self._name, known.tokens + before.tokens, known.uses + before.uses)
-        write_whole(Path(path), known.to_json())
-
-    def require_executor(self, what: str) -> Executor:
-        """Return who shares the experts with a device; UsageError when nobody ``what``."""
-        executor = None if self.placement is None else self.placement.executor
-        if executor is None:
-            raise UsageError(
-                f"on the CPU alone nothing {what}", hint="load the model with a device (vram=...)"
-            )
-        return executor
-
-    def perfetto(self) -> str:
-        """Return what every lane did since loading as Chrome trace events, for ui.perfetto.dev.
-
-        Raises
-        ------
-        UsageError
-            When the model runs on the CPU alone, or ``keep_timeline`` was not asked for.
-        """
-        timeline = self.require_executor("has lanes to show").timeline
-        if not timeline.keep:
-            raise UsageError("no timeline was kept", hint="load the model with keep_timeline=True")
-        timeline.finish()
-        return trace_events(f"{self._name} on {self.placement.device}", timeline.events)  # type: ignore[union-attr]
 
     def _warm_up(self) -> None:
         """Run a few tokens, so that loading the kernels counts as loading and not as TTFT."""

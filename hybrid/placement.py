@@ -14,6 +14,7 @@ from gpu_experts.device import Device
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
+from hybrid.dense_seconds import DenseSeconds
 from hybrid.discovery import survey
 from hybrid.errors import UsageError
 from hybrid.executor import Executor
@@ -23,6 +24,7 @@ from hybrid.metrics import Figure, SlowPath, Term
 from hybrid.residents import Opened, Settle
 from hybrid.shared_first import SharedFirst
 from hybrid.timeline import DECODE, Timeline
+from hybrid.trace import TraceRecorder
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
@@ -48,53 +50,6 @@ class PlacedExperts:
         return self.executor.run_layer(self.layer, hidden, expert_ids, routing_weights)
 
 
-class DenseSeconds:
-    """Predicted seconds of what is not a routed expert, by MoE layer.
-
-    Dense decoder layers count for the MoE layer that follows them.
-    """
-
-    def __init__(self, cost: CostModel, context: int) -> None:
-        self._cost, self._context = cost, context
-        self._groups: list[list[int]] = []
-        group: list[int] = []
-        for index, layer in enumerate(cost.model.layers):
-            group.append(index)
-            if layer.moe:
-                self._groups.append(group)
-                group = []
-        self._after = group
-        self._known: dict[tuple[int, int], tuple[float, float]] = {}
-
-    def mixer(self, layer: int, tokens: int) -> float:
-        """From the layer before to the router's answer."""
-        return self._both(layer, tokens)[0]
-
-    def shared(self, layer: int, tokens: int) -> float:
-        """The shared expert."""
-        return self._both(layer, tokens)[1]
-
-    def head(self, tokens: int) -> float:
-        """What follows the last MoE layer."""
-        return self._cost.head(1).value + sum(self._dense(i, tokens) for i in self._after)
-
-    def _both(self, layer: int, tokens: int) -> tuple[float, float]:
-        found = self._known.get((layer, tokens))
-        if found is None:
-            *before, index = self._groups[layer]
-            own = self._cost.model.layers[index]
-            mixer_s = self._cost.mixer(own, tokens, max(tokens, self._context)).value
-            mixer_s += sum(self._dense(i, tokens) for i in before)
-            found = mixer_s, self._cost.ffn(own, tokens).value
-            self._known[layer, tokens] = found
-        return found
-
-    def _dense(self, index: int, tokens: int) -> float:
-        layer = self._cost.model.layers[index]
-        mixer = self._cost.mixer(layer, tokens, max(tokens, self._context))
-        return mixer.value + self._cost.ffn(layer, tokens).value
-
-
 @dataclass(frozen=True)
 class Budget:
     """What a model may use.
@@ -109,12 +64,15 @@ class Budget:
         Tokens of cache to keep room for.
     popularity
         What is known of the experts' use; None is nothing.
+    record_routing
+        Whether to keep what the routers choose.
     """
 
     vram_bytes: int | None
     ram_bytes: int | None
     context: int
     popularity: Popularity | None = None
+    record_routing: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +107,8 @@ class Placement:
         """Forget what the last call of ``generate`` took."""
         if self.executor is not None:
             self.executor.timeline.restart()
+            if self.executor.recorder is not None:
+                self.executor.recorder.end_sequence()
 
     def figures(self) -> dict[str, Figure]:
         """Return the counts of the last call, and of prefetching since the model was loaded."""
@@ -315,6 +275,7 @@ def _share_experts(
         shared=SharedFirst(views),
         read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
         timeline=timeline,
+        recorder=TraceRecorder(len(layers)) if budget.record_routing else None,
     )
     if budget.popularity is not None:
         executor.warm()

@@ -38,9 +38,9 @@ REUSE = 0.6
 simulated runs on recorded traces."""
 
 
-DECIDING_S = 120e-6
-"""What looking ahead and choosing prefetches takes the host in a layer of decode: measured on a
-3 GHz Zen 3, where it delays the CPU's experts as much."""
+DECIDING_S = 180e-6
+"""What looking ahead (75 us), choosing prefetches (50 us) and handing them out takes the host in a
+layer of decode: measured on a 3 GHz Zen 3. The CPU's experts start that much later."""
 
 
 FURTHER_S = 50e-6

@@ -13,9 +13,9 @@ from cpu_experts.ffn import run_experts
 from gpu_experts.emulated import EmulatedDevice
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
+from hybrid.dense_seconds import DenseSeconds
 from hybrid.devices import emulated_device
 from hybrid.executor import Executor
-from hybrid.placement import DenseSeconds
 from hybrid.planning import find_hardware
 from hybrid.residents import Opened
 from planner.cache import ExpertCache

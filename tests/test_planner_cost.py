@@ -148,7 +148,9 @@ def test_a_head_of_another_size_takes_its_part() -> None:
         term("attention", 1, 1, 1.0),
     ]
     found = MeasuredTerms(points, "qwen3_moe")
-    assert found.decode("head", "", 900, "bf16", 1) == Estimate(7.2, Source.FITTED, pytest.approx(0.72))
+    assert found.decode("head", "", 900, "bf16", 1) == Estimate(
+        7.2, Source.FITTED, pytest.approx(0.72)
+    )
     assert found.decode("head", "", 50, "bf16", 1) == Estimate(0.5, Source.FITTED, 0.05)
     assert found.decode("call", "", 900, "bf16", 1) == Estimate(0.5, Source.MEASURED, 0.05)
     assert found.decode("attention", "", 900, "bf16", 1) is None

@@ -23,6 +23,7 @@ from hybrid.planning import find_hardware, plan
 from planner.errors import PlannerError
 from planner.memory import STAGING, VRAM_RESERVE_BYTES
 from planner.popularity import Popularity
+from planner.routing import read_trace
 from tiny_model import CONTEXT
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
@@ -281,6 +282,22 @@ def test_a_session_begins_with_what_the_last_one_used(tmp_path: Path, capfd: Any
     assert sum(len(cache.residency(layer)) for layer in range(6)) == 24
     assert main(["run", "-p", "x", "--popularity", str(file)]) == 2
     assert "on the CPU alone" in capfd.readouterr().err
+
+
+def test_a_recorded_routing_is_what_the_planner_replays(tmp_path: Path, capfd: Any) -> None:
+    """``--routing``: a trace of the session, which a dry run and a warm start both take."""
+    file = tmp_path / "mine.npz"
+    words = ["run", "-p", "import os", "-n", "8", "--greedy", "--vram", "1GiB"]
+    assert main([*words, "--routing", str(file)]) == 0
+    assert str(file) in capfd.readouterr().err
+    ids, weights = read_trace(file)
+    assert ids.shape == weights.shape
+    assert ids.shape[1:] == (6, 4)
+    assert ids.max() < 16
+    model = placed("demo", 24, popularity=file)
+    assert placement_of(model).popularity is not None
+    assert main([*words, "--routing", str(file)]) == 2
+    assert "exists already" in capfd.readouterr().err
 
 
 def test_a_popularity_file_of_another_model_is_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -25,8 +25,8 @@ from cpu_experts.formats import pad
 from gpu_experts.emulated import EmulatedDevice
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
+from hybrid.dense_seconds import DenseSeconds
 from hybrid.executor import Executor
-from hybrid.placement import DenseSeconds
 from hybrid.residents import Opened
 from hybrid.store import U8
 from hybrid.timeline import Timeline

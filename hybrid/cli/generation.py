@@ -114,6 +114,13 @@ PopularityFile = Annotated[
         "add this session's uses to it at the end.",
     ),
 ]
+RoutingFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--routing",
+        help="Write which experts every token used to this .npz file, for 'hybrid plan --trace'.",
+    ),
+]
 Perfetto = Annotated[
     Path | None,
     typer.Option(help="Write what CPU, GPU and link did when to this file, for ui.perfetto.dev."),
@@ -225,6 +232,13 @@ def write_popularity(model: HybridModel, file: Path | None) -> None:
         return
     model.save_popularity(file)
     print(f"wrote {file}: which experts this session used", file=sys.stderr)
+
+
+def write_routing(model: HybridModel, file: Path | None) -> None:
+    """Write the routing trace, if a file is given, and say so on stderr."""
+    if file is not None:
+        model.save_routing(file)
+        print(f"wrote {file}: a routing trace", file=sys.stderr)
 
 
 def summarise(model: HybridModel, *, whole: bool = False) -> None:

@@ -41,6 +41,7 @@ def run(
     ram: cli.Ram = None,
     context: cli.Context = None,
     popularity: cli.PopularityFile = None,
+    routing: cli.RoutingFile = None,
     perfetto: cli.Perfetto = None,
     report: Annotated[
         bool, typer.Option("--report", help="End with the whole report instead of one line.")
@@ -62,6 +63,7 @@ def run(
     )
     text = read_prompt(prompt, file)
     cli.check_writable(perfetto)
+    cli.check_writable(routing)
     loaded = cli.load(
         model,
         experts=experts,
@@ -74,10 +76,11 @@ def run(
         context=context,
         popularity=cli.known(popularity),
         keep_timeline=perfetto is not None,
+        record_routing=routing is not None,
     )
     if perfetto is not None:
         loaded.perfetto()  # raises now if there will be none
-    if popularity is not None:
+    if popularity is not None or routing is not None:
         loaded.require_executor("counts which experts are used")
     cli.set_seed(seed)
     if echo:
@@ -97,6 +100,7 @@ def run(
     cli.summarise(loaded, whole=report)
     cli.write_timeline(loaded, perfetto)
     cli.write_popularity(loaded, popularity)
+    cli.write_routing(loaded, routing)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

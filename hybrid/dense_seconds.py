@@ -1,0 +1,52 @@
+"""What a model's dense parts are predicted to take, as the executor asks for it."""
+
+from __future__ import annotations
+
+from planner.cost import CostModel
+
+
+class DenseSeconds:
+    """Predicted seconds of what is not a routed expert, by MoE layer.
+
+    Dense decoder layers count for the MoE layer that follows them.
+    """
+
+    def __init__(self, cost: CostModel, context: int) -> None:
+        self._cost, self._context = cost, context
+        self._groups: list[list[int]] = []
+        group: list[int] = []
+        for index, layer in enumerate(cost.model.layers):
+            group.append(index)
+            if layer.moe:
+                self._groups.append(group)
+                group = []
+        self._after = group
+        self._known: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def mixer(self, layer: int, tokens: int) -> float:
+        """From the layer before to the router's answer."""
+        return self._both(layer, tokens)[0]
+
+    def shared(self, layer: int, tokens: int) -> float:
+        """The shared expert."""
+        return self._both(layer, tokens)[1]
+
+    def head(self, tokens: int) -> float:
+        """What follows the last MoE layer."""
+        return self._cost.head(1).value + sum(self._dense(i, tokens) for i in self._after)
+
+    def _both(self, layer: int, tokens: int) -> tuple[float, float]:
+        found = self._known.get((layer, tokens))
+        if found is None:
+            *before, index = self._groups[layer]
+            own = self._cost.model.layers[index]
+            mixer_s = self._cost.mixer(own, tokens, max(tokens, self._context)).value
+            mixer_s += sum(self._dense(i, tokens) for i in before)
+            found = mixer_s, self._cost.ffn(own, tokens).value
+            self._known[layer, tokens] = found
+        return found
+
+    def _dense(self, index: int, tokens: int) -> float:
+        layer = self._cost.model.layers[index]
+        mixer = self._cost.mixer(layer, tokens, max(tokens, self._context))
+        return mixer.value + self._cost.ffn(layer, tokens).value

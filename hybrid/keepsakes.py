@@ -1,0 +1,75 @@
+"""What a model that shares its experts with a device leaves behind: counts, traces, a timeline."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from hybrid.errors import UsageError
+from hybrid.executor import Executor
+from hybrid.paths import write_whole
+from hybrid.placement import Placement
+from planner.perfetto import trace_events
+from planner.popularity import Popularity
+
+
+class Keepsakes:
+    """The part of a loaded model that writes what it kept while it ran."""
+
+    placement: Placement | None
+    _name: str
+
+    def save_popularity(self, path: str | PathLike[str]) -> None:
+        """Write how often each expert was used, for a later start with a device.
+
+        Counts this model's calls, and those that ``popularity`` told when it was loaded.
+
+        Raises
+        ------
+        UsageError
+            When the model runs on the CPU alone, where nobody counts, or ``path`` cannot be
+            written.
+        """
+        executor = self.require_executor("counts which experts are used")
+        known = Popularity(self._name, executor.tokens, executor.uses)
+        before = self.placement.popularity if self.placement else None
+        if before is not None:
+            known = Popularity(self._name, known.tokens + before.tokens, known.uses + before.uses)
+        write_whole(Path(path), known.to_json())
+
+    def save_routing(self, path: str | PathLike[str]) -> None:
+        """Write which experts every token used as a trace, for ``hybrid plan --trace``.
+
+        Raises
+        ------
+        UsageError
+            When ``record_routing`` was not asked for, nothing was generated yet, or ``path``
+            exists or cannot be written.
+        """
+        recorder = self.require_executor("records the routers' choices").recorder
+        if recorder is None:
+            raise UsageError("no routing was kept", hint="load the model with record_routing=True")
+        recorder.save(Path(path))
+
+    def require_executor(self, what: str) -> Executor:
+        """Return who shares the experts with a device; UsageError when nobody ``what``."""
+        executor = None if self.placement is None else self.placement.executor
+        if executor is None:
+            raise UsageError(
+                f"on the CPU alone nothing {what}", hint="load the model with a device (vram=...)"
+            )
+        return executor
+
+    def perfetto(self) -> str:
+        """Return what every lane did since loading as Chrome trace events, for ui.perfetto.dev.
+
+        Raises
+        ------
+        UsageError
+            When the model runs on the CPU alone, or ``keep_timeline`` was not asked for.
+        """
+        timeline = self.require_executor("has lanes to show").timeline
+        if not timeline.keep:
+            raise UsageError("no timeline was kept", hint="load the model with keep_timeline=True")
+        timeline.finish()
+        return trace_events(f"{self._name} on {self.placement.device}", timeline.events)  # type: ignore[union-attr]
