@@ -3,20 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts import kernels, onetoken
-from cpu_experts.dense import CHUNK
+from cpu_experts import kernels, onetoken, prompt
+from cpu_experts.attention import CHUNK
 from cpu_experts.errors import ShapeError
-from cpu_experts.ffn import LOCK
+from cpu_experts.ffn import LOCK, check_matrix
 from cpu_experts.formats import ACT_GROUP, F32, GROUP, TILE, pad
 from cpu_experts.kv import KeyValues
 from cpu_experts.layers import Layer, Matrix, Norm, check_floats, fill_record
 from cpu_experts.tables import HEAD, LAYER
+
+
+def _padded(*shape: int) -> NDArray[np.float32]:
+    """Zeros whose last dimension is whole cache lines, and one more between threads."""
+    return np.zeros((*shape[:-1], pad(int(shape[-1]), TILE) + TILE), np.float32)
+
+
+class _Rows(NamedTuple):
+    """Buffers of :func:`cpu_experts.prompt.attend`, in the order of its arguments."""
+
+    threads: int
+    counter: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    key: F32
+    queries: F32
+    scores: F32
+    buf: F32
+    stats: F32
+    sums: F32
+
+    @classmethod
+    def allocate(cls, layers: Sequence[Layer], threads: int) -> _Rows:
+        dim = max(layer.head_dim for layer in layers)
+        rows = max(prompt.ROWS, *(layer.heads // layer.kv_heads for layer in layers))
+        return cls(
+            threads=threads,
+            counter=np.zeros(1, np.int64),
+            rows=np.arange(rows, dtype=np.int32),
+            key=_padded(threads, dim),
+            queries=_padded(threads, rows * dim),
+            scores=_padded(threads, rows * prompt.SPAN),
+            buf=_padded(threads, rows * TILE),
+            stats=np.zeros((threads, rows, TILE), np.float32),
+            sums=_padded(threads, rows, dim),
+        )
 
 
 class Decoder:
@@ -55,6 +90,7 @@ class Decoder:
         self._table = np.zeros(len(self.layers), LAYER)
         self._threads = 0
         self._work: onetoken.Work | None = None
+        self._rows: _Rows | None = None
 
     def new_cache(self) -> KeyValues:
         """Return an empty cache; :meth:`~cpu_experts.kv.KeyValues.store` every layer first."""
@@ -96,6 +132,50 @@ class Decoder:
         nothing = np.zeros(0, np.float32)
         self._run(slice(0), self._head, x, nothing, nothing, self.new_cache(), logits)
 
+    def attend(
+        self, index: int, q: F32, k: F32, v: F32, cos: F32, sin: F32, cache: KeyValues
+    ) -> F32:
+        """Attention of the next tokens in one layer, between its projections.
+
+        Parameters
+        ----------
+        q, k, v
+            What the layer's projections make of ``T`` tokens, ``[T, rows]`` float32.
+        cos, sin
+            Rotary embedding of their positions, ``[T, rotary / 2]`` float32.
+        cache
+            Keys and values of the tokens before them; theirs are added.
+
+        Returns
+        -------
+        float32 ``[T, heads * head_dim]``, the input of the layer's output projection.
+
+        Raises
+        ------
+        ShapeError
+            When an array has another shape or type.
+        """
+        layer, tokens = self.layers[index], q.shape[0]
+        for name, side, matrix in (("q", q, layer.q), ("k", k, layer.k), ("v", v, layer.v)):
+            check_matrix(name, side, (tokens, matrix.rows))
+        check_matrix("sin", sin, (tokens, None))
+        check_matrix("cos", cos, sin.shape)
+        cache.reserve(index, tokens)
+        out = np.empty((tokens, layer.o.cols), np.float32)
+        many, one = layer.heads // layer.kv_heads, slice(index, index + 1)
+        with LOCK:
+            threads = numba.get_num_threads()
+            self._fill(threads)
+            step = max(1, prompt.ROWS // many)
+            if self._rows is None or self._rows.threads != threads:
+                self._rows = _Rows.allocate(self.layers, threads)
+            prompt.attend(
+                self._table[one], cache.states[one], q, k, v, cos, sin, self._paired, step,
+                *self._rows[1:], out, threads,
+            )  # fmt: skip
+        cache.advance_layer(index, tokens)
+        return out
+
     def _run(
         self, layers: slice, head: Any, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32
     ) -> F32:
@@ -103,9 +183,9 @@ class Decoder:
         check_floats("sin", sin, cos.size)
         check_floats("cos", cos, min(cos.size, self.layers[0].head_dim // 2))
         table = self._table[layers]
+        if table.size:
+            cache.make_room()
         with LOCK:
-            if table.size:
-                cache.make_room()
             threads = numba.get_num_threads()
             work = self._buffers(threads, cache.capacity)
             states = cache.states[layers]
@@ -114,11 +194,15 @@ class Decoder:
             result: F32 = work.x.copy()
             return result
 
-    def _buffers(self, threads: int, capacity: int) -> onetoken.Work:
+    def _fill(self, threads: int) -> None:
+        """Describe the layers for this number of threads."""
         if threads != self._threads:
             for record, layer in zip(self._table, self.layers, strict=True):
                 layer.fill(record, threads)
             self._work, self._threads = None, threads
+
+    def _buffers(self, threads: int, capacity: int) -> onetoken.Work:
+        self._fill(threads)
         chunks = capacity // CHUNK + 1
         heads = max(layer.heads for layer in self.layers)
         if self._work is None or self._work.parts.shape[0] < heads * chunks:
@@ -138,12 +222,7 @@ class Decoder:
         shared = [layer.shared.h_stride for layer in layers if layer.shared]
         counters = int(onetoken.ATTEND) + 2 + max(layer.kv_heads for layer in layers)
         count = max(many, chosen, 16) + 1
-        x = np.zeros(self.hidden, np.float32)
-
-        def floats(*shape: int) -> NDArray[np.float32]:
-            # Rows of different threads lie whole cache lines apart.
-            return np.zeros((*shape[:-1], pad(int(shape[-1]), 16) + 16), np.float32)
-
+        x, floats = np.zeros(self.hidden, np.float32), _padded
         return onetoken.Work(
             x=x,
             x_row=x.reshape(1, -1),

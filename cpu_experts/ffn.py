@@ -71,7 +71,7 @@ def code_offset(fmt: str) -> int:
     return 128 if fmt == "q8_0" and simd.LEVEL != "avx2" else 0
 
 
-def _check_matrix(name: str, x: Any, shape: tuple[int | None, ...]) -> None:
+def check_matrix(name: str, x: Any, shape: tuple[int | None, ...]) -> None:
     ok = (
         x.dtype == np.float32
         and x.ndim == len(shape)
@@ -167,9 +167,9 @@ def run_experts(
     ``x`` and the intermediate activations as int8 in groups of 32, bf16 and f32 as float32;
     sums are float32. A result does not depend on the number of threads.
     """
-    _check_matrix("x", x, (None, shape.hidden))
-    _check_matrix("out", out, x.shape)
-    _check_matrix("routing_weights", routing_weights, expert_ids.shape)
+    check_matrix("x", x, (None, shape.hidden))
+    check_matrix("out", out, x.shape)
+    check_matrix("routing_weights", routing_weights, expert_ids.shape)
     _check_ids(expert_ids, x.shape[0])
     flat = _check_blocks(blocks, shape)
     with LOCK:
@@ -286,7 +286,7 @@ def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> tuple
     ShapeError
         When shapes, types or layouts disagree.
     """
-    _check_matrix("x", x, (None, shape.hidden))
+    check_matrix("x", x, (None, shape.hidden))
     _check_ids(expert_ids, x.shape[0])
     out = np.zeros((expert_ids.size, shape.up_rows), np.float32)
     _project(
@@ -325,7 +325,7 @@ def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> F32
     ShapeError
         When shapes, types or layouts disagree.
     """
-    _check_matrix("h", h, (expert_ids.size, shape.intermediate))
+    check_matrix("h", h, (expert_ids.size, shape.intermediate))
     out = np.zeros((expert_ids.size, shape.hidden), np.float32)
     _project(
         h,
@@ -361,10 +361,10 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
     ShapeError
         When shapes, types or layouts disagree.
     """
-    _check_matrix("x", x, (None, None))
-    _check_matrix("out", out, (x.shape[0], None))
+    check_matrix("x", x, (None, None))
+    check_matrix("out", out, (x.shape[0], None))
     if bias is not None:
-        _check_matrix("bias", bias, (out.shape[1],))
+        check_matrix("bias", bias, (out.shape[1],))
     if x.shape[1] == 0:
         raise ShapeError(f"a matrix of {out.shape[1]} x 0 has no weights")
     size = pad(out.shape[1], TILE) // TILE * strip_bytes(x.shape[1], fmt)

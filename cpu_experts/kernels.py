@@ -21,10 +21,18 @@ from cpu_experts.compiled import kernel
 from cpu_experts.formats import ACT_GROUP, GROUP, TILE
 
 if simd.LEVEL == "portable" or config.DISABLE_JIT:
-    from cpu_experts.portable import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
+    from cpu_experts.portable import (
+        ROW_BLOCKS,
+        add_strip,
+        copy_strip,
+        multiply_strip,
+        quantize_group,
+        silu_strip,
+        strip_dot,
+    )
 else:
     from cpu_experts.simd import ROW_BLOCKS, quantize_group, strip_dot
-    from cpu_experts.simd_dense import silu_strip
+    from cpu_experts.simd_dense import add_strip, copy_strip, multiply_strip, silu_strip
 from cpu_experts.portable import fetch_add as fetch_add
 from cpu_experts.portable import wait_for
 
@@ -32,8 +40,11 @@ from cpu_experts.portable import wait_for
 Q4_0, Q8_0, BF16, F32 = range(4)
 NONE, SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID = range(7)
 WIDE, MIDDLE, _ = ROW_BLOCKS
+#: Activation rows that meet a strip before the next strip does: a strip stays in the nearest
+#: cache meanwhile, the rows in the one behind it. A multiple of every ``WIDE``.
+ROWS = 48
 #: Float32 of scratch a thread needs: four strips of gate and up, then one group of h, by row.
-SCRATCH = WIDE * (4 * TILE + GROUP)
+SCRATCH = ROWS * (4 * TILE + GROUP)
 
 _q4_wide, _q4_middle, _q4_one = (strip_dot("q4_0", n) for n in ROW_BLOCKS)
 _q8_wide, _q8_middle, _q8_one = (strip_dot("q8_0", n) for n in ROW_BLOCKS)
@@ -43,7 +54,7 @@ _f4_wide, _f4_middle, _f4_one = (strip_dot("f32", n) for n in ROW_BLOCKS)
 
 @kernel()
 def dot_rows(fmt, w, w_at, act, stride, rows, first, count, inner, out, out_at):
-    """Multiply one strip with ``count`` <= WIDE activation rows into ``out`` ``[count, 16]``."""
+    """Multiply one strip with ``count`` activation rows into ``out`` ``[count, 16]``."""
     t = np.int64(0)
     while t < count:
         o = out_at + TILE * t
@@ -170,8 +181,7 @@ def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at)
                 v = np.float32(1) / (np.float32(1) + math.exp(-v))
             buf[out_at + i] = v
     if gated:
-        for i in range(TILE):
-            buf[out_at + i] *= buf[up_at + i] + up_offset
+        multiply_strip(buf, out_at, buf, up_at, up_offset)
 
 
 @kernel()
@@ -185,29 +195,28 @@ def _up_items(
     per_expert = -(-intermediate // GROUP)
     flat_h = h.view(np.float32)
     floats = blocks.view(np.float32)
-    h_at = 4 * TILE * WIDE
+    h_at = 4 * TILE * ROWS
     while True:
         item = fetch_add(counter, 0)
         if item >= active * per_expert:
             break
         run, group = item // per_expert, item % per_expert
         base = experts[run] * block_stride
-        for p in range(first[run], first[run + 1], WIDE):
-            count = min(WIDE, first[run + 1] - p)
+        for p in range(first[run], first[run + 1], ROWS):
+            count = min(ROWS, first[run + 1] - p)
             for s in range(2 * sides):
                 at = base + (2 * sides * group + s) * strip
                 dot_rows(
-                    fmt, blocks, at, act, act_stride, rows, p, count, inner, buf, s * TILE * WIDE
+                    fmt, blocks, at, act, act_stride, rows, p, count, inner, buf, s * TILE * ROWS
                 )
                 if bias_at >= 0:
                     bias = (base + bias_at) // 4 + (2 * sides * group + s) * TILE
                     for t in range(count):
-                        for i in range(TILE):
-                            buf[(s * WIDE + t) * TILE + i] += floats[bias + i]
+                        add_strip(floats, bias, np.float32(1), buf, (s * ROWS + t) * TILE)
             for t in range(count):
                 for half in range(2):
-                    gate = (half * sides * WIDE + t) * TILE
-                    up = ((half * sides + sides - 1) * WIDE + t) * TILE
+                    gate = (half * sides * ROWS + t) * TILE
+                    up = ((half * sides + sides - 1) * ROWS + t) * TILE
                     out = h_at + t * GROUP + half * TILE
                     _activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
                 if fmt <= Q8_0:
@@ -230,7 +239,7 @@ def _down_items(
     bias_at, active, experts, first, rows, pairs, top_k, weights, strips_an_item, out, buf,
 ):  # fmt: skip
     """Take blocks of output columns: every expert's share of them, weighted and summed."""
-    hidden = out.shape[1]
+    hidden, flat = out.shape[1], out.reshape(-1)
     strips = -(-hidden // TILE)
     floats = blocks.view(np.float32)
     while True:
@@ -242,8 +251,8 @@ def _down_items(
             for s in range(item * strips_an_item, min((item + 1) * strips_an_item, strips)):
                 at = base + section + s * strip
                 columns = min(TILE, hidden - s * TILE)
-                for p in range(first[run], first[run + 1], WIDE):
-                    count = min(WIDE, first[run + 1] - p)
+                for p in range(first[run], first[run + 1], ROWS):
+                    count = min(ROWS, first[run + 1] - p)
                     dot_rows(fmt, blocks, at, h, h_stride, rows, p, count, inner, buf, 0)
                     for t in range(count):
                         if bias_at >= 0:
@@ -251,9 +260,12 @@ def _down_items(
                             for i in range(columns):
                                 buf[t * TILE + i] += floats[bias + i]
                         pair = pairs[p + t]
-                        token, weight = pair // top_k, weights[pair]
-                        for i in range(columns):
-                            out[token, s * TILE + i] += weight * buf[t * TILE + i]
+                        at_out, weight = pair // top_k * hidden + s * TILE, weights[pair]
+                        if columns == TILE:
+                            add_strip(buf, t * TILE, weight, flat, at_out)
+                        else:
+                            for i in range(columns):
+                                flat[at_out + i] += weight * buf[t * TILE + i]
         fetch_add(counter, 3)
 
 
@@ -287,7 +299,7 @@ def _project_items(
     counter, fmt, blocks, block_stride, section, strip, inner, act, act_stride,
     bias_at, active, experts, first, rows, targets, strips_an_item, out, buf,
 ):  # fmt: skip
-    columns_all = out.shape[1]
+    columns_all, flat = out.shape[1], out.reshape(-1)
     strips = -(-columns_all // TILE)
     per_expert = -(-strips // strips_an_item)
     floats = blocks.view(np.float32)
@@ -297,20 +309,23 @@ def _project_items(
             break
         run, part = item // per_expert, item % per_expert
         base = experts[run] * block_stride
-        for p in range(first[run], first[run + 1], WIDE):
-            count = min(WIDE, first[run + 1] - p)
+        for p in range(first[run], first[run + 1], ROWS):
+            count = min(ROWS, first[run + 1] - p)
             for s in range(part * strips_an_item, min((part + 1) * strips_an_item, strips)):
                 at = base + section + s * strip
                 columns = min(TILE, columns_all - s * TILE)
                 dot_rows(fmt, blocks, at, act, act_stride, rows, p, count, inner, buf, 0)
                 for t in range(count):
-                    target = targets[p + t]
-                    for i in range(columns):
-                        out[target, s * TILE + i] = buf[t * TILE + i]
+                    at_out = targets[p + t] * columns_all + s * TILE
+                    if columns == TILE:
+                        copy_strip(buf, t * TILE, flat, at_out)
+                    else:
+                        for i in range(columns):
+                            flat[at_out + i] = buf[t * TILE + i]
                     if bias_at >= 0:
                         bias = (base + bias_at) // 4 + s * TILE
                         for i in range(columns):
-                            out[target, s * TILE + i] += floats[bias + i]
+                            flat[at_out + i] += floats[bias + i]
 
 
 @kernel(parallel=True)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_experts.attention import pack_past
 from cpu_experts.errors import ShapeError
+from cpu_experts.ffn import LOCK, check_matrix
 from cpu_experts.formats import F32, TILE, pad
 from cpu_experts.tables import STATE
 
@@ -17,16 +19,15 @@ _STEP = 256
 
 @dataclass
 class _Layer:
-    """``keys [H, capacity / 16, dim, 16]``, ``values [H, strips, capacity, 16]``."""
+    """``keys [H, capacity / 16, dim, 16]``, ``values [H, strips, capacity, 16]``, as bits."""
 
-    keys: F32
-    values: F32
+    keys: NDArray[np.uint16]
+    values: NDArray[np.uint16]
     dim: int
-    window: int
 
 
 class KeyValues:
-    """Keys and values of all layers, growing as tokens come.
+    """Keys and values of all layers in half precision, growing as tokens come.
 
     Parameters
     ----------
@@ -54,16 +55,12 @@ class KeyValues:
         if keys.shape != values.shape or keys.ndim != 3:
             raise ShapeError(f"keys are {list(keys.shape)}, values {list(values.shape)}")
         heads, length, dim = keys.shape
+        check_matrix("keys", keys, keys.shape)
+        check_matrix("values", values, keys.shape)
         self._allocate(layer, heads, dim, length + 1)
         buffers = self._buffers(layer)
-        whole, strips = pad(length, TILE), pad(dim, TILE) // TILE
-        padded = np.zeros((heads, whole, dim), np.float32)
-        padded[:, :length] = keys
-        turned = padded.reshape(heads, -1, TILE, dim).transpose(0, 1, 3, 2)
-        buffers.keys[:, : whole // TILE] = turned
-        wide = np.zeros((heads, length, strips * TILE), np.float32)
-        wide[:, :, :dim] = values
-        buffers.values[:, :, :length] = wide.reshape(heads, length, strips, TILE).swapaxes(1, 2)
+        with LOCK:
+            pack_past(keys, values, buffers.keys, buffers.values)
         self.states[layer]["length"] = length
 
     def read(self, layer: int) -> tuple[F32, F32]:
@@ -71,8 +68,8 @@ class KeyValues:
         buffers, length = self._buffers(layer), self.length(layer)
         heads = buffers.values.shape[0]
         whole = pad(length, TILE) // TILE
-        keys = buffers.keys[:, :whole].swapaxes(2, 3).reshape(heads, whole * TILE, -1)
-        values = buffers.values[:, :, :length].swapaxes(1, 2).reshape(heads, length, -1)
+        keys = _widen(buffers.keys[:, :whole].swapaxes(2, 3)).reshape(heads, whole * TILE, -1)
+        values = _widen(buffers.values[:, :, :length].swapaxes(1, 2)).reshape(heads, length, -1)
         return (
             np.ascontiguousarray(keys[:, :length]),
             np.ascontiguousarray(values[:, :, : buffers.dim]),
@@ -85,15 +82,32 @@ class KeyValues:
     def make_room(self) -> None:
         """Give every layer room for one more position."""
         for layer in np.flatnonzero(self.states["length"] >= self.states["capacity"]):
-            keys, values = self.read(int(layer))
-            window = self._windows[layer]
-            kept = min(keys.shape[1], window - 1) if window else keys.shape[1]
-            first = keys.shape[1] - kept
-            self.store(int(layer), keys[:, first:], values[:, first:])
+            self.reserve(int(layer), 1)
+
+    def reserve(self, layer: int, count: int) -> None:
+        """Give a layer room for ``count`` more positions."""
+        if self.length(layer) + count > self.states[layer]["capacity"]:
+            self._move(layer, count)
+
+    def _move(self, layer: int, count: int) -> None:
+        """Move a layer into larger buffers, or forget in whole strips what has left the window."""
+        old, length, window = self._buffers(layer), self.length(layer), self._windows[layer]
+        first = max(0, length - window + 1) // TILE if window else 0
+        heads, strips = old.keys.shape[:2]
+        start, stop = first * TILE, strips * TILE
+        self._allocate(layer, heads, old.dim, length - start + count)
+        new = self._buffers(layer)
+        new.keys[:, : strips - first] = old.keys[:, first:]
+        new.values[:, :, : stop - start] = old.values[:, :, start:]
+        self.states[layer]["length"] = length - start
 
     def advance(self) -> None:
         """Count the position that a decode step has written."""
         self.states["length"] += 1
+
+    def advance_layer(self, layer: int, count: int) -> None:
+        """Count ``count`` positions that one layer has written."""
+        self.states[layer]["length"] += count
 
     def _buffers(self, layer: int) -> _Layer:
         buffers = self._layers[layer]
@@ -104,10 +118,14 @@ class KeyValues:
     def _allocate(self, layer: int, heads: int, dim: int, needed: int) -> None:
         if self.states[layer]["capacity"] >= needed:
             return
-        capacity = pad(needed + max(_STEP, needed // 2), _STEP)
-        keys: NDArray[np.float32] = np.zeros((heads, capacity // TILE, dim, TILE), np.float32)
-        values = np.zeros((heads, pad(dim, TILE) // TILE, capacity, TILE), np.float32)
-        self._layers[layer] = _Layer(keys, values, dim, self._windows[layer])
+        capacity = pad(needed + max(_STEP, needed // 4), _STEP)
+        keys = np.zeros((heads, capacity // TILE, dim, TILE), np.uint16)
+        values = np.zeros((heads, pad(dim, TILE) // TILE, capacity, TILE), np.uint16)
+        self._layers[layer] = _Layer(keys, values, dim)
         state = self.states[layer]
         state["keys"], state["values"] = keys.ctypes.data, values.ctypes.data
         state["capacity"] = capacity
+
+
+def _widen(bits: NDArray[np.uint16]) -> F32:
+    return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)

@@ -18,10 +18,10 @@ import numpy as np
 from numba import prange
 
 from cpu_experts.addresses import bytes_at
+from cpu_experts.attention import attention_items
 from cpu_experts.compiled import kernel
 from cpu_experts.dense import (
     activate,
-    attention_items,
     multiply_items,
     normalize,
     project_items,
@@ -99,7 +99,7 @@ def _attention(layer, state, counter, cos, sin, paired, work, w):
     one = np.float32(1)
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
     q, o = layer["q"], layer["o"]
-    normalize(layer["norm"], work.x, _ZERO, normed, _ZERO)
+    normalize(layer["norm"], work.x, normed)
     act = activate(q["format"], q["offset"], normed, q["cols"], memory)
     items = project_items(counter, PROJECT, layer, act, work.rows, buf, work.qkv)
     wait_for(counter, PROJECT + 1, items)
@@ -123,7 +123,7 @@ def _feed_forward(layer, counter, work, w):
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
     ids, weights = work.my_ids[w], work.my_weights[w]
     one = np.float32(1)
-    normalize(layer["ffn_norm"], work.x, _ZERO, normed, _ZERO)
+    normalize(layer["ffn_norm"], work.x, normed)
     for i in range(work.x.size, -(-work.x.size // GROUP) * GROUP):
         normed[i] = 0
     share = layer["residual"] * one
@@ -162,7 +162,7 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
         return
     last, normed = head[0], work.my_normed[w]
     matrix = last["matrix"]
-    normalize(last["norm"], work.x, _ZERO, normed, _ZERO)
+    normalize(last["norm"], work.x, normed)
     act = activate(matrix["format"], matrix["offset"], normed, matrix["cols"], work.my_act[w])
     scale = last["scale"] * np.float32(1)
     multiply_items(

@@ -9,7 +9,6 @@ Compiled by numba on machines without a vector level of ours, and run uncompiled
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +23,30 @@ ROW_BLOCKS = (4, 2, 1)
 @njit(nogil=True)
 def _half(bits: Any) -> Any:
     """The value of an fp16 given as 16 bits."""
-    fraction, exponent = int(bits & 1023), int((bits >> 10) & 31)
-    if exponent == 0:
-        size = math.ldexp(float(fraction), -24)
+    size = np.uint32(np.uint32(bits & 0x7FFF) << np.uint32(13))
+    if size >= 0x0F800000:  # infinite or NaN
+        value = np.uint32(size | np.uint32(0x7F800000)).view(np.float32)
+    else:  # the exponents' biases are 112 apart; this widens subnormal numbers too
+        value = np.uint32(size).view(np.float32) * np.float32(2.0**112)
+    return -value if bits >> 15 else value
+
+
+@njit(nogil=True)
+def to_half(x: Any) -> Any:
+    """See :func:`cpu_experts.simd_dense.to_half`."""
+    bits = np.float32(x).view(np.uint32)
+    sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
+    if size > 0x7F800000:
+        half = np.uint32(0x7E00)
+    elif size >= 0x47800000:
+        half = np.uint32(0x7C00)
+    elif size < 0x38800000:  # a subnormal half counts in what is 0.5's last place
+        shifted = np.uint32(size).view(np.float32) + np.float32(0.5)
+        half = np.float32(shifted).view(np.uint32) - np.uint32(0x3F000000)
     else:
-        size = math.ldexp(float(fraction + 1024), exponent - 25)
-    return np.float32(-size if bits >> 15 else size)
+        odd = (size >> np.uint32(13)) & np.uint32(1)
+        half = (size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    return np.uint16(sign | half)
 
 
 @njit(nogil=True)
@@ -68,6 +85,15 @@ def _q8_0(w: Any, w_at: Any, act: Any, act_at: Any, groups: Any, out: Any, out_a
 
 
 @njit(nogil=True)
+def _f16(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: Any) -> None:
+    x = act[act_at : act_at + 4 * cols].view(np.float32)
+    bits = w[w_at : w_at + 2 * TILE * cols].view(np.uint16)
+    for k in range(cols):
+        for row in range(TILE):
+            out[out_at + row] += _half(bits[TILE * k + row]) * x[k]
+
+
+@njit(nogil=True)
 def _bf16(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: Any) -> None:
     x = act[act_at : act_at + 4 * cols].view(np.float32)
     bits = w[w_at : w_at + 2 * TILE * cols].view(np.uint16)
@@ -89,6 +115,7 @@ def _f32(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: 
 _ONE_ROW: dict[str, Callable[..., None]] = {
     "q4_0": _q4_0,
     "q8_0": _q8_0,
+    "f16": _f16,
     "bf16": _bf16,
     "f32": _f32,
 }
@@ -117,6 +144,27 @@ def silu_strip(gate: Any, at: Any, alpha: Any, out: Any, out_at: Any) -> None:
 
 
 @njit(nogil=True)
+def add_strip(x: Any, at: Any, scale: Any, out: Any, out_at: Any) -> None:
+    """See :func:`cpu_experts.simd_dense.add_strip`."""
+    for i in range(TILE):
+        out[out_at + i] += scale * x[at + i]
+
+
+@njit(nogil=True)
+def multiply_strip(x: Any, at: Any, y: Any, y_at: Any, offset: Any) -> None:
+    """See :func:`cpu_experts.simd_dense.multiply_strip`."""
+    for i in range(TILE):
+        x[at + i] *= y[y_at + i] + offset
+
+
+@njit(nogil=True)
+def copy_strip(x: Any, at: Any, out: Any, out_at: Any) -> None:
+    """See :func:`cpu_experts.simd_dense.copy_strip`."""
+    for i in range(TILE):
+        out[out_at + i] = x[at + i]
+
+
+@njit(nogil=True)
 def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
     """See :func:`cpu_experts.simd.quantize_group`; these kernels need no start value."""
     top = np.float32(0)
@@ -136,23 +184,35 @@ def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
 
 
 @njit(nogil=True)
-def exp_strip(x: Any, at: Any, shift: Any) -> None:
-    """See :func:`cpu_experts.simd_dense.exp_strip`."""
-    for i in range(TILE):
-        x[at + i] = np.exp(x[at + i] - shift)
+def largest_of(x: Any, at: Any, count: Any) -> Any:
+    """See :func:`cpu_experts.simd_dense.largest_of`."""
+    most = x[at]
+    for i in range(at, at + count):
+        most = max(most, x[i])
+    return most
+
+
+@njit(nogil=True)
+def exp_all(x: Any, at: Any, count: Any, shift: Any) -> Any:
+    """See :func:`cpu_experts.simd_dense.exp_all`."""
+    total = np.float32(0)
+    for i in range(at, at + count):
+        x[i] = np.exp(x[i] - shift)
+        total += x[i]
+    return total
 
 
 if config.DISABLE_JIT:
 
     def fetch_add(counter: Any, at: Any) -> Any:
-        """See :func:`cpu_experts.simd.fetch_add`."""
+        """See :func:`cpu_experts.atomics.fetch_add`."""
         counter[at] += 1
         return counter[at] - 1
 
     def wait_for(counter: Any, at: Any, value: Any) -> None:
-        """See :func:`cpu_experts.simd.wait_for`; one thread has nobody to wait for."""
+        """See :func:`cpu_experts.atomics.wait_for`; one thread has nobody to wait for."""
         assert counter[at] >= value
 
 else:
-    from cpu_experts.simd import fetch_add as fetch_add
-    from cpu_experts.simd import wait_for as wait_for
+    from cpu_experts.atomics import fetch_add as fetch_add
+    from cpu_experts.atomics import wait_for as wait_for

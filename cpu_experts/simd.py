@@ -22,7 +22,6 @@ the codes for q4_0) into the accumulator.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +31,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_experts import hostcpu
-from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY, is_quantized
+from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY
 from cpu_experts.hostcpu import host_level
 
 PREFETCH_BYTES = 2048
-#: Looks at a counter before the waiting thread offers its core to others.
-_SPINS = 2000
+#: Added to a float32 below 2^22 in size, leaves it rounded (halves to even) in the last bits.
+ROUNDER, _ROUNDER_BITS = 1.5 * 2.0**23, 0x4B400000
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -55,11 +54,14 @@ ROW_BLOCKS = {"avx512vnni": (12, 4, 1)}.get(LEVEL, (4, 2, 1))
 _BITS = 512 if LEVEL == "avx512vnni" else 256
 _LANES = _BITS // 32
 _PARTS = TILE // _LANES
+_REGISTERS = 32 if _BITS == 512 else 16
 _BYTES = ir.VectorType(_I8, 4 * _LANES)
 _WORDS = ir.VectorType(_I16, 2 * _LANES)
 _INTS = ir.VectorType(_I32, _LANES)
 _FLOATS = ir.VectorType(_F32, _LANES)
 _HALVES = ir.VectorType(ir.HalfType(), _LANES)
+#: Bytes of a weight in the formats without groups.
+_FLOAT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 
 def _call(b: Builder, name: str, result: Any, args: list[Value]) -> Value:
@@ -145,8 +147,22 @@ class _Dot:
         lanes = _splat(b, packed, _INTS)
         return b.bitcast(lanes, _WORDS) if self.pairs else lanes
 
-    def weights(self, b: Builder, raw: Value) -> Value:
-        return b.xor(raw, _const(_BYTES, 0x80)) if self.shifted else raw
+    def codes(self, b: Builder, base: Value, step: int) -> list[Value]:
+        """Weight bytes of 4 inputs: of q4_0 a chunk's low nibbles, then its high ones."""
+        chunk = step // 2 if self.fmt == "q4_0" else step
+        raw = [_load(b, base, 64 * chunk + p * _BITS // 8, _BYTES) for p in range(_PARTS)]
+        if self.shifted:
+            return [b.xor(v, _const(_BYTES, 0x80)) for v in raw]
+        if self.fmt == "q8_0":
+            return raw
+        if step % 2:
+            four = _const(_WORDS, 4)
+            raw = [b.bitcast(b.lshr(b.bitcast(v, _WORDS), four), _BYTES) for v in raw]
+        return [b.and_(v, _const(_BYTES, 15)) for v in raw]
+
+    def inputs(self, step: int) -> int:
+        """Where the 4 activation bytes of a step lie in the group."""
+        return 4 * (step // 2) + 16 * (step % 2) if self.fmt == "q4_0" else 4 * step
 
     def step(self, b: Builder, acc: Value, w: Value, x: Value) -> Value:
         """Add one chunk: ``w`` bytes, ``x`` the same 4 activation bytes in every lane."""
@@ -199,36 +215,29 @@ class _Dot:
 
 
 def _quantized_dot(
-    b: Builder, fmt: str, w: Value, acts: list[Value], groups: Value, ahead: bool
+    b: Builder, fmt: str, w: Value, acts: list[Value], groups: Value
 ) -> list[list[Value]]:
     """Emit the loop over groups; returns the sums ``[n][parts]`` as float vectors."""
     dot = _Dot(fmt)
     n = len(acts)
-    chunks, size = (4, 288) if fmt == "q4_0" else (8, 544)
-    nibble = _const(_BYTES, 15)
+    size = 288 if fmt == "q4_0" else 544
+    # Where accumulators and sums together are more than registers, the sums lie in memory:
+    # they are needed once a group.
+    kept = _Kept(b, n * _PARTS) if 2 * n * _PARTS + 4 > _REGISTERS else None
 
     def body(g: Value, *sums: Value) -> list[Value]:
         base = _gep(b, w, b.mul(g, ir.Constant(_I64, size)))
         rows = [_gep(b, act, b.mul(g, ir.Constant(_I64, ACT_GROUP))) for act in acts]
-        if ahead:
-            for line in range(0, size, 64):
-                _prefetch(b, base, PREFETCH_BYTES + line)
+        for line in range(0, size, 64):
+            _prefetch(b, base, PREFETCH_BYTES + line)
         accs = [[dot.start(b, _load(b, row, GROUP + 4, _I32))] * _PARTS for row in rows]
-        for chunk in range(chunks):
-            raw = [_load(b, base, 64 * chunk + p * _BITS // 8, _BYTES) for p in range(_PARTS)]
-            if fmt == "q4_0":
-                high = [
-                    b.bitcast(b.lshr(b.bitcast(v, _WORDS), _const(_WORDS, 4)), _BYTES) for v in raw
-                ]
-                sides = [[b.and_(v, nibble) for v in side] for side in (raw, high)]
-            else:
-                sides = [[dot.weights(b, v) for v in raw]]
+        for step in range(GROUP // 4):
+            # Step by step, so that two vectors of codes at a time take registers.
+            codes = dot.codes(b, base, step)
             for t in range(n):
-                for side, codes in enumerate(sides):
-                    at = 4 * chunk + 16 * side
-                    x = _splat(b, _load(b, rows[t], at, _I32), _INTS)
-                    for p in range(_PARTS):
-                        accs[t][p] = dot.step(b, accs[t][p], codes[p], x)
+                x = _splat(b, _load(b, rows[t], dot.inputs(step), _I32), _INTS)
+                for p in range(_PARTS):
+                    accs[t][p] = dot.step(b, accs[t][p], codes[p], x)
             accs = [[_pin(b, acc) for acc in row] for row in accs]
         scales = [
             b.fpext(_load(b, base, size - 2 * TILE + 2 * _LANES * p, _HALVES), _FLOATS)
@@ -238,30 +247,55 @@ def _quantized_dot(
         for t in range(n):
             scale = _splat(b, _load(b, rows[t], GROUP, _F32), _FLOATS)
             for p in range(_PARTS):
-                factor = b.fmul(scale, scales[p])
-                out.append(_fma(b, dot.total(b, accs[t][p]), factor, sums[t * _PARTS + p]))
+                at = t * _PARTS + p
+                factor, total = b.fmul(scale, scales[p]), dot.total(b, accs[t][p])
+                if kept is None:
+                    out.append(_fma(b, total, factor, sums[at]))
+                else:
+                    kept.set(at, _fma(b, total, factor, kept.get(at)))
         return out
 
-    sums = _loop(b, groups, [_const(_FLOATS, 0.0)] * (n * _PARTS), body)
+    zeros = [_const(_FLOATS, 0.0)] * (n * _PARTS)
+    sums = _loop(b, groups, zeros if kept is None else [], body)
+    if kept is not None:
+        sums = [kept.get(at) for at in range(n * _PARTS)]
     return [sums[t * _PARTS : (t + 1) * _PARTS] for t in range(n)]
 
 
-def _float_dot(
-    b: Builder, fmt: str, w: Value, acts: list[Value], cols: Value, ahead: bool
-) -> list[list[Value]]:
-    """Emit the loop over single inputs for bf16 and f32 weights."""
-    size = 2 if fmt == "bf16" else 4
+class _Kept:
+    """Float vectors that stay in memory: LLVM would spill them at worse places."""
+
+    def __init__(self, b: Builder, count: int) -> None:
+        self._builder = b
+        self._slots = [b.alloca(_FLOATS) for _ in range(count)]
+        shown = ir.FunctionType(ir.VoidType(), [_FLOATS.as_pointer()])
+        for at, slot in enumerate(self._slots):
+            slot.align = _BITS // 8
+            self.set(at, _const(_FLOATS, 0.0))
+            b.asm(shown, "", "r,~{memory}", [slot], side_effect=True)
+
+    def get(self, at: int) -> Value:
+        return self._builder.load(self._slots[at], typ=_FLOATS)
+
+    def set(self, at: int, value: Value) -> None:
+        self._builder.store(value, self._slots[at])
+
+
+def _float_dot(b: Builder, fmt: str, w: Value, acts: list[Value], cols: Value) -> list[list[Value]]:
+    """Emit the loop over single inputs for f16, bf16 and f32 weights."""
+    size = _FLOAT_BYTES[fmt]
 
     def body(k: Value, *sums: Value) -> list[Value]:
         base = _gep(b, w, b.mul(k, ir.Constant(_I64, TILE * size)))
-        if ahead:
-            _prefetch(b, base, PREFETCH_BYTES)
+        _prefetch(b, base, PREFETCH_BYTES)
         weights = []
         for p in range(_PARTS):
             at = size * _LANES * p
             if fmt == "bf16":
                 bits = b.zext(_load(b, base, at, ir.VectorType(_I16, _LANES)), _INTS)
                 weights.append(b.bitcast(b.shl(bits, _const(_INTS, 16)), _FLOATS))
+            elif fmt == "f16":
+                weights.append(b.fpext(_load(b, base, at, _HALVES), _FLOATS))
             else:
                 weights.append(_load(b, base, at, _FLOATS))
         out = []
@@ -285,8 +319,9 @@ def strip_dot(fmt: str, n: int) -> Any:
 
     ``dot(w, w_at, act, stride, rows, rows_at, inner, out, out_at)`` multiplies the strip that
     starts at byte ``w_at`` of ``w`` with the activation rows ``rows[rows_at : rows_at + n]``,
-    each ``stride`` bytes in ``act``, over ``inner`` groups (inputs for bf16 and f32), and
-    writes float32 ``[n, 16]`` at ``out[out_at:]``. ``inner`` is at least 1.
+    each ``stride`` bytes in ``act``, over ``inner`` groups (inputs for floats), and
+    writes float32 ``[n, 16]`` at ``out[out_at:]``. ``inner`` is at least 1. Besides the weight
+    formats there is ``f16``, laid out as ``bf16``, for keys and values.
     """
 
     @intrinsic
@@ -326,8 +361,8 @@ def _micro_kernel(module: Any, fmt: str, n: int) -> Any:
     for t in range(n):
         row = b.sext(_load(b, index, 4 * t, _I32), _I64)
         acts.append(_gep(b, base, b.mul(row, stride)))
-    emit = _quantized_dot if is_quantized(fmt) else _float_dot
-    sums = emit(b, fmt, weights, acts, inner, n == 1 or not is_quantized(fmt))
+    emit = _float_dot if fmt in _FLOAT_BYTES else _quantized_dot
+    sums = emit(b, fmt, weights, acts, inner)
     for t in range(n):
         for p in range(_PARTS):
             _store(b, sums[t][p], target, 4 * (t * TILE + p * _LANES))
@@ -358,8 +393,8 @@ def quantize_group(typingctx, x, at, offset, act, act_at):
         inverse = b.fdiv(ir.Constant(_F32, 127.0), top)
         inverse = b.select(some, inverse, ir.Constant(_F32, 0.0))
         scaled = b.fmul(v, _splat(b, inverse, floats))
-        whole = _call(b, f"llvm.rint.v{GROUP}f32", floats, [scaled])
-        codes = _call(b, f"llvm.fptosi.sat.v{GROUP}i32.v{GROUP}f32", ints, [whole])
+        shifted = b.bitcast(b.fadd(scaled, _const(floats, ROUNDER)), ints)
+        codes = b.sub(shifted, _const(ints, _ROUNDER_BITS))
         target = _gep(b, _data(context, b, kinds[3], args[3]), args[4])
         _store(b, b.trunc(codes, ir.VectorType(_I8, GROUP)), target, 0)
         _store(b, b.fdiv(top, ir.Constant(_F32, 127.0)), target, GROUP)
@@ -381,50 +416,3 @@ def quantize_group(typingctx, x, at, offset, act, act_at):
 
     i64 = types.int64
     return types.void(x, i64, types.int32, act, i64), codegen
-
-
-def _counter(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
-    data = _gep(b, _data(context, b, kind, array), b.mul(at, ir.Constant(_I64, 8)))
-    return b.bitcast(data, _I64.as_pointer())
-
-
-@intrinsic
-def fetch_add(typingctx, counter, at):
-    """Atomically add 1 to ``counter[at]`` (int64) and return its old value."""
-
-    def codegen(context, b, signature, args):
-        pointer = _counter(context, b, signature.args[0], args[0], args[1])
-        return b.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "acq_rel")
-
-    return types.int64(counter, types.int64), codegen
-
-
-@intrinsic
-def wait_for(typingctx, counter, at, value):
-    """Wait until ``counter[at]`` (int64) is at least ``value``; lets other threads run."""
-
-    def codegen(context, b, signature, args):
-        pointer = _counter(context, b, signature.args[0], args[0], args[1])
-        look, spin = b.append_basic_block("look"), b.append_basic_block("spin")
-        rest, done = b.append_basic_block("rest"), b.append_basic_block("done")
-        before = b.block
-        b.branch(look)
-        b.position_at_end(look)
-        tries = b.phi(_I64)
-        seen = b.load_atomic(pointer, "acquire", 8, typ=_I64)
-        b.cbranch(b.icmp_signed(">=", seen, args[2]), done, spin)
-        b.position_at_end(spin)
-        again = b.add(tries, ir.Constant(_I64, 1))
-        patient = b.icmp_signed("<", again, ir.Constant(_I64, _SPINS))
-        b.cbranch(patient, look, rest)
-        b.position_at_end(rest)
-        if os.name == "posix":
-            _call(b, "sched_yield", _I32, [])
-        b.branch(look)
-        tries.add_incoming(ir.Constant(_I64, 0), before)
-        tries.add_incoming(again, spin)
-        tries.add_incoming(again, rest)
-        b.position_at_end(done)
-        return context.get_dummy_value()
-
-    return types.void(counter, types.int64, types.int64), codegen

@@ -188,7 +188,7 @@ def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
         turned = q.reshape(-1).numpy().copy()
         if 2 * pairs <= head_dim:
             angles = (rotary_row(cos, pairs), rotary_row(sin, pairs))
-            kernels.rotate(turned, np.int64(0), *angles, paired)
+            kernels.rotate(turned, *angles, paired)
             if _close(torch.from_numpy(turned), wanted.reshape(-1)):
                 return paired, pairs
     raise UnfitError("the rotary embedding turns in another way")

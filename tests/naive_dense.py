@@ -57,16 +57,29 @@ def softmax(x: F64) -> F64:
 
 
 def attention(
-    layer: Layer, x: F64, cos: F64, sin: F64, paired: bool, past: tuple[F64, F64]
+    layer: Layer,
+    x: F64,
+    cos: F64,
+    sin: F64,
+    paired: bool,
+    past: tuple[F64, F64],
+    kept: tuple[F64, F64],
+    tolerance: float,
 ) -> tuple[F64, tuple[F64, F64]]:
-    """What attention adds to ``x``, and keys and values ``[H, T + 1, dim]`` with the new token."""
+    """What attention adds to ``x``, and keys and values ``[H, T + 1, dim]`` with the new token.
+
+    ``kept`` are the token's key and value as the cache has them, ``[H, dim]``: half precision,
+    checked here and then used, because what lies between two halves may be rounded to either.
+    """
     seen, dim = norm(layer.norm, x), layer.head_dim
     q = heads(layer.q_norm, multiply(layer.q, seen), dim, layer.clip)
     k = heads(layer.k_norm, multiply(layer.k, seen), dim, layer.clip)
     v = heads(None, multiply(layer.v, seen), dim, layer.clip)
     q, k = (np.stack([rotate(head, cos, sin, paired) for head in side]) for side in (q, k))
-    keys = np.concatenate((past[0], k[:, None]), axis=1)
-    values = np.concatenate((past[1], v[:, None]), axis=1)
+    for side, found in zip((k, v), kept, strict=True):
+        np.testing.assert_allclose(found, side, rtol=2**-11 + tolerance, atol=tolerance)
+    keys = np.concatenate((past[0], kept[0][:, None]), axis=1)
+    values = np.concatenate((past[1], kept[1][:, None]), axis=1)
     window = layer.window or keys.shape[1]
     out = []
     for head in range(layer.heads):

@@ -55,8 +55,8 @@ def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.Mon
     assert result["layers"] == 2
     assert result["decode_path"].startswith("one-token kernels")
     per_layer = (64 * 64 * 2 + 64 * 32 * 2 + 2 * 3 * 64 * 32) * 18 // 32
-    # The router's 4 rows are padded to 16 and stay bfloat16; keys and values are float32.
-    per_layer += 16 * 64 * 2 + 2 * 4 * 2 * 16 * 10
+    # The router's 4 rows are padded to 16 and stay bfloat16; keys and values are half precision.
+    per_layer += 16 * 64 * 2 + 2 * 2 * 2 * 16 * 10
     assert result["bytes_per_token"] == 2 * per_layer + 96 * 64 * 18 // 32
     assert len(result["decode"]["samples_s"]) == len(result["prefill"]["samples_s"]) == 3
     assert result["read_fraction"] > 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numba import njit, types
 
+from cpu_experts.attention import exp_all, largest_of, to_half
 from cpu_experts.formats import (
     ACT_GROUP,
     FORMATS,
@@ -78,6 +79,60 @@ def test_strip_dot_equals_numpy(fmt: str, n: int) -> None:
         want = seen[rows[first : first + n]].astype(np.float64) @ unpack(packed, 16, 96, fmt).T
         np.testing.assert_allclose(out[7:].reshape(n, 16), want, atol=5e-5)
         assert np.isnan(out[:7]).all()
+
+
+@pytest.mark.parametrize("n", ROW_BLOCKS)
+def test_strips_of_halves_equal_numpy(n: int) -> None:
+    """Keys and values: 16 rows in half precision, subnormal ones included."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((16, 96)).astype(np.float16)
+    w[3] *= np.float16(1e-5)
+    x = rng.standard_normal((n, 96)).astype(np.float32)
+    strip = np.ascontiguousarray(w.T).view(np.uint8).reshape(-1)
+    out, rows = np.zeros(16 * n, np.float32), np.arange(n).astype(np.int32)
+    _caller("f16", n)(strip, 0, x.view(np.uint8).reshape(-1), 4 * 96, rows, 0, 96, out, 0)
+    want = x.astype(np.float64) @ w.T.astype(np.float64)
+    np.testing.assert_allclose(out.reshape(n, 16), want, atol=1e-5)
+
+
+def test_halves_are_rounded_as_numpy_does() -> None:
+    """To the nearest, ties to even; subnormal, overflowing and infinite numbers; NaN stays NaN."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(2000) * 10.0 ** rng.integers(-9, 6, 2000)
+    ties = np.arange(2000) * 0.5 + 2048
+    edges = [0.0, -0.0, 65519.9, 65520.0, -1e30, np.inf, 2**-24, 2**-25, 3 * 2**-26, 2**-14]
+    values = np.concatenate((x, -ties, ties, edges)).astype(np.float32)
+
+    @njit
+    def convert(values, out):
+        for i in range(values.size):
+            out[i] = to_half(values[i])
+
+    out = np.zeros(values.size, np.uint16)
+    convert(values, out)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(out, values.astype(np.float16).view(np.uint16))
+    convert(np.array([np.nan], np.float32), out)
+    assert np.isnan(out[:1].view(np.float16)[0])
+
+
+def test_weights_of_attention() -> None:
+    """exp of a row of scores less the largest, and its sum; -inf counts as nothing."""
+    x = np.random.default_rng(0).standard_normal(64).astype(np.float32) * 20
+    x[[3, 40]] = -np.inf
+
+    @njit
+    def call(x):
+        largest = largest_of(x, 16, 48)
+        return largest, exp_all(x, 16, 48, largest)
+
+    out = x.copy()
+    largest, total = call(out)
+    assert largest == x[16:].max()
+    want = np.exp(x[16:].astype(np.float64) - float(largest))
+    np.testing.assert_allclose(out[16:], want, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(total, want.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(out[:16], x[:16])
 
 
 def test_silu_is_accurate_over_the_whole_range() -> None:

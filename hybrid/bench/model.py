@@ -28,7 +28,7 @@ from hybrid.prediction import predicted, prompt_loads
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
-_FLOAT_BYTES = 4
+_HALF_BYTES = 2  # of a key or value in the cache
 
 
 class _Clock:
@@ -215,7 +215,7 @@ def _bytes_per_token(model: Any, context: float) -> int | None:
     total: float = fast.decoder.bytes_per_token()
     for layer in fast.decoder.layers:
         seen = min(context, layer.window) if layer.window else context
-        total += 2 * _FLOAT_BYTES * layer.kv_heads * layer.head_dim * seen
+        total += 2 * _HALF_BYTES * layer.kv_heads * layer.head_dim * seen
     return int(total)
 
 
