@@ -1,14 +1,17 @@
-"""The fast path for one token: under ``generate()``, around transformers' modelling code.
+"""The fast path: under ``generate()``, around transformers' modelling code.
 
 A model's ``forward`` is wrapped. A call with one new token of one sequence goes through the
-one-token kernels, everything else through transformers; both write the same cache. Which path
-a model has is decided once, when it is loaded, by computing a few tokens both ways.
+one-token kernels, one with several goes through transformers' layers with our attention (see
+:mod:`hybrid.prompt`), and everything else through transformers; all write the same cache.
+Which path a model has is decided once, when it is loaded, by computing a few tokens both ways.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,6 +25,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from cpu_experts.decoder import Decoder
 from hybrid.decoder_parts import UnfitError, read_decoder, rotary_row
 from hybrid.kv_cache import Sequence, can_share
+from hybrid.prompt import OnPrompt, Piece, Teller, attend_in_pieces, in_pieces
 
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512
@@ -81,11 +85,15 @@ class FastDecoder:
         self._shapes = [(layer.kv_heads, layer.head_dim) for layer in decoder.layers]
         self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in _GROWING
         self._angles: list[tuple[Any, Any]] = []
+        self.piece: Piece | None = None
+        self.on_prompt: OnPrompt | None = None
 
     def takes(self, arguments: dict[str, Any]) -> bool:
-        """Whether a call of ``forward`` is one new token of one sequence and nothing special."""
+        """Whether a call of ``forward`` is new tokens of one sequence and nothing special."""
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-        if not isinstance(ids, Tensor) or ids.shape != (1, 1) or ids.device.type != "cpu":
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.device.type != "cpu":
+            return False
+        if ids.shape[0] != 1 or ids.shape[1] == 0:
             return False
         if any(
             value not in (None, False) for name, value in arguments.items() if name not in _KNOWN
@@ -115,6 +123,44 @@ class FastDecoder:
         self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
         sequence.advance()
         return MoeCausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
+
+    def prompt(self, arguments: dict[str, Any], slow: Any) -> MoeCausalLMOutputWithPast:
+        """Compute the tokens of a call that :meth:`takes`, in pieces, through ``slow``."""
+        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        sequence, total = self.packed(cache), ids.shape[1]
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = torch.arange(total)[None] + cache.get_seq_length()
+        keep = arguments.get("logits_to_keep", 0)
+        kept, teller = [], Teller(self.on_prompt, total)
+        for cut, wanted in in_pieces(ids, keep):
+            angles = self.angles_at(positions[:, cut])
+            self.piece = Piece(self.decoder, sequence, *angles)
+            try:
+                output = slow(
+                    input_ids=ids[:, cut],
+                    position_ids=positions[:, cut],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=wanted,
+                )
+            finally:
+                self.piece = None
+            kept.append(output.logits)
+            teller.tell(min(total, cut.stop))
+        if len(kept) > 1:
+            every = torch.cat(kept, dim=1)
+            output.logits = every[:, -keep:] if keep else every
+        return output  # type: ignore[no-any-return]
+
+    def angles_at(self, positions: Tensor) -> tuple[Any, Any]:
+        """Cosines and sines of positions ``[1, T]``, ``[T, pairs]`` float32 each."""
+        sides = self._base.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
+        cos, sin = (
+            side.detach().float().reshape(positions.shape[1], -1)[:, : self._pairs].contiguous()
+            for side in sides
+        )
+        return cos.numpy(), sin.numpy()
 
     def packed(self, cache: DynamicCache) -> Sequence:
         """Return the sequence of a cache, its content in the kernels' layout."""
@@ -174,6 +220,8 @@ def _settle(model: Any, path: DecodePath) -> DecodePath:
 def _distance(model: Any, fast: FastDecoder) -> float:
     """Compute a few tokens both ways, layer by layer on the same hidden states.
 
+    A short prompt's attention, then single tokens at several positions.
+
     Returns the worst layer's relative distance, a layer counting by the middle one of its
     tokens: where two experts' scores are equal but for rounding, a single token says nothing.
     The layers are compared one by one because the roundings of quantized layers add up.
@@ -182,7 +230,8 @@ def _distance(model: Any, fast: FastDecoder) -> float:
     ids = torch.arange(1, 4)[None] % config.vocab_size
     caches = [DynamicCache(config=config) for _ in range(2)]
     for cache in caches:
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        with _seen_by_attention(model) as seen:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
     kv = fast.packed(caches[1]).kv
     longest = getattr(config, "max_position_embeddings", None) or max(_TEST_POSITIONS) + 1
     distances = []
@@ -198,7 +247,40 @@ def _distance(model: Any, fast: FastDecoder) -> float:
         row.append(_relative(torch.from_numpy(found), logits))
         kv.advance()
         distances.append(row)
-    return float(max(sorted(column)[1] for column in zip(*distances, strict=True)))
+    decode = float(max(sorted(column)[1] for column in zip(*distances, strict=True)))
+    return max(decode, _prompt_distance(model, fast, seen))
+
+
+def _prompt_distance(model: Any, fast: FastDecoder, seen: list[tuple[Tensor, Tensor]]) -> float:
+    """Compute a short prompt's attention layer by layer; returns the worst layer's distance."""
+    tokens = seen[0][0].shape[1]
+    sequence = fast.packed(DynamicCache(config=model.config.get_text_config()))
+    piece = Piece(fast.decoder, sequence, *fast.angles_at(torch.arange(tokens)[None]))
+    distances = []
+    for index, (layer, pair) in enumerate(zip(model.get_decoder().layers, seen, strict=True)):
+        before, after = pair
+        found = piece.attend(index, layer.self_attn, before)
+        distances.append(_relative(found.float(), after.float()))
+    return max(distances)
+
+
+@contextmanager
+def _seen_by_attention(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Note what goes into every layer's attention and what comes out."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"], output[0]))
+
+    hooks = [
+        layer.self_attn.register_forward_hook(note, with_kwargs=True)
+        for layer in model.get_decoder().layers
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
@@ -243,9 +325,12 @@ def _wrap(model: Any, fast: FastDecoder) -> None:
 
     @functools.wraps(slow)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not args and fast.takes(kwargs):
-            return fast.forward(kwargs)
-        return slow(*args, **kwargs)
+        if args or not fast.takes(kwargs):
+            return slow(*args, **kwargs)
+        return (
+            fast.forward(kwargs) if kwargs["input_ids"].shape[1] == 1 else fast.prompt(kwargs, slow)
+        )
 
+    attend_in_pieces(model.get_decoder().layers, lambda: fast.piece)
     model.forward = forward
     model.hybrid_fast_decoder = fast

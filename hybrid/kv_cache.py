@@ -75,7 +75,7 @@ class _SharedLayer(DynamicLayer):
         if keys.numel() == 0:
             keys = values = torch.empty(1, heads, 0, dim)
         self._sequence.kv.store(
-            self._index, keys[0].float().contiguous().numpy(), values[0].float().numpy()
+            self._index, *(x[0].float().contiguous().numpy() for x in (keys, values))
         )
         self._tensors = (None, None)
         self._sequence.plain.discard(self._index)
@@ -141,6 +141,12 @@ class Sequence:
         """Tell the layers of the token that a decode step has added."""
         for layer in self._sliding:
             layer.cumulative_length += 1
+
+    def advance_layer(self, index: int, count: int) -> None:
+        """Tell a layer of tokens that :meth:`Decoder.attend` has added."""
+        layer = self._layers[index]
+        if layer.is_sliding:
+            layer.cumulative_length += count
 
     def read(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return a layer's content as ``[1, H, T, dim]`` tensors."""
