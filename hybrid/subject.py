@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.config import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
+from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.planning import resolve
 from planner.families import from_hf_config
@@ -42,7 +43,7 @@ def subject(name: str | Path, experts: str | None = None, dense: str | None = No
     Parameters
     ----------
     name
-        Which.
+        Which; ``"demo"`` is the model that ships.
     experts, dense
         Formats to measure it in. A converted directory has its own.
 
@@ -52,7 +53,7 @@ def subject(name: str | Path, experts: str | None = None, dense: str | None = No
         When there is no such model, it cannot be read, or a format is unknown or another one.
     """
     check_formats(experts, dense)
-    path = Path(name)
+    path = demo_path() if name == "demo" else Path(name)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
         data = read_table(path)

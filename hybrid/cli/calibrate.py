@@ -7,9 +7,12 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from gpu_experts.device import Device
 
 
 def calibrate(
@@ -29,6 +32,13 @@ def calibrate(
         str | None,
         typer.Option(
             help="Weight format of everything else.", show_default="as the checkpoint has it"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda or cuda:N to measure it, too; cpu for the CPU alone.",
+            show_default="the GPU if there is one",
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
@@ -54,10 +64,17 @@ def calibrate(
     from hybrid.cli.plan import write_file
     from planner.hardware import to_toml
 
-    identity = Identity.of_this_machine(threads)
+    gpu = _gpu(device)
+    identity = Identity.of_this_machine(threads, gpu.name if gpu else "")
     with _Progress(LIMIT_S) as progress:
         spec = hardware_for(
-            model, force=force, experts=experts, dense=dense, threads=threads, progress=progress
+            model,
+            force=force,
+            experts=experts,
+            dense=dense,
+            device=gpu,
+            threads=threads,
+            progress=progress,
         )
     known = "" if progress.used else ", measured before; --force measures again"
     print(f"in force: {identity.path}{known}", file=sys.stderr)
@@ -100,3 +117,20 @@ class _Progress:
         done_s = now_s - (now_s if self._begun_s is None else self._begun_s)
         self._bar.update(self._task, description=what, completed=done_s, visible=True)
         self.used = True
+
+
+def _gpu(name: str | None) -> Device | None:
+    """Return the GPU to measure; None for the CPU alone."""
+    from hybrid.devices import choose_device
+    from hybrid.errors import UsageError
+
+    chosen = choose_device(name, None)
+    if chosen == "emulated":
+        raise UsageError(
+            "an emulated device has no speed of its own to measure", hint="choose cuda or cpu"
+        )
+    if chosen is None:
+        return None
+    from gpu_experts.cuda import CudaDevice
+
+    return CudaDevice(int(chosen.partition(":")[2]))
