@@ -216,8 +216,11 @@ class Executor:
         packed = self.layers[layer]
         flat = hidden.detach().reshape(-1, packed.shape.hidden)
         tokens = len(flat)
-        looks = self._lookahead is not None and (tokens > 1 or self.director.looks_ahead)
-        scores = self._lookahead.scores(layer, flat) if self._lookahead and looks else None
+        scores = None
+        if self._lookahead is not None and (
+            tokens > 1 or self.director.looks_ahead or self._read_ahead is not None
+        ):
+            scores = self._lookahead.scores(layer, flat)
         answer = device.to_host(
             flat,
             expert_ids.detach(),

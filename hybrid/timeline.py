@@ -20,6 +20,8 @@ ROUTER, DECIDING, EXPERTS, HEAD = TERMS = (
 CPU, GPU, LINK = LANES = ("cpu", "gpu", "link")
 """Who works while the experts run; lanes overlap, so they add up to more than the experts."""
 PREFILL, DECODE = "prefill", "decode"
+RECENT = 0.05
+"""Weight of the newest layer in what deciding usually takes."""
 RECORDED_EVENTS = 200_000
 """Spans kept for a timeline; a longer run keeps its beginning."""
 
@@ -123,6 +125,7 @@ class Timeline:
         self.keep = keep
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
         self.events: list[Event] = []
+        self._usual: dict[bool, float] = {}
         self._open: deque[LayerRecord] = deque()
         self._start_s: float | None = None
 
@@ -147,6 +150,7 @@ class Timeline:
         lanes[CPU] += record.cpu_end_s - record.decided_s if record.plan.cpu else 0.0
         terms, lanes = phase.predicted.terms, phase.predicted.lanes
         terms[ROUTER] += record.dense_s
+        terms[DECIDING] += self._usually(record)
         terms[EXPERTS] += record.plan.makespan_s
         lanes[CPU] += record.plan.cpu_end_s if record.plan.cpu else 0.0
         lanes[GPU] += record.gpu_work_s
@@ -154,6 +158,16 @@ class Timeline:
         self._open.append(record)
         while self._open and self._open[0].done():
             self._close(self._open.popleft())
+
+    def _usually(self, record: LayerRecord) -> float:
+        """Predict what deciding takes: what it took lately, for nothing else tells.
+
+        The very first layer has nothing to go by.
+        """
+        prompt, took_s = record.tokens > 1, record.decided_s - record.routed_s
+        usual_s = self._usual.get(prompt)
+        self._usual[prompt] = took_s if usual_s is None else usual_s + RECENT * (took_s - usual_s)
+        return usual_s or 0.0
 
     def step(self, tokens: int, head_s: float, predicted_head_s: float) -> None:
         """End a step; the time after its last layer was ``head_s``."""

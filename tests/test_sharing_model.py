@@ -20,6 +20,7 @@ from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.placement import Budget, Placement, place_model
 from hybrid.planning import find_hardware, plan
+from hybrid.store import ExpertStore
 from planner.errors import PlannerError
 from planner.memory import STAGING, VRAM_RESERVE_BYTES
 from planner.popularity import Popularity
@@ -308,6 +309,24 @@ def test_a_popularity_file_of_another_model_is_refused(tmp_path: Path, tiny_mode
         HybridModel.from_pretrained(tiny_model, vram="1GiB", popularity=file)
     with pytest.raises(UsageError, match="there is no popularity file"):
         HybridModel.from_pretrained(tiny_model, vram="1GiB", popularity=tmp_path / "none.json")
+
+
+def test_experts_beyond_memory_are_read_ahead(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """With less RAM than experts the lookahead asks the system for pages; the text is the same."""
+    asked: list[tuple[int, list[int]]] = []
+    original = ExpertStore.read_ahead
+
+    def read_ahead(self: ExpertStore, layer: int, experts: Any) -> None:
+        asked.append((layer, list(experts)))
+        original(self, layer, experts)
+
+    monkeypatch.setattr(ExpertStore, "read_ahead", read_ahead)
+    model = placed("demo", 20, ram=(2 << 30) + (1 << 20))
+    assert placement_of(model).fit.in_ram < 1
+    asked.clear()
+    assert model.generate(PROMPT, **GREEDY) == text
+    assert {layer for layer, _ in asked} == {1, 2, 3, 4, 5}
+    assert any(experts for _, experts in asked)
 
 
 def test_the_dry_run_places_as_the_runtime_does(tiny_model: Path) -> None:
