@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,10 +28,11 @@ SLOW_CPU = {**machine_table()["cpu"], "memory_bytes_per_s": quantity(0.5e9)}
 CONTENDED = {**machine_table()["link"], "cpu_slowdown": quantity(1.5)}
 
 
-def director(slots: int = 3, slow: bool = True, **options: bool) -> Director:
-    """The small model where copies beat the CPU (or do not), with empty slots."""
+def director(slots: int = 3, slow: bool = True, **options: Any) -> Director:
+    """The small model where copies beat the CPU (or do not), with empty slots; deciding is free."""
     hardware = machine(cpu=SLOW_CPU) if slow else machine()
     cost = CostModel(MODEL, hardware, "q4_0")
+    options.setdefault("deciding_s", 0.0)
     return Director(cost, ExpertCache(Blend(LAYERS, EXPERTS), [slots] * LAYERS), **options)
 
 
