@@ -23,7 +23,7 @@ from cpu_experts.decoder import Decoder
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
 from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router, fill_record
-from hybrid.dense import PackedMlp, QuantizedLinear, pack_linear, pack_mlp, pack_tied
+from hybrid.dense import Arena, PackedMlp, QuantizedLinear, pack_linear, pack_mlp, pack_tied
 
 
 class UnfitError(Exception):
@@ -69,7 +69,7 @@ def read_norm(module: Any) -> Norm:
     raise UnfitError(f"{type(module).__name__} is another norm")
 
 
-def _matrix(owner: Any, name: str) -> Matrix:
+def _matrix(owner: Any, name: str, arena: Arena) -> Matrix:
     """Return a projection, its module replaced by a packed one where it is not yet."""
     module = getattr(owner, name)
     if type(module) is nn.Linear:
@@ -77,6 +77,7 @@ def _matrix(owner: Any, name: str) -> Matrix:
         setattr(owner, name, module)
     if type(module) is not QuantizedLinear:
         raise UnfitError(f"{name} is a {type(module).__name__}")
+    arena.move(module.packed)
     return Matrix(
         weight=module.packed.numpy(),
         rows=module.rows,
@@ -86,11 +87,12 @@ def _matrix(owner: Any, name: str) -> Matrix:
     )
 
 
-def _packed_rows(weight: Tensor, bias: Tensor | None) -> Matrix:
+def _packed_rows(weight: Tensor, bias: Tensor | None, arena: Arena) -> Matrix:
     rows, cols = weight.shape
     linear = nn.Linear(cols, rows, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     module = pack_linear(linear)
+    arena.move(module.packed)
     return Matrix(
         weight=module.packed.numpy(),
         rows=rows,
@@ -100,14 +102,14 @@ def _packed_rows(weight: Tensor, bias: Tensor | None) -> Matrix:
     )
 
 
-def read_router(module: Any, shared_gate: Tensor | None) -> Router:
+def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router:
     """Return a router: the parameters that choose as the family's own code does."""
     weight = module.weight.detach()
     bias = getattr(module, "bias", None)
     rows = weight if shared_gate is None else torch.cat((weight, shared_gate.detach().to(weight)))
     if shared_gate is not None and bias is not None:
         bias = torch.cat((bias, torch.zeros(1).to(bias)))
-    matrix = _packed_rows(rows, bias)
+    matrix = _packed_rows(rows, bias, arena)
     x = _sample(24, weight.shape[1]).to(weight.dtype)
     outputs = module(x)
     if not isinstance(outputs, tuple) or len(outputs) != 3:
@@ -199,16 +201,16 @@ def rotary_row(values: Tensor, pairs: int) -> F32:
     return np.ascontiguousarray(values.detach().float().reshape(-1)[:pairs].numpy())
 
 
-def _shared(block: Any) -> tuple[Experts | None, Tensor | None]:
+def _shared(block: Any, arena: Arena) -> tuple[Experts | None, Tensor | None]:
     """The shared expert of a block, packed, and the row that weighs it."""
     for name in ("shared_expert", "shared_experts", "shared_mlp"):
         if getattr(block, name, None) is not None:
             gate = getattr(block, "shared_expert_gate", None)
-            return _mlp(block, name), None if gate is None else gate.weight
+            return _mlp(block, name, arena), None if gate is None else gate.weight
     return None, None
 
 
-def _mlp(owner: Any, name: str) -> Experts:
+def _mlp(owner: Any, name: str, arena: Arena) -> Experts:
     module = getattr(owner, name)
     if not isinstance(module, PackedMlp):
         _only(module, "gate_proj up_proj down_proj act_fn", f"{name} ({type(module).__name__})")
@@ -217,10 +219,11 @@ def _mlp(owner: Any, name: str) -> Experts:
             raise UnfitError(f"{type(module).__name__} has another form than gate, up and down")
         setattr(owner, name, packed)
         module = packed
+    arena.move(module.block)
     return Experts(blocks=module.block.numpy()[None], shape=module.shape)
 
 
-def _read_layer(layer: Any, window: int) -> Layer:
+def _read_layer(layer: Any, window: int, arena: Arena) -> Layer:
     _only(
         layer,
         "self_attn input_layernorm post_attention_layernorm mlp block_sparse_moe",
@@ -244,13 +247,14 @@ def _read_layer(layer: Any, window: int) -> Layer:
         runner = getattr(block.experts, "hybrid_experts", None)
         if runner is None or runner.own_gating:
             raise UnfitError("the experts' activation has no kernel")
-        shared, shared_gate = _shared(block)
-        router = read_router(block.gate if hasattr(block, "gate") else block.router, shared_gate)
+        shared, shared_gate = _shared(block, arena)
+        gate = block.gate if hasattr(block, "gate") else block.router
+        router = read_router(gate, shared_gate, arena)
         experts = Experts(blocks=runner.blocks, shape=runner.shape)
     else:
-        shared = _mlp(layer, name)
+        shared = _mlp(layer, name, arena)
     head_dim = attention.head_dim
-    q, k, v, o = (_matrix(attention, f"{x}_proj") for x in "qkvo")
+    q, k, v, o = (_matrix(attention, f"{x}_proj", arena) for x in "qkvo")
     clip = getattr(attention.config, "clip_qkv", None)
     norms = [
         read_norm(module) if isinstance(module, nn.Module) else None
@@ -300,15 +304,17 @@ def read_decoder(model: Any) -> tuple[Decoder, int]:
         raise UnfitError("its cache keeps something else than keys and values")
     windows = [int(getattr(kind, "sliding_window", 0)) for kind in kinds] or [0] * len(base.layers)
     pack_tied(model)
+    arena = Arena()
     try:
         layers = [
-            _read_layer(layer, window) for layer, window in zip(base.layers, windows, strict=True)
+            _read_layer(layer, window, arena)
+            for layer, window in zip(base.layers, windows, strict=True)
         ]
         paired, pairs = read_rotary(model, base.rotary_emb, layers[0].head_dim)
         decoder = Decoder(
             layers,
             norm=read_norm(base.norm),
-            lm_head=_matrix(model, "lm_head"),
+            lm_head=_matrix(model, "lm_head", arena),
             scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
             paired=paired,
         )

@@ -13,6 +13,33 @@ from cpu_experts.ffn import linear, run_experts
 from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, unpack, unpack_rows
 from hybrid.errors import UnsupportedModelError
 from hybrid.families import ExpertsSpec, recognise_gating
+from hybrid.pages import PAGE_BYTES, large_pages
+
+#: Memory that is taken at a time for dense weights, and what each of them starts on.
+_CHUNK_BYTES = 32 * PAGE_BYTES
+_LINE_BYTES = 64
+
+
+class Arena:
+    """Memory in large pages for tensors that live as long as their model."""
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def move(self, tensor: Tensor) -> None:
+        """Move the content of a CPU tensor here; the tensor object stays the same."""
+        size = tensor.numel() * tensor.element_size()
+        if size == 0:
+            return
+        if self._used + size > self._chunk.numel():
+            memory = large_pages(max(size, _CHUNK_BYTES))
+            self._chunk = torch.frombuffer(memory, dtype=torch.uint8)
+            self._used = 0
+        place = self._chunk[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
+        self._used += -(-size // _LINE_BYTES) * _LINE_BYTES
+        with torch.no_grad():
+            tensor.data = place.copy_(tensor)
 
 
 class _Packed(nn.Module):

@@ -18,6 +18,7 @@ from cpu_experts.experts import ExpertShape
 from cpu_experts.formats import F32, GROUP, TILE, pack
 from hybrid.errors import CheckpointError
 from hybrid.families import ExpertsSpec
+from hybrid.pages import AlignedWriter
 from hybrid.partial import Partial
 from hybrid.store import DATA_NAME, LayerRecord, StoreIndex, header_page
 from hybrid.weight_map import WeightMap
@@ -43,17 +44,17 @@ def write_experts(
     layers: list[LayerRecord] = []
     resumed = 0
     path = partial.path / DATA_NAME
-    with path.open("r+b" if path.exists() else "w+b") as file:
+    with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
         file.write(header_page(index.id))
         file.truncate(index.nbytes)
+        writer = AlignedWriter(file)
         for spec, record in zip(specs, index.layers, strict=True):
             known = partial.checksums(record.module)
             if known is not None and _intact(file, record, index.format, known):
                 resumed += 1
                 advance(record.nbytes(index.format), record.module)
             else:
-                known = _write_layer(file, weights, spec, record, index.format, advance)
-                file.flush()
+                known = _write_layer(writer, weights, spec, record, index.format, advance)
                 os.fsync(file.fileno())
                 partial.layer_done(record.module, known)
             layers.append(replace(record, checksums=tuple(known)))
@@ -69,7 +70,7 @@ def _intact(file: IO[bytes], record: LayerRecord, fmt: str, checksums: list[int]
 
 
 def _write_layer(
-    file: IO[bytes],
+    file: AlignedWriter,
     weights: WeightMap,
     spec: ExpertsSpec,
     record: LayerRecord,
@@ -90,6 +91,7 @@ def _write_layer(
         block.pad_to(stride)
         checksums.append(block.checksum)
         advance(stride, record.module)
+    file.flush()
     return checksums
 
 
@@ -143,7 +145,7 @@ def _alternate(sides: list[NDArray[Any]]) -> NDArray[Any]:
 class _Block:
     """One expert's bytes on their way into the file: position and checksum."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: AlignedWriter) -> None:
         self._file = file
         self._written = 0
         self.checksum = 0

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.experts import ExpertShape
 from cpu_experts.formats import pad
 from hybrid.errors import StoreError
+from hybrid.pages import ask_for_large_pages
 
 DATA_NAME = "experts.bin"
 INDEX_NAME = "experts.json"
@@ -240,6 +242,9 @@ class ExpertStore:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise StoreError(f"cannot read {file_path}: {error.strerror}", hint=_REMAKE) from error
+        if size <= psutil.virtual_memory().total // 2:
+            # A store that memory holds in part would lose room to neighbours it has no use for.
+            ask_for_large_pages(mapped)
         store = cls(path, index, mapped)
         if verify:
             store.verify()

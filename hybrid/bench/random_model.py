@@ -24,6 +24,7 @@ from hybrid.checkpoint import converted_config, layout
 from hybrid.dense import dense_matrices
 from hybrid.errors import DiskSpaceError
 from hybrid.families import find_experts
+from hybrid.pages import AlignedWriter
 from hybrid.store import DATA_NAME, StoreIndex, header_page
 from hybrid.store import INDEX_NAME as STORE_INDEX
 from hybrid.tensor_files import INDEX_NAME
@@ -48,7 +49,8 @@ def write_random_model(
         dense_format=dense,
         dense=matrices if packed else {},
     )
-    with (directory / DATA_NAME).open("wb") as file:
+    with (directory / DATA_NAME).open("wb", buffering=0) as raw:
+        file = AlignedWriter(raw)
         file.write(header_page(index.id))
         layers = []
         for record in index.layers:
@@ -57,6 +59,7 @@ def write_random_model(
                 file.write(block)
             sums = (zlib.crc32(block),) * record.experts
             layers.append(replace(record, checksums=sums))
+        file.flush()
     index = replace(index, layers=tuple(layers))
     (directory / STORE_INDEX).write_text(index.to_json())
     moved = {f"{spec.path}.{name}" for spec in specs for name in spec.parameters}
