@@ -1,8 +1,9 @@
 """llama.cpp in a process of its own: evaluates tokens on request and answers with the seconds.
 
 Started by :mod:`hybrid.bench.peers` as ``python -m hybrid.bench.llama_worker GGUF THREADS
-CONTEXT``; one JSON request ``{"prompt": P, "generate": N}`` a line on stdin, one JSON answer a
-line on stdout.
+CONTEXT``; one JSON request ``{"prompt": P, "generate": N, "again": false}`` a line on stdin, one
+JSON answer a line on stdout. With ``again`` the prompt is not computed anew where it is the
+same as in the last request: what followed it is forgotten.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ def main() -> None:
         verbose=False,
     )
     print(json.dumps({"load_s": time.perf_counter() - start}), flush=True)
+    held = 0
     for line in sys.stdin:
         request = json.loads(line)
-        model.reset()
         start = time.perf_counter()
-        model.eval([(7 * i + 11) % model.n_vocab() for i in range(request["prompt"])])
+        if request["again"] and held == request["prompt"]:
+            model.n_tokens = held
+        else:
+            model.reset()
+            held = request["prompt"]
+            model.eval([(7 * i + 11) % model.n_vocab() for i in range(held)])
         prefilled = time.perf_counter()
         for i in range(request["generate"]):
             model.eval([(13 * i + 5) % model.n_vocab()])

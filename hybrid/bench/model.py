@@ -190,8 +190,13 @@ def _predicted(
     }
 
 
-def generate_once(model: Any, prompt: int, new_tokens: int) -> tuple[float, float, float]:
-    """Return when a generation began, its TTFT, and seconds from the first token to the last."""
+def generate_once(
+    model: Any, prompt: int, new_tokens: int, **options: Any
+) -> tuple[float, float, float]:
+    """Return when a generation began, its TTFT, and seconds from the first token to the last.
+
+    ``options`` go to ``generate()``.
+    """
     clock = _Clock()
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(1))
@@ -203,6 +208,7 @@ def generate_once(model: Any, prompt: int, new_tokens: int) -> tuple[float, floa
         max_new_tokens=new_tokens,
         do_sample=False,
         streamer=clock,
+        **options,
     )
     return start, clock.times[1] - start, clock.times[-1] - clock.times[1]
 

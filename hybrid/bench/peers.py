@@ -1,8 +1,9 @@
-"""``hybrid bench peers``: the same shape through this runtime and through llama.cpp.
+"""``hybrid bench peers``: the same shape through this runtime, llama.cpp and transformers.
 
-Both hold random weights, every matrix in q4_0, and run the same number of tokens on the same
+llama.cpp holds random weights, every matrix in q4_0 as ours are; transformers holds bfloat16,
+of fewer layers, which we then run as few of. All run the same number of tokens on the same
 number of threads. llama.cpp runs in a process of its own, with the environment it would have
-without us. The two take turns, and ratios are taken between neighbours in time, because the
+without us. Two take turns, and ratios are taken between neighbours in time, because the
 machine's speed drifts.
 """
 
@@ -19,7 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hybrid import host
 from hybrid.bench.model import generate_once, read_spec
@@ -28,14 +32,20 @@ from hybrid.bench.record import provenance, spread
 from hybrid.errors import HybridError, UsageError
 from hybrid.loading import load_fast_model, set_threads
 
+_PLAIN = "transformers, bfloat16"
+
 
 class Case(NamedTuple):
-    """One comparison: what is timed is the prompt, or the tokens after it."""
+    """One comparison: what is timed is the prompt, or the tokens after it.
+
+    With ``again`` the prompt stays in the cache from one turn to the next.
+    """
 
     name: str
     prompt: int
     generate: int
     decode: bool
+    again: bool = False
 
 
 CASES = (
@@ -47,11 +57,64 @@ CASES = (
 
 def long_case(context: int) -> Case:
     """Decoding with ``context`` tokens in the cache."""
-    return Case(f"decode after {context}", context, 48, True)
+    return Case(f"decode after {context}", context, 32, True, again=True)
+
+
+class Peer(Protocol):
+    """What is compared with."""
+
+    name: str
+
+    def measure(self, case: Case) -> float:
+        """Return the seconds of the prompt, or of one token after it."""
+        ...
+
+
+class InProcess:
+    """A model of transformers, with our fast path or without.
+
+    Where a prompt stays in the cache, it is not computed at all: keys and values are random,
+    and what they are does not change the time of a token.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.name = name
+        self._model = model
+        self._held: tuple[int, Any] | None = None
+
+    def measure(self, case: Case) -> float:
+        """Return the seconds of the prompt, or of one token after it."""
+        if not case.again:
+            _, prefill, decode = generate_once(self._model, case.prompt, case.generate + 1)
+            return decode / case.generate if case.decode else prefill
+        if self._held is None or self._held[0] != case.prompt:
+            self._held = (case.prompt, _random_cache(self._model, case.prompt))
+        cache = self._held[1]
+        # The first token brings the cache into the layout of those that are timed.
+        _, _, decode = generate_once(
+            self._model, case.prompt + 1, case.generate + 1, past_key_values=cache
+        )
+        cache.crop(case.prompt - cache.get_seq_length())
+        return decode / case.generate
+
+
+@torch.no_grad()
+def _random_cache(model: Any, tokens: int) -> Any:
+    """A cache of ``tokens`` positions, as large as the model's own would be."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        _, heads, _, dim = layer.keys.shape
+        shape, dtype = (1, heads, tokens - 1, dim), layer.keys.dtype
+        cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), index)
+    return cache
 
 
 class LlamaCpp:
     """llama.cpp in a child process, see :mod:`hybrid.bench.llama_worker`."""
+
+    name = "llama.cpp"
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -59,7 +122,7 @@ class LlamaCpp:
 
     def measure(self, case: Case) -> float:
         """Return the seconds of the prompt, or of one token after it."""
-        request = {"prompt": case.prompt, "generate": case.generate}
+        request = {"prompt": case.prompt, "generate": case.generate, "again": case.again}
         assert self._process.stdin is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._answer()
@@ -105,25 +168,29 @@ def run(
     layers: int | None = 12,
     vocabulary: int | None = 32000,
     context: int | None = None,
+    plain_layers: int = 2,
     repeat: int = 5,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Compare with llama.cpp on the shape of ``spec``.
+    """Compare with llama.cpp and with transformers on the shape of ``spec``.
 
     Parameters
     ----------
     spec, layers, vocabulary
         A Qwen3-MoE file of ``configs/models``, and how many layers and tokens instead of its own.
     context
-        Also decode with this many tokens in the cache (two repeats: the prompt takes long).
+        Also decode with this many tokens in the cache; llama.cpp computes them once.
+    plain_layers
+        Layers of the comparison with transformers, whose weights in bfloat16 are four times the
+        size; 0 to leave it out.
     repeat
         Pairs a case.
 
     Returns
     -------
-    One record with a result a case: both sides' seconds (median, quartiles, samples) and
-    ``speedup``, the median of llama.cpp's time over ours pair by pair, with its samples.
+    One record with a result a case and peer: both sides' seconds (median, quartiles, samples)
+    and ``speedup``, the median of the peer's time over ours pair by pair, with its samples.
 
     Raises
     ------
@@ -138,45 +205,83 @@ def run(
     settings = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
-    cases = [(case, repeat) for case in CASES]
-    if context is not None:
-        cases.append((long_case(context), 2))
-    longest = max(case.prompt + case.generate for case, _ in cases) + 8
-    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
-        progress("writing random weights for both")
-        write_random_model(settings, Path(folder), experts="q4_0", dense="q4_0")
-        with _llama_cpp(settings, threads, longest) as peer:
-            model, _ = load_fast_model(folder)
-            generate_once(model, 32, 4)
-            peer.measure(Case("", 32, 4, True))
-            results = [_compare(model, peer, case, pairs, progress) for case, pairs in cases]
-            path = str(model.hybrid_decode)
+    cases = list(CASES) if context is None else [*CASES, long_case(context)]
+    longest = max(case.prompt + case.generate for case in cases) + 8
+    results = []
+    with _ours(settings, progress) as ours, _llama_cpp(settings, threads, longest) as llama:
+        path = str(ours.path)
+        for side in (ours.model, llama):
+            side.measure(Case("", 32, 4, True))
+        for case in cases:
+            results.append(_compare(ours.model, llama, case, repeat, progress))
+    if plain_layers:
+        few = settings | {"num_hidden_layers": plain_layers}
+        with _ours(few, progress) as ours:
+            plain = _plain(few)
+            for side in (ours.model, plain):
+                side.measure(Case("", 32, 4, True))
+            for case in CASES:
+                results.append(_compare(ours.model, plain, case, repeat, progress))
+                results[-1]["layers"] = plain_layers
     return provenance("hybrid bench peers", threads) | {
         "spec": spec.stem,
         "layers": settings["num_hidden_layers"],
         "vocabulary": settings["vocab_size"],
         "format": "q4_0",
         "decode_path": path,
-        "peer": f"llama-cpp-python {_version('llama-cpp-python')}",
+        "peers": {
+            LlamaCpp.name: f"llama-cpp-python {_version('llama-cpp-python')}",
+            _PLAIN: f"transformers {_version('transformers')}",
+        },
         "results": results,
     }
 
 
+class _Ours(NamedTuple):
+    model: InProcess
+    path: Any
+
+
+@contextmanager
+def _ours(settings: dict[str, Any], progress: Callable[[str], None]) -> Iterator[_Ours]:
+    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
+        progress(f"writing random weights of {settings['num_hidden_layers']} layers")
+        write_random_model(settings, Path(folder), experts="q4_0", dense="q4_0")
+        model, _ = load_fast_model(folder)
+        yield _Ours(InProcess(model, "ours"), model.hybrid_decode)
+
+
+def _plain(settings: dict[str, Any]) -> InProcess:
+    """transformers' own model in bfloat16: random routers, else one number a matrix."""
+    config = AutoConfig.for_model(**settings)
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        else:
+            torch.nn.init.constant_(parameter, 1.0 if parameter.ndim == 1 else 0.003)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return InProcess(model, _PLAIN)
+
+
 def _compare(
-    model: Any, peer: LlamaCpp, case: Case, pairs: int, progress: Callable[[str], None]
+    ours: InProcess, peer: Peer, case: Case, pairs: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    ours: list[float] = []
+    times: list[float] = []
     theirs: list[float] = []
     for turn in range(pairs):
-        progress(f"{case.name}: pair {turn + 1} of {pairs}")
-        _, prefill, decode = generate_once(model, case.prompt, case.generate + 1)
-        ours.append(decode / case.generate if case.decode else prefill)
+        progress(f"{case.name}, {peer.name}: pair {turn + 1} of {pairs}")
+        times.append(ours.measure(case))
         theirs.append(peer.measure(case))
-    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+    ratios = [their / our for our, their in zip(times, theirs, strict=True)]
     tokens = 1 if case.decode else case.prompt
     return case._asdict() | {
-        "ours": spread(ours) | {"tokens_per_s": tokens / median(ours)},
-        "llama_cpp": spread(theirs) | {"tokens_per_s": tokens / median(theirs)},
+        "peer": peer.name,
+        "ours": spread(times) | {"tokens_per_s": tokens / median(times)},
+        "theirs": spread(theirs) | {"tokens_per_s": tokens / median(theirs)},
         "speedup": median(ratios),
         "speedup_samples": ratios,
     }
@@ -193,14 +298,16 @@ def peers_table(result: dict[str, Any]) -> str:
     """Return the record as text."""
     lines = [
         f"{result['spec']}, {result['layers']} layers, {result['format']},"
-        f" {result['threads']} threads, {result['machine']['simd_level']}; {result['peer']}",
-        f"{'':<20}{'ours':>10}{'llama.cpp':>12}   tokens/s{'speedup':>12}",
+        f" {result['threads']} threads, {result['machine']['simd_level']}",
+        *(f"{name}: {version}" for name, version in result["peers"].items()),
+        f"{'':<20}{'ours':>10}{'peer':>10}   tokens/s{'speedup':>9}",
     ]
     for row in result["results"]:
         spread_of = row["speedup_samples"]
+        layers = f", {row['layers']} layers" if "layers" in row else ""
         lines.append(
             f"{row['name']:<20}{row['ours']['tokens_per_s']:>10.1f}"
-            f"{row['llama_cpp']['tokens_per_s']:>12.1f}{row['speedup']:>20.2f}x"
-            f" ({min(spread_of):.2f} to {max(spread_of):.2f})"
+            f"{row['theirs']['tokens_per_s']:>10.1f}{row['speedup']:>19.2f}x"
+            f" ({min(spread_of):.2f} to {max(spread_of):.2f})  {row['peer']}{layers}"
         )
     return "\n".join(lines)
