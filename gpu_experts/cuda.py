@@ -89,6 +89,9 @@ class CudaDevice:
             self._link = self._runtime.stream()
             self._anchor = Anchor(self._runtime, timeout_s)
 
+    def pin(self, pinned_bytes: int) -> None:
+        self._pinned_bytes = pinned_bytes
+
     def memory(self) -> Memory:
         with self._guard("asking for free memory"):
             return self._runtime.memory()
@@ -103,7 +106,8 @@ class CudaDevice:
             self._runtime.release_cached()
             self._implementation, note = kernels.choose(layout)
             if self._implementation == "triton":
-                note = kernels.probe(layout, self.torch_device)
+                with self._runtime.on(self._runtime.current()):
+                    note = kernels.probe(layout, self.torch_device)
                 self._implementation = "triton" if note is None else "torch"
             self._note(note)
             shape = (slots, layout.stride)
@@ -116,11 +120,14 @@ class CudaDevice:
     def close(self) -> None:
         if self._feeder is not None:
             self._feeder.close()
-        for event in self._last.values():
+        for stream in (self._link, self._runtime.current()) if self._last else ():
             # Memory that is still written must not become someone else's; a device that hangs
             # or failed writes nothing more that anyone would read.
             try:
-                event.wait(min(CLOSE_S, self._timeout_s))
+                with self._guard("closing"):
+                    reached = self._runtime.event()
+                    reached.record(stream)
+                    poll(reached.query, min(CLOSE_S, self._timeout_s), "the device's last work")
             except DeviceError:
                 continue
         self._layout = self._slots = self._host = self._feeder = None
@@ -257,24 +264,29 @@ class CudaDevice:
         at_once: bool,
     ) -> None:
         """Enqueue on the GPU now, or let the thread do it when its turn comes."""
+
+        def attempt() -> DeviceError | None:
+            try:
+                with self._guard(event.what):
+                    issue()
+            except DeviceError as error:
+                return error
+            except Exception as error:  # a compiler's own errors, for one
+                failure = failed(event.what, f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+                return failure
+            return None
+
         if at_once:
-            with self._guard(event.what):
-                issue()
+            broken = attempt()
+            if broken is not None:
+                raise broken
             event.settle()
             self._last[lane] = event
             return
 
         def job() -> None:
-            failure = None
-            try:
-                with self._guard(event.what):
-                    issue()
-            except DeviceError as error:
-                failure = error
-            except Exception as error:
-                failure = failed(event.what, f"{type(error).__name__}: {error}")
-                failure.__cause__ = error
-            event.settle(failure)
+            event.settle(attempt())
 
         self._last[lane] = event
         feeder.submit(job, lambda: event.settle(failed(event.what, "the device was closed")))

@@ -77,5 +77,10 @@ class CudaEvent:
     def span(self) -> tuple[float, float] | None:
         if not self.done() or self.failure is not None:
             return None
-        start, end = (self._anchor.raw.elapsed_time(raw) / 1e3 for raw in (self.start, self.end))
+        try:
+            start, end = (
+                self._anchor.raw.elapsed_time(raw) / 1e3 for raw in (self.start, self.end)
+            )
+        except RuntimeError:  # the device failed since
+            return None
         return self._anchor.time + start, self._anchor.time + end

@@ -93,6 +93,9 @@ class Device(Protocol):
     torch_device: torch.device
     notes: list[Note]
 
+    def pin(self, pinned_bytes: int) -> None:
+        """Say how much host memory may be page-locked for copies, from the next ``open`` on."""
+
     def memory(self) -> Memory:
         """Total and free bytes now."""
 

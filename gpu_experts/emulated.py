@@ -114,6 +114,9 @@ class EmulatedDevice:
         self._written: dict[int, Event] = {}
         self._read: dict[int, Event] = {}
 
+    def pin(self, pinned_bytes: int) -> None:
+        """Nothing is gained by page-locking here."""
+
     def memory(self) -> Memory:
         used = 0 if self._layout is None else self._slots * self._layout.stride
         return Memory(self._capacity_bytes, self._capacity_bytes - used)

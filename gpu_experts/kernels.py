@@ -19,7 +19,7 @@ from torch import Tensor
 from gpu_experts import reference
 from gpu_experts.device import Note
 from gpu_experts.layout import GROUP, TILE, BlockLayout, pad
-from gpu_experts.routing import VECTOR_LOAD, Routing, sort_by_slot
+from gpu_experts.routing import TILE_ROWS, VECTOR_LOAD, Routing, sort_by_slot
 
 Implementation = Literal["torch", "triton"]
 
@@ -58,7 +58,7 @@ def probe(layout: BlockLayout, device: torch.device) -> Note | None:
     """
     slots = torch.zeros(1, layout.stride, dtype=torch.uint8, device=device)
     try:
-        for tokens in (1, VECTOR_LOAD + 1):
+        for tokens in (1, VECTOR_LOAD + 1, *TILE_ROWS):
             x = torch.zeros(tokens, layout.hidden, dtype=torch.bfloat16, device=device)
             routing = sort_by_slot(
                 np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32)

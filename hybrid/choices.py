@@ -15,7 +15,7 @@ def loads_of(
     ids: Ids, factors: F32, experts: int
 ) -> tuple[tuple[tuple[int, int], ...], Sequence[float]]:
     """Return the activated experts' loads, ids ascending, and their mean routing weights."""
-    if len(ids) == 1:  # one token: no expert twice
+    if len(ids) == 1 and len(set(ids[0].tolist())) == ids.shape[1]:
         chosen = [
             pair
             for pair in zip(ids[0].tolist(), factors[0].tolist(), strict=True)

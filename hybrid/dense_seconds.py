@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from planner.cost import CostModel
 
+CONTEXT_STEP = 64
+"""Contexts that differ by less are predicted alike."""
+
 
 class DenseSeconds:
     """Predicted seconds of what is not a routed expert, by MoE layer.
@@ -21,7 +24,11 @@ class DenseSeconds:
                 self._groups.append(group)
                 group = []
         self._after = group
-        self._known: dict[tuple[int, int], tuple[float, float]] = {}
+        self._known: dict[tuple[int, int, int], tuple[float, float]] = {}
+
+    def at(self, context: int) -> None:
+        """Take it that sequences are ``context`` tokens long from now on, give or take a step."""
+        self._context = -(-context // CONTEXT_STEP) * CONTEXT_STEP
 
     def mixer(self, layer: int, tokens: int) -> float:
         """From the layer before to the router's answer."""
@@ -36,14 +43,14 @@ class DenseSeconds:
         return self._cost.head(1).value + sum(self._dense(i, tokens) for i in self._after)
 
     def _both(self, layer: int, tokens: int) -> tuple[float, float]:
-        found = self._known.get((layer, tokens))
+        found = self._known.get((layer, tokens, self._context))
         if found is None:
             *before, index = self._groups[layer]
             own = self._cost.model.layers[index]
             mixer_s = self._cost.mixer(own, tokens, max(tokens, self._context)).value
             mixer_s += sum(self._dense(i, tokens) for i in before)
             found = mixer_s, self._cost.ffn(own, tokens).value
-            self._known[layer, tokens] = found
+            self._known[layer, tokens, self._context] = found
         return found
 
     def _dense(self, index: int, tokens: int) -> float:

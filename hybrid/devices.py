@@ -19,13 +19,9 @@ from hybrid.errors import UsageError
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware, parse_bytes
 from planner.hardware import HardwareSpec
-from planner.memory import PINNED_SHARE
 
 EMULATED_AS = "rtx4060-laptop-8gb"
 """The machine whose device and link an emulated device is taken for when experts are placed."""
-
-RING_BYTES = 256 << 20
-"""Pinned where the experts do not fit: enough to hide what fills it."""
 
 Size = str | int | None
 
@@ -63,6 +59,11 @@ def choose_device(name: str | None, vram: Size) -> str | None:
         When the name is unknown or the device is not there.
     """
     if name == "cpu" or vram in (0, "0"):
+        if name == "cpu" and wants_vram(vram) and vram not in (0, "0"):
+            raise UsageError(
+                f"vram {vram!r} is asked for with device 'cpu'",
+                hint="leave one of them out: the CPU has no vram",
+            )
         if name not in (None, "cpu"):
             raise UsageError(
                 f"device {name!r} is asked for with vram {vram!r}",
@@ -88,22 +89,15 @@ def choose_device(name: str | None, vram: Size) -> str | None:
     return f"cuda:{index or 0}"
 
 
-def pinned_bytes(store_bytes: int, ram_bytes: int) -> int:
-    """Return how much memory to pin for copies: all of the experts, or a ring of buffers."""
-    return store_bytes if store_bytes <= PINNED_SHARE * ram_bytes else RING_BYTES
-
-
-def open_device(
-    name: str, vram_bytes: int | None, shape: ExpertShape, threads: int, pinned: int
-) -> Device:
-    """Return the device called ``name`` for experts of ``shape``; ``pinned`` bytes feed it.
+def open_device(name: str, vram_bytes: int | None, shape: ExpertShape, threads: int) -> Device:
+    """Return the device called ``name`` for experts of ``shape``.
 
     An emulated one has as much memory as is asked for, or as the GPU it is planned as.
     """
     if name != "emulated":
         from gpu_experts.cuda import CudaDevice
 
-        return CudaDevice(int(name.partition(":")[2]), pinned)
+        return CudaDevice(int(name.partition(":")[2]))
     if vram_bytes is None:
         gpu = find_hardware(EMULATED_AS).gpu
         assert gpu is not None

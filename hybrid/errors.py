@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+_Error = TypeVar("_Error", bound=BaseException)
+
 
 class HybridError(Exception):
     """Base of every error this package raises on purpose.
@@ -41,6 +45,12 @@ class UnsupportedModelError(HybridError):
 
 class DiskSpaceError(HybridError):
     """The destination has less room than what is about to be written."""
+
+
+def bare(error: _Error) -> _Error:
+    """Return an error without the frames it passed through, which keep their variables alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def first_line(error: BaseException) -> str:

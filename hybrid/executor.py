@@ -25,10 +25,10 @@ from cpu_experts.ffn import run_experts
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
 from hybrid.choices import F32, Ids, loads_of, replaced
-from hybrid.errors import first_line
+from hybrid.errors import UsageError, bare, first_line
 from hybrid.experts import compute_on_cpu
 from hybrid.metrics import SlowPath
-from hybrid.residents import PackedLayer, Residents, Settle
+from hybrid.residents import Opened, PackedLayer, Residents, Settle
 from hybrid.timeline import LayerRecord, Timeline
 from hybrid.trace import TraceRecorder
 from planner.director import Decision, Director
@@ -50,6 +50,9 @@ class Seconds(Protocol):
 
     def shared(self, layer: int, tokens: int) -> float:
         """The shared expert."""
+
+    def at(self, context: int) -> None:
+        """Take it that sequences are ``context`` tokens long from now on."""
 
 
 class Predictor(Protocol):
@@ -152,8 +155,9 @@ class Executor:
         self._read_ahead = read_ahead
         self.recorder = recorder
         self._timeout_s = timeout_s
-        self.residents = Residents(device, layers, settle(slots))
+        self.residents = Residents(device, layers, self._first_settled(slots))
         self._before_s: float | None = None
+        self._prompt = False
         self._turn = threading.Lock()
         self.uses = np.zeros((len(layers), len(layers[0].blocks)), np.int64)
         self.tokens = 0
@@ -164,20 +168,69 @@ class Executor:
         """Who decides."""
         return self.residents.director
 
+    def _first_settled(self, slots: int) -> Opened:
+        """Open the device for ``slots`` slots, or for as many as its memory really has room for."""
+        while True:
+            try:
+                return self._settle(self.slot_count)
+            except DeviceMemoryError as raised:
+                error = bare(raised)
+            if not self.slot_count:
+                raise error
+            self.slot_count = int(self.slot_count * SHRINK)
+            self._note(
+                f"{self.slot_count} expert slots instead of {slots}",
+                f"the device has less memory than was planned with ({first_line(error)})",
+                "give the model less vram",
+            )
+
     def warm(self) -> None:
         """Fill free slots with whom the cache's policy values most."""
-        if self.device is not None:
+        if self.device is None:
+            return
+        try:
             self.residents.warm(self._timeout_s)
+            return
+        except GpuExpertsError as raised:
+            error = bare(raised)
+        self._give_up(self.device, error)
 
-    def begin_step(self) -> None:
-        """Start the clock of a forward pass."""
+    def close(self) -> None:
+        """Give the device's memory back; everything runs on the CPU from now on."""
+        if self.device is not None:
+            device, self.device = self.device, None
+            device.close()
+
+    def forget_counts(self) -> None:
+        """Begin anew with what is counted, recorded and timed: a warm-up is nobody's session."""
+        self._note_records()
+        self.uses[:] = 0
+        self.tokens = 0
+        if self.recorder is not None:
+            self.recorder = TraceRecorder(len(self.layers))
+        self.timeline.finish()
+        self.timeline.events.clear()
+        self.timeline.restart()
+
+    def begin_step(self, *, prompt: bool, context: int) -> None:
+        """Start the clock of a forward pass.
+
+        Parameters
+        ----------
+        prompt
+            Whether it computes several tokens of a sequence.
+        context
+            Tokens of each sequence after it.
+        """
+        self._prompt = prompt
+        self._seconds.at(context)
         self._before_s = time.perf_counter()
 
-    def end_step(self, tokens: int, predicted_head_s: float) -> None:
+    def end_step(self, predicted_head_s: float) -> None:
         """Stop it, after the output head."""
         self._note_records()
         if self._before_s is not None:
-            self.timeline.step(tokens, time.perf_counter() - self._before_s, predicted_head_s)
+            self.timeline.step(self._prompt, time.perf_counter() - self._before_s, predicted_head_s)
         self._before_s = None
 
     def run_layer(
@@ -198,14 +251,18 @@ class Executor:
             if self.device is not None:
                 try:
                     return self._share(self.device, layer, hidden, expert_ids, routing_weights)
-                except DeviceMemoryError as error:
-                    self.shrink(error)
-                except GpuExpertsError as error:
-                    self._give_up(self.device, error)
+                except (GpuExpertsError, PlannerError) as raised:
+                    error = bare(raised)
                 except BaseException:
                     self._recover()
                     raise
+                # Not inside the handler: what the error's frames held is free by now.
+                if isinstance(error, DeviceMemoryError):
+                    self.shrink(error)
+                else:
+                    self._give_up(self.device, error)
             packed = self.layers[layer]
+            self._count_on_cpu(layer, expert_ids, routing_weights)
             return compute_on_cpu(hidden, expert_ids, routing_weights, packed.blocks, packed.shape)
 
     def _share(
@@ -251,6 +308,7 @@ class Executor:
             LayerRecord(
                 layer=layer,
                 tokens=tokens,
+                prompt=self._prompt if self._before_s is not None else tokens > 1,
                 plan=plan,
                 loads=decision.work.loads,
                 hits=decision.hits,
@@ -283,20 +341,38 @@ class Executor:
         self.residents.land()
         ahead = self._predict(decision.work.layer, ids, scores)
         copies += self._fill(decision, ahead, len(x))
-        if self.recorder is not None:
-            self.recorder.learn(decision.work.layer, ids, factors)
+        self._record(decision.work.layer, ids, factors)
         self._note_records()
         return _Given(out, computes, copies)
+
+    def _record(self, layer: int, ids: Ids, factors: F32) -> None:
+        """Keep what the router chose, if somebody wants to know."""
+        if self.recorder is None:
+            return
+        try:
+            self.recorder.learn(layer, ids, factors)
+        except UsageError as error:
+            self.recorder = None
+            self._note("routing is recorded no more", first_line(error), "leave --routing out")
+
+    def _count_on_cpu(self, layer: int, expert_ids: Tensor, weights: Tensor) -> None:
+        """Count and record what is computed without the device."""
+        ids, factors = expert_ids.detach().cpu().numpy(), weights.detach().float().cpu().numpy()
+        self._record(layer, ids, factors)
+        self._count(layer, len(ids), loads_of(ids, factors, self.uses.shape[1])[0])
+
+    def _count(self, layer: int, tokens: int, loads: tuple[tuple[int, int], ...]) -> None:
+        if layer == 0:
+            self.tokens += tokens
+        for expert, load in loads:
+            self.uses[layer, expert] += load
 
     def _note_records(self) -> None:
         """Hand what was measured to the timeline, when there is time for it."""
         while self._records:
             record = self._records.popleft()
             self.timeline.add(record)
-            if record.layer == 0:
-                self.tokens += record.tokens
-            for expert, load in record.loads:
-                self.uses[record.layer, expert] += load
+            self._count(record.layer, record.tokens, record.loads)
 
     def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
         """Ask where each expert that the router chose runs."""
@@ -388,10 +464,9 @@ class Executor:
             self.slot_count = int(self.slot_count * SHRINK)
             try:
                 self._restart()
+                break
             except DeviceMemoryError as again:
-                error = again
-                continue
-            break
+                error = bare(again)
         if not self.slot_count:
             self._give_up(device, error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from os import PathLike
 from pathlib import Path
 
@@ -50,6 +51,16 @@ class Keepsakes:
         if recorder is None:
             raise UsageError("no routing was kept", hint="load the model with record_routing=True")
         recorder.save(Path(path))
+        if recorder.left_out:
+            print(
+                f"hybrid: {path} has {recorder.tokens} tokens, {recorder.left_out} came after",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        """Give the device's memory back; the model goes on with its experts on the CPU."""
+        if self.placement is not None and self.placement.executor is not None:
+            self.placement.executor.close()
 
     def require_executor(self, what: str) -> Executor:
         """Return who shares the experts with a device; UsageError when nobody ``what``."""

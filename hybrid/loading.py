@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,7 +23,6 @@ from hybrid.devices import (
     emulation_note,
     hardware_with,
     open_device,
-    pinned_bytes,
     size_in_bytes,
     wants_vram,
 )
@@ -64,7 +62,16 @@ def load_model(
     """
     name = choose_device(device, vram)
     if dtype is None and name is not None and name != "emulated":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with torch.cuda.device(name):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if native else torch.float16
+    # Checked even where they change nothing: the same script may find a GPU elsewhere.
+    ram_bytes = None if ram in (None, "auto") else size_in_bytes(ram, "ram")
+    if popularity is not None and not Path(popularity).is_file():
+        raise UsageError(
+            f"there is no popularity file {popularity}",
+            hint="write one with HybridModel.save_popularity, or leave it out",
+        )
     model, directory = load_fast_model(
         path, experts=experts, dense=dense, verify=verify, dtype=dtype, fast=name is None
     )
@@ -73,19 +80,22 @@ def load_model(
     model.hybrid_decode = DecodePath(False, f"the experts are shared with {name}")
     asked = size_in_bytes(vram, "vram") if vram is not None and wants_vram(vram) else None
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    host_bytes = psutil.virtual_memory().total if ram is None else size_in_bytes(ram, "ram")
-    pinned = pinned_bytes(model.hybrid_store.index.nbytes, host_bytes)
-    opened = open_device(name, asked, layer.shape, threads, pinned)
+    opened = open_device(name, asked, layer.shape, threads)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    if longest is not None and context > longest:
+        raise UsageError(
+            f"a context of {context} tokens is asked for, the model was made for {longest}",
+            hint=f"ask for {longest} or fewer",
+        )
     placement = place_model(
         model,
         opened,
         hardware_with(opened, directory, threads),
         Budget(
             asked,
-            None if ram is None else host_bytes,
+            ram_bytes,
             context,
             known_uses(popularity, str(path), len(layer.blocks)),
             record_routing,
@@ -107,17 +117,12 @@ def known_uses(file: str | PathLike[str] | None, model: str, experts: int) -> Po
 
     Raises
     ------
-    UsageError
-        When there is no such file.
+    TraceError
+        When it is damaged or of another model.
     """
     if file is None:
         return None
     path = Path(file)
-    if not path.is_file():
-        raise UsageError(
-            f"there is no popularity file {path}",
-            hint="write one with HybridModel.save_popularity, or leave it out",
-        )
     if path.suffix == ".npz":
         return Popularity.of_trace(path, model, experts)
     return read_popularity(path)

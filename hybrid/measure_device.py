@@ -229,7 +229,9 @@ def _experts(
 ) -> None:
     def call(load: int, experts: int) -> float:
         """Every one of ``load`` tokens uses the same experts."""
-        x = torch.randn(load, found.shape.hidden).to(device.torch_device)
+        # As a model computes on such a device: float32 would leave its tensor cores idle.
+        dtype = torch.float32 if device.torch_device.type == "cpu" else torch.bfloat16
+        x = torch.randn(load, found.shape.hidden).to(device.torch_device, dtype)
         ids = np.tile(np.arange(experts, dtype=np.int32), (load, 1))
         weights = np.full(ids.shape, 1 / experts, np.float32)
         out = device.new_output(load)

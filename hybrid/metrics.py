@@ -77,6 +77,14 @@ class GenerationTimes:
         }
 
 
+WHOLE = "a step"
+"""The name of the term that is all of a phase."""
+LANES = ("cpu", "gpu", "link")
+"""Who works while the experts run; lanes overlap, so they are no parts of the whole."""
+CLOSE = 0.1
+"""Share that a prediction may be off by before the report says which term is to blame."""
+
+
 class Term(NamedTuple):
     """A part of a step's time: predicted, and measured; None where it cannot be told apart."""
 
@@ -147,6 +155,25 @@ class RunReport:
     def __str__(self) -> str:
         return "\n".join(f"{name:<20} {value}" for name, value in self._rows())
 
+    def _most_off(self) -> Iterator[tuple[str, str]]:
+        """Name the term that a phase's prediction is off by most, where the whole is off."""
+        for whole in self.terms:
+            if whole.name != WHOLE or whole.measured_s is None or not whole.predicted_s:
+                continue
+            if abs(whole.measured_s / whole.predicted_s - 1) <= CLOSE:
+                continue
+            parts = [
+                (term.measured_s - term.predicted_s, term.name)
+                for term in self.terms
+                if term.phase == whole.phase
+                and term.measured_s is not None
+                and term.name != WHOLE
+                and term.name not in LANES
+            ]
+            if parts:
+                off_s, name = max(parts, key=lambda part: abs(part[0]))
+                yield f"{whole.phase} is off", f"most by {name}: {off_s * 1e3:+.3g} ms"
+
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "model", f"{self.model} ({self.family})"
         yield "experts", self.experts_format
@@ -160,6 +187,7 @@ class RunReport:
             yield _LABELS[name], str(figure)
         for term in self.terms:
             yield f"{term.phase}", f"{term.name}: {term}"
+        yield from self._most_off()
         if not self.slow_paths:
             yield "slow paths", "none"
         for path in self.slow_paths:

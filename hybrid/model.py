@@ -294,6 +294,8 @@ class HybridModel(Keepsakes):
         """Run a few tokens, so that loading the kernels counts as loading and not as TTFT."""
         self.generate([0, 0], max_new_tokens=2, min_new_tokens=2, do_sample=False)
         self._times = None
+        if self.placement is not None and self.placement.executor is not None:
+            self.placement.executor.forget_counts()
 
     def _write(
         self,
@@ -365,6 +367,11 @@ class HybridModel(Keepsakes):
 
     def _generate(self, ids: torch.Tensor, watch: Watch, **options: Any) -> Any:
         """Run transformers' loop under ``watch``; None when the watch left it early."""
+        # Masks and the like belong where the ids are.
+        options = {
+            name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
+            for name, value in options.items()
+        }
         streams = (self._setting("num_beams", options) or 1) == 1
         if streams:
             options["streamer"] = watch

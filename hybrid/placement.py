@@ -16,11 +16,11 @@ from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.dense_seconds import DenseSeconds
 from hybrid.discovery import survey
-from hybrid.errors import UsageError
+from hybrid.errors import UsageError, bare, first_line
 from hybrid.executor import Executor
 from hybrid.experts import LayerExperts
 from hybrid.lookahead import Lookahead
-from hybrid.metrics import Figure, SlowPath, Term
+from hybrid.metrics import WHOLE, Figure, SlowPath, Term
 from hybrid.residents import Opened, Settle
 from hybrid.shared_first import SharedFirst
 from hybrid.timeline import DECODE, Timeline
@@ -28,10 +28,10 @@ from hybrid.trace import TraceRecorder
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
-from planner.director import Director
+from planner.director import REALISED, Director
 from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
-from planner.memory import STAGING, Fit, fit
+from planner.memory import STAGING, Fit, HostMemory, fit, in_words
 from planner.model import ModelSpec
 from planner.popularity import Popularity, informed
 from planner.request import Request
@@ -48,6 +48,10 @@ class PlacedExperts:
 
     def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         return self.executor.run_layer(self.layer, hidden, expert_ids, routing_weights)
+
+
+RING_BYTES = 256 << 20
+"""Pinned where the experts do not fit: enough to hide what fills it."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,20 @@ class Placement:
                 self.executor.recorder.end_sequence()
 
     def figures(self) -> dict[str, Figure]:
-        """Return the counts of the last call, and of prefetching since the model was loaded."""
+        """Return the counts of the last call, and of prefetching since the slots were opened."""
         if self.executor is None:
             return {}
         decode = self.executor.timeline.phases[DECODE]
         fetched = self.executor.director.prefetcher
-        loaded = "counted since loading"
+        loaded = "counted since the slots were opened"
         hits = decode.hits / decode.activated if decode.activated else None
         return {
             "hit_rate": Figure(hits, "share", "hits / activated experts in decode"),
             "prefetch_precision": Figure(
                 fetched.prefetch_precision if fetched.fetched else None, "share", loaded
+            ),
+            "prefetch_coverage": Figure(
+                fetched.prefetch_coverage if fetched.fetched else None, "share", loaded
             ),
             "prefetch_useful_bytes": Figure(fetched.useful_bytes, "bytes", loaded),
             "prefetch_wasted_bytes": Figure(fetched.wasted_bytes, "bytes", loaded),
@@ -136,7 +143,7 @@ class Placement:
         found = []
         for name, phase in timeline.phases.items():
             if phase.measured.steps:
-                found.append(Term(name, "a step", phase.predicted.step_s, phase.measured.step_s))
+                found.append(Term(name, WHOLE, phase.predicted.step_s, phase.measured.step_s))
                 found += [Term(name, *row) for row in phase.rows()]
         return tuple(found)
 
@@ -146,9 +153,9 @@ class Placement:
             return self.notes
         director, found = self.executor.director, [*self.notes, *self.executor.notes]
         if not director.looks_ahead:
-            saved = director.most_saved_s * 1e6
-            reason = f"it takes {director.deciding_s * 1e6:.0f} us a layer and saves {saved:.0f} us"
-            found.append(SlowPath("no prefetching in decode", f"{reason} at most", "none needed"))
+            saved = director.most_saved_s * REALISED * 1e6
+            reason = f"it takes {director.deciding_s * 1e6:.0f} us a layer to save {saved:.0f} us"
+            found.append(SlowPath("no prefetching in decode", reason, "none needed"))
         elif not director.prefetcher.active:
             reason = "most of what it fetched lately was not used"
             found.append(SlowPath("prefetching pauses", reason, "none needed: it tries again"))
@@ -160,7 +167,10 @@ class Placement:
             for item in self.fit.items
             if item.place == "vram" and item.bytes
         )
-        slots = self.executor.slot_count if self.executor else 0
+        executor = self.executor
+        if executor is not None and executor.device is None:
+            return f"{self.device}, given up: all experts run on the CPU"
+        slots = executor.slot_count if executor else 0
         stored = self.spec.moe_layers * self.spec.experts.count
         return (
             f"{self.device}, {self.fit.vram_bytes / 2**30:.2f} GiB: {items}; "
@@ -203,12 +213,12 @@ def place_model(
     vram = free if budget.vram_bytes is None else budget.vram_bytes
     if vram > device.memory().total_bytes:
         raise UsageError(
-            f"vram is {_gib(vram)}, {device.name} has {_gib(device.memory().total_bytes)}",
+            f"vram is {in_words(vram)}, {device.name} has {in_words(device.memory().total_bytes)}",
             hint="give it less, or leave vram out to use what is free",
         )
     if vram > free:
         raise UsageError(
-            f"vram is {_gib(vram)}, {device.name} has {_gib(free)} free",
+            f"vram is {in_words(vram)}, {device.name} has {in_words(free)} free",
             hint="close what else uses the device, or leave vram out to use what is free",
         )
     hardware = hardware.with_values("gpu", vram_bytes=vram)
@@ -218,12 +228,15 @@ def place_model(
     layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
     index = model.hybrid_store.index
     spec = from_hf_config(model.config.to_dict(), index.source["name"])
-    cost = CostModel(spec, hardware, index.format, index.dense_format or _dense_format(model))
+    dense = index.dense_format
+    if dense is None or device.torch_device.type != "cpu":  # quantized matrices are widened there
+        dense = "f32" if model.dtype == torch.float32 else "bf16"
+    cost = CostModel(spec, hardware, index.format, dense)
     stride = layers[0].blocks.shape[1]
     placed = fit(
         cost,
         context=budget.context,
-        prompt=min(budget.context, Request.prompt),
+        prompt=budget.context,  # a prompt is computed at once
         batch=Request.batch,
         slot_bytes=stride,
         staging=STAGING,
@@ -231,11 +244,21 @@ def place_model(
     )
     if not placed.fits:
         raise UsageError(
-            f"{placed.shortage}: {_gib(vram)} of {device.name} are not enough",
-            hint=f"give it {_gib(placed.used('vram'))} or more, a shorter context, or vram=0 for "
-            "the CPU alone",
+            f"{placed.shortage}: {in_words(vram)} of {device.name} are not enough",
+            hint=f"give it {in_words(placed.used('vram'))} or more, a shorter context, or "
+            "vram=0 for the CPU alone",
         )
-    move_dense(model, device.torch_device)
+    device.pin(index.nbytes if placed.host is HostMemory.PINNED else RING_BYTES)
+    try:
+        move_dense(model, device.torch_device)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device.name} has no room for the dense weights: {first_line(error)}",
+            hint="close what else uses it, or use vram=0 for the CPU alone",
+        ) from error
+    for experts in layers:
+        if experts.own_gating:  # computed on the CPU, between projections that are
+            experts.spec.module.to("cpu")
     notes = [SlowPath(*note) for note in device.notes]
     reason = _unfit(layers, spec)
     executor = None
@@ -332,26 +355,23 @@ def _unfit(layers: list[LayerExperts], spec: ModelSpec) -> str | None:
     return None
 
 
-def _dense_format(model: Any) -> str:
-    return "f32" if model.dtype == torch.float32 else "bf16"
-
-
 def move_dense(model: Any, where: torch.device) -> None:
     """Move everything but the experts to a device; quantized matrices in the model's dtype."""
     if where.type == "cpu":
         return
+    widened: dict[int, nn.Parameter] = {}  # tied matrices stay one
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, _plain(module, model.dtype, where))
+            key = id(module.packed)
+            if key not in widened:
+                widened[key] = nn.Parameter(module.weight.to(where, model.dtype), False)
+            setattr(model.get_submodule(owner), leaf, _plain(module, widened[key]))
     model.to(where)
 
 
-def _plain(
-    module: QuantizedLinear | QuantizedEmbedding, dtype: torch.dtype, where: torch.device
-) -> nn.Module:
-    """Return an ordinary layer with a quantized one's weights."""
-    weight = nn.Parameter(module.weight.to(where, dtype), requires_grad=False)
+def _plain(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Parameter) -> nn.Module:
+    """Return an ordinary layer with a quantized one's weights, widened."""
     new: nn.Linear | nn.Embedding
     with torch.device("meta"):
         if isinstance(module, QuantizedEmbedding):
@@ -374,33 +394,43 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        lengths = [layer.get_seq_length() for layer in getattr(cache, "layers", ())]
-        executor.begin_step()
+        lengths = _lengths(kwargs.get("past_key_values"))
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        rows, new = (1, 1) if ids is None else ids.shape
+        context = new + max((n for n in lengths if n), default=0)
+        executor.begin_step(prompt=new > 1, context=context)
+        error = None
         try:
             output = inner(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as raised:
+            error = bare(raised)
+        if error is not None:  # what the broken pass held is free by now
             executor.shrink(error)
-            _cut_back(cache, lengths, error)
-            executor.begin_step()
+            _cut_back(kwargs.get("past_key_values"), lengths, error)
+            executor.begin_step(prompt=new > 1, context=context)
             output = inner(*args, **kwargs)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = 1 if ids is None else int(ids.numel())
-        executor.end_step(tokens, seconds.head(tokens))
+        executor.end_step(seconds.head(rows * new))
         return output
 
     model.forward = forward
 
 
-def _cut_back(cache: Any, lengths: list[int], error: Exception) -> None:
-    """Take back what a broken pass added to some layers of a cache."""
-    for number, layer in enumerate(getattr(cache, "layers", ())):
-        before = lengths[number] if number < len(lengths) else 0
-        if layer.is_initialized and layer.get_seq_length() > before:
+def _lengths(cache: Any) -> list[int | None]:
+    """Tokens in each layer of a cache; None where a state says nothing of its tokens."""
+    return [
+        layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
+        for layer in getattr(cache, "layers", ())
+    ]
+
+
+def _cut_back(cache: Any, before: list[int | None], error: Exception) -> None:
+    """Take back what a broken pass added to a cache, or raise its error where that cannot be."""
+    layers = getattr(cache, "layers", ())
+    for number, (layer, length) in enumerate(zip(layers, _lengths(cache), strict=True)):
+        was = before[number] if number < len(before) else 0
+        if was is None or length is None:
+            raise error
+        if length > was:
             if getattr(layer, "is_sliding", False):
                 raise error
-            layer.crop(before - layer.get_seq_length())
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+            layer.crop(was - length)

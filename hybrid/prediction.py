@@ -11,14 +11,14 @@ import numpy as np
 
 from hybrid import calibrated
 from hybrid.calibrated import Identity
-from hybrid.metrics import GenerationTimes, Term
+from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.subject import float_format
 from hybrid.timeline import DECODE, PREFILL
 from planner.dryrun import OURS, estimates
 from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
-from planner.outcome import CPU, TERMS
+from planner.outcome import CPU
 from planner.request import Request
 from planner.spec import Estimate, Source
 
@@ -172,54 +172,6 @@ def prompt_loads(network: Any) -> Iterator[list[list[int]]]:
             hook.remove()
 
 
-@dataclass(frozen=True)
-class Residual:
-    """A predicted duration beside the measured one, in seconds."""
-
-    term: str
-    predicted_s: float
-    measured_s: float
-
-    @property
-    def share(self) -> float:
-        """Predicted minus measured, over measured."""
-        return (self.predicted_s - self.measured_s) / self.measured_s if self.measured_s else 0.0
-
-
-TOTAL = "total"
-
-
-def residuals(predicted: Mapping[str, Estimate], measured: Mapping[str, float]) -> list[Residual]:
-    """Return what was measured beside what was predicted.
-
-    Parameters
-    ----------
-    predicted
-        Terms of a :class:`Prediction`.
-    measured
-        Seconds of those terms that were measured one by one, and of ``TOTAL``. Terms that were
-        not are left out, but count in the total.
-
-    Returns
-    -------
-    One entry a measured term, in the order of the report, the total last.
-    """
-    rows = [
-        Residual(term, predicted[term].value, measured[term])
-        for term in TERMS
-        if term in measured and term in predicted
-    ]
-    if TOTAL in measured:
-        rows.append(Residual(TOTAL, _sum(predicted).value, measured[TOTAL]))
-    return rows
-
-
-def furthest(rows: Sequence[Residual]) -> Residual | None:
-    """Return the term that is off by most seconds; None without measured terms."""
-    terms = [row for row in rows if row.term != TOTAL]
-    return max(terms, key=lambda row: abs(row.predicted_s - row.measured_s), default=None)
-
-
 def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term, ...]:
     """Return what a run on the CPU alone consisted of, predicted and as far as it was measured.
 
@@ -239,7 +191,7 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
         return ()
     experts = [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
     spent_s = sum(layer.spent_s for layer in experts) if network.hybrid_decode.fast else None
-    terms = [Term(PREFILL, "a step", found.ttft.value, times.ttft_s)]
+    terms = [Term(PREFILL, WHOLE, found.ttft.value, times.ttft_s)]
     terms += [
         Term(PREFILL, name, estimate.value, spent_s if name == CPU else None)
         for name, estimate in found.prompt.items()
@@ -247,6 +199,6 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
     ]
     if times.new_tokens > 1:
         token_s = times.decode_s / (times.new_tokens - 1)
-        terms.append(Term(DECODE, "a step", found.tpot.value, token_s))
+        terms.append(Term(DECODE, WHOLE, found.tpot.value, token_s))
         terms += [Term(DECODE, n, e.value, None) for n, e in found.token.items() if e.value]
     return tuple(terms)

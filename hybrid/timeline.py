@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gpu_experts.device import Event as DeviceEvent
+from hybrid.metrics import LANES
 from planner.outcome import Event
 from planner.plan import LayerPlan
 
@@ -17,8 +18,7 @@ ROUTER, DECIDING, EXPERTS, HEAD = TERMS = (
     "output head",
 )
 """What a step's time is made of, from one layer's join to the next; they add up to it."""
-CPU, GPU, LINK = LANES = ("cpu", "gpu", "link")
-"""Who works while the experts run; lanes overlap, so they add up to more than the experts."""
+CPU, GPU, LINK = LANES
 PREFILL, DECODE = "prefill", "decode"
 RECENT = 0.05
 """Weight of the newest layer in what deciding usually takes."""
@@ -32,8 +32,8 @@ class LayerRecord:
 
     Attributes
     ----------
-    layer, tokens
-        Which MoE layer, and how many tokens it saw.
+    layer, tokens, prompt
+        Which MoE layer, how many tokens it saw, and whether several were of one sequence.
     plan
         What was planned, in seconds from the moment of deciding.
     loads, hits
@@ -49,6 +49,7 @@ class LayerRecord:
 
     layer: int
     tokens: int
+    prompt: bool
     plan: LayerPlan
     loads: tuple[tuple[int, int], ...]
     hits: int
@@ -99,18 +100,6 @@ class Phase:
             for name in predicted:
                 yield name, predicted[name] / steps, measured[name] / steps
 
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The term whose prediction is off by most seconds a step, and by how many."""
-        steps = max(1, self.measured.steps)
-        return max(
-            (
-                (term, (self.measured.terms[term] - self.predicted.terms[term]) / steps)
-                for term in TERMS
-            ),
-            key=lambda entry: abs(entry[1]),
-        )
-
 
 class Timeline:
     """Collects records while a model runs; a device may finish a layer's copies much later.
@@ -134,13 +123,13 @@ class Timeline:
         self.finish()
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
 
-    def phase(self, tokens: int) -> Phase:
-        """Return the phase that a step of so many tokens belongs to."""
-        return self.phases[PREFILL if tokens > 1 else DECODE]
+    def phase(self, prompt: bool) -> Phase:
+        """Return the phase of a prompt's steps or of the others."""
+        return self.phases[PREFILL if prompt else DECODE]
 
     def add(self, record: LayerRecord) -> None:
         """Take one layer's record."""
-        phase = self.phase(record.tokens)
+        phase = self.phase(record.prompt)
         phase.activated += len(record.loads)
         phase.hits += record.hits
         terms, lanes = phase.measured.terms, phase.measured.lanes
@@ -164,14 +153,14 @@ class Timeline:
 
         The very first layer has nothing to go by.
         """
-        prompt, took_s = record.tokens > 1, record.decided_s - record.routed_s
+        prompt, took_s = record.prompt, record.decided_s - record.routed_s
         usual_s = self._usual.get(prompt)
         self._usual[prompt] = took_s if usual_s is None else usual_s + RECENT * (took_s - usual_s)
         return usual_s or 0.0
 
-    def step(self, tokens: int, head_s: float, predicted_head_s: float) -> None:
+    def step(self, prompt: bool, head_s: float, predicted_head_s: float) -> None:
         """End a step; the time after its last layer was ``head_s``."""
-        phase = self.phase(tokens)
+        phase = self.phase(prompt)
         phase.predicted.steps += 1
         phase.measured.steps += 1
         phase.measured.terms[HEAD] += head_s
@@ -184,7 +173,7 @@ class Timeline:
 
     def _close(self, record: LayerRecord) -> None:
         """Add the device's lanes, whose spans are known now, and keep single spans if wanted."""
-        lanes = self.phase(record.tokens).measured.lanes
+        lanes = self.phase(record.prompt).measured.lanes
         keep = self.keep and len(self.events) < RECORDED_EVENTS
         if self._start_s is None:
             self._start_s = record.entered_s

@@ -31,8 +31,9 @@ SMOOTHING = 0.75
 """Weight of the past in a layer's usual idle link time."""
 
 
-SETTLED = 64
-"""Prefetches after which their precision is known."""
+REALISED = 1 / 3
+"""Part of the most that copies ahead could save that they do save: measured, see
+``configs/experiments/results/sharing.jsonl``, where looking ahead cost more than that."""
 REUSE = 0.6
 """How much likelier the next token uses what this one used than whom that evicts: fitted to
 simulated runs on recorded traces."""
@@ -167,9 +168,8 @@ class Director:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether prefetching in decode can save more than deciding it takes."""
-        used = self.prefetcher.prefetch_precision if self.prefetcher.fetched >= SETTLED else 1.0
-        return self.most_saved_s * used > self.deciding_s
+        """Whether prefetching in decode saves more than deciding it takes."""
+        return self.most_saved_s * REALISED > self.deciding_s
 
     def place(
         self,

@@ -149,8 +149,8 @@ def fit(
         free = vram - _sum(items, "vram")
         if free < 0:
             shortage = (
-                f"VRAM is short by {_size(-free)} before any expert; "
-                f"{_size(_sum(items, 'vram'))} are needed"
+                f"VRAM is short by {in_words(-free)} before any expert; "
+                f"{in_words(_sum(items, 'vram'))} are needed"
             )
         room = max(0, free) // slot_bytes
         staging = min(staging, room)
@@ -161,8 +161,8 @@ def fit(
     room = ram - _sum(items, "ram")
     if room < 0:
         shortage = (
-            f"RAM is short by {_size(-room)} before any expert; "
-            f"{_size(_sum(items, 'ram'))} are needed"
+            f"RAM is short by {in_words(-room)} before any expert; "
+            f"{in_words(_sum(items, 'ram'))} are needed"
         )
     kept = min(stored, max(0, room))
     pinned = hardware.gpu and stored <= min(room, PINNED_SHARE * ram)
@@ -202,8 +202,9 @@ def workspace_bytes(cost: CostModel, tokens: int) -> int:
     return 4 * (tokens * row + model.vocab)
 
 
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+def in_words(size: int) -> str:
+    """Return a size for messages: fine enough that what is short shows."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**31 else f"{size / 2**20:.1f} MiB"
 
 
 def _sum(items: list[Item], place: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_experts.errors import DeviceFailedError
+from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
+from gpu_experts.layout import BlockLayout
+from hybrid.choices import loads_of
+from hybrid.devices import emulated_device
 from hybrid.executor import Executor
 from hybrid.timeline import DECODE, PREFILL, Timeline
+from hybrid.trace import TraceRecorder
 from planner.popularity import Popularity, informed
 from sharing import (
     EXPERTS,
     HIDDEN,
     LAYERS,
+    SHAPE,
     TOP_K,
     Blocks,
     exact,
@@ -142,7 +148,7 @@ def test_warming_fills_the_slots_with_the_most_used(layers: list[Blocks]) -> Non
         assert executor.director.cache.residency(layer) == {EXPERTS - 1, EXPERTS - 2}
     rng = np.random.default_rng(11)
     executor.run_layer(0, *random_step(rng, 40))
-    executor.end_step(40, 0.0)
+    executor.end_step(0.0)
     assert executor.tokens == 40
     assert 0 < executor.uses[0].sum() <= 40 * TOP_K
     assert not executor.uses[1:].any()
@@ -193,6 +199,74 @@ def test_memory_that_never_comes_back_costs_the_device(layers: list[Blocks]) -> 
         check(executor, layers, layer, random_step(rng, 1))
     assert executor.device is None
     assert len(refused) > 1
+
+
+def test_slots_shrink_after_the_failed_call_let_go(
+    layers: list[Blocks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the call that ran out of memory held is free when the smaller slots are allocated."""
+
+    class Large:
+        pass
+
+    held: list[weakref.ref[Large]] = []
+    executor = shared_executor(layers, 6)
+    device = exact(executor)
+    reopen = device.open
+
+    def compute(*_: Any) -> Any:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise DeviceMemoryError("full", asked_bytes=1, free_bytes=0)
+
+    def check_free(*arguments: Any) -> None:
+        assert held[0]() is None
+        reopen(*arguments)
+
+    rng = np.random.default_rng(12)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "compute", compute)
+        patch.setattr(device, "open", check_free)
+        while not held:
+            check(executor, layers, 0, random_step(rng, 9))
+    assert executor.slot_count == 4
+
+
+def test_memory_that_is_short_from_the_start_costs_slots(layers: list[Blocks]) -> None:
+    """Slots that cannot be allocated when a model is loaded become fewer, and it is said."""
+    layout = BlockLayout.of(SHAPE, layers[0].blocks.shape[1])
+    device = emulated_device(100 * layout.stride, SHAPE, 1)
+    device.fail("memory")
+    executor = shared_executor(layers, 8, device=device)
+    assert executor.slot_count == 6
+    assert "6 expert slots instead of 8" in executor.notes[0].what
+    check(executor, layers, 0, random_step(np.random.default_rng(13), 3))
+
+
+def test_a_dropped_device_is_still_counted_and_recorded(layers: list[Blocks]) -> None:
+    """Uses and traces go on when everything runs on the CPU."""
+    executor = shared_executor(layers, 6, recorder=TraceRecorder(LAYERS))
+    rng = np.random.default_rng(14)
+    for fault in (False, True):
+        if fault:
+            exact(executor).fail("compute")
+        for _ in range(4):
+            for layer in range(LAYERS):
+                executor.run_layer(layer, *random_step(rng, 2))
+        executor.end_step(0.0)
+    assert executor.device is None
+    assert executor.tokens == 16
+    assert executor.recorder is not None
+    assert executor.recorder.tokens == 16
+    executor.forget_counts()
+    assert (executor.tokens, executor.uses.sum(), executor.recorder.tokens) == (0, 0, 0)
+
+
+def test_an_expert_chosen_twice_has_two_loads() -> None:
+    """Routers by token id may name an expert twice for one token."""
+    loads, weights = loads_of(np.array([[3, 1, 3]]), np.array([[0.5, 0.3, 0.2]], np.float32), 4)
+    assert loads == ((1, 1), (3, 2))
+    assert weights == pytest.approx([0.3, 0.7])
 
 
 def interruptions(executor: Executor) -> Iterator[tuple[Any, str]]:
@@ -286,10 +360,10 @@ def test_the_timeline_adds_up(layers: list[Blocks]) -> None:
     executor = shared_executor(layers, 6, timeline=Timeline(keep=True))
     rng = np.random.default_rng(9)
     for tokens in (12, 1, 1):
-        executor.begin_step()
+        executor.begin_step(prompt=tokens > 1, context=tokens)
         for layer in range(LAYERS):
             executor.run_layer(layer, *random_step(rng, tokens))
-        executor.end_step(tokens, 1e-3)
+        executor.end_step(1e-3)
     executor.residents.settle(5.0)
     timeline = executor.timeline
     timeline.finish()

@@ -163,7 +163,7 @@ def test_a_shortage_says_what_is_needed():
     cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=256 * 2**20), "q4_0")
     placed = fit(cost, context=256, prompt=64, batch=1)
     assert placed.shortage is not None
-    assert f"{placed.used('vram') / 2**30:.2f} GiB are needed" in placed.shortage
+    assert f"{placed.used('vram') / 2**20:.1f} MiB are needed" in placed.shortage
 
 
 def test_plan_takes_a_popularity_file(tmp_path, capsys):

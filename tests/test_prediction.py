@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.prediction import TOTAL, furthest, predict, prompt_loads, residuals
+from hybrid.prediction import predict, prompt_loads
 from planner.cost import CostModel
 from planner.hardware import Point, TermPoint
 from planner.outcome import CALL, CPU, HEAD, MIXER
-from planner.spec import Estimate, Source
 from planner_examples import bare_machine, machine, small_model
 
 FORMATS = {"experts": "q4_0", "dense": "bf16"}
@@ -64,26 +63,6 @@ def test_a_calibrated_machine_predicts_what_it_measured() -> None:
     assert {name: e.value for name, e in found.items() if e.value} == pytest.approx(
         {MIXER: 6.0, CPU: 6 * 4 * 0.5, HEAD: 3.0, CALL: 4.0}
     )
-
-
-def test_residuals_say_which_term_is_off() -> None:
-    """Only what was measured is compared; the total compares with all that was predicted."""
-    predicted = {
-        MIXER: Estimate(1.0, Source.MEASURED),
-        CPU: Estimate(5.0, Source.MEASURED),
-        HEAD: Estimate(0.5, Source.FITTED),
-    }
-    rows = residuals(predicted, {CPU: 4.0, MIXER: 1.25, TOTAL: 6.0})
-    assert [(row.term, row.predicted_s, row.measured_s) for row in rows] == [
-        (MIXER, 1.0, 1.25),
-        (CPU, 5.0, 4.0),
-        (TOTAL, 6.5, 6.0),
-    ]
-    assert rows[0].share == pytest.approx(-0.2)
-    worst = furthest(rows)
-    assert worst is not None
-    assert worst.term == CPU
-    assert furthest(residuals(predicted, {TOTAL: 6.0})) is None
 
 
 def test_points_of_experts_count_in_prompts() -> None:

@@ -280,7 +280,7 @@ class Runner:
         tokens = len(ids[0])
         hidden = torch.zeros(tokens, self.scene.model.experts.hidden)
         start_s = time.perf_counter()
-        self.executor.begin_step()
+        self.executor.begin_step(prompt=tokens > 1, context=len(self.scene.routing.decode))
         for layer, (chosen, factors) in enumerate(zip(ids, weights, strict=True)):
             self.device.occupy(self.seconds.mixer(layer, tokens), f"layer {layer}: attention")
             self.executor.run_layer(
@@ -288,7 +288,7 @@ class Runner:
             )
         head_s = self.seconds.head(tokens)
         self.device.occupy(head_s, "output head").wait(60.0)
-        self.executor.end_step(tokens, head_s)
+        self.executor.end_step(head_s)
         return time.perf_counter() - start_s
 
     def run(self) -> tuple[float, list[float]]:

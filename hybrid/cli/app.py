@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cpu_experts.errors import CpuExpertsError
+from gpu_experts.errors import GpuExpertsError
 from hybrid import __version__
 from hybrid.errors import HybridError
 from planner.errors import PlannerError
@@ -121,7 +122,7 @@ def main(args: Sequence[str] | None = None) -> int:
         code = 130
     except _UsageError as error:
         code = _report(_describe_usage_error(error))
-    except (HybridError, CpuExpertsError, PlannerError) as error:
+    except (HybridError, CpuExpertsError, GpuExpertsError, PlannerError) as error:
         code = _report(str(error))
     return code if isinstance(code, int) else 0
 

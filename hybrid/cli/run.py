@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hybrid.cli import generation as cli
 from hybrid.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybrid.model import HybridModel
 
 
 def run(
@@ -94,13 +97,23 @@ def run(
             **options,
         )
     except KeyboardInterrupt:
-        cli.summarise(loaded, whole=report)
-        cli.write_timeline(loaded, perfetto)
+        _leave(loaded, report, perfetto, popularity, routing)
         raise
+    _leave(loaded, report, perfetto, popularity, routing)
+
+
+def _leave(
+    loaded: HybridModel,
+    report: bool,
+    perfetto: Path | None,
+    popularity: Path | None,
+    routing: Path | None,
+) -> None:
+    """Tell how it went, and write what was asked for."""
     cli.summarise(loaded, whole=report)
     cli.write_timeline(loaded, perfetto)
-    cli.write_popularity(loaded, popularity)
     cli.write_routing(loaded, routing)
+    cli.write_popularity(loaded, popularity)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -1,0 +1,43 @@
+"""Every text family on an emulated device: the same tokens as on the CPU alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid.devices import emulated_device
+from hybrid.loading import load_fast_model
+from hybrid.placement import Budget, place_model
+from hybrid.planning import find_hardware
+from tiny_families import families, tiny_config
+
+FAMILIES = families()
+#: Attention of theirs is routed through experts too, which is refused.
+REFUSED = {"jetmoe"}
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - REFUSED))
+def test_a_shared_family_writes_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    """Whatever its cache and its routing are like; experts of its own gating stay on the CPU."""
+    config_kind, model_kind = FAMILIES[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_kind(tiny_config(config_kind)).save_pretrained(tmp_path)
+    model, _ = load_fast_model(tmp_path, fast=False)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
+    device = emulated_device(1 << 30, layer.shape, 1)
+    hardware = find_hardware("rtx4060-laptop-8gb")
+    placement = place_model(model, device, hardware, Budget(None, None, 64), threads=1)
+    assert torch.equal(model.generate(ids, **options), expected)
+    if placement.executor is None:
+        assert any("on the CPU" in note.what for note in placement.notes)
+        return
+    assert not placement.executor.notes or "lookahead" in placement.executor.notes[0].what
+    assert placement.executor.device is not None
+    placement.executor.residents.settle(5.0)
+    placement.executor.residents.check_integrity()
