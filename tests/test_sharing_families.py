@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.devices import emulated_device
 from hybrid.loading import load_fast_model
@@ -13,12 +14,16 @@ from hybrid.placement import Budget, place_model
 from hybrid.planning import find_hardware
 from tiny_families import families, tiny_config
 
-FAMILIES = families()
-#: Attention of theirs is routed through experts too, which is refused.
-REFUSED = {"jetmoe"}
+#: Attention of jetmoe is routed through experts too, which is refused; what transformers does not
+#: list as a causal language model cannot be loaded as one.
+FAMILIES = {
+    kind: types
+    for kind, types in families().items()
+    if kind != "jetmoe" and types[0] in MODEL_FOR_CAUSAL_LM_MAPPING
+}
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - REFUSED))
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_a_shared_family_writes_the_same_tokens(kind: str, tmp_path: Path) -> None:
     """Whatever its cache and its routing are like; experts of its own gating stay on the CPU."""
     config_kind, model_kind = FAMILIES[kind]
