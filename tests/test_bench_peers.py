@@ -1,0 +1,65 @@
+"""``hybrid bench peers`` on a tiny shape, as far as it goes without llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid.bench import peers
+from hybrid.bench.model import read_spec
+from hybrid.bench.peers import Case, long_case, peers_table
+from test_bench_model import SPEC
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    path = tmp_path / "tiny.toml"
+    path.write_text(SPEC)
+    return read_spec(path, 2)
+
+
+def test_a_long_cache_is_made_once_and_stays(settings: dict[str, Any]) -> None:
+    """Two turns of decoding after 40 tokens: no prompt is computed, and none of it is lost."""
+    case = long_case(40)
+    with peers._ours(settings, print) as ours:
+        assert ours.path.fast
+        prompts: list[int] = []
+        real = ours.model._model.hybrid_fast_decoder.prompt
+        ours.model._model.hybrid_fast_decoder.prompt = lambda *a: (prompts.append(1), real(*a))[1]
+        assert ours.model.measure(case) > 0
+        held = ours.model._held
+        assert held is not None
+        assert held[1].get_seq_length() == 40
+        assert ours.model.measure(case) > 0
+        assert ours.model._held is held
+        assert held[1].get_seq_length() == 40
+        assert not prompts
+        assert ours.model.measure(Case("", 8, 4, decode=False)) > 0
+        assert prompts == [1]
+
+
+def test_transformers_side_and_the_table(settings: dict[str, Any]) -> None:
+    """transformers' own model computes finite numbers, and both sides stand in the table."""
+    plain = peers._plain(settings)
+    with torch.no_grad():
+        assert torch.isfinite(plain._model(input_ids=torch.arange(5)[None]).logits).all()
+    case, notes = Case("decode", 6, 4, decode=True), []
+    with peers._ours(settings, notes.append) as ours:
+        row = peers._compare(ours.model, plain, case, 3, notes.append)
+    assert len(row["speedup_samples"]) == len(row["ours"]["samples_s"]) == 3
+    assert row["theirs"]["tokens_per_s"] > 0
+    record = {
+        "spec": "tiny",
+        "layers": 12,
+        "format": "q4_0",
+        "threads": 2,
+        "machine": {"simd_level": "avx2"},
+        "peers": {plain.name: "transformers 5"},
+        "results": [row | {"layers": 2}],
+    }
+    text = peers_table(record)
+    assert "transformers, bfloat16, 2 layers" in text
+    assert "decode, transformers, bfloat16: pair 3 of 3" in notes
