@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any, overload
 
@@ -20,6 +21,7 @@ from hybrid.keepsakes import Keepsakes
 from hybrid.loading import load_model, load_tokenizer, set_threads
 from hybrid.metrics import GenerationTimes, RunReport
 from hybrid.placement import Placement
+from hybrid.prompt import prompts_told
 from hybrid.report import run_report
 from hybrid.textstream import TextStream, as_ids
 from hybrid.watch import OnText, Stopped, Watch
@@ -187,7 +189,8 @@ class HybridModel(Keepsakes):
             What transformers' ``generate`` takes: ``max_new_tokens``, ``do_sample``,
             ``temperature``, ``streamer``, ``stop_strings``, ``generation_config`` ...
             For text also ``on_text``, a function that is given every piece of text as soon
-            as it is certain.
+            as it is certain. ``on_prompt`` is given a :class:`~hybrid.prompt.PromptProgress`
+            after every 512 tokens of the prompt, where the fast path computes it.
 
         Returns
         -------
@@ -367,6 +370,8 @@ class HybridModel(Keepsakes):
 
     def _generate(self, ids: torch.Tensor, watch: Watch, **options: Any) -> Any:
         """Run transformers' loop under ``watch``; None when the watch left it early."""
+        on_prompt = options.pop("on_prompt", None)
+        told = nullcontext() if on_prompt is None else prompts_told(self.model, on_prompt)
         # Masks and the like belong where the ids are.
         options = {
             name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
@@ -388,7 +393,8 @@ class HybridModel(Keepsakes):
                 module.spent_s = 0.0
             watch.start(ids)
             try:
-                result = self.model.generate(ids.to(self.model.device), **options)
+                with told:
+                    result = self.model.generate(ids.to(self.model.device), **options)
                 if not streams:
                     watch.take(getattr(result, "sequences", result))
                 return result

@@ -172,7 +172,8 @@ def prompt_bar(model: Any, console: Console | None = None) -> Iterator[None]:
         with prompts_told(model, report):
             yield
     finally:
-        bar.stop()
+        if task:  # stopping a bar that never began would write an empty line
+            bar.stop()
 
 
 class Teller:

@@ -423,3 +423,15 @@ def test_a_fresh_model_reports_without_a_call(tiny_model: Path) -> None:
 def test_the_package_offers_the_class() -> None:
     """``hybrid.HybridModel`` is this class, imported on first use."""
     assert hybrid.HybridModel is HybridModel
+
+
+def test_a_prompts_progress_is_told(model: HybridModel) -> None:
+    """``on_prompt`` hears of every piece of a prompt, whose end is the last."""
+    heard: list[tuple[int, int]] = []
+    model.generate(
+        "x" * 1200,
+        max_new_tokens=2,
+        on_prompt=lambda at: heard.append((at.done, at.total)),
+        **GREEDY,
+    )
+    assert heard == [(512, 1200), (1024, 1200), (1200, 1200)]

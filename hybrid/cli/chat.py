@@ -79,15 +79,16 @@ def chat(
     interactive = sys.stdin.isatty()
     if interactive:
         print(_WELCOME, file=sys.stderr)
-    talk(
-        loaded,
-        _ask_terminal if interactive else _read_stdin,
-        system=system,
-        patient=interactive,
-        stop_strings=stop,
-        max_new_tokens=max_new_tokens,
-        **options,
-    )
+    with cli.prompt_progress(loaded):
+        talk(
+            loaded,
+            _ask_terminal if interactive else _read_stdin,
+            system=system,
+            patient=interactive,
+            stop_strings=stop,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
 
 
 def talk(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -183,6 +184,13 @@ def load(model: str | None, **options: Any) -> HybridModel:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def prompt_progress(model: HybridModel) -> AbstractContextManager[None]:
+    """Show how far a long prompt is, on stderr."""
+    from hybrid.prompt import prompt_bar
+
+    return prompt_bar(model.model)
 
 
 def set_seed(seed: int | None) -> None:

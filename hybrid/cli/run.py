@@ -89,13 +89,14 @@ def run(
     if echo:
         cli.write(text)
     try:
-        loaded.generate(
-            text,
-            on_text=cli.write,
-            stop_strings=stop,
-            max_new_tokens=max_new_tokens,
-            **options,
-        )
+        with cli.prompt_progress(loaded):
+            loaded.generate(
+                text,
+                on_text=cli.write,
+                stop_strings=stop,
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
     except KeyboardInterrupt:
         _leave(loaded, report, perfetto, popularity, routing)
         raise
