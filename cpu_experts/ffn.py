@@ -9,16 +9,17 @@ a kernel cannot call one in a forked child: start children with ``spawn``.
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts import kernels, simd
+from cpu_experts import kernels
 from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ACTIVATIONS, ExpertShape, separate
+from cpu_experts.experts import ExpertShape, separate
 from cpu_experts.formats import (
     ACT_GROUP,
     F32,
@@ -30,30 +31,47 @@ from cpu_experts.formats import (
     pad,
     strip_bytes,
 )
+from cpu_experts.layers import Experts, fill_record
+from cpu_experts.tables import EXPERTS
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
 
 LOCK = threading.Lock()
+_FLOAT = np.dtype(np.float32)
 
 
 @dataclass
 class _Workspace:
-    """Named buffers, each as large as the largest call so far asked for."""
+    """Named buffers, each as large as the largest call so far asked for.
 
-    buffers: dict[str, NDArray[Any]] = field(default_factory=dict)
+    ``addresses`` are those of the buffers of :data:`kernels.BUFFERS`, in their order.
+    """
 
-    def get(self, name: str, size: int, dtype: type) -> NDArray[Any]:
+    buffers: dict[str, U8] = field(default_factory=dict)
+    addresses: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(len(kernels.BUFFERS), np.int64)
+    )
+
+    def get(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
+        self.reserve(name, size * np.dtype(dtype).itemsize)
+        return self.buffers[name].view(dtype)
+
+    def reserve(self, name: str, n_bytes: int) -> None:
+        """Make a buffer at least ``n_bytes`` large, whole cache lines."""
         buffer = self.buffers.get(name)
-        if buffer is None or buffer.size < size:
-            buffer = self.buffers[name] = np.zeros(size, dtype)
-        return buffer
+        if buffer is None or buffer.size < n_bytes:
+            size = pad(max(n_bytes, 1), 64)
+            memory = np.zeros(size + 64, np.uint8)
+            start = -memory.ctypes.data % 64
+            buffer = self.buffers[name] = memory[start : start + size]
+            if name in kernels.BUFFERS:
+                self.addresses[kernels.BUFFERS.index(name)] = buffer.ctypes.data
 
     def scratch(self, threads: int) -> F32:
-        """Scratch rows of the threads, whole cache lines apart."""
-        width = pad(kernels.SCRATCH, 16) + 16
-        return self.get("scratch", threads * width, np.float32)[: threads * width].reshape(
-            threads, width
-        )
+        """Scratch rows of the threads."""
+        width = kernels.SCRATCH_WIDTH
+        rows = self.get("scratch", threads * width, np.float32)
+        return rows[: threads * width].reshape(threads, width)
 
 
 _WORKSPACE = _Workspace()
@@ -64,21 +82,45 @@ def workspace_bytes() -> int:
     return sum(buffer.nbytes for buffer in _WORKSPACE.buffers.values())
 
 
-def code_offset(fmt: str) -> int:
-    """What the micro-kernels shift a format's codes by; activations carry its product."""
-    if fmt == "q4_0":
-        return 8
-    return 128 if fmt == "q8_0" and simd.LEVEL != "avx2" else 0
+class _Prepared(NamedTuple):
+    """A layer's experts, checked and described for a number of threads."""
+
+    blocks: weakref.ref[U8]
+    shape: ExpertShape
+    threads: int
+    table: NDArray[Any]
+    act_stride: int
+    h_stride: int
+
+
+_PREPARED: dict[int, _Prepared] = {}
+
+
+def _prepare(blocks: U8, shape: ExpertShape, threads: int) -> _Prepared:
+    """Describe a layer's experts; remembered for as long as the array lives."""
+    key = id(blocks)
+    known = _PREPARED.get(key)
+    if (
+        known is not None
+        and known.blocks() is blocks
+        and known.shape is shape
+        and known.threads == threads
+    ):
+        return known
+    experts = Experts(blocks=blocks, shape=shape)
+    table = np.zeros(1, EXPERTS)
+    fill_record(table[0], experts.record(threads))
+    act_stride = pad(shape.hidden, GROUP) // GROUP * ACT_GROUP
+    alive = weakref.ref(blocks, lambda _: _PREPARED.pop(key, None))
+    known = _Prepared(alive, shape, threads, table, act_stride, experts.h_stride)
+    _PREPARED[key] = known
+    return known
 
 
 def check_matrix(name: str, x: Any, shape: tuple[int | None, ...]) -> None:
-    ok = (
-        x.dtype == np.float32
-        and x.ndim == len(shape)
-        and all(want is None or got == want for got, want in zip(x.shape, shape, strict=True))
-        and x.flags.c_contiguous
-    )
-    if not ok:
+    """Raise ShapeError unless ``x`` is contiguous float32 of ``shape``, None being any size."""
+    good = x.dtype == _FLOAT and x.flags.c_contiguous and x.ndim == len(shape)
+    if not good or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
         wanted = ["any" if want is None else want for want in shape]
         order = "" if x.flags.c_contiguous else ", not C-contiguous"
         raise ShapeError(
@@ -95,7 +137,7 @@ def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
     stride = groups * ACT_GROUP
     act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
     scratch = _WORKSPACE.scratch(threads)
-    kernels.quantize_rows(x, np.int32(code_offset(fmt)), scratch, act, stride, threads)
+    kernels.quantize_rows(x, np.int32(kernels.code_offset(fmt)), scratch, act, stride, threads)
     return act, stride, groups
 
 
@@ -114,16 +156,6 @@ def _check_ids(expert_ids: Ids, tokens: int) -> None:
             f"expert_ids are {expert_ids.dtype} {list(expert_ids.shape)} for {tokens} tokens;"
             f" they must be integers [{tokens}, choices]"
         )
-
-
-def _check_blocks(blocks: U8, shape: ExpertShape) -> U8:
-    good = blocks.ndim == 2 and blocks.dtype == np.uint8 and blocks.flags.c_contiguous
-    if not good or blocks.shape[1] < shape.block_bytes or blocks.shape[1] % 4:
-        raise ShapeError(
-            f"blocks are {blocks.dtype} {list(blocks.shape)}; they must be C-contiguous uint8"
-            f" [experts, at least {shape.block_bytes}], rows of a multiple of 4"
-        )
-    return _read_only(blocks)
 
 
 def _read_only(weights: U8) -> U8:
@@ -171,53 +203,22 @@ def run_experts(
     check_matrix("out", out, x.shape)
     check_matrix("routing_weights", routing_weights, expert_ids.shape)
     _check_ids(expert_ids, x.shape[0])
-    flat = _check_blocks(blocks, shape)
+    ids = np.ascontiguousarray(expert_ids, np.int64)
+    threads = numba.get_num_threads()
     with LOCK:
-        active, experts, first, pairs = _pairs(expert_ids, blocks.shape[0])
-        if active == 0:
-            return
-        threads = numba.get_num_threads()
-        act, stride, inner = _activations(x, shape.format, threads)
-        count = int(first[active])
-        quantized = is_quantized(shape.format)
-        groups = shape.padded_intermediate // GROUP
-        h_stride = groups * ACT_GROUP if quantized else 4 * shape.intermediate
-        strips = pad(shape.hidden, TILE) // TILE
-        kernels.run_pairs(
-            FORMATS.index(shape.format),
-            flat,
-            blocks.shape[1],
-            shape.up_strip_bytes,
-            inner,
-            shape.down_offset,
-            shape.down_strip_bytes,
-            groups if quantized else shape.intermediate,
-            act,
-            stride,
-            ACTIVATIONS.index(shape.activation),
-            np.float32(shape.alpha),
-            np.float32(shape.limit),
-            np.float32(shape.up_offset),
-            shape.gated,
-            shape.bias_offset if shape.bias else -1,
-            shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
-            shape.intermediate,
-            np.int32(code_offset(shape.format)),
-            active,
-            experts,
-            first,
-            pairs,
-            _WORKSPACE.get("rows", count, np.int32),
-            _WORKSPACE.get("order", count, np.int32),
-            expert_ids.shape[1],
-            routing_weights.reshape(-1),
-            _WORKSPACE.get("h", pad(count * h_stride, 4), np.uint8),
-            h_stride,
-            max(1, min(4, strips // (8 * threads))),
-            _WORKSPACE.get("counter", 4, np.int64),
-            _WORKSPACE.scratch(threads),
-            threads,
-            out,
+        layer = _prepare(blocks, shape, threads)
+        work, count = _WORKSPACE, ids.size
+        work.reserve("activations", len(x) * layer.act_stride)
+        work.reserve("experts", 8 * (len(blocks) + 1))
+        work.reserve("first", 8 * (len(blocks) + 1))
+        work.reserve("pairs", 4 * count)
+        work.reserve("rows", 4 * count)
+        work.reserve("order", 4 * count)
+        work.reserve("h", count * layer.h_stride)
+        work.reserve("counter", 32)
+        work.reserve("scratch", 4 * threads * kernels.SCRATCH_WIDTH)
+        kernels.run_routed(
+            layer.table, x, ids, routing_weights, work.addresses, layer.act_stride, out, threads
         )
 
 
@@ -292,7 +293,7 @@ def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> tuple
     _project(
         x,
         expert_ids,
-        _check_blocks(blocks, shape),
+        _read_only(Experts(blocks=blocks, shape=shape).blocks),
         blocks.shape[0],
         blocks.shape[1],
         shape.format,
@@ -330,7 +331,7 @@ def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> F32
     _project(
         h,
         expert_ids,
-        _check_blocks(blocks, shape),
+        _read_only(Experts(blocks=blocks, shape=shape).blocks),
         blocks.shape[0],
         blocks.shape[1],
         shape.format,

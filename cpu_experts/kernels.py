@@ -17,6 +17,7 @@ import numpy as np
 from numba import config, prange
 
 from cpu_experts import simd
+from cpu_experts.addresses import bytes_at, floats_at
 from cpu_experts.compiled import kernel
 from cpu_experts.formats import ACT_GROUP, GROUP, TILE
 
@@ -45,11 +46,22 @@ WIDE, MIDDLE, _ = ROW_BLOCKS
 ROWS = 48
 #: Float32 of scratch a thread needs: four strips of gate and up, then one group of h, by row.
 SCRATCH = ROWS * (4 * TILE + GROUP)
+#: Scratch rows of two threads lie whole cache lines apart.
+SCRATCH_WIDTH = SCRATCH + 16
+#: What :func:`run_routed` works in, in the order of their addresses.
+BUFFERS = ("activations", "experts", "first", "pairs", "rows", "order", "h", "counter", "scratch")
 
 _q4_wide, _q4_middle, _q4_one = (strip_dot("q4_0", n) for n in ROW_BLOCKS)
 _q8_wide, _q8_middle, _q8_one = (strip_dot("q8_0", n) for n in ROW_BLOCKS)
 _bf_wide, _bf_middle, _bf_one = (strip_dot("bf16", n) for n in ROW_BLOCKS)
 _f4_wide, _f4_middle, _f4_one = (strip_dot("f32", n) for n in ROW_BLOCKS)
+
+
+def code_offset(fmt: str) -> int:
+    """What the micro-kernels shift a format's codes by; activations carry its product."""
+    if fmt == "q4_0":
+        return 8
+    return 128 if fmt == "q8_0" and simd.LEVEL != "avx2" else 0
 
 
 @kernel()
@@ -292,6 +304,42 @@ def run_pairs(
             down_bias, active, experts, first, order, pairs, top_k, weights, strips_an_item,
             out, scratch[w],
         )  # fmt: skip
+
+
+@kernel()
+def run_routed(table, x, ids, weights, work, act_stride, out, threads):
+    """Add the routed experts' weighted output to ``out``.
+
+    ``table`` has one record of :data:`~cpu_experts.tables.EXPERTS`; ``work`` are the addresses
+    of :data:`BUFFERS`. One call does everything, because every argument of a compiled function
+    and every call from Python takes its time.
+    """
+    e = table[0]
+    pairs_all, tokens, top_k = ids.size, x.shape[0], ids.shape[1]
+    blocks = bytes_at(e["at"], e["count"] * e["stride"])
+    experts = bytes_at(work[1], 8 * (e["count"] + 1)).view(np.int64)
+    first = bytes_at(work[2], 8 * (e["count"] + 1)).view(np.int64)
+    pairs = bytes_at(work[3], 4 * pairs_all).view(np.int32)
+    active = sort_pairs(ids.reshape(-1), e["count"], experts, first, pairs)
+    if active == 0:
+        return
+    rows = bytes_at(work[4], 4 * pairs_all).view(np.int32)
+    order = bytes_at(work[5], 4 * pairs_all).view(np.int32)
+    h = bytes_at(work[6], -(-pairs_all * e["h_stride"] // 4) * 4)
+    counter = bytes_at(work[7], 32).view(np.int64)
+    scratch = floats_at(work[8], threads * SCRATCH_WIDTH).reshape(threads, SCRATCH_WIDTH)
+    if e["format"] <= Q8_0:
+        act, stride = bytes_at(work[0], tokens * act_stride), act_stride
+        quantize_rows(x, e["offset"], scratch, act, stride, threads)
+    else:
+        act, stride = x.reshape(-1).view(np.uint8), 4 * x.shape[1]
+    run_pairs(
+        e["format"], blocks, e["stride"], e["up_strip"], e["up_inner"], e["section"],
+        e["down_strip"], e["down_inner"], act, stride, e["kind"], e["alpha"], e["limit"],
+        e["up_offset"], e["gated"], e["up_bias"], e["down_bias"], e["intermediate"], e["offset"],
+        active, experts, first, pairs, rows, order, top_k, weights.reshape(-1), h, e["h_stride"],
+        e["strips"], counter, scratch, threads, out,
+    )  # fmt: skip
 
 
 @kernel()

@@ -10,7 +10,6 @@ import numpy as np
 
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ACTIVATIONS, ExpertShape
-from cpu_experts.ffn import code_offset
 from cpu_experts.formats import (
     ACT_GROUP,
     F32,
@@ -23,6 +22,7 @@ from cpu_experts.formats import (
     pad,
     strip_bytes,
 )
+from cpu_experts.kernels import code_offset
 from cpu_experts.tables import SOFTMAX, SPARSEMIXER
 
 #: Bytes of weights that one item of a product takes, about.

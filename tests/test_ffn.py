@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import naive
+from cpu_experts import ffn
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ACTIVATIONS, ExpertShape, pack_expert, unpack_expert
 from cpu_experts.ffn import linear, project_down, project_up, run_experts
@@ -286,6 +287,25 @@ def test_concurrent_calls_are_serialised() -> None:
     for thread in threads:
         thread.join()
     np.testing.assert_array_equal(got, want)
+
+
+def test_what_is_known_of_blocks_goes_with_them() -> None:
+    """New experts in the memory, or under the identity, of old ones are seen as what they are."""
+    before = len(ffn._PREPARED)
+    for width in (32, 64, 32, 96):
+        shape = ExpertShape(hidden=width, intermediate=32, format="q4_0")
+        blocks, weights = _layer(shape, 3, seed=width)
+        x, ids, ones = np.ones((1, width), np.float32), np.array([[2, 0]]), np.ones((1, 2))
+        out = np.zeros_like(x)
+        run_experts(x, ids, ones.astype(np.float32), blocks, shape, out)
+        np.testing.assert_allclose(out, naive.experts(shape, weights, x, ids, ones), atol=1e-4)
+        other = ExpertShape(hidden=width, intermediate=32, format="q4_0", activation="relu")
+        out = np.zeros_like(x)
+        run_experts(x, ids, ones.astype(np.float32), blocks, other, out)
+        np.testing.assert_allclose(out, naive.experts(other, weights, x, ids, ones), atol=1e-4)
+        assert len(ffn._PREPARED) == before + 1
+        del blocks
+    assert len(ffn._PREPARED) == before
 
 
 def test_bad_arguments_are_named() -> None:
