@@ -14,23 +14,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
 from hybrid.choices import F32, Ids, loads_of, replaced
-from hybrid.errors import UsageError, bare, first_line
+from hybrid.errors import bare, first_line
 from hybrid.experts import compute_on_cpu
 from hybrid.metrics import SlowPath
+from hybrid.partners import Ahead, Launcher, Predictor, Seconds
 from hybrid.residents import Opened, PackedLayer, Residents, Settle
 from hybrid.timeline import LayerRecord, Timeline
-from hybrid.trace import TraceRecorder
+from hybrid.usage import Usage
 from planner.director import Decision, Director
 from planner.errors import PlannerError
 
@@ -38,47 +38,6 @@ SHRINK = 0.75
 """Share of the slots that is kept when the device's memory runs out."""
 TIMEOUT_S = 30.0
 """A copy or a kernel that takes longer is given up: none takes a second."""
-
-Ahead = list[tuple[int, NDArray[np.float64]]]
-
-
-class Seconds(Protocol):
-    """What a layer's dense parts are predicted to take."""
-
-    def mixer(self, layer: int, tokens: int) -> float:
-        """From the layer before to the router's answer."""
-
-    def shared(self, layer: int, tokens: int) -> float:
-        """The shared expert."""
-
-    def at(self, context: int) -> None:
-        """Take it that sequences are ``context`` tokens long from now on."""
-
-
-class Predictor(Protocol):
-    """What tells the next layers' experts: :class:`hybrid.lookahead.Lookahead`, or a replay."""
-
-    def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """What is to be known of ``hidden``, on its device; None when nothing is predicted."""
-
-    def probabilities(self, layer: int, scores: F32) -> Ahead:
-        """The chance of each expert of the next layers to be activated, for one token."""
-
-    def expected_loads(self, layer: int, scores: F32) -> Ahead:
-        """The tokens that each expert of the next layers will get, for several."""
-
-    def learn(self, layer: int, ids: NDArray[np.integer]) -> None:
-        """What the layer's router chose."""
-
-
-class Launcher(Protocol):
-    """What starts shared experts early: :class:`hybrid.shared_first.SharedFirst`."""
-
-    def launch(self, layer: int, hidden: Tensor) -> object:
-        """Start the layer's shared expert."""
-
-    def abandon(self) -> None:
-        """Forget what was started."""
 
 
 class _Given(NamedTuple):
@@ -112,8 +71,8 @@ class Executor:
         Told a layer and its likely experts when the store does not fit into memory.
     timeline
         Collects what happened.
-    recorder
-        Keeps what the routers choose; None for nobody.
+    record_routing
+        Whether to keep what the routers choose.
     timeout_s
         How long to wait for the device.
 
@@ -123,8 +82,8 @@ class Executor:
         None when it was given up: everything runs on the CPU then.
     notes
         What did not go as planned, for the report.
-    uses, tokens
-        How often each expert was used, ``[L, E]``, by how many tokens, since the model was loaded.
+    usage
+        Which experts were used.
     """
 
     def __init__(
@@ -140,7 +99,7 @@ class Executor:
         shared: Launcher | None = None,
         read_ahead: Callable[[int, Sequence[int]], None] | None = None,
         timeline: Timeline | None = None,
-        recorder: TraceRecorder | None = None,
+        record_routing: bool = False,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.layers = layers
@@ -153,14 +112,12 @@ class Executor:
         self._threads = threads
         self._lookahead, self._shared = lookahead, shared
         self._read_ahead = read_ahead
-        self.recorder = recorder
         self._timeout_s = timeout_s
         self.residents = Residents(device, layers, self._first_settled(slots))
         self._before_s: float | None = None
         self._prompt = False
         self._turn = threading.Lock()
-        self.uses = np.zeros((len(layers), len(layers[0].blocks)), np.int64)
-        self.tokens = 0
+        self.usage = Usage(len(layers), len(layers[0].blocks), record_routing)
         self._records: deque[LayerRecord] = deque()
 
     @property
@@ -179,9 +136,11 @@ class Executor:
                 raise error
             self.slot_count = int(self.slot_count * SHRINK)
             self._note(
-                f"{self.slot_count} expert slots instead of {slots}",
-                f"the device has less memory than was planned with ({first_line(error)})",
-                "give the model less vram",
+                SlowPath(
+                    f"{self.slot_count} expert slots instead of {slots}",
+                    f"the device has less memory than was planned with ({first_line(error)})",
+                    "give the model less vram",
+                )
             )
 
     def warm(self) -> None:
@@ -204,10 +163,7 @@ class Executor:
     def forget_counts(self) -> None:
         """Begin anew with what is counted, recorded and timed: a warm-up is nobody's session."""
         self._note_records()
-        self.uses[:] = 0
-        self.tokens = 0
-        if self.recorder is not None:
-            self.recorder = TraceRecorder(len(self.layers))
+        self.usage.forget()
         self.timeline.finish()
         self.timeline.events.clear()
         self.timeline.restart()
@@ -262,7 +218,7 @@ class Executor:
                 else:
                     self._give_up(self.device, error)
             packed = self.layers[layer]
-            self._count_on_cpu(layer, expert_ids, routing_weights)
+            self._note(self.usage.of_cpu(layer, expert_ids, routing_weights))
             return compute_on_cpu(hidden, expert_ids, routing_weights, packed.blocks, packed.shape)
 
     def _share(
@@ -341,38 +297,16 @@ class Executor:
         self.residents.land()
         ahead = self._predict(decision.work.layer, ids, scores)
         copies += self._fill(decision, ahead, len(x))
-        self._record(decision.work.layer, ids, factors)
+        self._note(self.usage.record(decision.work.layer, ids, factors))
         self._note_records()
         return _Given(out, computes, copies)
-
-    def _record(self, layer: int, ids: Ids, factors: F32) -> None:
-        """Keep what the router chose, if somebody wants to know."""
-        if self.recorder is None:
-            return
-        try:
-            self.recorder.learn(layer, ids, factors)
-        except UsageError as error:
-            self.recorder = None
-            self._note("routing is recorded no more", first_line(error), "leave --routing out")
-
-    def _count_on_cpu(self, layer: int, expert_ids: Tensor, weights: Tensor) -> None:
-        """Count and record what is computed without the device."""
-        ids, factors = expert_ids.detach().cpu().numpy(), weights.detach().float().cpu().numpy()
-        self._record(layer, ids, factors)
-        self._count(layer, len(ids), loads_of(ids, factors, self.uses.shape[1])[0])
-
-    def _count(self, layer: int, tokens: int, loads: tuple[tuple[int, int], ...]) -> None:
-        if layer == 0:
-            self.tokens += tokens
-        for expert, load in loads:
-            self.uses[layer, expert] += load
 
     def _note_records(self) -> None:
         """Hand what was measured to the timeline, when there is time for it."""
         while self._records:
             record = self._records.popleft()
             self.timeline.add(record)
-            self._count(record.layer, record.tokens, record.loads)
+            self.usage.count(record.layer, record.tokens, record.loads)
 
     def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
         """Ask where each expert that the router chose runs."""
@@ -471,29 +405,34 @@ class Executor:
             self._give_up(device, error)
             return
         self._note(
-            f"{self.slot_count} expert slots instead of {before}",
-            f"{device.name} ran out of memory ({first_line(error)})",
-            "give the model less vram, or a shorter context, from the start",
+            SlowPath(
+                f"{self.slot_count} expert slots instead of {before}",
+                f"{device.name} ran out of memory ({first_line(error)})",
+                "give the model less vram, or a shorter context, from the start",
+            )
         )
 
     def _give_up(self, device: Device, error: Exception) -> None:
         """Go on without the device."""
         self.device = None
         self._note(
-            f"all experts on the CPU since {device.name} failed",
-            first_line(error),
-            "load the model again to try the device again",
+            SlowPath(
+                f"all experts on the CPU since {device.name} failed",
+                first_line(error),
+                "load the model again to try the device again",
+            )
         )
         try:
             device.close()
         except GpuExpertsError as late:
-            self._note(
-                f"closing {device.name}", first_line(late), "end this process to free its memory"
-            )
+            reason, remedy = first_line(late), "end this process to free its memory"
+            self._note(SlowPath(f"closing {device.name}", reason, remedy))
 
-    def _note(self, what: str, reason: str, remedy: str) -> None:
-        self.notes.append(SlowPath(what, reason, remedy))
-        print(f"hybrid: {what}: {reason}", file=sys.stderr)
+    def _note(self, note: SlowPath | None) -> None:
+        """Keep a note for the report and say it; None is nothing to say."""
+        if note is not None:
+            self.notes.append(note)
+            print(f"hybrid: {note.what}: {note.reason}", file=sys.stderr)
 
     def _recover(self) -> None:
         """Make sense again after something broke a layer off; forget everything if need be."""

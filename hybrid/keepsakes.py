@@ -32,7 +32,7 @@ class Keepsakes:
             written.
         """
         executor = self.require_executor("counts which experts are used")
-        known = Popularity(self._name, executor.tokens, executor.uses)
+        known = Popularity(self._name, executor.usage.tokens, executor.usage.uses)
         before = self.placement.popularity if self.placement else None
         if before is not None:
             known = Popularity(self._name, known.tokens + before.tokens, known.uses + before.uses)
@@ -47,7 +47,7 @@ class Keepsakes:
             When ``record_routing`` was not asked for, nothing was generated yet, or ``path``
             exists or cannot be written.
         """
-        recorder = self.require_executor("records the routers' choices").recorder
+        recorder = self.require_executor("records the routers' choices").usage.recorder
         if recorder is None:
             raise UsageError("no routing was kept", hint="load the model with record_routing=True")
         recorder.save(Path(path))

@@ -24,7 +24,6 @@ from hybrid.metrics import WHOLE, Figure, SlowPath, Term
 from hybrid.residents import Opened, Settle
 from hybrid.shared_first import SharedFirst
 from hybrid.timeline import DECODE, Timeline
-from hybrid.trace import TraceRecorder
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
@@ -111,8 +110,8 @@ class Placement:
         """Forget what the last call of ``generate`` took."""
         if self.executor is not None:
             self.executor.timeline.restart()
-            if self.executor.recorder is not None:
-                self.executor.recorder.end_sequence()
+            if self.executor.usage.recorder is not None:
+                self.executor.usage.recorder.end_sequence()
 
     def figures(self) -> dict[str, Figure]:
         """Return the counts of the last call, and of prefetching since the slots were opened."""
@@ -298,7 +297,7 @@ def _share_experts(
         shared=SharedFirst(views),
         read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
         timeline=timeline,
-        recorder=TraceRecorder(len(layers)) if budget.record_routing else None,
+        record_routing=budget.record_routing,
     )
     if budget.popularity is not None:
         executor.warm()

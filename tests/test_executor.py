@@ -18,7 +18,6 @@ from hybrid.choices import loads_of
 from hybrid.devices import emulated_device
 from hybrid.executor import Executor
 from hybrid.timeline import DECODE, PREFILL, Timeline
-from hybrid.trace import TraceRecorder
 from planner.popularity import Popularity, informed
 from sharing import (
     EXPERTS,
@@ -149,9 +148,9 @@ def test_warming_fills_the_slots_with_the_most_used(layers: list[Blocks]) -> Non
     rng = np.random.default_rng(11)
     executor.run_layer(0, *random_step(rng, 40))
     executor.end_step(0.0)
-    assert executor.tokens == 40
-    assert 0 < executor.uses[0].sum() <= 40 * TOP_K
-    assert not executor.uses[1:].any()
+    assert executor.usage.tokens == 40
+    assert 0 < executor.usage.uses[0].sum() <= 40 * TOP_K
+    assert not executor.usage.uses[1:].any()
 
 
 FAULTS = ("copy", "compute", "memory", "stall")
@@ -245,7 +244,7 @@ def test_memory_that_is_short_from_the_start_costs_slots(layers: list[Blocks]) -
 
 def test_a_dropped_device_is_still_counted_and_recorded(layers: list[Blocks]) -> None:
     """Uses and traces go on when everything runs on the CPU."""
-    executor = shared_executor(layers, 6, recorder=TraceRecorder(LAYERS))
+    executor = shared_executor(layers, 6, record_routing=True)
     rng = np.random.default_rng(14)
     for fault in (False, True):
         if fault:
@@ -255,11 +254,15 @@ def test_a_dropped_device_is_still_counted_and_recorded(layers: list[Blocks]) ->
                 executor.run_layer(layer, *random_step(rng, 2))
         executor.end_step(0.0)
     assert executor.device is None
-    assert executor.tokens == 16
-    assert executor.recorder is not None
-    assert executor.recorder.tokens == 16
+    assert executor.usage.tokens == 16
+    assert executor.usage.recorder is not None
+    assert executor.usage.recorder.tokens == 16
     executor.forget_counts()
-    assert (executor.tokens, executor.uses.sum(), executor.recorder.tokens) == (0, 0, 0)
+    assert (executor.usage.tokens, executor.usage.uses.sum(), executor.usage.recorder.tokens) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_an_expert_chosen_twice_has_two_loads() -> None:

@@ -130,11 +130,11 @@ def test_a_batch_decodes_in_the_decode_phase_and_loading_counts_nothing(tiny_mod
     model = placed(tiny_model, 6)
     executor = placement_of(model).executor
     assert executor is not None
-    assert executor.tokens == 0
+    assert executor.usage.tokens == 0
     model.generate(torch.tensor([[1, 2, 3], [4, 5, 6]]), max_new_tokens=4, do_sample=False)
     phases = executor.timeline.phases
     assert (phases["prefill"].measured.steps, phases["decode"].measured.steps) == (1, 3)
-    assert executor.tokens == 2 * (3 + 3)
+    assert executor.usage.tokens == 2 * (3 + 3)
 
 
 def test_a_closed_device_leaves_a_working_model(text: str) -> None:

@@ -1,0 +1,52 @@
+"""What the executor asks of others: predictions, and shared experts started early."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hybrid.choices import F32
+
+Ahead = list[tuple[int, NDArray[np.float64]]]
+
+
+class Seconds(Protocol):
+    """What a layer's dense parts are predicted to take."""
+
+    def mixer(self, layer: int, tokens: int) -> float:
+        """From the layer before to the router's answer."""
+
+    def shared(self, layer: int, tokens: int) -> float:
+        """The shared expert."""
+
+    def at(self, context: int) -> None:
+        """Take it that sequences are ``context`` tokens long from now on."""
+
+
+class Predictor(Protocol):
+    """What tells the next layers' experts: :class:`hybrid.lookahead.Lookahead`, or a replay."""
+
+    def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What is to be known of ``hidden``, on its device; None when nothing is predicted."""
+
+    def probabilities(self, layer: int, scores: F32) -> Ahead:
+        """The chance of each expert of the next layers to be activated, for one token."""
+
+    def expected_loads(self, layer: int, scores: F32) -> Ahead:
+        """The tokens that each expert of the next layers will get, for several."""
+
+    def learn(self, layer: int, ids: NDArray[np.integer]) -> None:
+        """What the layer's router chose."""
+
+
+class Launcher(Protocol):
+    """What starts shared experts early: :class:`hybrid.shared_first.SharedFirst`."""
+
+    def launch(self, layer: int, hidden: Tensor) -> object:
+        """Start the layer's shared expert."""
+
+    def abandon(self) -> None:
+        """Forget what was started."""
