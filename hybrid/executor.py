@@ -135,13 +135,9 @@ class Executor:
             if not self.slot_count:
                 raise error
             self.slot_count = int(self.slot_count * SHRINK)
-            self._note(
-                SlowPath(
-                    f"{self.slot_count} expert slots instead of {slots}",
-                    f"the device has less memory than was planned with ({first_line(error)})",
-                    "give the model less vram",
-                )
-            )
+            fewer = f"{self.slot_count} expert slots instead of {slots}"
+            reason = f"the device has less memory than was planned with ({first_line(error)})"
+            self._note(SlowPath(fewer, reason, "give the model less vram"))
 
     def warm(self) -> None:
         """Fill free slots with whom the cache's policy values most."""
@@ -379,10 +375,8 @@ class Executor:
         self._lookahead.learn(layer, ids)
         if scores is None:
             return []
-        predict = self._lookahead.probabilities
-        if ids.shape[0] > 1:
-            predict = self._lookahead.expected_loads
-        ahead = predict(layer, scores)
+        one, ahead_of = len(ids) == 1, self._lookahead
+        ahead = (ahead_of.probabilities if one else ahead_of.expected_loads)(layer, scores)
         if self._read_ahead is not None:
             for following, expected in ahead:
                 self._read_ahead(following, np.flatnonzero(expected > 0.5).tolist())
@@ -415,13 +409,9 @@ class Executor:
     def _give_up(self, device: Device, error: Exception) -> None:
         """Go on without the device."""
         self.device = None
-        self._note(
-            SlowPath(
-                f"all experts on the CPU since {device.name} failed",
-                first_line(error),
-                "load the model again to try the device again",
-            )
-        )
+        what = f"all experts on the CPU since {device.name} failed"
+        remedy = "load the model again to try the device again"
+        self._note(SlowPath(what, first_line(error), remedy))
         try:
             device.close()
         except GpuExpertsError as late:
