@@ -204,7 +204,8 @@ def _run(
 ) -> tuple[dict[int, list[list[Pass]]], list[int]]:
     """Generate after prompts of all lengths, several times while time allows.
 
-    Returns every prompt's generations, the first left out where there are more (it allocates),
+    The shortest prompts, up to the first that tokens are decoded after, are run anyway. Returns
+    every prompt's generations, the first left out where there are more (it allocates),
     and the prompts that there was no time for.
     """
     longest = replica.model.context or PROMPTS[-1] + DECODED
@@ -218,7 +219,7 @@ def _run(
             break
         for prompt in prompts:
             expected_s = took_s.get(prompt, 2.5 * last_s)
-            if expected_s > budget.left_s() and prompt > PROMPTS[0]:
+            if expected_s > budget.left_s() and prompt > DECODED_AFTER[0]:
                 break
             progress(f"prompts of {prompt} tokens, turn {turn + 1}")
             before_s = budget.left_s()

@@ -12,10 +12,9 @@ import numpy as np
 from hybrid import calibrated
 from hybrid.calibrated import Identity
 from hybrid.metrics import WHOLE, GenerationTimes, Term
-from hybrid.subject import float_format
+from hybrid.subject import subject
 from hybrid.timeline import DECODE, PREFILL
 from planner.dryrun import OURS, estimates
-from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
 from planner.outcome import CPU
@@ -136,12 +135,13 @@ def predicted(
     hardware = calibrated.load(Identity.of_this_machine(threads))
     if hardware is None:
         return None
-    index = network.hybrid_store.index
+    # As calibrations name it: a loaded network's dtype is that of its arithmetic.
+    found = subject(network.hybrid_store.path)
     return predict(
-        from_hf_config(network.config.to_dict()),
+        found.model,
         hardware,
-        experts=index.format,
-        dense=index.dense_format or float_format(network.config.dtype),
+        experts=found.experts,
+        dense=found.dense,
         prompt=prompt_tokens,
         tokens=new_tokens,
         loads=loads,

@@ -35,6 +35,7 @@ def write_random_model(
 ) -> None:
     """Write a converted directory of the shape that ``settings`` (a ``config.json``) describe.
 
+    ``dense`` may also be ``"f32"``, for what is made of a checkpoint in float32 or float16.
     Matrices of one shape hold the same numbers, and so do all experts: what is measured is how
     they are read. Routers differ, so that tokens spread over the experts.
     """
@@ -42,11 +43,13 @@ def write_random_model(
     specs = find_experts(model)
     matrices = dense_matrices(model, specs)
     packed = dense is not None and is_quantized(dense)
+    dtype = torch.float32 if dense == "f32" else torch.bfloat16
+    stored = None if dense == "f32" else dense  # no format of ours: as the checkpoint has them
     index = StoreIndex(
         source={"name": config.model_type, "identity": "random"},
         format=experts,
         layers=layout(specs, experts),
-        dense_format=dense,
+        dense_format=stored,
         dense=matrices if packed else {},
     )
     with (directory / DATA_NAME).open("wb", buffering=0) as raw:
@@ -78,12 +81,13 @@ def write_random_model(
             if packed and path in matrices:
                 tensors[f"{path}.packed"] = _random_packed(matrices[path], str(dense)).clone()
             else:
-                tensors[name] = _random_tensor(name, shapes[name])
+                tensors[name] = _random_tensor(name, shapes[name], dtype)
         where.update(dict.fromkeys(tensors, file_name))
         save_file(tensors, directory / file_name, {"format": "pt"})
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     raw = json.loads(config.to_json_string(use_diff=False))
-    converted = converted_config(raw, index, experts, dense)
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    converted = converted_config(raw, index, experts, stored)
     (directory / "config.json").write_text(json.dumps(converted, indent=2))
 
 
@@ -157,10 +161,10 @@ def _random_packed(shape: tuple[int, int], fmt: str) -> Tensor:
     return torch.from_numpy(pack(_draw(*shape), fmt))
 
 
-def _random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+def _random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if len(shape) < 2:
         plain = torch.zeros if "bias" in name else torch.ones
-        return plain(shape, dtype=torch.bfloat16)
+        return plain(shape, dtype=dtype)
     seeded = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     values = torch.randn(shape, generator=seeded) * float(shape[-1] ** -0.5)
-    return values.bfloat16()
+    return values.to(dtype)
