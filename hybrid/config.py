@@ -52,6 +52,9 @@ class HybridConfig(QuantizationConfigMixin):
         cache folder, or ``HYBRID_CACHE``.
     verify
         Compare every expert with its checksum when loading.
+    fast
+        Compute the tokens of one sequence on the CPU in our own code where the decoder is one
+        that it knows; else, and always if false, transformers' code runs.
     store
         Id of the store that belongs to a converted directory; set by the conversion.
     quant_method
@@ -70,6 +73,7 @@ class HybridConfig(QuantizationConfigMixin):
         *,
         cache_dir: str | Path | None = None,
         verify: bool = False,
+        fast: bool = True,
         store: str | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
@@ -79,6 +83,7 @@ class HybridConfig(QuantizationConfigMixin):
         self.dense = dense
         self.cache_dir = cache_dir
         self.verify = verify
+        self.fast = fast
         self.store = store
 
     @classmethod
@@ -89,6 +94,7 @@ class HybridConfig(QuantizationConfigMixin):
         experts: str | None = None,
         dense: str | None = None,
         verify: bool = False,
+        fast: bool = True,
     ) -> HybridConfig:
         """Return the config to load ``directory`` with.
 
@@ -105,8 +111,8 @@ class HybridConfig(QuantizationConfigMixin):
         raw = read_json(directory / "config.json")
         settings = raw.get("quantization_config") if isinstance(raw, dict) else None
         if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
-            return cls(experts, dense, verify=verify)
-        return cls(experts, dense, verify=verify).merged(settings)
+            return cls(experts, dense, verify=verify, fast=fast)
+        return cls(experts, dense, verify=verify, fast=fast).merged(settings)
 
     def merged(self, settings: dict[str, Any]) -> HybridConfig:
         """Return the config of a converted directory that is loaded with these options.
@@ -124,7 +130,7 @@ class HybridConfig(QuantizationConfigMixin):
                     f"{name}={asked!r} is asked for",
                     hint="convert the original checkpoint again, or leave the format out",
                 )
-        return HybridConfig(**settings, verify=self.verify)
+        return HybridConfig(**settings, verify=self.verify, fast=self.fast)
 
     def to_dict(self) -> dict[str, Any]:
         """What a converted directory's ``config.json`` holds: nothing of this machine."""

@@ -1,18 +1,13 @@
-"""The fast path: under ``generate()``, around transformers' modelling code.
+"""What the fast path computes: new tokens of one sequence, into the kernels' own cache.
 
-A model's ``forward`` is wrapped. A call with one new token of one sequence goes through the
-one-token kernels, one with several goes through transformers' layers with our attention (see
-:mod:`hybrid.prompt`), and everything else through transformers; all write the same cache.
-Which path a model has is decided once, when it is loaded, by computing a few tokens both ways.
+One new token goes through the one-token kernels, several through transformers' layers with our
+attention (see :mod:`hybrid.prompt`). :mod:`hybrid.fast_path` says for which calls.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,8 +19,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from cpu_experts.decoder import Decoder
 from hybrid.decoder_parts import UnfitError, read_decoder, rotary_row
-from hybrid.kv_cache import Sequence, can_share
-from hybrid.prompt import OnPrompt, Piece, Teller, attend_in_pieces, in_pieces
+from hybrid.kv_cache import Sequence
+from hybrid.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
 
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512
@@ -36,34 +31,14 @@ _GROWING = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.1}
 #: Positions that the test computes a token at; far ones show how the rotary embedding turns.
 _TEST_POSITIONS = (3, 300, 1500)
-#: Arguments of ``forward`` that the fast path understands or that change nothing for it.
-_KNOWN = {
-    *("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"),
-    *("return_dict", "logits_to_keep", "cache_position"),
-}
 
 
-@dataclass(frozen=True)
-class DecodePath:
-    """Which path single tokens take, and why.
-
-    Attributes
-    ----------
-    fast
-        Whether it is the one-token kernels.
-    reason
-        What was found when the model was loaded.
-    """
-
-    fast: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{'one-token kernels' if self.fast else 'transformers'} ({self.reason})"
+class WrongError(UnfitError):
+    """How far the kernels are from what transformers computes."""
 
 
 class FastDecoder:
-    """A loaded model's one-token path.
+    """New tokens of one sequence.
 
     Parameters
     ----------
@@ -78,39 +53,15 @@ class FastDecoder:
     def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
         self.decoder = decoder
         self._base = model.get_decoder()
-        self._config = model.config
         self._dtype = model.dtype
         self._pairs = pairs
         self._scale = float(getattr(self._base, "embedding_multiplier", 1.0))
         self._shapes = [(layer.kv_heads, layer.head_dim) for layer in decoder.layers]
         self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in _GROWING
         self._angles: list[tuple[Any, Any]] = []
-        self.piece: Piece | None = None
-        self.on_prompt: OnPrompt | None = None
-
-    def takes(self, arguments: dict[str, Any]) -> bool:
-        """Whether a call of ``forward`` is new tokens of one sequence and nothing special."""
-        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.device.type != "cpu":
-            return False
-        if ids.shape[0] != 1 or ids.shape[1] == 0:
-            return False
-        if any(
-            value not in (None, False) for name, value in arguments.items() if name not in _KNOWN
-        ):
-            return False
-        wanted = ("output_attentions", "output_hidden_states", "output_router_logits")
-        if any(getattr(self._config, name, False) for name in wanted):
-            return False
-        if arguments.get("return_dict") is False or arguments.get("use_cache") is False:
-            return False
-        mask = arguments.get("attention_mask")
-        if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
-            return False
-        return can_share(cache, len(self._shapes)) and not torch.is_grad_enabled()
 
     def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast:
-        """Compute the token of a call that :meth:`takes`."""
+        """Compute the single token of a call of the model's ``forward``."""
         ids, cache = arguments["input_ids"], arguments["past_key_values"]
         sequence = self.packed(cache)
         given = arguments.get("position_ids")
@@ -124,19 +75,20 @@ class FastDecoder:
         sequence.advance()
         return MoeCausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
 
-    def prompt(self, arguments: dict[str, Any], slow: Any) -> MoeCausalLMOutputWithPast:
-        """Compute the tokens of a call that :meth:`takes`, in pieces, through ``slow``."""
+    def prompt(
+        self, arguments: dict[str, Any], slow: Any, on_prompt: OnPrompt | None
+    ) -> MoeCausalLMOutputWithPast:
+        """Compute the tokens of a call in pieces, through ``slow``, transformers' ``forward``."""
         ids, cache = arguments["input_ids"], arguments["past_key_values"]
         sequence, total = self.packed(cache), ids.shape[1]
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(total)[None] + cache.get_seq_length()
         keep = arguments.get("logits_to_keep", 0)
-        kept, teller = [], Teller(self.on_prompt, total)
+        kept, teller = [], Teller(on_prompt, total)
         for cut, wanted in in_pieces(ids, keep):
-            angles = self.angles_at(positions[:, cut])
-            self.piece = Piece(self.decoder, sequence, *angles)
-            try:
+            piece = Piece(self.decoder, sequence, *self.angles_at(positions[:, cut]))
+            with attention_in_pieces(self._base.layers, piece):
                 output = slow(
                     input_ids=ids[:, cut],
                     position_ids=positions[:, cut],
@@ -144,8 +96,6 @@ class FastDecoder:
                     use_cache=True,
                     logits_to_keep=wanted,
                 )
-            finally:
-                self.piece = None
             kept.append(output.logits)
             teller.tell(min(total, cut.stop))
         if len(kept) > 1:
@@ -186,34 +136,24 @@ class FastDecoder:
         ]
 
 
-def install_fast_decode(model: Any) -> DecodePath:
-    """Give a loaded model the fast path if its decoder is one that the kernels compute.
+def build_decoder(model: Any) -> tuple[FastDecoder, float]:
+    """Read and test a model's decoder; its dense weights are packed on the way.
 
-    Returns, and keeps as ``model.hybrid_decode``, which path it has. A model that should have
-    the fast path and fails its test says so on stderr.
+    Returns the decoder and how far its layers are from transformers', see :func:`_distance`.
+
+    Raises
+    ------
+    UnfitError
+        When the kernels compute no such decoder, or not what transformers computes.
     """
-    try:
-        decoder, pairs = read_decoder(model)
-    except UnfitError as unfit:
-        return _settle(model, DecodePath(False, str(unfit)))
-    fast = FastDecoder(model, decoder, pairs)
+    fast = FastDecoder(model, *read_decoder(model))
     distance = _distance(model, fast)
     limit = _TOLERANCE.get(model.dtype, max(_TOLERANCE.values()))
     if not distance <= limit:
-        path = DecodePath(
-            False, f"a layer differs from transformers' by {distance:.2g}, more than {limit:.2g}"
+        raise WrongError(
+            f"a layer differs from transformers' by {distance:.2g}, more than {limit:.2g}"
         )
-        print(f"hybrid: single tokens take the slow path: {path.reason}", file=sys.stderr)
-        return _settle(model, path)
-    _wrap(model, fast)
-    return _settle(
-        model, DecodePath(True, f"tested: every layer within {distance:.1g} of transformers'")
-    )
-
-
-def _settle(model: Any, path: DecodePath) -> DecodePath:
-    model.hybrid_decode = path
-    return path
+    return fast, distance
 
 
 @torch.no_grad()
@@ -317,20 +257,3 @@ def _slow_step(
         for hook in hooks:
             hook.remove()
     return states, output.logits.float().reshape(-1)
-
-
-def _wrap(model: Any, fast: FastDecoder) -> None:
-    """Put the fast path in front of ``model.forward``; its signature stays."""
-    slow = model.forward
-
-    @functools.wraps(slow)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if args or not fast.takes(kwargs):
-            return slow(*args, **kwargs)
-        return (
-            fast.forward(kwargs) if kwargs["input_ids"].shape[1] == 1 else fast.prompt(kwargs, slow)
-        )
-
-    attend_in_pieces(model.get_decoder().layers, lambda: fast.piece)
-    model.forward = forward
-    model.hybrid_fast_decoder = fast

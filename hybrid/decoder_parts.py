@@ -23,7 +23,15 @@ from cpu_experts.decoder import Decoder
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
 from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router, fill_record
-from hybrid.dense import Arena, PackedMlp, QuantizedLinear, pack_linear, pack_mlp, pack_tied
+from hybrid.dense import (
+    Arena,
+    PackedMlp,
+    QuantizedLinear,
+    pack_linear,
+    pack_mlp,
+    pack_tied,
+    replace_module,
+)
 
 
 class UnfitError(Exception):
@@ -74,7 +82,7 @@ def _matrix(owner: Any, name: str, arena: Arena) -> Matrix:
     module = getattr(owner, name)
     if type(module) is nn.Linear:
         module = pack_linear(module)
-        setattr(owner, name, module)
+        replace_module(owner, name, module)
     if type(module) is not QuantizedLinear:
         raise UnfitError(f"{name} is a {type(module).__name__}")
     arena.move(module.packed)
@@ -217,7 +225,7 @@ def _mlp(owner: Any, name: str, arena: Arena) -> Experts:
         packed = pack_mlp(module)
         if packed is None:
             raise UnfitError(f"{type(module).__name__} has another form than gate, up and down")
-        setattr(owner, name, packed)
+        replace_module(owner, name, packed)
         module = packed
     arena.move(module.block)
     return Experts(blocks=module.block.numpy()[None], shape=module.shape)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_experts.experts import ExpertShape
+from cpu_experts.experts import ExpertShape, unpack_expert
 from cpu_experts.ffn import linear, run_experts
 from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, unpack, unpack_rows
 from hybrid.errors import UnsupportedModelError
@@ -52,6 +52,12 @@ class _Packed(nn.Module):
             torch.empty(packed_bytes(rows, cols, fmt), dtype=torch.uint8), requires_grad=False
         )
         self._is_hf_initialized = True
+
+    def give_back(self) -> None:
+        """Give the weights back to the module that this one stands for."""
+        weight = vars(self)[_REPLACED].weight
+        if weight.numel() == 0:  # a tied one has them by now
+            weight.data = self.weight.to(weight.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -112,6 +118,13 @@ class PackedMlp(nn.Module):
         self.shape = shape
         self.block = nn.Parameter(block, requires_grad=False)
 
+    def give_back(self) -> None:
+        """Give the weights back to the MLP that this one stands for."""
+        parts = unpack_expert(self.shape, self.block.numpy())
+        for name in ("gate", "up", "down"):
+            weight = getattr(vars(self)[_REPLACED], f"{name}_proj").weight
+            weight.data = torch.from_numpy(getattr(parts, name)).to(weight.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         flat = x.detach().reshape(-1, self.shape.hidden).float().contiguous()
         ids = torch.zeros(len(flat), 1, dtype=torch.int64)
@@ -121,6 +134,40 @@ class PackedMlp(nn.Module):
             flat.numpy(), ids.numpy(), torch.ones(ids.shape).numpy(), block, self.shape, out.numpy()
         )
         return out.view(x.shape).to(x.dtype)
+
+
+#: Attribute of a packed module: the ordinary one that it stands for, its weights emptied.
+_REPLACED = "_hybrid_replaced"
+#: And, where embedding and lm_head were tied, the model's own note of it.
+_TIED = "_hybrid_tied"
+
+
+def replace_module(owner: Any, name: str, new: nn.Module) -> None:
+    """Put a packed module in a module's place, until :func:`restore_dense`.
+
+    An ordinary module stays the same object, parameters included, but its weights hold nothing
+    meanwhile. One that is quantized has nothing to come back for.
+    """
+    old: nn.Module = getattr(owner, name)
+    ordinary: list[Any] = [m for m in old.modules() if type(m) in (nn.Linear, nn.Embedding)]
+    for module in ordinary:
+        module.weight.data = torch.empty(0, dtype=module.weight.dtype)
+    if ordinary:
+        vars(new)[_REPLACED] = old  # not a submodule
+    setattr(owner, name, new)
+
+
+def restore_dense(model: nn.Module) -> None:
+    """Put the ordinary modules back that packing without rounding had replaced."""
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            old = vars(child).get(_REPLACED)
+            if old is None:
+                continue
+            child.give_back()  # type: ignore[operator]
+            setattr(owner, name, old)
+            if _TIED in vars(child):
+                model.all_tied_weights_keys = vars(child)[_TIED]
 
 
 def pack_linear(linear: nn.Linear) -> QuantizedLinear:
@@ -151,8 +198,11 @@ def pack_tied(model: Any) -> None:
             packed.rows, packed.cols, packed.weight_format, embedding.weight.dtype
         )
         new.packed = packed.packed
-        model.set_output_embeddings(packed)
-        model.set_input_embeddings(new)
+        vars(new)[_TIED] = model.all_tied_weights_keys
+        for old, module in ((head, packed), (embedding, new)):
+            path = next(path for path, found in model.named_modules() if found is old)
+            owner, _, name = path.rpartition(".")
+            replace_module(model.get_submodule(owner), name, module)
         model.all_tied_weights_keys = {}
 
 

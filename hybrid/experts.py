@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import project_down, project_up, run_experts
 from hybrid.families import ExpertsSpec, recognise_gating
-from hybrid.store import U8
+from hybrid.store import U8, ExpertStore, LayerRecord
 
 
 class LayerExperts:
@@ -24,13 +25,15 @@ class LayerExperts:
     ----------
     spec
         What the model says about them.
-    blocks
-        ``[E, stride]`` uint8, usually a view of the mapped store.
-    shape
-        Their layout.
+    store, record
+        Where they are kept.
 
     Attributes
     ----------
+    blocks
+        ``[E, stride]`` uint8, a view of the mapped store.
+    shape
+        Their layout and arithmetic.
     own_gating
         Whether the family's own gating code runs between the projections because the kernels
         have no parameters for it.
@@ -40,13 +43,24 @@ class LayerExperts:
 
     spent_s = 0.0
 
-    def __init__(self, spec: ExpertsSpec, blocks: U8, shape: ExpertShape) -> None:
+    def __init__(self, spec: ExpertsSpec, store: ExpertStore, record: LayerRecord) -> None:
         self.spec = spec
-        self.blocks = blocks
+        self._place = store, record
+        self.blocks = store.blocks(record)
+        shape = record.shape(store.index.format)
         self.norm = getattr(spec.module, "post_expert_norm", None)
         known = None if self.norm is not None else recognise_gating(spec, shape)
         self.own_gating = known is None
         self.shape = shape if known is None else known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies share the store's bytes."""
+        return {name: value for name, value in vars(self).items() if name != "blocks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        store, record = self._place
+        self.blocks = store.blocks(record)
 
     def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs.

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybrid import host
 from hybrid.cache import converted_copy
 from hybrid.config import DEFAULT_EXPERTS, HybridConfig
-from hybrid.decode import DecodePath, install_fast_decode
 from hybrid.devices import (
     Size,
     choose_device,
@@ -27,6 +26,7 @@ from hybrid.devices import (
     wants_vram,
 )
 from hybrid.errors import CheckpointError, UsageError, first_line
+from hybrid.fast_path import DecodePath
 from hybrid.placement import Budget, Placement, place_model
 from hybrid.slow_paths import has_native_bf16
 from hybrid.timeline import Timeline
@@ -77,7 +77,7 @@ def load_model(
     )
     if name is None:
         return model, directory, None
-    model.hybrid_decode = DecodePath(False, f"the experts are shared with {name}")
+    model.hybrid_fast.path = DecodePath(False, f"the experts are shared with {name}")
     asked = size_in_bytes(vram, "vram") if vram is not None and wants_vram(vram) else None
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
     opened = open_device(name, asked, layer.shape, threads)
@@ -137,20 +137,21 @@ def load_fast_model(
     dtype: torch.dtype | None = None,
     fast: bool = True,
 ) -> tuple[Any, Path]:
-    """Load a transformers model, converted first if need be, and give it the fast path.
+    """Load a transformers model, converted first if need be, on the CPU.
 
-    Takes what :meth:`HybridModel.from_pretrained` takes, and whether to install the ``fast``
+    Takes what :meth:`HybridModel.from_pretrained` takes, and whether it may take the ``fast``
     path, which runs all of a model on the CPU; also returns the converted directory.
     """
     directory = Path(path).expanduser()
-    config = HybridConfig(experts, dense, verify=verify)
+    config = HybridConfig(experts, dense, verify=verify, fast=fast)
     if directory.is_dir():
-        config = config.for_loading(directory, experts=experts, dense=dense, verify=verify)
+        config = config.for_loading(
+            directory, experts=experts, dense=dense, verify=verify, fast=fast
+        )
     if config.store is None:
         directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
     model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
-    if fast:
-        install_fast_decode(model)
+    model.hybrid_fast.settle(model)
     return model, directory
 
 

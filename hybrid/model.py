@@ -391,6 +391,7 @@ class HybridModel(Keepsakes):
                 self.placement.begin_run()
             for module in self._experts:
                 module.spent_s = 0.0
+            self.model.hybrid_fast.refused.clear()
             watch.start(ids)
             try:
                 with told:

@@ -190,7 +190,7 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
     if found is None:
         return ()
     experts = [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
-    spent_s = sum(layer.spent_s for layer in experts) if network.hybrid_decode.fast else None
+    spent_s = sum(layer.spent_s for layer in experts) if network.hybrid_fast.path.fast else None
     terms = [Term(PREFILL, WHOLE, found.ttft.value, times.ttft_s)]
     terms += [
         Term(PREFILL, name, estimate.value, spent_s if name == CPU else None)

@@ -8,6 +8,7 @@ that of one piece, whatever the prompt's length, and after every piece progress 
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,42 +104,52 @@ def in_pieces(ids: Tensor, keep: int | Tensor) -> Iterator[tuple[slice, int | Te
         yield slice(start, stop), max(1, stop - max(start, first_kept))
 
 
-def attend_in_pieces(layers: Any, current: Callable[[], Piece | None]) -> None:
-    """Let the attention of a model's layers go through the piece at hand, if there is one."""
-    for index, layer in enumerate(layers):
-        _redirect(layer.self_attn, index, current)
+@contextmanager
+def attention_in_pieces(layers: Any, piece: Piece) -> Iterator[None]:
+    """Let the attention of a model's layers go through ``piece``, for calls of this thread."""
+    modules = [layer.self_attn for layer in layers]
+    own = [vars(attention).get("forward") for attention in modules]
+    for index, attention in enumerate(modules):
+        attention.forward = _redirected(attention, index, piece)
+    try:
+        yield
+    finally:
+        for attention, forward in zip(modules, own, strict=True):
+            if forward is None:
+                del attention.forward
+            else:
+                attention.forward = forward
 
 
-def _redirect(attention: Any, index: int, current: Callable[[], Piece | None]) -> None:
-    plain = attention.forward
+def _redirected(attention: Any, index: int, piece: Piece) -> Callable[..., Any]:
+    plain, thread = attention.forward, threading.get_ident()
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        piece = current()
-        if piece is None:
+        if threading.get_ident() != thread:
             return plain(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         return piece.attend(index, attention, hidden), None
 
-    attention.forward = forward
+    return forward
 
 
 @contextmanager
 def prompts_told(model: Any, report: OnPrompt) -> Iterator[None]:
     """Call ``report`` after every piece of a prompt that ``model`` computes meanwhile.
 
-    A model without the fast path (``model.hybrid_decode.fast`` is false) computes a prompt in
-    one go and reports nothing. An exception that ``report`` raises ends the prompt.
+    A prompt that the fast path does not compute is computed in one go and reports nothing. An
+    exception that ``report`` raises ends the prompt.
     """
-    fast = getattr(model, "hybrid_fast_decoder", None)
-    if fast is None:
+    path = getattr(model, "hybrid_fast", None)
+    if path is None:
         yield
         return
-    before, fast.on_prompt = fast.on_prompt, report
+    before, path.on_prompt = path.on_prompt, report
     try:
         yield
     finally:
-        fast.on_prompt = before
+        path.on_prompt = before
 
 
 @contextmanager

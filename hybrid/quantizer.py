@@ -67,16 +67,15 @@ class HybridQuantizer(HfQuantizer):
 
         from hybrid.experts import LayerExperts, experts_forward
         from hybrid.families import IMPLEMENTATION
+        from hybrid.fast_path import attach_fast_path
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-        fmt = self._store.index.format
         for spec, record in zip(self._specs, self._records, strict=True):
             module: Any = spec.module
-            module.hybrid_experts = LayerExperts(
-                spec, self._store.blocks(record), record.shape(fmt)
-            )
+            module.hybrid_experts = LayerExperts(spec, self._store, record)
             spec.install(model)
         model.hybrid_store = self._store
+        attach_fast_path(model, fast=self.quantization_config.fast)
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` would lose the experts; copy the converted directory instead."""

@@ -136,6 +136,7 @@ class Replica:
         check_room(settings, folder, experts, dense)
         write_random_model(settings, folder, experts=experts, dense=dense)
         self.network, _ = load_fast_model(folder)
+        self.network.hybrid_fast.past_hooks = True
         self.network.generation_config.eos_token_id = None
         self.network.generation_config.pad_token_id = 0
         self.model = model
@@ -152,7 +153,7 @@ class Replica:
         self._watch(self.network.get_output_embeddings(), ("head", 0))
         for runner in self.runners():  # so that no call is the first to use a page
             runner.blocks[:, ::_PAGE].sum()
-        self.fast = getattr(self.network, "hybrid_fast_decoder", None)
+        self.fast = self.network.hybrid_fast.decoder
         if self.fast is not None:
             self.fast.decoder = _Turns(self.fast.decoder, self.network, self)
 

@@ -56,7 +56,7 @@ def run_report(
         experts_format=index.format,
         dense_format=network.hf_quantizer.quantization_config.dense or "as in the checkpoint",
         compute_dtype=f"{network.dtype}".removeprefix("torch."),
-        decode_path=str(network.hybrid_decode),
+        decode_path=str(network.hybrid_fast.path),
         simd_level=simd.LEVEL,
         threads=f"{threads} (torch and kernels)",
         placement=None if placement is None else str(placement),

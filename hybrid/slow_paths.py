@@ -9,6 +9,7 @@ import numba
 import torch
 
 from cpu_experts import hostcpu, simd
+from hybrid.fast_path import UNTESTED, FastPath
 from hybrid.metrics import SlowPath
 
 #: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
@@ -72,17 +73,28 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
             "the kernels have no parameters for this family's activation",
             "none yet: the family's own code runs between the projections",
         )
-    decode = getattr(model, "hybrid_decode", None)
-    if decode is not None and not decode.fast:
-        yield SlowPath(
-            "single tokens in transformers' code",
-            decode.reason,
-            "none yet: the one-token kernels do not compute this decoder",
-        )
+    yield from _calls_past_the_fast_path(getattr(model, "hybrid_fast", None))
     attention = model.config.get_text_config()._attn_implementation
     if attention == "eager":
         yield SlowPath(
             "attention in eager mode",
             "transformers has no fused attention for this family",
             "none yet",
+        )
+
+
+def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[SlowPath]:
+    if fast is None or fast.path == UNTESTED:
+        return
+    if not fast.path.fast:
+        yield SlowPath(
+            "single tokens in transformers' code",
+            fast.path.reason,
+            "none yet: the one-token kernels do not compute this decoder",
+        )
+    for reason, count in fast.refused.items():
+        yield SlowPath(
+            f"{count} of the model's steps in transformers' code",
+            reason,
+            "none yet: the fast path computes new tokens of one sequence, and nothing else",
         )

@@ -200,6 +200,10 @@ class ExpertStore:
         self._mapped = mapped
         self._data: U8 = np.frombuffer(mapped, np.uint8)
 
+    def __reduce__(self) -> Any:
+        """A copy maps the same file."""
+        return ExpertStore.open, (self.path,)
+
     @classmethod
     def open(cls, directory: Path | str, *, verify: bool = False) -> ExpertStore:
         """Map a converted directory's experts; nothing is read but the index and one page.

@@ -27,8 +27,9 @@ def test_a_long_cache_is_made_once_and_stays(settings: dict[str, Any]) -> None:
     with peers._ours(settings, print) as ours:
         assert ours.path.fast
         prompts: list[int] = []
-        real = ours.model._model.hybrid_fast_decoder.prompt
-        ours.model._model.hybrid_fast_decoder.prompt = lambda *a: (prompts.append(1), real(*a))[1]
+        decoder = ours.model._model.hybrid_fast.decoder
+        real = decoder.prompt
+        decoder.prompt = lambda *a: (prompts.append(1), real(*a))[1]
         assert ours.model.measure(case) > 0
         held = ours.model._held
         assert held is not None

@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hybrid.decode
 from hybrid.checkpoint import convert
-from hybrid.decode import install_fast_decode
+from hybrid.config import HybridConfig
 from hybrid.dense import QuantizedEmbedding
+from hybrid.fast_path import DecodePath, attach_fast_path
 from hybrid.model import HybridModel
 from tiny_families import VOCAB, families, tiny_config
 
@@ -47,9 +48,19 @@ def _load(family: str, folder: Path, store: str = "f32", **changes: Any) -> Any:
     experts, dense = STORES[store]
     _save(family, folder / "source", **changes)
     convert(folder / "source", folder / "model", experts=experts, dense=dense)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, quantization_config=HybridConfig(fast=False)
+    )
     model.generation_config.eos_token_id = None  # every run as long as it is asked to be
     return model
+
+
+def install_fast_decode(model: Any) -> DecodePath:
+    """Give a model that was loaded without it the fast path; ``model.slow`` goes past it."""
+    model.slow = model.forward
+    attach_fast_path(model)
+    model.hybrid_fast.settle(model)
+    return model.hybrid_fast.path
 
 
 def _greedy(model: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,13 +83,14 @@ class _Counted:
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        real = model.hybrid_fast_decoder.forward
+        decoder = model.hybrid_fast.decoder
+        real = decoder.forward
 
         def forward(arguments: Any) -> Any:
             self.count += 1
             return real(arguments)
 
-        monkeypatch.setattr(model.hybrid_fast_decoder, "forward", forward)
+        monkeypatch.setattr(decoder, "forward", forward)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +111,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model with the fast path; ``model.slow`` is transformers' own forward."""
     model = _load("qwen3_moe", tmp_path_factory.mktemp("qwen"))
     assert install_fast_decode(model).fast
-    model.slow = model.forward.__wrapped__
     return model
 
 
@@ -248,13 +259,14 @@ def test_calls_that_the_kernels_do_not_know(qwen: Any, monkeypatch: pytest.Monke
 
 
 def test_an_unfit_family_keeps_its_code_and_says_why(tmp_path: Path) -> None:
-    """Latent attention has no kernels: nothing is wrapped, the reason is kept."""
+    """Latent attention has no kernels: nothing stays replaced, the reason is kept."""
     model = _load("deepseek_v3", tmp_path)
-    forward = model.forward
+    weight = model.lm_head.weight
     path = install_fast_decode(model)
     assert not path.fast
     assert "kv_b_proj" in path.reason
-    assert model.forward == forward
+    assert model.lm_head.weight is weight
+    assert weight.shape == (VOCAB, 64)
     assert str(path).startswith("transformers (attention (DeepseekV3Attention) has")
 
 
@@ -276,14 +288,14 @@ def test_a_wrong_result_is_found_and_told(
     assert not path.fast
     assert "a layer differs from transformers' by" in path.reason
     assert "slow path: a layer differs" in capsys.readouterr().err
-    assert not hasattr(model, "hybrid_fast_decoder")
+    assert model.hybrid_fast.decoder is None
 
 
 def test_the_report_names_the_path(tiny_model: Path) -> None:
     """The report says what computes single tokens, and lists it as slow where it is."""
     model = HybridModel.from_pretrained(tiny_model)
     assert "one-token kernels (tested: every layer within" in str(model.report())
-    model.model.hybrid_decode = hybrid.decode.DecodePath(False, "some reason")
+    model.model.hybrid_fast.path = DecodePath(False, "some reason")
     assert "single tokens in transformers' code: some reason" in str(model.report())
 
 

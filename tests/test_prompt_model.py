@@ -13,9 +13,8 @@ from rich.console import Console
 from transformers import DynamicCache
 
 import hybrid.prompt
-from hybrid.decode import install_fast_decode
 from hybrid.prompt import Piece, PromptProgress, prompt_bar, prompts_told
-from test_decode import VOCAB, _greedy, _load, half_precision_caches
+from test_decode import VOCAB, _greedy, _load, half_precision_caches, install_fast_decode
 
 __all__ = ["half_precision_caches"]  # applies to the tests here, too
 
@@ -27,7 +26,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model with the fast path; ``model.slow`` is transformers' own forward."""
     model = _load("qwen3_moe", tmp_path_factory.mktemp("qwen"))
     assert install_fast_decode(model).fast
-    model.slow = model.forward.__wrapped__
     return model
 
 

@@ -158,7 +158,7 @@ def _measure(
         "family": type(model).__name__,
         "experts": model.hybrid_store.index.format,
         "dense": model.hybrid_store.index.dense_format or "as in the checkpoint",
-        "decode_path": str(model.hybrid_decode),
+        "decode_path": str(model.hybrid_fast.path),
         "prompt_tokens": prompt,
         "generated_tokens": generate,
         "load_s": load_s,
@@ -215,7 +215,7 @@ def generate_once(
 
 def _bytes_per_token(model: Any, context: float) -> int | None:
     """Weights and cache that a decode step reads; None in transformers' own code."""
-    fast = getattr(model, "hybrid_fast_decoder", None)
+    fast = model.hybrid_fast.decoder
     if fast is None:
         return None
     total: float = fast.decoder.bytes_per_token()

@@ -248,7 +248,7 @@ def _ours(settings: dict[str, Any], progress: Callable[[str], None]) -> Iterator
         progress(f"writing random weights of {settings['num_hidden_layers']} layers")
         write_random_model(settings, Path(folder), experts="q4_0", dense="q4_0")
         model, _ = load_fast_model(folder)
-        yield _Ours(InProcess(model, "ours"), model.hybrid_decode)
+        yield _Ours(InProcess(model, "ours"), model.hybrid_fast.path)
 
 
 def _plain(settings: dict[str, Any]) -> InProcess:
