@@ -199,6 +199,20 @@ def _replica(wanted: Subject, folder: Path) -> Replica:
             bars.enable_progress_bar()
 
 
+def _prompts(context: int | None) -> dict[int, int]:
+    """Prompts that a model of this ``context`` can read, and how many new tokens after each.
+
+    Where the context cuts the list off, the longest is one that just fits.
+    """
+    new_tokens = {prompt: DECODED if prompt in DECODED_AFTER else 1 for prompt in PROMPTS}
+    if context is None:
+        return new_tokens
+    fitting = {prompt: new for prompt, new in new_tokens.items() if prompt + new <= context}
+    if len(fitting) < len(new_tokens):
+        fitting.setdefault(context - 1, 1)
+    return fitting
+
+
 def _run(
     replica: Replica, budget: Budget, progress: Progress
 ) -> tuple[dict[int, list[list[Pass]]], list[int]]:
@@ -208,8 +222,7 @@ def _run(
     every prompt's generations, the first left out where there are more (it allocates),
     and the prompts that there was no time for.
     """
-    longest = replica.model.context or PROMPTS[-1] + DECODED
-    prompts = [prompt for prompt in PROMPTS if prompt + DECODED <= longest]
+    prompts = _prompts(replica.model.context)
     runs: dict[int, list[list[Pass]]] = {}
     took_s: dict[int, float] = {}
     last_s = 0.0
@@ -223,8 +236,7 @@ def _run(
                 break
             progress(f"prompts of {prompt} tokens, turn {turn + 1}")
             before_s = budget.left_s()
-            new_tokens = DECODED if prompt in DECODED_AFTER else 1
-            runs.setdefault(prompt, []).append(replica.generate(prompt, new_tokens))
+            runs.setdefault(prompt, []).append(replica.generate(prompt, prompts[prompt]))
             last_s = took_s[prompt] = before_s - budget.left_s()
     kept = {prompt: found[1:] or found for prompt, found in runs.items()}
     return kept, [prompt for prompt in prompts if prompt not in runs]

@@ -164,12 +164,12 @@ def _cpu_points(times: ExpertTimes) -> Iterator[Point]:
 
 def _terms(family: str, experts: str, dense: str, parts: Sequence[Part]) -> Iterator[TermPoint]:
     """Points of a model's parts; only attention depends on the context of a single token."""
-    merged: dict[tuple[str, str, int, int, int], list[float]] = {}
+    merged: dict[tuple[str, str, int, int, int, int], list[float]] = {}
     for part in parts:
         context = part.context if part.term == "attention" else part.tokens
-        key = (part.term, part.kind, part.params, part.tokens, context)
+        key = (part.term, part.kind, part.params, part.tokens, context, part.piece)
         merged.setdefault(key, []).extend(part.samples)
-    for (term, kind, params, tokens, context), samples in merged.items():
+    for (term, kind, params, tokens, context, piece), samples in merged.items():
         yield TermPoint(
             term=term,
             family=family,
@@ -178,6 +178,7 @@ def _terms(family: str, experts: str, dense: str, parts: Sequence[Part]) -> Iter
             format=experts if term == "expert" else dense,
             tokens=tokens,
             context=context,
+            piece=piece,
             seconds=float(median(samples)),
             error=_spread(samples) if any(samples) else None,
         )

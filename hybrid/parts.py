@@ -23,7 +23,7 @@ ALONE = "layer alone"
 class Part:
     """What a part of the model took: seconds of single steps, of one layer where it is a layer's.
 
-    ``term``, ``kind``, ``params``, ``tokens`` and ``context`` are those of
+    ``term``, ``kind``, ``params``, ``tokens``, ``context`` and ``piece`` are those of
     ``planner.hardware.TermPoint``.
     """
 
@@ -33,6 +33,7 @@ class Part:
     tokens: int
     context: int
     samples: tuple[float, ...]
+    piece: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def in_modules(
     passes: Sequence[Pass],
     tokens: int,
     context: int,
+    piece: int = 0,
 ) -> Iterator[Part]:
     """Parts of passes through transformers' code.
 
@@ -63,6 +65,8 @@ def in_modules(
         With spans of ``layer``, ``feed_forward`` and ``experts`` of each layer, and of ``head``.
     tokens, context
         Of each pass.
+    piece
+        So many of the tokens are computed at a time; 0 is all of them.
     """
     samples = defaultdict[tuple[str, str, int], list[float]](list)
     for step in passes:
@@ -81,7 +85,9 @@ def in_modules(
         for key, values in found.items():
             samples[key].append(fmean(values))
     for (term, kind, params), seconds in samples.items():
-        yield Part(term, kind, params, tokens, context, tuple(seconds))
+        yield Part(
+            term, kind, params, tokens, context, tuple(seconds), 0 if term == "call" else piece
+        )
 
 
 def compiled(

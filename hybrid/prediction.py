@@ -76,8 +76,9 @@ def predict(
     prompt, tokens
         Tokens of the prompt, and new ones.
     loads
-        Tokens that each expert of each MoE layer got of the prompt, ``[L, E]``, where it is known;
-        otherwise they are made up as for ``hybrid plan``.
+        Tokens that each expert of each MoE layer got of the prompt, ``[L, E]``, where it is known,
+        or ``[P * L, E]`` of its pieces, one after the other; otherwise they are made up as for
+        ``hybrid plan``.
 
     Raises
     ------
@@ -96,9 +97,16 @@ def predict(
     )
     routing = request.routing()
     if loads is not None:
-        known = np.zeros_like(routing.prompt)
-        known[:, : np.shape(loads)[1]] = loads
-        routing = replace(routing, prompt=known, source=Source.MEASURED, origin="as it was routed")
+        layers, choices = routing.prompt.shape
+        parts = np.zeros((len(loads) // layers, layers, choices), np.int64)
+        parts[:, :, : np.shape(loads)[1]] = np.reshape(loads, (len(parts), layers, -1))
+        routing = replace(
+            routing,
+            prompt=parts.sum(axis=0),
+            parts=parts if len(parts) == len(request.cost.pieces(prompt)) else None,
+            source=Source.MEASURED,
+            origin="as it was routed",
+        )
     run = OURS.run(request, request.fit(), routing)
     return Prediction(
         prompt=estimates(request.cost, run.prefill.terms, prompt),
@@ -149,20 +157,23 @@ def predicted(
 
 
 @contextmanager
-def prompt_loads(network: Any) -> Iterator[list[list[int]]]:
-    """Note how many tokens each expert of each layer gets in the first pass that is run inside.
+def prompt_loads(network: Any, prompt: int) -> Iterator[list[list[int]]]:
+    """Note how many tokens each expert of each layer gets of the prompt that is run inside.
 
-    What is yielded has one row a MoE layer then, in order, for :func:`predict`.
+    What is yielded has one row a MoE layer then, in order, of one piece of the ``prompt`` tokens
+    after the other, for :func:`predict`.
     """
     modules = [module for module in network.modules() if hasattr(module, "hybrid_experts")]
     loads: list[list[int]] = []
+    left = dict.fromkeys(modules, prompt)
 
     def note(module: Any, args: Any, named: Any) -> None:
-        if len(loads) < len(modules):
+        if left[module] > 0:
             ids = named["top_k_index"] if "top_k_index" in named else args[1]
             count = len(module.hybrid_experts.blocks)
             chosen = ids.reshape(-1)
             loads.append(chosen[chosen < count].bincount(minlength=count).tolist())
+            left[module] -= len(ids)
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:

@@ -36,6 +36,7 @@ from hybrid.parts import (
     compiled,
     in_modules,
 )
+from hybrid.prompt import PIECE
 from planner.cost import weight_bytes
 from planner.model import Layer, ModelSpec
 
@@ -204,7 +205,9 @@ class Replica:
         steps: dict[int, list[Pass]] = {}
         for prompt, passes in runs.items():
             prompts = [run[0] for run in passes]
-            yield from in_modules(self.model, self.layers, scale, prompts, prompt, prompt)
+            yield from in_modules(
+                self.model, self.layers, scale, prompts, prompt, prompt, PIECE if self.fast else 0
+            )
             # The steps' contexts differ by a few tokens; their middle stands for all.
             context = prompt + 1 + (_SETTLING + len(passes[0])) // 2
             if decoded := [step for run in passes for step in run[1 + _SETTLING :]]:

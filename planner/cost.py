@@ -21,7 +21,7 @@ from functools import cached_property
 from planner.decode_table import DecodeTable
 from planner.errors import CostError
 from planner.hardware import HardwareSpec, Point, Quantity
-from planner.measured import MeasuredTerms
+from planner.measured import MeasuredTerms, pieces
 from planner.model import Layer, ModelSpec
 from planner.spec import Estimate, Source, weakest
 
@@ -207,7 +207,7 @@ class CostModel:
         if key not in self._mixers:
             mixer = layer.mixer
             found = None
-            if sequences == 1 and (tokens == 1 or tokens == context):
+            if sequences == 1:
                 found = self._calibrated("attention", mixer.params, tokens, context, mixer.kind)
             if found is not None:
                 self._mixers[key] = found
@@ -247,7 +247,14 @@ class CostModel:
         key = (term, kind, params, self.dense_format)
         if tokens == 1:
             return self._measured.decode(*key, context)
-        return self._measured.prompt(*key, tokens)
+        return self._measured.prompt(*key, tokens, context - tokens)
+
+    def pieces(self, prompt: int, batch: int = 1) -> list[tuple[int, int]]:
+        """Cut a prompt as the runtime does: each piece's tokens, and those in the cache after it.
+
+        Where several sequences are computed, or a GPU does, there is one piece.
+        """
+        return pieces(prompt, self._measured.piece(self.dense_format) if batch == 1 else 0)
 
     def decode_table(self, gpu_free_s: float) -> DecodeTable:
         """Return decode's plans for layers whose shared expert takes ``gpu_free_s``."""
@@ -257,10 +264,11 @@ class CostModel:
             )
         return self._tables[gpu_free_s]
 
-    def head(self, tokens: int) -> Estimate:
-        """Time of the output head for ``tokens`` positions."""
+    def head(self, rows: int, tokens: int | None = None) -> Estimate:
+        """Time of the output head for ``rows`` positions of a step of ``tokens``, or of all."""
+        tokens = rows if tokens is None else tokens
         found = self._calibrated("head", self.model.head_params, tokens, tokens)
-        return self.dense(self.model.head_params, tokens) if found is None else found
+        return self.dense(self.model.head_params, rows) if found is None else found
 
     def dense(
         self, params: int, tokens: int, extra_bytes: float = 0.0, flop: float | None = None

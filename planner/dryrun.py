@@ -275,7 +275,7 @@ def estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[
         GPU: lambda: experts.gpu_estimate(1),
         LINK: experts.copy_estimate,
         DISK: cost.disk_read,
-        HEAD: lambda: cost.head(1),
+        HEAD: lambda: cost.head(1, tokens),
         CALL: lambda: cost.call(tokens),
     }
     found = {}
@@ -285,7 +285,8 @@ def estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[
         if made_of is None:
             found[term] = Estimate(0.0, Source.MEASURED, 0.0)
             continue
-        error = None if made_of.error is None else made_of.error / made_of.value * value
+        known = made_of.error is not None and made_of.value > 0
+        error = made_of.error / made_of.value * value if known else None
         found[term] = Estimate(value, made_of.source, error)
     return found
 

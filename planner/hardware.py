@@ -135,6 +135,8 @@ class TermPoint:
         Their weight format.
     tokens, context
         Tokens of the step, and in the cache after it. A single token takes the path of decode.
+    piece
+        So many tokens of a prompt, at most, were computed at a time; 0 is all of them.
     seconds, error
         Median duration and its standard deviation.
     """
@@ -146,6 +148,7 @@ class TermPoint:
     format: str
     tokens: int
     context: int
+    piece: int = 0
     seconds: float
     error: float | None = None
 
@@ -301,6 +304,7 @@ def _term(entry: Fields) -> TermPoint:
         format=entry.text("format"),
         tokens=entry.count("tokens"),
         context=entry.count("context"),
+        piece=entry.count("piece", default=0, least=0),
         seconds=entry.number("seconds"),
         error=entry.number("error") if entry.has("error") else None,
     )

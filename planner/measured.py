@@ -2,8 +2,10 @@
 
 A step of one token takes the path of decode, whose time grows with the context; a step of more
 is a prompt, whose time grows with its tokens. Between two points time is linear; a prompt beyond
-the last grows as its time per token does, which attention's square term asks for. A head of
-another size takes its part of the one that was measured.
+the last grows as its time per token does, which attention's square term asks for. Where prompts
+are computed in pieces, the points of whole pieces tell what a piece takes by itself, and the
+longest prompt what each of its tokens takes more for each one that came before the piece. A head
+of another size takes its part of the one that was measured.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from planner.hardware import TermPoint
 from planner.spec import Estimate, Source
@@ -50,20 +53,32 @@ class MeasuredTerms:
             return None
         return _scaled(_along([point.context for point in points], points, context), scale)
 
-    def prompt(self, term: str, kind: str, params: int, fmt: str, tokens: int) -> Estimate | None:
-        """Return what a prompt of ``tokens`` takes, alone in the cache; None: not measured."""
+    def piece(self, fmt: str) -> int:
+        """Return how many tokens of a prompt are computed at a time; 0 is all, or not known."""
+        found = [
+            point.piece
+            for (term, _, _, of), points in self._prompt.items()
+            for point in points
+            if (term, of) == ("attention", fmt)
+        ]
+        return max(found, default=0)
+
+    def prompt(
+        self, term: str, kind: str, params: int, fmt: str, tokens: int, past: int = 0
+    ) -> Estimate | None:
+        """Return what ``tokens`` of a prompt take, all at a time; None: not measured.
+
+        ``past`` tokens of it lie in the cache already.
+        """
         points, scale = _find(self._prompt, (term, kind, params, fmt))
-        if not points:
+        at_once = [point for point in points if not point.piece or point.tokens <= point.piece]
+        if not at_once:
             return None
-        places = [point.tokens for point in points]
-        if tokens <= places[-1] or len(points) < 2:
-            return _scaled(_along(places, points, tokens), scale)
-        (near, far), last = places[-2:], points[-1]
-        per_token_s = last.seconds / far
-        slope_s = max(0.0, (per_token_s - points[-2].seconds / near) / (far - near))
-        value = tokens * (per_token_s + slope_s * (tokens - far))
-        error = None if last.error is None else last.error * value / max(last.seconds, 1e-12)
-        return _scaled(Estimate(value, Source.FITTED, error), scale)
+        found = _growing(at_once, tokens)
+        if past:
+            more = Estimate(tokens * past * _per_pair_s(points, at_once), Source.FITTED)
+            found = replace(found + more, error=found.error)
+        return _scaled(found, scale)
 
 
 def _find(table: Mapping[_Key, list[TermPoint]], key: _Key) -> tuple[list[TermPoint], float]:
@@ -76,6 +91,49 @@ def _find(table: Mapping[_Key, list[TermPoint]], key: _Key) -> tuple[list[TermPo
         return [], 1.0
     nearest = min(others, key=lambda other: abs(math.log(max(1, other[2]) / params)))
     return table[nearest], params / nearest[2] if term == "head" else 1.0
+
+
+def _growing(points: list[TermPoint], tokens: int) -> Estimate:
+    """Interpolate; beyond the last point the time per token grows on."""
+    places = [point.tokens for point in points]
+    if tokens <= places[-1] or len(points) < 2:
+        return _along(places, points, tokens)
+    far, last = places[-1], points[-1]
+    value = tokens * (last.seconds / far + _growth_s(points) * (tokens - far))
+    error = None if last.error is None else last.error * value / max(last.seconds, 1e-12)
+    return Estimate(value, Source.FITTED, error)
+
+
+def _growth_s(points: list[TermPoint]) -> float:
+    """By how much each token more makes all tokens of a prompt longer, at the last two points."""
+    if len(points) < 2:
+        return 0.0
+    near, far = points[-2:]
+    grown_s = far.seconds / far.tokens - near.seconds / near.tokens
+    return max(0.0, grown_s / (far.tokens - near.tokens))
+
+
+def _per_pair_s(points: list[TermPoint], at_once: list[TermPoint]) -> float:
+    """What a token takes more for each one before its piece.
+
+    From the longest prompt of several pieces; without one from how whole pieces grow, half of
+    whose tokens come before a token on average.
+    """
+    longest = points[-1]
+    if longest is at_once[-1]:
+        return 2 * _growth_s(at_once)
+    cut = pieces(longest.tokens, longest.piece)
+    alone_s = sum(_growing(at_once, tokens).value for tokens, _ in cut)
+    pairs = sum(tokens * (context - tokens) for tokens, context in cut)
+    return max(0.0, (longest.seconds - alone_s) / pairs)
+
+
+def pieces(prompt: int, size: int) -> list[tuple[int, int]]:
+    """Cut a prompt into pieces of ``size`` tokens, 0 for one: each one's tokens and context."""
+    size = size or prompt
+    return [
+        (min(size, prompt - start), min(start + size, prompt)) for start in range(0, prompt, size)
+    ]
 
 
 def _scaled(estimate: Estimate, scale: float) -> Estimate:

@@ -72,6 +72,8 @@ class Routing:
         Experts per layer that have weights; higher ids stand for zero-computation ones.
     source, origin
         Where the choices come from, for the report.
+    parts
+        ``[P, L, E]`` the same tokens as ``prompt`` by pieces of it, where they are known.
     """
 
     prompt: NDArray[np.int64]
@@ -82,6 +84,7 @@ class Routing:
     experts: int
     source: Source
     origin: str
+    parts: NDArray[np.int64] | None = None
 
     @cached_property
     def choices(self) -> tuple[list[Choice], ...]:
@@ -95,6 +98,34 @@ class Routing:
         return prompt, *(
             [_merge(i, w, count) for i, w in zip(*step, strict=True)] for step in steps
         )
+
+    def in_pieces(self, sizes: Sequence[int]) -> list[list[Choice]]:
+        """The choices of a prompt's pieces of ``sizes`` tokens, layer by layer.
+
+        As they are known; otherwise which tokens go to which expert is drawn, always the same.
+        """
+        parts = self._drawn(sizes) if self.parts is None else self.parts
+        weights = (self.prompt_weights[:, : self.experts] / len(sizes)).tolist()
+        return [
+            [
+                _choice(enumerate(loads), of_layer)
+                for loads, of_layer in zip(part[:, : self.experts].tolist(), weights, strict=True)
+            ]
+            for part in parts
+        ]
+
+    def _drawn(self, sizes: Sequence[int]) -> NDArray[np.int64]:
+        """Deal each layer's loads out to pieces of ``sizes`` tokens, ``[P, L, E]``."""
+        rng = np.random.default_rng(0)
+        left, tokens = self.prompt.copy(), sum(sizes)
+        parts = np.zeros((len(sizes), *left.shape), np.int64)
+        for part, size in zip(parts, sizes, strict=True):
+            for dealt, loads in zip(part, left, strict=True):
+                count = round(int(loads.sum()) * size / tokens)
+                dealt[:] = rng.multivariate_hypergeometric(loads, count, method="marginals")
+                loads -= dealt
+            tokens -= size
+        return parts
 
     def shortened(self, tokens: int) -> Routing:
         """Return the same routing with no more than ``tokens`` decode steps."""

@@ -130,7 +130,7 @@ class Simulator:
         """Run the prompt of every sequence, then every decode step of the routing."""
         prompt_choices, *steps = self.routing.choices
         self._recording = self.record > 0
-        prefill = self._step(prompt_choices, prompt * batch, prompt, batch)
+        prefill = self._prompt(prompt_choices, prompt, batch)
         # Decode's figures leave out what the prompt did.
         self._busy_s.clear()
         self._layers = [Counter() for _ in self._layers]
@@ -139,7 +139,9 @@ class Simulator:
         for at, choices in enumerate(steps):
             self._recording = at < self.record
             self._at = at
-            decode.append(self._step(choices, batch, prompt + at + 1, batch))
+            step = Step()
+            self._pass(step, choices, batch, prompt + at + 1, batch)
+            decode.append(self._ended(step, batch))
         return Run(
             prefill=prefill,
             decode=decode,
@@ -152,9 +154,19 @@ class Simulator:
             refilled=self._counts["refill"],
         )
 
-    def _step(self, choices: Sequence[Choice], tokens: int, context: int, batch: int) -> Step:
+    def _prompt(self, choices: Sequence[Choice], prompt: int, batch: int) -> Step:
+        """The prompt of every sequence, piece by piece where the runtime computes it so."""
+        step, cut = Step(), self.cost.pieces(prompt, batch)
+        sizes = [tokens for tokens, _ in cut]
+        dealt = [choices] if len(cut) == 1 else self.routing.in_pieces(sizes)
+        for (tokens, context), chosen in zip(cut, dealt, strict=True):
+            self._pass(step, chosen, tokens * batch, context, batch)
+        return self._ended(step, prompt * batch)
+
+    def _pass(
+        self, step: Step, choices: Sequence[Choice], tokens: int, context: int, batch: int
+    ) -> None:
         """One forward pass over all layers and the head."""
-        step = Step()
         moe = 0
         for index, layer in enumerate(self.cost.model.layers):
             self._share = self._shares[index]
@@ -168,7 +180,10 @@ class Simulator:
                     self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
             moe += layer.moe
         self._share = 1.0
-        self._dense(step, HEAD, self.cost.head(batch).value, "head")
+        self._dense(step, HEAD, self.cost.head(batch, tokens).value, "head")
+
+    def _ended(self, step: Step, tokens: int) -> Step:
+        """Add what a step of ``tokens`` takes around its passes."""
         if call_s := self.cost.call(tokens).value:
             self._dense(step, CALL, call_s, "around the layers")
         return step

@@ -128,7 +128,9 @@ def test_what_is_written_reads_back_as_an_equal() -> None:
                 Point(lane="copy", load=0, seconds=2.0, **shape),
             ),
             terms=(
-                TermPoint(term="attention", kind="full", seconds=0.1, error=0.01, **term),
+                TermPoint(
+                    term="attention", kind="full", piece=512, seconds=0.1, error=0.01, **term
+                ),
                 TermPoint(term="feed_forward", seconds=0.0, **term),
             ),
         )

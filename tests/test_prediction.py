@@ -79,8 +79,8 @@ def test_points_of_experts_count_in_prompts() -> None:
     assert found.prompt[CPU].value == pytest.approx(6 * (16 * 5.0 + 1e-5))
 
 
-def test_loads_are_noted_of_the_first_pass_only() -> None:
-    """One row a layer, ids of no expert left out; afterwards nothing is noted."""
+def test_loads_are_noted_of_the_prompt_only() -> None:
+    """One row a layer and piece, ids of no expert left out; afterwards nothing is noted."""
 
     class Experts(torch.nn.Module):
         def __init__(self) -> None:
@@ -92,9 +92,9 @@ def test_loads_are_noted_of_the_first_pass_only() -> None:
 
     layers = torch.nn.ModuleList([Experts(), Experts()])
     first = torch.tensor([[0, 2], [2, 3]])
-    with prompt_loads(layers) as loads:
-        layers[0](None, first, None)
-        layers[1](None, top_k_index=first[:1], top_k_weights=None)
-        layers[0](None, first, None)
+    with prompt_loads(layers, 3) as loads:
+        for piece in (first, first[:1], first[1:]):
+            layers[0](None, piece, None)
+            layers[1](None, top_k_index=piece, top_k_weights=None)
     layers[0](None, first, None)
-    assert loads == [[1, 0, 2], [1, 0, 1]]
+    assert loads == [[1, 0, 2], [1, 0, 2], [1, 0, 1], [1, 0, 1]]

@@ -141,7 +141,7 @@ def _measure(
     decodes: list[float] = []
     reads: list[float] = []
     anonymous = [_anonymous_bytes()]
-    with prompt_loads(model) as loads:
+    with prompt_loads(model, prompt) as loads:
         generate_once(model, prompt, 2)
     read_seconds(words, threads)
     for turn in range(repeat):
