@@ -1,4 +1,4 @@
-"""What every device checks of a call before it enqueues anything."""
+"""What every device does with a call's arguments before it enqueues anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_experts.errors import DeviceFailedError, ShapeError, SlotError
@@ -38,13 +39,18 @@ def check_copy(layout: BlockLayout, slots: int, block: Any, slot: int) -> None:
 
 def check_compute(
     layout: BlockLayout, slots: int, x: Tensor, slot_ids: Any, routing_weights: Any, out: Tensor
-) -> None:
-    """Raise SlotError or ShapeError when a compute's arguments contradict each other."""
-    if x.ndim != 2 or x.shape[1] != layout.hidden or not x.is_floating_point():
-        raise ShapeError(
-            f"x is {x.dtype} {list(x.shape)}; it must be floating [T, {layout.hidden}]"
-        )
-    tokens = x.shape[0]
+) -> dict[int, int]:
+    """Return the tokens of each slot that a compute uses.
+
+    Raises
+    ------
+    SlotError, ShapeError
+        When its arguments contradict each other.
+    """
+    shape = x.shape
+    if len(shape) != 2 or shape[1] != layout.hidden or not x.dtype.is_floating_point:
+        raise ShapeError(f"x is {x.dtype} {list(shape)}; it must be floating [T, {layout.hidden}]")
+    tokens = shape[0]
     if slot_ids.ndim != 2 or slot_ids.shape[0] != tokens or slot_ids.dtype.kind not in "iu":
         raise ShapeError(
             f"slot_ids are {slot_ids.dtype} {list(slot_ids.shape)} for {tokens} tokens;"
@@ -55,21 +61,36 @@ def check_compute(
             f"routing_weights are {routing_weights.dtype} {list(routing_weights.shape)};"
             f" they must be float32 {list(slot_ids.shape)}"
         )
-    if out.dtype != torch.float32 or out.shape != x.shape or not out.is_contiguous():
+    if out.dtype is not torch.float32 or out.shape != shape or not out.is_contiguous():
         raise ShapeError(
             f"out is {out.dtype} {list(out.shape)}; it must be contiguous float32 {list(x.shape)}"
         )
-    if not slot_ids.size:
-        return
-    # One token's few ids are looked at faster one by one.
-    ids = slot_ids if slot_ids.size > 64 else slot_ids.ravel().tolist()
-    low, high = (min(ids), max(ids)) if isinstance(ids, list) else (ids.min(), ids.max())
-    if not -1 <= low <= high < slots:
-        raise SlotError(f"slot ids from {low} to {high} on a device with {slots} slots")
+    loads: dict[int, int] = {}
+    if slot_ids.size > 64:
+        used, counts = np.unique(slot_ids, return_counts=True)
+        loads = dict(zip(used.tolist(), counts.tolist(), strict=True))
+    else:  # one token's few ids are looked at faster one by one
+        for slot in slot_ids.ravel().tolist():
+            loads[slot] = loads.get(slot, 0) + 1
+    loads.pop(-1, None)
+    if loads and not 0 <= min(loads) <= max(loads) < slots:
+        raise SlotError(
+            f"slot ids from {min(loads)} to {max(loads)} on a device with {slots} slots"
+        )
+    return loads
+
+
+def on_host(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor in host memory as an array, floating ones as float32, C-contiguous."""
+    tensor = tensor.detach()
+    if tensor.dtype.is_floating_point:
+        tensor = tensor.float()
+    found: NDArray[Any] = tensor.contiguous().numpy()
+    return found
 
 
 def require_content(slots: Iterable[int], written: Mapping[int, object]) -> None:
     """Raise SlotError when one of ``slots`` was never copied into."""
-    empty = sorted(slot for slot in slots if slot not in written)
+    empty = [slot for slot in slots if slot not in written]
     if empty:
-        raise SlotError(f"nothing was copied into slots {empty}", hint="call copy() first")
+        raise SlotError(f"nothing was copied into slots {sorted(empty)}", hint="call copy() first")

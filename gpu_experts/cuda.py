@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_experts import kernels
-from gpu_experts.checks import check_compute, check_copy, opened, require_content
+from gpu_experts.checks import check_compute, check_copy, on_host, opened, require_content
 from gpu_experts.cuda_events import ANCHOR_S, Anchor, CudaEvent
 from gpu_experts.cuda_runtime import CudaRuntime, Runtime
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
@@ -205,7 +205,7 @@ class CudaDevice:
 
     def to_host(
         self, *tensors: Tensor, meanwhile: Callable[[], object] | None = None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[NDArray[Any], ...]:
         if (last := self._last.get("compute")) is not None:
             last.settled(self._timeout_s)
         reached = self._runtime.event()
@@ -218,7 +218,7 @@ class CudaDevice:
             poll(reached.query, self._timeout_s, "the device's work so far")
             if time.perf_counter() - self._anchor.time > ANCHOR_S:
                 self._anchor = Anchor(self._runtime, self._timeout_s)
-        return copies
+        return tuple(map(on_host, copies))
 
     def join(
         self,

@@ -170,13 +170,16 @@ class Device(Protocol):
 
     def to_host(
         self, *tensors: Tensor, meanwhile: Callable[[], object] | None = None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[NDArray[Any], ...]:
         """The tensors in host memory, after one wait for all that was enqueued for them.
+
+        Floating ones become float32; all are C-contiguous.
 
         Parameters
         ----------
         meanwhile
-            Called once the copies are enqueued: what it enqueues does not hold them up.
+            Called once the copies are enqueued: what it enqueues does not hold them up, and what
+            it does takes no time where the host would wait longer.
 
         Raises
         ------
@@ -197,7 +200,7 @@ class Device(Protocol):
         """``out + cpu_out`` as ``dtype`` on ``torch_device``, once ``events`` ended well.
 
         The host need not wait for that where later work is ordered behind it by the device.
-        ``cpu_out`` is free for reuse when this returns.
+        ``cpu_out`` is the device's from now on.
 
         Raises
         ------

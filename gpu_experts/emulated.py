@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_experts.checks import check_compute, check_copy, opened, require_content
+from gpu_experts.checks import check_compute, check_copy, on_host, opened, require_content
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
 from gpu_experts.errors import ArgumentError, DeviceFailedError, DeviceMemoryError
 from gpu_experts.events import DoneEvent
@@ -152,15 +152,17 @@ class EmulatedDevice:
     def copy(self, block: U8, slot: int, what: str) -> Event:
         layout, (link, _) = self._opened()
         check_copy(layout, self._slots, block, slot)
-        seconds = self.link_latency_s + layout.block_bytes / self.link_bytes_per_s
-        memory = self._memory
-
-        def work() -> None:
-            if memory is not None:
-                memory[slot, : layout.block_bytes] = block[: layout.block_bytes]
-
-        behind = [event for event in (self._read.get(slot),) if event is not None]
-        event = link.submit(what, *self._disturbed("copy", work, seconds), behind=behind)
+        size = layout.block_bytes
+        seconds = self.link_latency_s + size / self.link_bytes_per_s
+        work, memory = _nothing, self._memory
+        if memory is not None:
+            work = partial(np.copyto, memory[slot, :size], block[:size])
+        reader = self._read.get(slot)
+        event = link.submit(
+            what,
+            *self._disturbed("copy", work, seconds),
+            behind=() if reader is None else (reader,),
+        )
         self._written[slot] = event
         return event
 
@@ -174,27 +176,30 @@ class EmulatedDevice:
         what: str,
     ) -> Event:
         layout, (_, lane) = self._opened()
-        check_compute(layout, self._slots, x, slot_ids, routing_weights, out)
-        loads = Counter(slot_ids.ravel().tolist())
-        loads.pop(-1, None)
-        used = sorted(loads)
-        require_content(used, self._written)
+        loads = check_compute(layout, self._slots, x, slot_ids, routing_weights, out)
+        require_content(loads, self._written)
         self._allocate(0, what)
-        seconds = sum([self.expert_s(loads[slot]) for slot in used])
-        memory, run = self._memory, self._run
-
-        def work() -> None:
-            if memory is not None and run is not None:
-                run(x.detach().float().contiguous().numpy(), ids, weights, memory, out.numpy())
-
-        ids, weights = slot_ids.astype(np.int32), routing_weights.copy()
+        seconds = self.launch_s if loads else 0.0
+        for load in loads.values():
+            seconds += self.expert_s(load)
+        work = self._running(x, slot_ids, routing_weights, out)
         event = lane.submit(
             what,
-            *self._disturbed("compute", work, seconds + (self.launch_s if used else 0.0)),
-            after=[*after, *(self._written[slot] for slot in used)],
+            *self._disturbed("compute", work, seconds),
+            after=[*after, *[self._written[slot] for slot in loads]],
         )
-        self._read.update(dict.fromkeys(used, event))
+        self._read.update(dict.fromkeys(loads, event))
         return event
+
+    def _running(
+        self, x: Tensor, slot_ids: I32, routing_weights: F32, out: Tensor
+    ) -> Callable[[], object]:
+        """Return what computes experts, where something does."""
+        memory, run = self._memory, self._run
+        if memory is None or run is None:
+            return _nothing
+        ids, weights = slot_ids.astype(np.int32), routing_weights.copy()
+        return lambda: run(on_host(x), ids, weights, memory, out.numpy())
 
     def expert_s(self, load: int) -> float:
         """Modelled seconds of one expert on ``load`` tokens, launch not included."""
@@ -211,13 +216,17 @@ class EmulatedDevice:
 
     def to_host(
         self, *tensors: Tensor, meanwhile: Callable[[], object] | None = None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[NDArray[Any], ...]:
         last = None if self._lanes is None else self._lanes[1].last
         if meanwhile is not None:
             meanwhile()
+        if last is None or not self.meaningful:  # nothing will change them
+            found = tuple([on_host(tensor) for tensor in tensors])
         if last is not None:
             last.settled(self._timeout_s)
-        return tuple(tensor.detach() for tensor in tensors)
+        if last is not None and self.meaningful:
+            found = tuple([on_host(tensor) for tensor in tensors])
+        return found
 
     def join(
         self,
@@ -230,14 +239,18 @@ class EmulatedDevice:
         last = self._clock.now() + timeout_s
         for event in events:
             event.wait(max(0.0, last - self._clock.now()))
-        total = out if cpu_out is None else out + torch.from_numpy(cpu_out)
-        return total.to(dtype)
+        total = out
+        if cpu_out is not None:
+            if self.meaningful:
+                np.add(out.numpy(), cpu_out, out=cpu_out)
+            total = torch.from_numpy(cpu_out)
+        return total if dtype is torch.float32 else total.to(dtype)
 
     def occupy(self, seconds: float, what: str) -> Event:
         if self.meaningful:
             return DoneEvent(what, self._clock.now())
         _, (_, lane) = self._opened()
-        return lane.submit(what, lambda: None, seconds)
+        return lane.submit(what, _nothing, seconds)
 
     def fail(self, kind: Fault, after: int = 0) -> None:
         """Let one thing go wrong, for tests: the next of its kind but ``after``.
@@ -261,14 +274,16 @@ class EmulatedDevice:
         return left == 0
 
     def _disturbed(
-        self, kind: Fault, work: Callable[[], None], seconds: float
-    ) -> tuple[Callable[[], None], float]:
+        self, kind: Fault, work: Callable[[], object], seconds: float
+    ) -> tuple[Callable[[], object], float]:
+        if not self._faults:
+            return work, seconds
         if self._due("stall"):
             seconds = math.inf
         return (_injected if self._due(kind) else work), seconds
 
     def _allocate(self, asked_bytes: int, what: str) -> None:
-        if self._due("memory"):
+        if self._faults and self._due("memory"):
             free = self.memory().free_bytes
             raise DeviceMemoryError(
                 f"no memory for {what}: {asked_bytes} bytes asked for, {free} free (injected)",
@@ -276,6 +291,10 @@ class EmulatedDevice:
                 free_bytes=free,
                 hint="use fewer slots",
             )
+
+
+def _nothing() -> None:
+    """What a lane does that only keeps time."""
 
 
 def _injected() -> None:

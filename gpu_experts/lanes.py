@@ -203,6 +203,8 @@ def _patiently(event: Event) -> None:
 class ClockEvent:
     """Work of a :class:`ClockLane`: its span is known when it is submitted."""
 
+    __slots__ = ("_clock", "end", "failure", "start", "what")
+
     def __init__(
         self,
         what: str,
@@ -221,9 +223,11 @@ class ClockEvent:
         return self._clock.now() >= self.end
 
     def settled(self, timeout_s: float) -> None:
-        last = self._clock.now() + timeout_s
-        self._clock.until(min(self.end, last))
-        if self.end > last:
+        now = self._clock.now()
+        if now >= self.end:
+            return
+        self._clock.until(min(self.end, now + timeout_s))
+        if self.end > now + timeout_s:
             raise timed_out(self.what, timeout_s)
 
     def wait(self, timeout_s: float) -> None:
@@ -258,10 +262,8 @@ class ClockLane:
         for event in (*behind, *after):
             if isinstance(event, ClockEvent):
                 start = max(start, event.end)
-        for event in after:
-            broken = getattr(event, "failure", None)
-            if broken is not None:
-                failure = failed(what, broken)
+                if event.failure is not None and event in after:
+                    failure = failed(what, event.failure)
         if failure is None:
             try:
                 work()

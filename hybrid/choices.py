@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,32 +11,60 @@ Ids = NDArray[np.int32]
 F32 = NDArray[np.float32]
 
 
-def loads_of(
-    ids: Ids, factors: F32, experts: int
-) -> tuple[tuple[tuple[int, int], ...], Sequence[float]]:
-    """Return the activated experts' loads, ids ascending, and their mean routing weights."""
-    if len(ids) == 1 and len(set(ids[0].tolist())) == ids.shape[1]:
-        chosen = [
-            pair
-            for pair in zip(ids[0].tolist(), factors[0].tolist(), strict=True)
-            if 0 <= pair[0] < experts
-        ]
-        chosen.sort()
-        return tuple([(expert, 1) for expert, _ in chosen]), [weight for _, weight in chosen]
-    valid = (ids >= 0) & (ids < experts)
-    flat = ids[valid]
-    counts = np.bincount(flat, minlength=experts)
-    used = np.flatnonzero(counts)
-    weights = np.bincount(flat, weights=factors[valid], minlength=experts)[used] / len(ids)
-    return tuple(zip(used.tolist(), counts[used].tolist(), strict=True)), weights.tolist()
+class Choice:
+    """What a router chose in one step.
 
+    Parameters
+    ----------
+    ids, factors
+        Expert ids and routing weights, ``[T, A]``; ids outside ``[0, experts)`` stand for none.
+    experts
+        E of the layer.
 
-def replaced(ids: Ids, by: dict[int, int]) -> Ids:
-    """Return ``ids`` with each key of ``by`` replaced and -1 in place of all others."""
-    if len(ids) == 1:
-        return np.array([[by.get(expert, -1) for expert in ids[0].tolist()]], np.int32)
-    table = np.full(max(by) + 2, -1, np.int32)
-    table[list(by)] = list(by.values())
-    out_of_table = (ids < 0) | (ids > max(by))
-    found: Ids = table[np.where(out_of_table, len(table) - 1, ids)]
-    return found
+    Attributes
+    ----------
+    loads
+        ``(expert, tokens)`` of the activated experts, ids ascending.
+    activated, weights
+        Their ids, and the mean routing weight of each over all tokens.
+    """
+
+    def __init__(self, ids: Ids, factors: F32, experts: int) -> None:
+        self.ids, self.factors = ids, factors
+        # Of a single token whose experts differ: their weights, in the order of the choice.
+        self._single: dict[int, float] | None = None
+        self.loads: tuple[tuple[int, int], ...]
+        self.weights: Sequence[float]
+        if len(ids) == 1:
+            (row,), (given,) = ids.tolist(), factors.tolist()
+            single = dict(zip(row, given, strict=True))
+            if len(single) == len(row):
+                chosen = sorted(single)
+                if chosen[0] < 0 or chosen[-1] >= experts:
+                    chosen = [expert for expert in chosen if 0 <= expert < experts]
+                self._single, self.activated = single, chosen
+                self.loads = tuple([(expert, 1) for expert in chosen])
+                self.weights = [single[expert] for expert in chosen]
+                return
+        valid = (ids >= 0) & (ids < experts)
+        flat = ids[valid]
+        counts = np.bincount(flat, minlength=experts)
+        used = np.flatnonzero(counts)
+        self.activated = used.tolist()
+        self.loads = tuple(zip(self.activated, counts[used].tolist(), strict=True))
+        weights = np.bincount(flat, weights=factors[valid], minlength=experts)[used]
+        self.weights = (weights / len(ids)).tolist()
+
+    def among(self, by: Mapping[int, int]) -> tuple[Ids, F32]:
+        """Return ids and routing weights with each key of ``by`` replaced and no other expert.
+
+        Others are -1, or left out where that is simpler.
+        """
+        if self._single is not None:
+            here = [expert for expert in self._single if expert in by]
+            factors = [self._single[expert] for expert in here]
+            return np.array([[by[e] for e in here]], np.int32), np.array([factors], np.float32)
+        table = np.full(max(by) + 2, -1, np.int32)
+        table[list(by)] = list(by.values())
+        out_of_table = (self.ids < 0) | (self.ids > max(by))
+        return table[np.where(out_of_table, len(table) - 1, self.ids)], self.factors

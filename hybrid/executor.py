@@ -13,8 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -23,7 +21,7 @@ from torch import Tensor
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
-from hybrid.choices import F32, Ids, loads_of, replaced
+from hybrid.choices import F32, Choice, Ids
 from hybrid.errors import bare, first_line
 from hybrid.experts import compute_on_cpu
 from hybrid.metrics import SlowPath
@@ -40,12 +38,22 @@ TIMEOUT_S = 30.0
 """A copy or a kernel that takes longer is given up: none takes a second."""
 
 
-class _Given(NamedTuple):
-    """What the device was given in a layer's step."""
+class _Step:
+    """A layer's step: its input ``[T, D]``, where outputs go, and what the device was given."""
 
+    __slots__ = (
+        *("device", "layer", "x", "tokens", "out", "cpu_out", "mixer_s", "shared_s"),
+        *("computes", "copies"),
+    )
     out: Tensor
-    computes: list[Event]
-    copies: list[Event]
+    cpu_out: F32
+    mixer_s: float
+    shared_s: float
+
+    def __init__(self, device: Device, layer: int, x: Tensor) -> None:
+        self.device, self.layer, self.x, self.tokens = device, layer, x, len(x)
+        self.computes: list[Event] = []
+        self.copies: list[Event] = []
 
 
 class Executor:
@@ -118,7 +126,7 @@ class Executor:
         self._prompt = False
         self._turn = threading.Lock()
         self.usage = Usage(len(layers), len(layers[0].blocks), record_routing)
-        self._records: deque[LayerRecord] = deque()
+        self._unnoted: deque[tuple[LayerRecord, Ids, F32]] = deque()
 
     @property
     def director(self) -> Director:
@@ -158,7 +166,7 @@ class Executor:
 
     def forget_counts(self) -> None:
         """Begin anew with what is counted, recorded and timed: a warm-up is nobody's session."""
-        self._note_records()
+        self._catch_up()
         self.usage.forget()
         self.timeline.finish()
         self.timeline.events.clear()
@@ -180,7 +188,7 @@ class Executor:
 
     def end_step(self, predicted_head_s: float) -> None:
         """Stop it, after the output head."""
-        self._note_records()
+        self._catch_up()
         if self._before_s is not None:
             self.timeline.step(self._prompt, time.perf_counter() - self._before_s, predicted_head_s)
         self._before_s = None
@@ -223,160 +231,133 @@ class Executor:
         """One layer on both devices."""
         entered_s = self._before_s or time.perf_counter()
         packed = self.layers[layer]
-        flat = hidden.detach().reshape(-1, packed.shape.hidden)
-        tokens = len(flat)
+        step = _Step(device, layer, hidden.detach().reshape(-1, packed.shape.hidden))
         scores = None
         if self._lookahead is not None and (
-            tokens > 1 or self.director.looks_ahead or self._read_ahead is not None
+            step.tokens > 1 or self.director.looks_ahead or self._read_ahead is not None
         ):
-            scores = self._lookahead.scores(layer, flat)
-        answer = device.to_host(
-            flat,
-            expert_ids.detach(),
-            weights.detach(),
+            scores = self._lookahead.scores(layer, step.x)
+        x, ids, factors, *known = device.to_host(
+            *(step.x, expert_ids, weights),
             *(() if scores is None else (scores,)),
-            meanwhile=lambda: self._shared and self._shared.launch(layer, hidden),
+            meanwhile=lambda: self._prepare(step, hidden),
         )
-        x = answer[0].float().numpy()
-        ids = answer[1].numpy()
-        factors = answer[2].float().contiguous().numpy()
-        known = None if len(answer) < 4 else answer[3].numpy()
         routed_s = time.perf_counter()
-        decision = self._place(layer, ids, factors, tokens, routed_s)
+        choice = Choice(ids, factors, len(packed.blocks))
+        decision = self._place(step, choice, routed_s)
         plan = decision.plan
-        given = self._enqueue(device, decision, flat, ids, factors, known)
+        self._launch(step, choice, decision)
+        # What the link does once it is through with the plan can wait for the CPU to be done.
+        waits = bool(plan.cpu) and plan.link_end_s >= plan.cpu_end_s
+        if not waits:
+            self._fill(step, decision, known)
         decided_s = time.perf_counter()
-        cpu_out = None
         if plan.cpu:
-            numba.set_num_threads(self._threads)
-            cpu_out = np.zeros((tokens, packed.shape.hidden), np.float32)
-            here = replaced(ids, {expert: expert for expert in plan.cpu})
-            run_experts(x, here, factors, packed.blocks, packed.shape, cpu_out)
+            its_ids, its_factors = choice.among({expert: expert for expert in plan.cpu})
+            run_experts(x, its_ids, its_factors, packed.blocks, packed.shape, step.cpu_out)
         cpu_end_s = time.perf_counter()
-        result = device.join(given.out, cpu_out, given.computes, hidden.dtype, self._timeout_s)
-        joined_s = time.perf_counter()
-        experts = self.director.cost.experts
-        self._records.append(
-            LayerRecord(
-                layer=layer,
-                tokens=tokens,
-                prompt=self._prompt if self._before_s is not None else tokens > 1,
-                plan=plan,
-                loads=decision.work.loads,
-                hits=decision.hits,
-                dense_s=self._seconds.mixer(layer, tokens),
-                gpu_work_s=sum(experts.gpu_s(n) for e, n in decision.work.loads if e in plan.gpu),
-                copy_s=experts.copy_s(),
-                entered_s=entered_s,
-                routed_s=routed_s,
-                decided_s=decided_s,
-                cpu_end_s=cpu_end_s,
-                joined_s=joined_s,
-                computes=given.computes,
-                copies=given.copies,
-            )
+        if waits:
+            self._fill(step, decision, known)
+        result = device.join(
+            step.out,
+            step.cpu_out if plan.cpu else None,
+            step.computes,
+            hidden.dtype,
+            self._timeout_s,
         )
+        joined_s = time.perf_counter()
+        record = LayerRecord(
+            step.tokens,
+            self._prompt if self._before_s is not None else step.tokens > 1,
+            decision,
+            step.mixer_s,
+            *(entered_s, routed_s, decided_s, cpu_end_s, joined_s),
+            step.computes,
+            step.copies,
+        )
+        self._unnoted.append((record, ids.copy(), factors.copy()))
         self._before_s = joined_s
-        return result.view(hidden.shape)
+        return result if hidden.ndim == 2 else result.view(hidden.shape)
 
-    def _enqueue(
-        self,
-        device: Device,
-        decision: Decision,
-        x: Tensor,
-        ids: Ids,
-        factors: F32,
-        scores: F32 | None,
-    ) -> _Given:
-        """Give the device the layer's work, then what is worth copying for later layers."""
-        computes, copies, out = self._launch(device, decision, x, ids, factors)
+    def _prepare(self, step: _Step, hidden: Tensor) -> None:
+        """Do what does not depend on the router's answer while the host waits for it."""
+        if self._shared is not None:
+            self._shared.launch(step.layer, hidden)
+        step.out = step.device.new_output(step.tokens)
+        step.cpu_out = np.zeros(step.x.shape, np.float32)
+        step.mixer_s = self._seconds.mixer(step.layer, step.tokens)
+        step.shared_s = self._seconds.shared(step.layer, step.tokens)
+        numba.set_num_threads(self._threads)
         self.residents.land()
-        ahead = self._predict(decision.work.layer, ids, scores)
-        copies += self._fill(decision, ahead, len(x))
-        self._note(self.usage.record(decision.work.layer, ids, factors))
-        self._note_records()
-        return _Given(out, computes, copies)
+        self._catch_up()
 
-    def _note_records(self) -> None:
-        """Hand what was measured to the timeline, when there is time for it."""
-        while self._records:
-            record = self._records.popleft()
-            self.timeline.add(record)
-            self.usage.count(record.layer, record.tokens, record.loads)
+    def _catch_up(self) -> None:
+        """Note and learn what was put off while others waited for it."""
+        while self._unnoted:
+            record, ids, factors = self._unnoted.popleft()
+            work = record.decision.work
+            self.timeline.add(record, self.director.cost.experts)
+            self.usage.count(work.layer, record.tokens, work.loads)
+            self._note(self.usage.record(work.layer, ids, factors))
+            if self._lookahead is not None:
+                self._lookahead.learn(work.layer, ids)
+        self.director.cache.learn()
 
-    def _place(self, layer: int, ids: Ids, factors: F32, tokens: int, now_s: float) -> Decision:
+    def _place(self, step: _Step, choice: Choice, now_s: float) -> Decision:
         """Ask where each expert that the router chose runs."""
-        loads, mean = loads_of(ids, factors, len(self.layers[layer].blocks))
         return self.director.place(
-            layer,
-            loads,
-            [expert for expert, _ in loads],
-            mean,
-            gpu_free_s=self._seconds.shared(layer, tokens),
+            step.layer,
+            choice.loads,
+            choice.activated,
+            choice.weights,
+            gpu_free_s=step.shared_s,
             link_free_s=self.residents.link_free_s(now_s),
         )
 
-    def _launch(
-        self, device: Device, decision: Decision, x: Tensor, ids: Ids, factors: F32
-    ) -> tuple[list[Event], list[Event], Tensor]:
-        """Give the device the plan's copies and experts, in the plan's order."""
-        plan, layer = decision.plan, decision.plan.layer
+    def _launch(self, step: _Step, choice: Choice, decision: Decision) -> None:
+        """Give the device the plan's copies and experts, those that are resident in one call.
+
+        What is copied is computed in the order of arrival: then at most two are staged.
+        """
+        plan, residents = decision.plan, self.residents
         kept = {admission.expert: admission for admission in decision.admitted}
-        residents = self.residents
-        out = device.new_output(len(x))
-        computes: list[Event] = []
-        landing: dict[int, Event] = {}
-        waiting, arrivals = deque(plan.copies), iter(plan.copies)
+        copied = set(plan.copies)
+        resident = [expert for expert in plan.gpu if expert not in copied]
+        for expert in plan.copies:
+            if expert in kept:
+                step.copies.append(residents.admit(kept[expert]))
+            else:
+                step.copies.append(residents.stage(step.layer, expert))
+            if resident:  # the link has begun: the GPU has something to compute meanwhile
+                self._compute(step, choice, resident, "resident")
+                resident = []
+            self._compute(step, choice, [expert], "copied")
+            if expert not in kept:
+                residents.unstage(step.layer, expert)
+        if resident:
+            self._compute(step, choice, resident, "resident")
 
-        def copy_next() -> None:
-            expert = waiting.popleft()
-            landing[expert] = (
-                residents.admit(kept[expert]) if expert in kept else residents.stage(layer, expert)
-            )
+    def _compute(self, step: _Step, choice: Choice, experts: list[int], which: str) -> None:
+        """Give the device experts to compute, once their copies have arrived."""
+        slots = self.residents.slots(step.layer, experts)
+        what = f"layer {step.layer}: {which} experts {experts}"
+        step.computes.append(step.device.compute(step.x, *choice.among(slots), step.out, (), what))
 
-        def compute(experts: Sequence[int], after: Sequence[Event], what: str) -> None:
-            here = replaced(ids, {expert: residents.slot(layer, expert) for expert in experts})
-            computes.append(device.compute(x, here, factors, out, after, what))
-
-        if waiting:  # the link starts first; then the GPU has the residents to compute meanwhile
-            copy_next()
-        for is_copied, run in groupby(plan.gpu, lambda expert: expert in plan.copies):
-            if not is_copied:
-                here = tuple(run)
-                flying = [residents.flying(layer, expert) for expert in here]
-                compute(
-                    here,
-                    [event for event in flying if event is not None],
-                    f"layer {layer}: resident experts {', '.join(map(str, here))}",
-                )
-                continue
-            for _ in run:
-                # In the order of arrival, whatever the plan's: then at most two are staged.
-                expert = next(arrivals)
-                if expert not in landing:
-                    copy_next()
-                compute((expert,), (landing[expert],), f"layer {layer}: copied expert {expert}")
-                if expert not in kept:
-                    residents.unstage(layer, expert)
-        return computes, list(landing.values()), out
-
-    def _fill(self, decision: Decision, ahead: Ahead, tokens: int) -> list[Event]:
+    def _fill(self, step: _Step, decision: Decision, known: Sequence[F32]) -> None:
         """Use the link's idle time until the next layers' experts start."""
-        plan = decision.plan
-        busy_s = max(plan.link_end_s, decision.work.link_free_s)
-        idle_s = plan.makespan_s + self._seconds.mixer(plan.layer, tokens) - busy_s
-        fills = self.director.fill(decision, ahead, [idle_s])
-        return [self.residents.admit(fill.admission) for fill in fills]
+        ahead = self._predict(step, known[0]) if known else ()
+        busy_s = max(decision.plan.link_end_s, decision.work.link_free_s)
+        idle_s = decision.plan.makespan_s + step.mixer_s - busy_s
+        for fill in self.director.fill(decision, ahead, [idle_s]):
+            step.copies.append(self.residents.admit(fill.admission))
 
-    def _predict(self, layer: int, ids: Ids, scores: F32 | None) -> Ahead:
-        """Compare the router's answer with what was predicted for it; predict later layers."""
-        if self._lookahead is None:
-            return []
-        self._lookahead.learn(layer, ids)
-        if scores is None:
-            return []
-        one, ahead_of = len(ids) == 1, self._lookahead
-        ahead = (ahead_of.probabilities if one else ahead_of.expected_loads)(layer, scores)
+    def _predict(self, step: _Step, scores: F32) -> Ahead:
+        """Tell which experts the next layers will likely use."""
+        assert self._lookahead is not None
+        if step.tokens == 1:
+            ahead = self._lookahead.probabilities(step.layer, scores)
+        else:
+            ahead = self._lookahead.expected_loads(step.layer, scores)
         if self._read_ahead is not None:
             for following, expected in ahead:
                 self._read_ahead(following, np.flatnonzero(expected > 0.5).tolist())
@@ -427,7 +408,7 @@ class Executor:
     def _recover(self) -> None:
         """Make sense again after something broke a layer off; forget everything if need be."""
         self._before_s = None
-        self._records.clear()
+        self._unnoted.clear()
         try:
             if self._shared is not None:
                 self._shared.abandon()

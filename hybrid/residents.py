@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,21 +69,21 @@ class Residents:
         self._layers = layers
         self._flying: dict[tuple[int, int], Event] = {}
         self._link_until_s = 0.0
+        self._copy_s = opened.director.cost.experts.copy_s()
 
-    def slot(self, layer: int, expert: int) -> int:
-        """Return where a resident or staged expert lies."""
-        found = self._slots.lookup(layer, expert)
-        if found is None:
-            raise SlotError(f"layer {layer}, expert {expert} is in no slot")
+    def slots(self, layer: int, experts: Iterable[int]) -> dict[int, int]:
+        """Return where resident or staged experts lie."""
+        found = {}
+        for expert in experts:
+            slot = self._slots.lookup(layer, expert)
+            if slot is None:
+                raise SlotError(f"layer {layer}, expert {expert} is in no slot")
+            found[expert] = slot
         return found
 
     def link_free_s(self, now_s: float) -> float:
         """When the link is predicted to be free, in seconds from now."""
         return max(0.0, self._link_until_s - now_s) if self._flying else 0.0
-
-    def flying(self, layer: int, expert: int) -> Event | None:
-        """Return the copy of an expert that has not arrived yet."""
-        return self._flying.get((layer, expert))
 
     def admit(self, admission: Admission) -> Event:
         """Copy an expert into a slot of its own, where it is pinned until it has arrived."""
@@ -110,7 +110,7 @@ class Residents:
 
     def _copy(self, layer: int, expert: int, slot: int) -> Event:
         now_s = time.perf_counter()
-        self._link_until_s = max(now_s, self._link_until_s) + self.director.cost.experts.copy_s()
+        self._link_until_s = max(now_s, self._link_until_s) + self._copy_s
         return self._device.copy(
             self._layers[layer].blocks[expert], slot, f"layer {layer}: expert {expert} copied"
         )

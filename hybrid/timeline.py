@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from gpu_experts.device import Event as DeviceEvent
 from hybrid.metrics import LANES
+from planner.director import Decision
 from planner.outcome import Event
-from planner.plan import LayerPlan
+from planner.problem import LayerCost
 
 ROUTER, DECIDING, EXPERTS, HEAD = TERMS = (
     "attention and router",
@@ -32,14 +33,12 @@ class LayerRecord:
 
     Attributes
     ----------
-    layer, tokens, prompt
-        Which MoE layer, how many tokens it saw, and whether several were of one sequence.
-    plan
-        What was planned, in seconds from the moment of deciding.
-    loads, hits
-        ``(expert, tokens)`` of the activated experts, and how many of them were resident.
-    dense_s, gpu_work_s, copy_s
-        Predicted: attention and router before it, the GPU's share of the routed experts, one copy.
+    tokens, prompt
+        How many tokens the layer saw, and whether several were of one sequence.
+    decision
+        What was decided, in seconds from that moment.
+    dense_s
+        Predicted: attention and router before it.
     entered_s, routed_s, decided_s, cpu_end_s, joined_s
         Measured: the layer before was done, the router's answer was on the host, the device had its
         work, the CPU was done with its own, the sum was there.
@@ -47,15 +46,10 @@ class LayerRecord:
         What the device was given.
     """
 
-    layer: int
     tokens: int
     prompt: bool
-    plan: LayerPlan
-    loads: tuple[tuple[int, int], ...]
-    hits: int
+    decision: Decision
     dense_s: float
-    gpu_work_s: float
-    copy_s: float
     entered_s: float
     routed_s: float
     decided_s: float
@@ -127,23 +121,23 @@ class Timeline:
         """Return the phase of a prompt's steps or of the others."""
         return self.phases[PREFILL if prompt else DECODE]
 
-    def add(self, record: LayerRecord) -> None:
-        """Take one layer's record."""
-        phase = self.phase(record.prompt)
-        phase.activated += len(record.loads)
-        phase.hits += record.hits
+    def add(self, record: LayerRecord, cost: LayerCost) -> None:
+        """Take one layer's record; ``cost`` tells what its experts were predicted to take."""
+        phase, plan, work = self.phase(record.prompt), record.decision.plan, record.decision.work
+        phase.activated += len(work.loads)
+        phase.hits += record.decision.hits
         terms, lanes = phase.measured.terms, phase.measured.lanes
         terms[ROUTER] += record.routed_s - record.entered_s
         terms[DECIDING] += record.decided_s - record.routed_s
         terms[EXPERTS] += record.joined_s - record.decided_s
-        lanes[CPU] += record.cpu_end_s - record.decided_s if record.plan.cpu else 0.0
+        lanes[CPU] += record.cpu_end_s - record.decided_s if plan.cpu else 0.0
         terms, lanes = phase.predicted.terms, phase.predicted.lanes
         terms[ROUTER] += record.dense_s
         terms[DECIDING] += self._usually(record)
-        terms[EXPERTS] += record.plan.makespan_s
-        lanes[CPU] += record.plan.cpu_end_s if record.plan.cpu else 0.0
-        lanes[GPU] += record.gpu_work_s
-        lanes[LINK] += len(record.copies) * record.copy_s
+        terms[EXPERTS] += plan.makespan_s
+        lanes[CPU] += plan.cpu_end_s if plan.cpu else 0.0
+        lanes[GPU] += sum([cost.gpu_s(load) for expert, load in work.loads if expert in plan.gpu])
+        lanes[LINK] += len(record.copies) * cost.copy_s()
         self._open.append(record)
         while self._open and self._open[0].done():
             self._close(self._open.popleft())
@@ -188,13 +182,13 @@ class Timeline:
                     self.events.append(Event(lane, event.what, span[0] - zero_s, span[1] - zero_s))
         if not keep:
             return
-        name = f"layer {record.layer}"
+        name = f"layer {record.decision.plan.layer}"
         spans = [
             (GPU, f"{name}: attention and router", record.entered_s, record.routed_s),
             (CPU, f"{name}: deciding", record.routed_s, record.decided_s),
         ]
-        if record.plan.cpu:
-            experts = ", ".join(map(str, record.plan.cpu))
+        if record.decision.plan.cpu:
+            experts = ", ".join(map(str, record.decision.plan.cpu))
             spans.append((CPU, f"{name}: experts {experts}", record.decided_s, record.cpu_end_s))
         if record.joined_s > record.cpu_end_s:
             spans.append((CPU, f"{name}: join", record.cpu_end_s, record.joined_s))

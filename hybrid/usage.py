@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hybrid.choices import F32, Ids, loads_of
+from hybrid.choices import F32, Choice, Ids
 from hybrid.errors import UsageError, first_line
 from hybrid.metrics import SlowPath
 from hybrid.trace import TraceRecorder
@@ -67,5 +67,5 @@ class Usage:
     def of_cpu(self, layer: int, expert_ids: Tensor, weights: Tensor) -> SlowPath | None:
         """Count and record a layer that is computed without a device."""
         ids, factors = expert_ids.detach().cpu().numpy(), weights.detach().float().cpu().numpy()
-        self.count(layer, len(ids), loads_of(ids, factors, self.uses.shape[1])[0])
+        self.count(layer, len(ids), Choice(ids, factors, self.uses.shape[1]).loads)
         return self.record(layer, ids, factors)

@@ -8,9 +8,8 @@ data: the caller copies what it admits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -82,8 +81,7 @@ class Policy:
         """Learn that ``expert`` lost its slot; most policies do not care."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lookup:
+class Lookup(NamedTuple):
     """The activated experts of one step, by whether they were resident; each ascending."""
 
     hits: tuple[int, ...]
@@ -107,11 +105,27 @@ class ExpertCache:
     """
 
     def __init__(self, policy: Policy, capacities: Sequence[int]) -> None:
-        self.policy = policy
+        self._policy = policy
+        self._unlearned: tuple[int, Any, ArrayLike, int] | None = None
         self.capacities = self._checked(capacities)
         self._residents: list[set[int]] = [set() for _ in capacities]
         self._pins: list[Counter[int]] = [Counter() for _ in capacities]
         self._in_use: tuple[int, frozenset[int]] = (-1, frozenset())
+
+    @property
+    def policy(self) -> Policy:
+        """Who says what is worth keeping, knowing of every step so far."""
+        self.learn()
+        return self._policy
+
+    def learn(self) -> None:
+        """Tell the policy of the last step, unless it knows: whoever has time does it early."""
+        if self._unlearned is not None:
+            layer, ids, weights, tokens = self._unlearned
+            self._unlearned = None
+            self._policy.observe_one(
+                layer, np.asarray(ids, np.int64), np.asarray(weights, np.float64), tokens
+            )
 
     def _checked(self, capacities: Sequence[int]) -> tuple[int, ...]:
         if len(capacities) != self.policy.layers:
@@ -175,8 +189,10 @@ class ExpertCache:
         """Return what the policy thinks each expert is worth keeping, ``[E]``."""
         return self.policy.value_one(layer)
 
-    def step(self, layer: int, ids: ArrayLike, weights: ArrayLike, tokens: int = 1) -> Lookup:
-        """Take the router's choice: look it up, protect it, learn from it.
+    def step(
+        self, layer: int, ids: Ids | Iterable[int], weights: ArrayLike, tokens: int = 1
+    ) -> Lookup:
+        """Take the router's choice: look it up, protect it, learn from it before anybody asks.
 
         What was chosen is not evicted before ``release`` or the next step, of this layer or
         another; pin what must stay for longer.
@@ -186,14 +202,14 @@ class ExpertCache:
         ids, weights, tokens
             As one row of ``Policy.observe``.
         """
-        chosen = np.asarray(ids, dtype=np.int64)
-        activated = sorted(chosen.tolist())
+        self.learn()
+        self._unlearned = (layer, ids, weights, tokens)
+        activated = sorted(ids.tolist() if isinstance(ids, np.ndarray) else ids)
         held = self._residents[layer]
         self._in_use = (layer, frozenset(activated))
-        self.policy.observe_one(layer, chosen, np.asarray(weights, dtype=np.float64), tokens)
         return Lookup(
-            hits=tuple([expert for expert in activated if expert in held]),
-            misses=tuple([expert for expert in activated if expert not in held]),
+            tuple([expert for expert in activated if expert in held]),
+            tuple([expert for expert in activated if expert not in held]),
         )
 
     def release(self) -> None:

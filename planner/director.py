@@ -9,13 +9,12 @@ decisions out, on real or simulated lanes, is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from numpy.typing import ArrayLike
 
-from planner.cache import ExpertCache, Values
+from planner.cache import ExpertCache, Ids, Values
 from planner.cost import CostModel
 from planner.errors import CapacityError
 from planner.plan import LayerPlan
@@ -60,8 +59,7 @@ def contended_s(cpu_s: float, link_s: float, slowdown: float) -> float:
     return min(cpu_s * slowdown, cpu_s + link_s * (1 - 1 / slowdown))
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """An expert that got a slot, and whom it evicted; None when a slot was free."""
 
     layer: int
@@ -69,8 +67,7 @@ class Admission:
     evicted: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What to do in one layer's step.
 
     Parameters
@@ -80,9 +77,7 @@ class Decision:
     plan
         Where every activated expert runs.
     residency
-        Experts in the layer's slots when the plan was made.
-    hits
-        Activated experts among them.
+        Activated experts that were in the layer's slots when the plan was made.
     admitted
         Those of ``plan.copies`` that are kept, in the order of the copies; the others are used
         once and dropped.
@@ -91,12 +86,15 @@ class Decision:
     work: LayerWork
     plan: LayerPlan
     residency: frozenset[int]
-    hits: int
     admitted: tuple[Admission, ...]
 
+    @property
+    def hits(self) -> int:
+        """How many activated experts were resident."""
+        return len(self.residency)
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+
+class Fill(NamedTuple):
     """A copy for idle link time: ahead of its router (``prefetch``), or after it (``refill``)."""
 
     admission: Admission
@@ -136,7 +134,7 @@ class Director:
     ) -> None:
         self.cost = cost
         self.cache = cache
-        self.refill = refill
+        self.refill, self._prefetch = refill, prefetch
         self.refilled = 0
         """Experts that the CPU computed and idle link time brought to the cache after."""
         self._scheduler = scheduler
@@ -169,13 +167,13 @@ class Director:
     @property
     def looks_ahead(self) -> bool:
         """Whether prefetching in decode saves more than deciding it takes."""
-        return self.most_saved_s * REALISED > self.deciding_s
+        return self._prefetch and self.most_saved_s * REALISED > self.deciding_s
 
     def place(
         self,
         layer: int,
         loads: tuple[tuple[int, int], ...],
-        ids: ArrayLike,
+        ids: Ids | Sequence[int],
         weights: ArrayLike,
         *,
         gpu_free_s: float,
@@ -204,13 +202,13 @@ class Director:
         """
         cache = self.cache
         work = LayerWork(layer, loads, gpu_free_s, link_free_s)
-        residency = cache.residency(layer)
-        tokens = -(-sum(load for _, load in loads) // self._top_k)
-        hits = len(cache.step(layer, ids, weights, tokens).hits)
-        for expert in self.prefetcher.resolve(layer, work.expert_ids, len(loads) - hits):
+        tokens = -(-sum([load for _, load in loads]) // self._top_k)
+        found = cache.step(layer, ids, weights, tokens)
+        for expert in self.prefetcher.resolve(layer, work.expert_ids, len(found.misses)):
             cache.unpin(layer, expert)
+        residency = frozenset(found.hits)
         plan = self._plan(work, residency)
-        return Decision(work, plan, residency, hits, tuple(self._admit(layer, plan.copies)))
+        return Decision(work, plan, residency, tuple(self._admit(layer, plan.copies)))
 
     def fill(
         self,
@@ -237,11 +235,15 @@ class Director:
             further entries, ascending, until those of the layers after it. The director
             estimates what is missing, from the idle time those layers had in their last steps.
         """
-        room = max(0, int(idle_s[0] / self._copy_s))
-        prompt = sum(load for _, load in decision.work.loads) > self._top_k
-        if not prompt:
-            ahead = ahead[: self.reach] if self.looks_ahead else ()
-        layers = self._ahead(decision, ahead, idle_s)
+        routed = sum([load for _, load in decision.work.loads])
+        prompt = routed > self._top_k
+        layers: list[Ahead] = []
+        if self.looks_ahead or (prompt and self._prefetch):
+            ahead = ahead if prompt else ahead[: self.reach]
+            layers = self._ahead(decision, routed.bit_length(), ahead, idle_s)
+        room = max(0, int(idle_s[0] / self._copy_s)) if self.refill else 0
+        if not (layers or room):
+            return ()
         price_s = self._price_s(decision, 1 + max(room, len(layers) and self._starts(idle_s[0])))
         fetches: Sequence[Prefetch] = ()
         if layers and prompt:
@@ -263,8 +265,6 @@ class Director:
 
     def _refills(self, decision: Decision, done: int, room: int, price_s: Sequence[float]) -> int:
         """Return how many more copies are worth it for the tokens to come, after ``done``."""
-        if not self.refill:
-            return 0
         hit_s = self._hit_s[min(decision.hits, len(self._hit_s) - 1)]
         worth_s = LASTING * REUSE * hit_s
         more = done
@@ -287,6 +287,7 @@ class Director:
     def _ahead(
         self,
         decision: Decision,
+        size: int,
         ahead: Sequence[tuple[int, Values]],
         known_s: Sequence[float],
     ) -> list[Ahead]:
@@ -294,10 +295,9 @@ class Director:
 
         A copy for a later layer is decided before the last moment only where the idle time
         between is short: predictions get better. And only copies that start before the next layer
-        are decided at all. Steps of very different sizes leave very different times, so those
+        are decided at all. Steps of very different ``size`` leave very different times, so those
         are kept apart.
         """
-        size = sum(load for _, load in decision.work.loads).bit_length()
         here, spare_s = (size, decision.plan.layer), max(0.0, known_s[0])
         usual_s = self._spare_s.get(here, spare_s)
         self._spare_s[here] = spare_s + SMOOTHING * (usual_s - spare_s)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.errors import WorkError
 from planner.spec import LayerWork
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
+class LayerPlan(NamedTuple):
     """Where every activated expert of one layer runs.
 
     Parameters
@@ -119,7 +117,7 @@ class LayerPlan:
 
     def to_json(self) -> str:
         """Return the plan as canonical JSON: the same plan is always the same bytes."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return json.dumps(self._asdict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> LayerPlan:
@@ -137,7 +135,7 @@ class LayerPlan:
             raise WorkError(
                 f"a layer plan is not valid JSON: {error}", hint="was the file cut short?"
             ) from error
-        expected = {field.name for field in fields(cls)}
+        expected = set(cls._fields)
         if not isinstance(values, dict) or set(values) != expected:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise WorkError(

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 from planner.baselines import BASELINES, on_demand
@@ -74,13 +73,13 @@ def solve(problem: Problem) -> LayerPlan:
     baselines = {baseline.name: baseline.solve(problem) for baseline in BASELINES}
     if _is_uniform(problem):
         best = least(exact_rule(problem), *baselines.values())
-        return replace(best, lower_bound_s=best.makespan_s)
+        return best._replace(lower_bound_s=best.makespan_s)
     best = least(*baselines.values())
     if len(problem) <= SMALL:
         found, exhaustive = dynamic_program(problem, range(len(problem)), (), best.makespan_s)
         best = least(best, found or best)
         if exhaustive:
-            return replace(best, lower_bound_s=best.makespan_s)
+            return best._replace(lower_bound_s=best.makespan_s)
     # A plan that leaves the CPU idle copies everything: that is one of the baselines.
     bound_s = baselines[on_demand.name].makespan_s
     for relaxed in sorted(relaxations(problem), key=lambda relaxed: relaxed.bound_s):
@@ -89,7 +88,7 @@ def solve(problem: Problem) -> LayerPlan:
             core, on_gpu = relaxed.core(CORE)
             found, _ = dynamic_program(problem, core, on_gpu, best.makespan_s)
             best = least(best, found or best)
-    return replace(best, lower_bound_s=min(bound_s, best.makespan_s))
+    return best._replace(lower_bound_s=min(bound_s, best.makespan_s))
 
 
 def least(*plans: LayerPlan) -> LayerPlan:

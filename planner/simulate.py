@@ -257,7 +257,7 @@ class Simulator:
         experts_s = self.cost.experts.cpu_set_s([load for _, load in work.loads])
         end_s = work.gpu_free_s + experts_s
         plan = LayerPlan(work.layer, work.expert_ids, (), (), end_s, 0.0, 0.0, end_s, "all_cpu")
-        return Decision(work, plan, frozenset(), 0, ())
+        return Decision(work, plan, frozenset(), ())
 
     def _ends(
         self, decision: Decision, read: list[int], link_end_s: float

@@ -70,7 +70,7 @@ class Estimate:
     __rmul__ = __mul__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerWork:
     """One layer's step, as ids and loads only.
 
@@ -110,9 +110,9 @@ class LayerWork:
                     hint="leave experts without tokens out of the work",
                 )
             previous = expert
-        for name in ("gpu_free_s", "link_free_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+        for value in (self.gpu_free_s, self.link_free_s):
+            if not 0 <= value < math.inf:
+                name = "gpu_free_s" if value is self.gpu_free_s else "link_free_s"
                 raise WorkError(
                     f"layer {self.layer}: {name} is {value!r}",
                     hint="times are seconds from the start of the step, at least 0",

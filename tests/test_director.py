@@ -205,7 +205,7 @@ class Sessions(RuleBasedStateMachine):
     def step(self, layer, ids, tokens, seed, idle_s):
         """A layer's step: plan, kept copies, then fills."""
         decision = place(self.one, layer, sorted(ids), tokens)
-        assert decision.residency == self.held[layer]
+        assert decision.residency == self.held[layer] & ids
         decision.plan.validate(decision.work, decision.residency)
         for admission in decision.admitted:
             assert admission.expert in decision.plan.copies

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from gpu_experts.layout import BlockLayout
-from hybrid.choices import loads_of
+from hybrid.choices import Choice
 from hybrid.devices import emulated_device
 from hybrid.executor import Executor
 from hybrid.timeline import DECODE, PREFILL, Timeline
@@ -267,9 +267,10 @@ def test_a_dropped_device_is_still_counted_and_recorded(layers: list[Blocks]) ->
 
 def test_an_expert_chosen_twice_has_two_loads() -> None:
     """Routers by token id may name an expert twice for one token."""
-    loads, weights = loads_of(np.array([[3, 1, 3]]), np.array([[0.5, 0.3, 0.2]], np.float32), 4)
-    assert loads == ((1, 1), (3, 2))
-    assert weights == pytest.approx([0.3, 0.7])
+    factors = np.array([[0.5, 0.3, 0.2]], np.float32)
+    choice = Choice(np.array([[3, 1, 3]]), factors, 4)
+    assert choice.loads == ((1, 1), (3, 2))
+    assert choice.weights == pytest.approx([0.3, 0.7])
 
 
 def interruptions(executor: Executor) -> Iterator[tuple[Any, str]]:

@@ -334,7 +334,7 @@ def test_a_cost_model_without_an_answer_is_refused(bad):
 
 def _plan(**changes: object) -> LayerPlan:
     plan = LayerPlan(0, (1,), (2, 3), (3,), 1.0, 2.0, 1.5, 2.0, "exact")
-    return replace(plan, **changes)
+    return plan._replace(**changes)
 
 
 @pytest.mark.parametrize(
