@@ -42,13 +42,13 @@ def dot_halves(w, w_at, act, stride, rows, count, inner, out):
     while t < count:
         o = TILE * t
         if count - t >= WIDE:
-            _wide(w, w_at, act, stride, rows, t, inner, out, o)
+            _wide(w, w_at, w_at, act, stride, rows, t, inner, out, o)
             t += WIDE
         elif count - t >= MIDDLE:
-            _middle(w, w_at, act, stride, rows, t, inner, out, o)
+            _middle(w, w_at, w_at, act, stride, rows, t, inner, out, o)
             t += MIDDLE
         else:
-            _one(w, w_at, act, stride, rows, t, inner, out, o)
+            _one(w, w_at, w_at, act, stride, rows, t, inner, out, o)
             t += 1
 
 

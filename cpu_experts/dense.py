@@ -64,8 +64,11 @@ def activate(fmt, offset, x, cols, act):
 
 
 @kernel()
-def multiply_strips(matrix, first, last, act, rows, buf, scale, add, out, out_at):
-    """Write (or add) ``scale * (matrix @ act + bias)`` for the strips ``first : last``."""
+def multiply_strips(matrix, first, last, then, act, rows, buf, scale, add, out, out_at):
+    """Write (or add) ``scale * (matrix @ act + bias)`` for the strips ``first : last``.
+
+    The strip ``then`` is what is read next.
+    """
     if last <= first:
         return
     size, count = matrix["strip_bytes"], matrix["rows"]
@@ -76,6 +79,7 @@ def multiply_strips(matrix, first, last, act, rows, buf, scale, add, out, out_at
             matrix["format"],
             weights,
             s * size,
+            (s + 1 if s + 1 < last else then) * size,
             act,
             _ZERO,
             rows,
@@ -104,13 +108,14 @@ def multiply_items(counter, at, matrix, act, rows, buf, scale, add, out):
     """Take items of a matrix product off ``counter[at]``; return how many there are."""
     strips = -(-matrix["rows"] // TILE)
     step = matrix["strips"]
-    while True:
-        first = fetch_add(counter, at) * step
-        if first >= strips:
-            break
+    first = fetch_add(counter, at) * step
+    while first < strips:
+        following = fetch_add(counter, at) * step
         last = min(first + step, strips)
-        multiply_strips(matrix, first, last, act, rows, buf, scale, add, out, _ZERO)
+        then = following if following < strips else first
+        multiply_strips(matrix, first, last, then, act, rows, buf, scale, add, out, _ZERO)
         fetch_add(counter, at + 1)
+        first = following
     return -(-strips // step)
 
 
@@ -126,12 +131,14 @@ def project_items(counter, at, layer, act, rows, buf, qkv):
         if first >= strips:
             break
         last = min(first + step, strips)
-        multiply_strips(q, first, min(last, in_q), act, rows, buf, one, False, qkv, _ZERO)
+        here = min(last, in_q)
+        multiply_strips(q, first, here, first, act, rows, buf, one, False, qkv, _ZERO)
         first, last = max(first - in_q, 0), last - in_q
-        multiply_strips(k, first, min(last, in_k), act, rows, buf, one, False, qkv, q["rows"])
+        here, behind = min(last, in_k), q["rows"]
+        multiply_strips(k, first, here, first, act, rows, buf, one, False, qkv, behind)
         first, last = max(first - in_k, 0), last - in_k
-        behind = q["rows"] + k["rows"]
-        multiply_strips(v, first, last, act, rows, buf, one, False, qkv, behind)
+        behind += k["rows"]
+        multiply_strips(v, first, last, first, act, rows, buf, one, False, qkv, behind)
         fetch_add(counter, at + 1)
     return -(-strips // step)
 

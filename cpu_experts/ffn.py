@@ -44,13 +44,15 @@ _FLOAT = np.dtype(np.float32)
 class _Workspace:
     """Named buffers, each as large as the largest call so far asked for.
 
-    ``addresses`` are those of the buffers of :data:`kernels.BUFFERS`, in their order.
+    ``addresses`` are those of the buffers of :data:`kernels.BUFFERS`, in their order; ``fits``
+    are the sizes that they were last made large enough for.
     """
 
     buffers: dict[str, U8] = field(default_factory=dict)
     addresses: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(len(kernels.BUFFERS), np.int64)
     )
+    fits: tuple[int, ...] = ()
 
     def get(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
         self.reserve(name, size * np.dtype(dtype).itemsize)
@@ -75,11 +77,6 @@ class _Workspace:
 
 
 _WORKSPACE = _Workspace()
-
-
-def workspace_bytes() -> int:
-    """Bytes held between calls for activations and intermediate results."""
-    return sum(buffer.nbytes for buffer in _WORKSPACE.buffers.values())
 
 
 class _Prepared(NamedTuple):
@@ -119,13 +116,17 @@ def _prepare(blocks: U8, shape: ExpertShape, threads: int) -> _Prepared:
 
 def check_matrix(name: str, x: Any, shape: tuple[int | None, ...]) -> None:
     """Raise ShapeError unless ``x`` is contiguous float32 of ``shape``, None being any size."""
-    good = x.dtype == _FLOAT and x.flags.c_contiguous and x.ndim == len(shape)
-    if not good or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
-        wanted = ["any" if want is None else want for want in shape]
-        order = "" if x.flags.c_contiguous else ", not C-contiguous"
-        raise ShapeError(
-            f"{name} is {x.dtype} {list(x.shape)}{order}; it must be float32 {wanted}, C-contiguous"
-        )
+    if x.dtype == _FLOAT and x.flags.c_contiguous and x.ndim == len(shape):
+        for want, size in zip(shape, x.shape, strict=True):
+            if want is not None and want != size:
+                break
+        else:
+            return
+    wanted = ["any" if want is None else want for want in shape]
+    order = "" if x.flags.c_contiguous else ", not C-contiguous"
+    raise ShapeError(
+        f"{name} is {x.dtype} {list(x.shape)}{order}; it must be float32 {wanted}, C-contiguous"
+    )
 
 
 def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
@@ -163,6 +164,28 @@ def _read_only(weights: U8) -> U8:
     flat = weights.reshape(-1)
     flat.flags.writeable = False
     return flat
+
+
+def _reserve(
+    work: _Workspace,
+    tokens: int,
+    pairs: int,
+    num_experts: int,
+    act_stride: int,
+    h_stride: int,
+    threads: int,
+) -> None:
+    """Make every buffer large enough for a call of :func:`kernels.run_routed`."""
+    work.reserve("activations", tokens * act_stride)
+    work.reserve("experts", 8 * (num_experts + 1))
+    work.reserve("first", 8 * (num_experts + 1))
+    work.reserve("pairs", 4 * pairs)
+    work.reserve("rows", 4 * pairs)
+    work.reserve("order", 4 * pairs)
+    work.reserve("h", pairs * h_stride)
+    work.reserve("counter", 32)
+    work.reserve("scratch", 4 * threads * kernels.SCRATCH_WIDTH)
+    work.fits = (tokens, pairs, num_experts, act_stride, h_stride, threads)
 
 
 def run_experts(
@@ -207,16 +230,10 @@ def run_experts(
     threads = numba.get_num_threads()
     with LOCK:
         layer = _prepare(blocks, shape, threads)
-        work, count = _WORKSPACE, ids.size
-        work.reserve("activations", len(x) * layer.act_stride)
-        work.reserve("experts", 8 * (len(blocks) + 1))
-        work.reserve("first", 8 * (len(blocks) + 1))
-        work.reserve("pairs", 4 * count)
-        work.reserve("rows", 4 * count)
-        work.reserve("order", 4 * count)
-        work.reserve("h", count * layer.h_stride)
-        work.reserve("counter", 32)
-        work.reserve("scratch", 4 * threads * kernels.SCRATCH_WIDTH)
+        work = _WORKSPACE
+        sizes = (len(x), ids.size, len(blocks), layer.act_stride, layer.h_stride, threads)
+        if work.fits != sizes:
+            _reserve(work, *sizes)
         kernels.run_routed(
             layer.table, x, ids, routing_weights, work.addresses, layer.act_stride, out, threads
         )

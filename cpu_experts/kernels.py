@@ -3,7 +3,8 @@
 All of them see the router's choice as pairs of a token and an expert, sorted by expert:
 expert ``experts[i]`` has the pairs ``first[i] : first[i + 1]``. A region is one fork and
 join; inside it each thread takes the next item off a shared counter until none is left, so
-that threads finish together whatever slows one of them down.
+that threads finish together whatever slows one of them down. It takes an item while it is still
+at the one before, so that the end of that prefetches the beginning of this.
 """
 
 # numba infers the types of compiled functions from their callers.
@@ -65,41 +66,44 @@ def code_offset(fmt: str) -> int:
 
 
 @kernel()
-def dot_rows(fmt, w, w_at, act, stride, rows, first, count, inner, out, out_at):
-    """Multiply one strip with ``count`` activation rows into ``out`` ``[count, 16]``."""
+def dot_rows(fmt, w, w_at, then_at, act, stride, rows, first, count, inner, out, out_at):
+    """Multiply one strip with ``count`` activation rows into ``out`` ``[count, 16]``.
+
+    The strip that is read next begins at byte ``then_at``.
+    """
     t = np.int64(0)
     while t < count:
         o = out_at + TILE * t
         r = first + t
         if count - t >= WIDE:
             if fmt == Q4_0:
-                _q4_wide(w, w_at, act, stride, rows, r, inner, out, o)
+                _q4_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             elif fmt == Q8_0:
-                _q8_wide(w, w_at, act, stride, rows, r, inner, out, o)
+                _q8_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             elif fmt == BF16:
-                _bf_wide(w, w_at, act, stride, rows, r, inner, out, o)
+                _bf_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             else:
-                _f4_wide(w, w_at, act, stride, rows, r, inner, out, o)
+                _f4_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += WIDE
         elif count - t >= MIDDLE:
             if fmt == Q4_0:
-                _q4_middle(w, w_at, act, stride, rows, r, inner, out, o)
+                _q4_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             elif fmt == Q8_0:
-                _q8_middle(w, w_at, act, stride, rows, r, inner, out, o)
+                _q8_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             elif fmt == BF16:
-                _bf_middle(w, w_at, act, stride, rows, r, inner, out, o)
+                _bf_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             else:
-                _f4_middle(w, w_at, act, stride, rows, r, inner, out, o)
+                _f4_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += MIDDLE
         else:
             if fmt == Q4_0:
-                _q4_one(w, w_at, act, stride, rows, r, inner, out, o)
+                _q4_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             elif fmt == Q8_0:
-                _q8_one(w, w_at, act, stride, rows, r, inner, out, o)
+                _q8_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             elif fmt == BF16:
-                _bf_one(w, w_at, act, stride, rows, r, inner, out, o)
+                _bf_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             else:
-                _f4_one(w, w_at, act, stride, rows, r, inner, out, o)
+                _f4_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += 1
 
 
@@ -208,19 +212,23 @@ def _up_items(
     flat_h = h.view(np.float32)
     floats = blocks.view(np.float32)
     h_at = 4 * TILE * ROWS
-    while True:
-        item = fetch_add(counter, 0)
-        if item >= active * per_expert:
-            break
+    item_bytes = 2 * sides * strip
+    item = fetch_add(counter, 0)
+    while item < active * per_expert:
+        following = fetch_add(counter, 0)
         run, group = item // per_expert, item % per_expert
         base = experts[run] * block_stride
+        after = base + group * item_bytes
+        if following < active * per_expert:
+            after = experts[following // per_expert] * block_stride
+            after += following % per_expert * item_bytes
         for p in range(first[run], first[run + 1], ROWS):
             count = min(ROWS, first[run + 1] - p)
             for s in range(2 * sides):
-                at = base + (2 * sides * group + s) * strip
-                dot_rows(
-                    fmt, blocks, at, act, act_stride, rows, p, count, inner, buf, s * TILE * ROWS
-                )
+                at = base + group * item_bytes + s * strip
+                then = at + strip if s + 1 < 2 * sides else after
+                out_at = s * TILE * ROWS
+                dot_rows(fmt, blocks, at, then, act, act_stride, rows, p, count, inner, buf, out_at)
                 if bias_at >= 0:
                     bias = (base + bias_at) // 4 + (2 * sides * group + s) * TILE
                     for t in range(count):
@@ -241,6 +249,7 @@ def _up_items(
                     for i in range(min(GROUP, intermediate - group * GROUP)):
                         flat_h[at + i] = buf[h_at + t * GROUP + i]
         fetch_add(counter, 2)
+        item = following
     # Items are taken and never given back, so whoever waits here waits for running threads only.
     wait_for(counter, 2, active * per_expert)
 
@@ -254,18 +263,24 @@ def _down_items(
     hidden, flat = out.shape[1], out.reshape(-1)
     strips = -(-hidden // TILE)
     floats = blocks.view(np.float32)
-    while True:
-        item = fetch_add(counter, 1)
-        if item * strips_an_item >= strips:
-            break
+    begin = fetch_add(counter, 1) * strips_an_item
+    while begin < strips:
+        following = fetch_add(counter, 1) * strips_an_item
+        end = min(begin + strips_an_item, strips)
         for run in range(active):
             base = experts[run] * block_stride
-            for s in range(item * strips_an_item, min((item + 1) * strips_an_item, strips)):
+            after = base + section + begin * strip
+            if run + 1 < active:
+                after = experts[run + 1] * block_stride + section + begin * strip
+            elif following < strips:
+                after = experts[0] * block_stride + section + following * strip
+            for s in range(begin, end):
                 at = base + section + s * strip
+                then = at + strip if s + 1 < end else after
                 columns = min(TILE, hidden - s * TILE)
                 for p in range(first[run], first[run + 1], ROWS):
                     count = min(ROWS, first[run + 1] - p)
-                    dot_rows(fmt, blocks, at, h, h_stride, rows, p, count, inner, buf, 0)
+                    dot_rows(fmt, blocks, at, then, h, h_stride, rows, p, count, inner, buf, 0)
                     for t in range(count):
                         if bias_at >= 0:
                             bias = (base + bias_at) // 4 + s * TILE
@@ -279,6 +294,7 @@ def _down_items(
                             for i in range(columns):
                                 flat[at_out + i] += weight * buf[t * TILE + i]
         fetch_add(counter, 3)
+        begin = following
 
 
 @kernel(parallel=True)
@@ -362,7 +378,9 @@ def _project_items(
             for s in range(part * strips_an_item, min((part + 1) * strips_an_item, strips)):
                 at = base + section + s * strip
                 columns = min(TILE, columns_all - s * TILE)
-                dot_rows(fmt, blocks, at, act, act_stride, rows, p, count, inner, buf, 0)
+                dot_rows(
+                    fmt, blocks, at, at + strip, act, act_stride, rows, p, count, inner, buf, 0
+                )
                 for t in range(count):
                     at_out = targets[p + t] * columns_all + s * TILE
                     if columns == TILE:

@@ -219,7 +219,7 @@ class Experts:
             "down_bias": shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
             "intermediate": shape.intermediate,
             "h_stride": self.h_stride,
-            "strips": max(1, min(4, strips // (8 * threads))),
+            "strips": max(1, min(8, strips // (8 * threads))),
             "alpha": shape.alpha,
             "limit": shape.limit,
             "up_offset": shape.up_offset,

@@ -126,7 +126,7 @@ def strip_dot(fmt: str, n: int) -> Any:
     one = _ONE_ROW[fmt]
 
     @njit(nogil=True)
-    def dot(w, w_at, act, stride, rows, rows_at, inner, out, out_at):
+    def dot(w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
         for t in range(n):
             at = out_at + TILE * t
             out[at : at + TILE] = 0

@@ -215,21 +215,28 @@ class _Dot:
 
 
 def _quantized_dot(
-    b: Builder, fmt: str, w: Value, acts: list[Value], groups: Value
+    b: Builder, fmt: str, w: Value, then: Value, acts: list[Value], groups: Value
 ) -> list[list[Value]]:
     """Emit the loop over groups; returns the sums ``[n][parts]`` as float vectors."""
     dot = _Dot(fmt)
     n = len(acts)
     size = 288 if fmt == "q4_0" else 544
+    # What is read next lies behind this strip or elsewhere: that is where prefetching goes on.
+    whole = b.mul(groups, ir.Constant(_I64, size))
+    end, early = _gep(b, w, whole), ir.Constant(_I64, -(-PREFETCH_BYTES // size) * size)
+    short = b.icmp_signed("<", early, whole)
+    begin = b.select(short, _gep(b, w, early), _gep(b, then, b.sub(early, whole)))
     # Where accumulators and sums together are more than registers, the sums lie in memory:
     # they are needed once a group.
     kept = _Kept(b, n * _PARTS) if 2 * n * _PARTS + 4 > _REGISTERS else None
 
-    def body(g: Value, *sums: Value) -> list[Value]:
+    def body(g: Value, early: Value, *sums: Value) -> list[Value]:
         base = _gep(b, w, b.mul(g, ir.Constant(_I64, size)))
         rows = [_gep(b, act, b.mul(g, ir.Constant(_I64, ACT_GROUP))) for act in acts]
         for line in range(0, size, 64):
-            _prefetch(b, base, PREFETCH_BYTES + line)
+            _prefetch(b, early, line)
+        early = _gep(b, early, size)
+        early = b.select(b.icmp_unsigned("==", early, end), then, early)
         accs = [[dot.start(b, _load(b, row, GROUP + 4, _I32))] * _PARTS for row in rows]
         for step in range(GROUP // 4):
             # Step by step, so that two vectors of codes at a time take registers.
@@ -243,7 +250,7 @@ def _quantized_dot(
             b.fpext(_load(b, base, size - 2 * TILE + 2 * _LANES * p, _HALVES), _FLOATS)
             for p in range(_PARTS)
         ]
-        out = []
+        out = [early]
         for t in range(n):
             scale = _splat(b, _load(b, rows[t], GROUP, _F32), _FLOATS)
             for p in range(_PARTS):
@@ -256,7 +263,7 @@ def _quantized_dot(
         return out
 
     zeros = [_const(_FLOATS, 0.0)] * (n * _PARTS)
-    sums = _loop(b, groups, zeros if kept is None else [], body)
+    sums = _loop(b, groups, [begin, *(zeros if kept is None else [])], body)[1:]
     if kept is not None:
         sums = [kept.get(at) for at in range(n * _PARTS)]
     return [sums[t * _PARTS : (t + 1) * _PARTS] for t in range(n)]
@@ -281,7 +288,9 @@ class _Kept:
         self._builder.store(value, self._slots[at])
 
 
-def _float_dot(b: Builder, fmt: str, w: Value, acts: list[Value], cols: Value) -> list[list[Value]]:
+def _float_dot(
+    b: Builder, fmt: str, w: Value, then: Value, acts: list[Value], cols: Value
+) -> list[list[Value]]:
     """Emit the loop over single inputs for f16, bf16 and f32 weights."""
     size = _FLOAT_BYTES[fmt]
 
@@ -317,27 +326,30 @@ def _data(context: Any, b: Builder, array_type: Any, array: Value) -> Value:
 def strip_dot(fmt: str, n: int) -> Any:
     """Return the micro-kernel for ``n`` activation rows as a numba intrinsic.
 
-    ``dot(w, w_at, act, stride, rows, rows_at, inner, out, out_at)`` multiplies the strip that
-    starts at byte ``w_at`` of ``w`` with the activation rows ``rows[rows_at : rows_at + n]``,
-    each ``stride`` bytes in ``act``, over ``inner`` groups (inputs for floats), and
-    writes float32 ``[n, 16]`` at ``out[out_at:]``. ``inner`` is at least 1. Besides the weight
-    formats there is ``f16``, laid out as ``bf16``, for keys and values.
+    ``dot(w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at)`` multiplies the strip
+    that starts at byte ``w_at`` of ``w`` with the activation rows ``rows[rows_at : rows_at + n]``,
+    each ``stride`` bytes in ``act``, over ``inner`` groups (inputs for floats), and writes float32
+    ``[n, 16]`` at ``out[out_at:]``. ``inner`` is at least 1. What is read next begins at byte
+    ``then_at``: quantized weights are prefetched across that seam, since a strip of 7 KB is over
+    before prefetching has paid. Besides the weight formats there is ``f16``, laid out as
+    ``bf16``, for keys and values.
     """
 
     @intrinsic
-    def dot(typingctx, w, w_at, act, stride, rows, rows_at, inner, out, out_at):
+    def dot(typingctx, w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
         def codegen(context, b, signature, args):
             kinds = signature.args
             weights = _gep(b, _data(context, b, kinds[0], args[0]), args[1])
-            base = _data(context, b, kinds[2], args[2])
-            index = _floats_at(context, b, kinds[4], args[4], args[5])
-            target = _floats_at(context, b, kinds[7], args[7], args[8])
+            then = _gep(b, _data(context, b, kinds[0], args[0]), args[2])
+            base = _data(context, b, kinds[3], args[3])
+            index = _floats_at(context, b, kinds[5], args[5], args[6])
+            target = _floats_at(context, b, kinds[8], args[8], args[9])
             function = _micro_kernel(b.module, fmt, n)
-            b.call(function, [weights, base, args[3], index, args[6], target])
+            b.call(function, [weights, then, base, args[4], index, args[7], target])
             return context.get_dummy_value()
 
         i64 = types.int64
-        return types.void(w, i64, act, i64, rows, i64, i64, out, i64), codegen
+        return types.void(w, i64, i64, act, i64, rows, i64, i64, out, i64), codegen
 
     return dot
 
@@ -351,18 +363,18 @@ def _micro_kernel(module: Any, fmt: str, n: int) -> Any:
     if name in module.globals:
         return module.globals[name]
     pointer = _I8.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, _I64, pointer, _I64, pointer])
+    kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, pointer, _I64, pointer, _I64, pointer])
     function = ir.Function(module, kind, name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
-    weights, base, stride, index, inner, target = function.args
+    weights, then, base, stride, index, inner, target = function.args
     b = ir.IRBuilder(function.append_basic_block())
     acts = []
     for t in range(n):
         row = b.sext(_load(b, index, 4 * t, _I32), _I64)
         acts.append(_gep(b, base, b.mul(row, stride)))
     emit = _float_dot if fmt in _FLOAT_BYTES else _quantized_dot
-    sums = emit(b, fmt, weights, acts, inner)
+    sums = emit(b, fmt, weights, then, acts, inner)
     for t in range(n):
         for p in range(_PARTS):
             _store(b, sums[t][p], target, 4 * (t * TILE + p * _LANES))

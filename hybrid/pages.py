@@ -26,7 +26,11 @@ def ask_for_large_pages(memory: mmap.mmap) -> None:
 
 def large_pages(size: int) -> mmap.mmap:
     """Return at least ``size`` bytes of memory, in large pages where the system has them."""
-    memory = mmap.mmap(-1, -(-size // PAGE_BYTES) * PAGE_BYTES)
+    size = -(-size // PAGE_BYTES) * PAGE_BYTES
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    # Private: what could be shared with another process is kept in small pages nearly everywhere.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     ask_for_large_pages(memory)
     return memory
 

@@ -10,7 +10,9 @@ import torch
 
 from hybrid import pages
 from hybrid.dense import Arena
-from hybrid.pages import AlignedWriter
+from hybrid.pages import PAGE_BYTES, AlignedWriter, large_pages
+
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class _Noted:
@@ -57,6 +59,23 @@ def test_a_write_that_takes_part_is_gone_on_with(tmp_path: Path) -> None:
     writer.write(bytes(range(50)))
     writer.flush()
     assert (tmp_path / "file").read_bytes() == bytes(range(50))
+
+
+def _large_bytes() -> int:
+    """What of this process's own memory lies in large pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHuge"))
+
+
+@pytest.mark.skipif(
+    not _SETTING.exists() or "[never]" in _SETTING.read_text(), reason="no large pages here"
+)
+def test_memory_comes_in_large_pages() -> None:
+    """Asked for, written to and counted by the system."""
+    before = _large_bytes()
+    memory = large_pages(8 * PAGE_BYTES)
+    np.frombuffer(memory, np.uint8)[:] = 1
+    assert _large_bytes() - before >= 4 * PAGE_BYTES
 
 
 def test_moved_tensors_stay_themselves() -> None:

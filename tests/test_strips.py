@@ -27,7 +27,7 @@ def _caller(fmt: str, n: int):
 
     @njit
     def call(w, w_at, act, stride, rows, rows_at, inner, out, out_at):
-        dot(w, w_at, act, stride, rows, rows_at, inner, out, out_at)
+        dot(w, w_at, w_at, act, stride, rows, rows_at, inner, out, out_at)
 
     return call
 

@@ -25,6 +25,7 @@ from cpu_experts.formats import pad
 from cpu_experts.kernels import fetch_add
 from hybrid import host
 from hybrid.bench.record import provenance, spread
+from hybrid.pages import large_pages
 
 ROTATION_BYTES = 1 << 30
 _PAGE = 4096
@@ -81,7 +82,10 @@ def read_seconds(words: NDArray[np.uint64], threads: int) -> float:
 
 
 def fill(shape: ExpertShape, experts: int) -> NDArray[np.uint8]:
-    """Random experts ``[layers * experts, stride]``, at least ``ROTATION_BYTES`` in all."""
+    """Random experts ``[layers * experts, stride]``, at least ``ROTATION_BYTES`` in all.
+
+    Where the store's are in memory: on whole pages, large ones where the system has them.
+    """
     rng = np.random.default_rng(0)
     f, d = shape.intermediate, shape.hidden
     gate, up, down = (
@@ -91,7 +95,8 @@ def fill(shape: ExpertShape, experts: int) -> NDArray[np.uint8]:
     one = pack_expert(shape, gate=gate, up=up, down=down)
     stride = pad(shape.block_bytes, _PAGE)
     layers = -(-ROTATION_BYTES // (experts * stride))
-    blocks = np.empty((layers * experts, stride), np.uint8)
+    memory = np.frombuffer(large_pages(layers * experts * stride), np.uint8)
+    blocks = memory[: layers * experts * stride].reshape(layers * experts, stride)
     blocks[:, : one.size] = one
     blocks[:, one.size :] = 0
     return blocks
