@@ -89,6 +89,15 @@ def choose_device(name: str | None, vram: Size) -> str | None:
     return f"cuda:{index or 0}"
 
 
+def dtype_on(device: torch.device) -> torch.dtype | None:
+    """What dense layers are computed in on a device unless asked; None as on the CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
 def open_device(name: str, vram_bytes: int | None, shape: ExpertShape, threads: int) -> Device:
     """Return the device called ``name`` for experts of ``shape``.
 

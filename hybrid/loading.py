@@ -19,6 +19,7 @@ from hybrid.config import DEFAULT_EXPERTS, HybridConfig
 from hybrid.devices import (
     Size,
     choose_device,
+    dtype_on,
     emulation_note,
     hardware_with,
     open_device,
@@ -62,9 +63,7 @@ def load_model(
     """
     name = choose_device(device, vram)
     if dtype is None and name is not None and name != "emulated":
-        with torch.cuda.device(name):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if native else torch.float16
+        dtype = dtype_on(torch.device(name))
     # Checked even where they change nothing: the same script may find a GPU elsewhere.
     ram_bytes = None if ram in (None, "auto") else size_in_bytes(ram, "ram")
     if popularity is not None and not Path(popularity).is_file():

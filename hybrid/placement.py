@@ -259,7 +259,7 @@ def place_model(
         if experts.own_gating:  # computed on the CPU, between projections that are
             experts.spec.module.to("cpu")
     notes = [SlowPath(*note) for note in device.notes]
-    reason = _unfit(layers, spec)
+    reason = unfit(layers, spec)
     executor = None
     if reason is not None:
         remedy = "none yet: attention and dense layers run on the device"
@@ -343,7 +343,7 @@ def settler(
     return settle
 
 
-def _unfit(layers: list[LayerExperts], spec: ModelSpec) -> str | None:
+def unfit(layers: list[LayerExperts], spec: ModelSpec) -> str | None:
     """Why a device cannot run these experts; None when it can."""
     if any(experts.own_gating for experts in layers):
         return "the kernels have no parameters for this family's activation"

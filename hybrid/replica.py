@@ -22,7 +22,7 @@ import torch
 from cpu_experts.decoder import Decoder
 from cpu_experts.formats import TILE, packed_bytes
 from cpu_experts.layers import Matrix
-from hybrid.bench.random_model import check_room, write_random_model
+from hybrid.bench.random_model import check_room, first_layers, write_random_model
 from hybrid.decoder_parts import read_norm
 from hybrid.loading import load_fast_model
 from hybrid.parts import (
@@ -47,8 +47,6 @@ _TOKEN_BYTES = 160 << 20
 _STORE_BYTES = 3 << 29
 """Experts of the replica at most, where more layers are not needed to have every kind."""
 _PAGE = 4096
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_FOREIGN = ("quantization_config", "architectures", "transformers_version", "_name_or_path")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
 _PLAIN = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _SETTLING = 2
@@ -75,16 +73,8 @@ def shortened(
         enough = token >= _TOKEN_BYTES or store + shape.count * each > _STORE_BYTES
         if not missing and moe > 1 and enough:
             break
-    short = {name: value for name, value in settings.items() if name not in _FOREIGN}
-    for name, value in short.items():
-        if name in _DEPTHS:
-            short[name] = kept
-        elif isinstance(value, list) and len(value) == len(model.layers):
-            short[name] = value[:kept]
-        elif name.endswith("token_id"):
-            short[name] = None
-    short["vocab_size"] = min(model.vocab, ROWS)
-    return short
+    short = first_layers(settings, len(model.layers), kept)
+    return short | {"vocab_size": min(model.vocab, ROWS)}
 
 
 class Recorder:

@@ -285,8 +285,9 @@ def estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[
         if made_of is None:
             found[term] = Estimate(0.0, Source.MEASURED, 0.0)
             continue
-        known = made_of.error is not None and made_of.value > 0
-        error = made_of.error / made_of.value * value if known else None
+        error = made_of.error
+        if error is not None:
+            error = error / made_of.value * value if made_of.value else None
         found[term] = Estimate(value, made_of.source, error)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -13,16 +14,20 @@ import psutil
 
 from hybrid import host
 from hybrid.bench.record import provenance, spread
-from hybrid.bench.sharing import BASELINE, FORMAT, RULES, Layer, Runner, Scene
+from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
+from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.calibrate import hardware_for
-from hybrid.devices import EMULATED_AS, emulated_hardware
+from hybrid.devices import EMULATED_AS, choose_device, emulated_hardware
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
-from hybrid.planning import find_hardware, find_model
+from hybrid.metrics import SlowPath
+from hybrid.planning import find_hardware
+from hybrid.subject import Subject, subject
 from hybrid.timeline import DECODE
-from planner.cost import CostModel
+from planner.cost import CostModel, weight_bytes
 from planner.errors import TraceError
 from planner.hardware import HardwareSpec
+from planner.memory import STAGING
 from planner.model import ModelSpec
 from planner.popularity import Popularity
 from planner.routing import Routing, from_trace, synthetic
@@ -36,6 +41,8 @@ OTHER_TOKENS = 1000
 """Tokens of the same routing, after those that are run, that say which experts are popular."""
 _MEMORY_SHARE = 0.6
 """Part of the free memory that experts may take."""
+_VRAM_SHARE = 0.8
+"""Part of a GPU's free memory that slots and dense weights may take; cache and results do, too."""
 
 
 def run(
@@ -56,10 +63,11 @@ def run(
     Parameters
     ----------
     models
-        Names of shipped models.
+        Names of shipped models, or files like theirs.
     device
-        The machine whose GPU and link are emulated. The CPU is this machine's, which is measured
-        with each model's experts first if it was not before.
+        ``"cuda"`` or ``"cuda:1"`` for a GPU of this machine, or the machine whose GPU and link are
+        emulated. What is this machine's is measured with each model's shape first if it was not
+        before.
     shares
         Slots over experts.
     prompts, tokens
@@ -78,26 +86,30 @@ def run(
     """
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
-    like = find_hardware(device)
+    gpu = choose_device(device, None) if device.partition(":")[0] == "cuda" else None
     rows: list[dict[str, Any]] = []
+    about: dict[str, Any] = {"emulated": device}
     for name in models:
-        full = find_model(name)
-        cpu = hardware_for(name, experts=FORMAT, threads=threads, progress=progress)
-        hardware = emulated_hardware(cpu, like)
-        model = _cut(full, layers or _layers_that_fit(full, hardware))
-        shared: list[Layer] | None = None
-        for prompt in prompts:
-            routing, known = _routing(full, prompt, tokens, trace, model.moe_layers)
-            scene = Scene(model, hardware, routing, known, threads)
-            if shared is not None:
-                scene.__dict__["layers"] = shared  # the experts do not depend on the prompt
-            shared = scene.layers
-            for share in shares:
-                rows += _compare(scene, name, prompt, share, repeat, progress)
-        del shared
+        wanted = subject(name, FORMAT)
+        options: dict[str, Any] = {"experts": FORMAT, "threads": threads, "progress": progress}
+        if gpu is None:
+            cpu = hardware_for(name, **options)
+            hardware = emulated_hardware(cpu, find_hardware(device))
+            fitting = _layers_that_fit(wanted.model, hardware)
+            stage: Stage = Emulated(CostModel(_cut(wanted.model, layers or fitting), hardware))
+        else:
+            lengths = max(prompts) + tokens, max(shares)
+            stage, about = _on_gpu(gpu, wanted, name, layers, *lengths, options)
+        with closing(stage):
+            for prompt in prompts:
+                moe_layers = stage.cost.model.moe_layers
+                routing, known = _routing(wanted.model, prompt, tokens, trace, moe_layers)
+                scene = Scene(stage, prompt, routing, known, threads)
+                for share in shares:
+                    rows += _compare(scene, name, share, repeat, progress)
     return {
         **provenance("hybrid bench hybrid", threads),
-        "emulated": device,
+        **about,
         "format": FORMAT,
         "repeat": repeat,
         "results": rows,
@@ -105,28 +117,51 @@ def run(
     }
 
 
+def _on_gpu(
+    device: str,
+    wanted: Subject,
+    name: str,
+    layers: int | None,
+    context: int,
+    share: float,
+    options: dict[str, Any],
+) -> tuple[Stage, dict[str, Any]]:
+    """Set a model up on a GPU of this machine; also returns what to record of that GPU."""
+    from gpu_experts.cuda import CudaDevice
+    from hybrid.bench.gpu_stage import OnGpu, of_gpu
+
+    opened = CudaDevice(int(device.partition(":")[2]))
+    about = {"device": of_gpu(opened)}
+    hardware = hardware_for(name, device=opened, **options)
+    free = opened.memory().free_bytes
+    hardware = hardware.with_values("gpu", vram_bytes=free)
+    fitting = _layers_that_fit(wanted.model, hardware, share)
+    cost = CostModel(_cut(wanted.model, layers or fitting), hardware, FORMAT)
+    return OnGpu(wanted, cost, opened, context, options["progress"]), about
+
+
 def _compare(
     scene: Scene,
     name: str,
-    prompt: int,
     share: float,
     repeat: int,
     progress: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """Give every rule its turn in every round."""
+    prompt, stage = scene.prompt, scene.stage
     experts = scene.model.experts.count * scene.model.moe_layers
     prefill: dict[str, list[float]] = {rule.name: [] for rule in RULES}
     decode: dict[str, list[float]] = {rule.name: [] for rule in RULES}
     last: dict[str, Runner] = {}
-    for round_ in range(repeat):
-        progress(f"{name}, {prompt} tokens, {share:.0%} resident: round {round_ + 1} of {repeat}")
+    rounds = repeat + stage.uncounted
+    for round_ in range(rounds):
+        progress(f"{name}, {prompt} tokens, {share:.0%} resident: round {round_ + 1} of {rounds}")
         for rule in RULES:
-            runner = Runner(scene, rule, int(share * experts), share)
+            runner = last[rule.name] = Runner(scene, rule, int(share * experts))
             prefill_s, decode_s = runner.run()
-            prefill[rule.name].append(prefill_s)
-            decode[rule.name].append(median(decode_s))
-            last[rule.name] = runner
-            runner.device.close()
+            if round_ >= stage.uncounted:
+                prefill[rule.name].append(prefill_s)
+                decode[rule.name].append(median(decode_s))
     for rule in RULES:
         phase = last[rule.name].executor.timeline.phases[DECODE]
         figures = last[rule.name].executor.director.prefetcher
@@ -136,6 +171,8 @@ def _compare(
             "routing": scene.routing.origin,
             "prompt": prompt,
             "resident_share": share,
+            "slots": last[rule.name].slots,
+            "notes": _notes(last[rule.name]),
             "rule": rule.name,
             "prefill": spread(prefill[rule.name]),
             "decode": spread(decode[rule.name]),
@@ -151,6 +188,12 @@ def _compare(
             "decode_predicted_s": phase.predicted.step_s,
             "decode_measured_mean_s": phase.measured.step_s,
         }
+
+
+def _notes(runner: Runner) -> list[str]:
+    """What was slower than it could be."""
+    notes = [*(SlowPath(*note) for note in runner.stage.device.notes), *runner.executor.notes]
+    return [f"{note.what}: {note.reason}" for note in notes]
 
 
 def _ratio(baseline: list[float], ours: list[float]) -> float:
@@ -174,17 +217,27 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _layers_that_fit(model: ModelSpec, hardware: HardwareSpec) -> int:
-    layer = CostModel(model, hardware, FORMAT).experts.bytes * model.experts.count
-    free = psutil.virtual_memory().available
-    fitting = int(free * _MEMORY_SHARE / layer)
-    if fitting < 1:
-        raise UsageError(
-            f"one layer of {model.name} takes {layer / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB of memory are free",
-            hint="close other programs, or choose a smaller model",
-        )
-    return min(fitting, model.moe_layers)
+def _layers_that_fit(model: ModelSpec, hardware: HardwareSpec, share: float | None = None) -> int:
+    """How many MoE layers memory has room for, and the GPU's, where ``share`` of them has slots."""
+    cost = CostModel(model, hardware, FORMAT)
+    layer = cost.experts.bytes * model.experts.count
+    places = [("memory", psutil.virtual_memory().available * _MEMORY_SHARE, layer)]
+    if share is not None:
+        assert hardware.gpu is not None
+        dense = [layer.mixer.params + layer.ffn_params for layer in model.layers]
+        around = weight_bytes(2 * model.head_params, cost.dense_format)  # embedding and head
+        around += STAGING * cost.experts.bytes
+        room = hardware.gpu.vram_bytes.value * _VRAM_SHARE - around
+        each = share * layer + weight_bytes(max(dense), cost.dense_format)
+        places.append(("the GPU's memory", room, int(each)))
+    for place, room, each in places:
+        if room < each:
+            raise UsageError(
+                f"one layer of {model.name} takes {each / 2**30:.2f} GiB, "
+                f"{max(0, room) / 2**30:.2f} GiB of {place} are free for it",
+                hint="close other programs, or choose a smaller model",
+            )
+    return min(model.moe_layers, *(int(room / each) for _, room, each in places))
 
 
 def _cut(model: ModelSpec, moe_layers: int) -> ModelSpec:
@@ -226,9 +279,20 @@ def _routing(
     return routing, Popularity(model.name, OTHER_TOKENS, uses)
 
 
+def _gpu(about: dict[str, Any]) -> str:
+    """A GPU and its software in one line."""
+    parts = [f"{about['name']}, {about['memory_bytes'] / 2**30:.1f} GiB"]
+    parts += [
+        f"{name} {about[name]}" if about[name] else f"no {name}"
+        for name in ("driver", "cuda", "torch", "triton")
+    ]
+    return ", ".join(parts)
+
+
 def hybrid_table(result: dict[str, Any]) -> str:
     """Return the record as text."""
-    lines = [f"emulated: {result['emulated']}; {result['threads']} threads of this CPU"]
+    where = f"emulated: {result['emulated']}" if "emulated" in result else _gpu(result["device"])
+    lines = [f"{where}; {result['threads']} threads of this CPU"]
     case = None
     for row in result["results"]:
         here = (row["model"], row["prompt"], row["resident_share"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,9 @@ from hybrid.pages import AlignedWriter
 from hybrid.store import DATA_NAME, StoreIndex, header_page
 from hybrid.store import INDEX_NAME as STORE_INDEX
 from hybrid.tensor_files import INDEX_NAME
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_FOREIGN = ("quantization_config", "architectures", "transformers_version", "_name_or_path")
 
 
 def write_random_model(
@@ -89,6 +92,22 @@ def write_random_model(
     raw["dtype"] = str(dtype).removeprefix("torch.")
     converted = converted_config(raw, index, experts, stored)
     (directory / "config.json").write_text(json.dumps(converted, indent=2))
+
+
+def first_layers(settings: Mapping[str, Any], depth: int, kept: int) -> dict[str, Any]:
+    """Return the ``config.json`` of a model's first ``kept`` layers of ``depth``.
+
+    Special tokens are left out with what belongs to the checkpoint and not to the shape.
+    """
+    short = {name: value for name, value in settings.items() if name not in _FOREIGN}
+    for name, value in short.items():
+        if name in _DEPTHS:
+            short[name] = kept
+        elif isinstance(value, list) and len(value) == depth:
+            short[name] = value[:kept]
+        elif name.endswith("token_id"):
+            short[name] = None
+    return short
 
 
 def _empty_model(settings: dict[str, Any]) -> tuple[Any, Any]:

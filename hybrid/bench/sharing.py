@@ -1,10 +1,8 @@
-"""Ways to share experts between CPU and GPU, run by the executor on an emulated device.
+"""Ways to share experts between CPU and GPU, run by the executor on a stage.
 
 The executor runs for real: its decisions, its bookkeeping and the CPU's experts take the time they
-take on this machine. What a GPU would do is waited for: a device in timing mode with the link and
-the speed of a described machine. Attention and dense layers are waited for likewise, so no model
-is needed and outputs mean nothing. Copies do not read this machine's memory: the CPU is not slowed
-down by them.
+take on this machine. What the GPU does, and what surrounds the experts, is the stage's: real, or
+waited for (:mod:`hybrid.bench.stages`).
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,22 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpu_experts.experts import ExpertShape, pack_expert
-from cpu_experts.formats import pad
-from gpu_experts.emulated import EmulatedDevice
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
-from hybrid.dense_seconds import DenseSeconds
+from hybrid.bench.stages import Stage
+from hybrid.errors import UsageError
 from hybrid.executor import Executor
 from hybrid.residents import Opened
-from hybrid.store import U8
 from hybrid.timeline import Timeline
 from planner.baselines import all_cpu, on_demand, static_split
 from planner.cache import ExpertCache, Policy
 from planner.capacity import equal_capacities
-from planner.cost import CostModel
 from planner.director import Director, Scheduler
-from planner.hardware import HardwareSpec
 from planner.memory import STAGING
 from planner.model import ModelSpec
 from planner.policies import LRU, StaticPopularity
@@ -43,9 +35,8 @@ from planner.popularity import Popularity, informed
 from planner.routing import RECALL, Routing
 from planner.schedule import schedule
 
-FORMAT = "q4_0"
 BASELINE = "static split"
-_PAGE = 4096
+Scores = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,23 +107,17 @@ RULES = (
 )
 
 
-@dataclass(frozen=True)
-class Layer:
-    blocks: U8
-    shape: ExpertShape
-
-
 class _Replay:
     """Stands for the routers of later layers: what the routing says they would have told."""
 
-    def __init__(self, routing: Routing, layers: int) -> None:
-        self._routing, self._layers = routing, layers
+    def __init__(self, routing: Routing, layers: int, scores: Scores) -> None:
+        self._routing, self._layers, self._scores = routing, layers, scores
         self.step = -1
         """The decode step; -1 is the prompt."""
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Nothing to compute: a placeholder while there is a layer to predict."""
-        return torch.empty(0) if layer + 1 < self._layers else None
+        """Take the time that it takes, while there is a layer to predict."""
+        return self._scores(layer, hidden) if layer + 1 < self._layers else None
 
     def probabilities(
         self, layer: int, scores: NDArray[Any]
@@ -150,31 +135,16 @@ class _Replay:
         """Nothing to learn."""
 
 
-class _SharedExperts:
-    """Stands for the shared experts: time on the device's compute lane."""
-
-    def __init__(self, device: EmulatedDevice, seconds: DenseSeconds) -> None:
-        self._device, self._seconds = device, seconds
-
-    def launch(self, layer: int, hidden: Tensor) -> None:
-        """Occupy the device for as long as the layer's shared expert takes."""
-        seconds = self._seconds.shared(layer, len(hidden))
-        if seconds:
-            self._device.occupy(seconds, f"layer {layer}: shared expert")
-
-    def abandon(self) -> None:
-        """Nothing is kept."""
-
-
+@dataclass(frozen=True)
 class Scene:
-    """One model's shape on one machine: experts in memory, routing, predictions.
+    """What is played on a stage.
 
     Parameters
     ----------
-    model
-        Cut to the layers that are run.
-    hardware
-        This machine's CPU with the described machine's device and link.
+    stage
+        Where.
+    prompt
+        Tokens of the prompt.
     routing
         Of the prompt and of the decoded tokens.
     known
@@ -183,45 +153,24 @@ class Scene:
         Of the CPU's kernels.
     """
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        hardware: HardwareSpec,
-        routing: Routing,
-        known: Popularity,
-        threads: int,
-    ) -> None:
-        self.model, self.hardware, self.routing = model, hardware, routing
-        self.known = known
-        self.threads = threads
-        self.cost = CostModel(model, hardware, FORMAT)
+    stage: Stage
+    prompt: int
+    routing: Routing
+    known: Popularity
+    threads: int
 
-    @cached_property
-    def layers(self) -> list[Layer]:
-        """Experts of all layers, every one in memory of its own."""
-        experts = self.model.experts
-        shape = ExpertShape(hidden=experts.hidden, intermediate=experts.intermediate, format=FORMAT)
-        draw = np.random.default_rng(0).standard_normal
-        size = (experts.intermediate, experts.hidden)
-        block = pack_expert(
-            shape,
-            gate=draw(size, np.float32),
-            up=draw(size, np.float32),
-            down=draw(size[::-1], np.float32),
-        )
-        padded = np.zeros(pad(shape.block_bytes, _PAGE), np.uint8)
-        padded[: block.size] = block
-        return [
-            Layer(np.tile(padded, (experts.count, 1)), shape) for _ in range(self.model.moe_layers)
-        ]
+    @property
+    def model(self) -> ModelSpec:
+        """Cut to the layers that are run."""
+        return self.stage.cost.model
 
     def prompt_ids(self, layer: int) -> NDArray[np.int64]:
         """Ids ``[T, A]`` whose loads are the routing's; a token's experts differ."""
-        loads = self.routing.prompt[layer]
-        top_k = self.model.experts.top_k
-        flat = np.repeat(np.arange(loads.size), loads)
-        flat = flat[: flat.size // top_k * top_k]
-        return flat.reshape(top_k, -1).T.copy()
+        loads, experts = self.routing.prompt[layer], self.model.experts
+        flat = np.full(self.prompt * experts.top_k, experts.count + experts.identity)
+        used = np.repeat(np.arange(loads.size), loads)[: flat.size]
+        flat[: used.size] = used
+        return flat.reshape(experts.top_k, -1).T.copy()
 
 
 def _whole_layers(total: int, layers: int, experts: int) -> tuple[int, ...]:
@@ -230,84 +179,96 @@ def _whole_layers(total: int, layers: int, experts: int) -> tuple[int, ...]:
 
 
 class Runner:
-    """One rule at work on a scene."""
+    """One rule at work on a scene.
 
-    def __init__(self, scene: Scene, rule: Rule, slots: int, share: float) -> None:
-        self.scene, self.rule, self.share = scene, rule, share
-        cost, model = scene.cost, scene.model
-        gpu, link = scene.hardware.gpu, scene.hardware.link
-        assert gpu is not None
-        assert link is not None
-        layer = scene.layers[0]
-        layout = BlockLayout.of(layer.shape, layer.blocks.shape[1])
-        self.device = EmulatedDevice(
-            (slots + STAGING) * layout.stride,
-            mode="timing",
-            link_bytes_per_s=link.bytes_per_s.value,
-            link_latency_s=link.latency_s.value,
-            expert_s=cost.experts.gpu_s,
-        )
-        self.seconds = DenseSeconds(cost, scene.routing.decode.shape[0])
-        self.lookahead = _Replay(scene.routing, model.moe_layers)
+    Raises
+    ------
+    UsageError
+        When the device has no room for the slots, here or later, or fails.
+    """
+
+    def __init__(self, scene: Scene, rule: Rule, slots: int) -> None:
+        self.scene, self.rule, self.slots = scene, rule, slots
+        stage, model = scene.stage, scene.model
+        self.stage = stage
+        layout = BlockLayout.of(stage.layers[0].shape, stage.layers[0].blocks.shape[1])
+        self.lookahead = _Replay(scene.routing, model.moe_layers, stage.scores)
 
         def settle(count: int) -> Opened:
-            self.device.open(layout, count + STAGING)
+            stage.device.open(layout, count + STAGING)
             capacities = equal_capacities(count, model.moe_layers, model.experts.count)
             if rule.by_layer:
                 capacities = _whole_layers(count, model.moe_layers, model.experts.count)
             cache = ExpertCache(rule.policy(scene.known), capacities)
             director = Director(
-                cost, cache, scheduler=rule.scheduler, prefetch=rule.prefetch, refill=rule.refill
+                stage.cost,
+                cache,
+                scheduler=rule.scheduler,
+                prefetch=rule.prefetch,
+                refill=rule.refill,
             )
             return Opened(SlotTable(count, STAGING), director)
 
         self.executor = Executor(
-            scene.layers,
-            self.device,
+            stage.layers,
+            stage.device,
             settle,
             slots,
-            self.seconds,
+            stage.seconds,
             threads=scene.threads,
             lookahead=self.lookahead if rule.prefetch else None,
-            shared=_SharedExperts(self.device, self.seconds),
+            shared=stage.shared,
         )
         self.executor.warm()
 
-    def step(
-        self, ids: Sequence[NDArray[np.int64]], weights: Sequence[NDArray[np.float32]]
-    ) -> float:
+    def step(self, ids: Sequence[Tensor], weights: Sequence[Tensor], context: int) -> float:
         """Run all layers on the tokens' choices, ``[T, A]`` a layer; return the seconds."""
         tokens = len(ids[0])
-        hidden = torch.zeros(tokens, self.scene.model.experts.hidden)
+
+        def run(layer: int, hidden: Tensor) -> Tensor:
+            return self.executor.run_layer(layer, hidden, ids[layer], weights[layer])
+
         start_s = time.perf_counter()
-        self.executor.begin_step(prompt=tokens > 1, context=len(self.scene.routing.decode))
-        for layer, (chosen, factors) in enumerate(zip(ids, weights, strict=True)):
-            self.device.occupy(self.seconds.mixer(layer, tokens), f"layer {layer}: attention")
-            self.executor.run_layer(
-                layer, hidden, torch.from_numpy(chosen), torch.from_numpy(factors)
-            )
-        head_s = self.seconds.head(tokens)
-        self.device.occupy(head_s, "output head").wait(60.0)
-        self.executor.end_step(head_s)
+        self.executor.begin_step(prompt=tokens > 1, context=context)
+        self.stage.forward(tokens, context == self.scene.prompt, run)
+        self.executor.end_step(self.stage.seconds.head(tokens))
         return time.perf_counter() - start_s
 
     def run(self) -> tuple[float, list[float]]:
         """Prefill the prompt, then decode every step; return the seconds of each."""
         scene, routing = self.scene, self.scene.routing
-        layers = range(scene.model.moe_layers)
+        layers, where = range(scene.model.moe_layers), self.stage.device.torch_device
+
+        def placed(array: NDArray[Any]) -> Tensor:
+            """What a router answers lies where the model computes."""
+            return torch.from_numpy(np.ascontiguousarray(array)).to(where)
+
+        ids = [placed(scene.prompt_ids(layer)) for layer in layers]
+        even = placed(np.full(tuple(ids[0].shape), 1 / scene.model.experts.top_k, np.float32))
+        steps = [
+            (
+                [placed(routing.decode[at, layer]) for layer in layers],
+                [placed(routing.weights[at, layer]) for layer in layers],
+            )
+            for at in range(len(routing.decode))
+        ]
         self.executor.timeline = Timeline()
         self.lookahead.step = -1
-        prompt = [scene.prompt_ids(layer) for layer in layers]
-        even = np.float32(1 / scene.model.experts.top_k)
-        prefill_s = self.step(prompt, [np.full(ids.shape, even, np.float32) for ids in prompt])
+        prefill_s = self.step(ids, [even] * len(ids), scene.prompt)
         decode_s = []
-        for at in range(len(routing.decode)):
+        for at, step in enumerate(steps):
             self.lookahead.step = at
-            decode_s.append(
-                self.step(
-                    [routing.decode[at, layer] for layer in layers],
-                    [np.ascontiguousarray(routing.weights[at, layer]) for layer in layers],
-                )
-            )
-        self.executor.residents.check_integrity()
+            decode_s.append(self.step(*step, scene.prompt + at + 1))
+        self._check()
         return prefill_s, decode_s
+
+    def _check(self) -> None:
+        """Raise unless all of it ran as it was meant to."""
+        executor = self.executor
+        if executor.device is None or executor.slot_count != self.slots:
+            note = executor.notes[-1]
+            raise UsageError(
+                f"{note.what} ({self.rule.name}, {self.slots} slots): {note.reason}",
+                hint="choose fewer layers with --layers, or smaller shares with --resident",
+            )
+        executor.residents.check_integrity()

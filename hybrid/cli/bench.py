@@ -132,10 +132,13 @@ def peers(
 @bench_app.command()
 def hybrid(
     models: Annotated[
-        str, typer.Option("--model", help="Shipped models, comma-separated.")
+        str, typer.Option("--model", help="Models or their files, comma-separated.")
     ] = "Qwen3-30B-A3B,DeepSeek-V2-Lite",
     device: Annotated[
-        str, typer.Option(help="The machine whose GPU and link are emulated.")
+        str,
+        typer.Option(
+            help="cuda or cuda:N for this machine's GPU, or the machine whose GPU is emulated."
+        ),
     ] = "rtx4060-laptop-8gb",
     resident: Annotated[
         str, typer.Option(help="Shares of the experts that have slots, comma-separated.")
@@ -155,7 +158,7 @@ def hybrid(
     as_json: _JSON = False,
     record: _RECORD = None,
 ) -> None:
-    """Sharing experts with an emulated GPU: ours beside other systems' rules."""
+    """Sharing experts with a GPU, an emulated one by default: ours beside other systems' rules."""
     from hybrid.bench import hybrid as bench
 
     result = bench.run(

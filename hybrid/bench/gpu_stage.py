@@ -1,0 +1,176 @@
+"""A stage with a real GPU: the model's own code and dense weights run on it, experts are shared.
+
+Weights are random, and a router's answer is replaced by the routing that is replayed: what is
+measured is how long things take, and its text means nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from gpu_experts.device import Device
+from hybrid import host
+from hybrid.bench.random_model import check_room, first_layers, write_random_model
+from hybrid.bench.stages import FORMAT, Run
+from hybrid.dense_seconds import DenseSeconds
+from hybrid.devices import dtype_on
+from hybrid.discovery import survey
+from hybrid.errors import UsageError, first_line
+from hybrid.loading import load_fast_model
+from hybrid.lookahead import Lookahead
+from hybrid.placement import RING_BYTES, move_dense, unfit
+from hybrid.shared_first import SharedFirst
+from hybrid.subject import Subject
+from planner.cost import CostModel
+from planner.memory import STAGING, HostMemory, fit, in_words
+
+
+class OnGpu:
+    """A GPU with a model's dense weights on it; see :class:`hybrid.bench.stages.Stage`.
+
+    Parameters
+    ----------
+    subject, cost
+        The model as it is published, and what is predicted of the layers that are run.
+    device
+        The GPU, not opened; closed here in the end.
+    context
+        Tokens of cache that are needed.
+    progress
+        Called with a line about what is done next.
+
+    Raises
+    ------
+    UsageError, DiskSpaceError
+        When the device cannot run the model, or has no room for its dense weights; or the disk
+        has none for its random weights.
+    """
+
+    uncounted = 1
+    """The first round compiles kernels, pins memory and fills torch's pools."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        cost: CostModel,
+        device: Device,
+        context: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.cost, self.device = cost, device
+        self.seconds = DenseSeconds(cost, 0)
+        self._folder = tempfile.TemporaryDirectory(prefix="hybrid-bench-")
+        folder = Path(self._folder.name)
+        settings = first_layers(subject.settings, len(subject.model.layers), len(cost.model.layers))
+        needed = check_room(settings, folder, FORMAT, "bf16")
+        progress(f"writing random weights, {needed / 2**30:.2f} GiB")
+        write_random_model(settings, folder, experts=FORMAT, dense="bf16")
+        network, _ = load_fast_model(folder, dtype=dtype_on(device.torch_device), fast=False)
+        modules = [module for module in network.modules() if hasattr(module, "hybrid_experts")]
+        self.layers = [module.hybrid_experts for module in modules]
+        if reason := unfit(self.layers, cost.model):
+            raise UsageError(f"{cost.model.name} cannot share its experts: {reason}")
+        free = device.memory().free_bytes
+        placed = fit(
+            cost,
+            context=context,
+            prompt=context,
+            batch=1,
+            slot_bytes=self.layers[0].blocks.shape[1],
+            staging=STAGING,
+        )
+        if not placed.fits:
+            raise UsageError(
+                f"{placed.shortage}: {in_words(free)} of {device.name} are not enough",
+                hint="choose fewer layers with --layers, or close what else uses the device",
+            )
+        pinned = placed.host is HostMemory.PINNED
+        device.pin(network.hybrid_store.index.nbytes if pinned else RING_BYTES)
+        progress(f"moving dense weights to {device.name}")
+        self._network = network
+        with _memory_told(device):
+            move_dense(network, device.torch_device)
+            specs = [experts.spec for experts in self.layers]
+            views = survey(network, specs)
+            self._lookahead = Lookahead.discover(network, specs, views=views)
+        self.shared = SharedFirst(views)
+        for number, module in enumerate(modules):
+            module.hybrid_experts = _Replayed(self, number)
+        self.run: Run | None = None
+        self._cache: Any = None
+        self._next = torch.zeros(1, 1, dtype=torch.int64, device=device.torch_device)
+
+    def scores(self, layer: int, hidden: Tensor) -> Tensor:
+        """Compute the next layers' routers, as looking ahead does."""
+        found = self._lookahead.scores(layer, hidden)
+        return torch.empty(0, device=hidden.device) if found is None else found
+
+    def forward(self, tokens: int, first: bool, run: Run) -> None:
+        """Run the model, its experts by ``run``, until the next token is known."""
+        self.run = run
+        if first:
+            self._cache = DynamicCache(config=self._network.config)
+        ids = self._next.expand(1, tokens)
+        with torch.no_grad(), _memory_told(self.device):
+            output = self._network(
+                input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+            self._next = output.logits[:, -1:].argmax(-1)
+            self._next.item()  # waits for the device, as whoever samples does
+
+    def close(self) -> None:
+        """Give the device's memory and the disk's room back."""
+        self.device.close()
+        self._cache = self._network = None
+        self._folder.cleanup()
+
+
+class _Replayed:
+    """Stands where a layer's experts stood: they get the tokens that the routing gives them."""
+
+    own_gating = False
+
+    def __init__(self, stage: OnGpu, layer: int) -> None:
+        self._stage, self._layer = stage, layer
+
+    def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+        assert self._stage.run is not None
+        return self._stage.run(self._layer, hidden)
+
+
+@contextmanager
+def _memory_told(device: Device) -> Iterator[None]:
+    """Say what to do when the memory that is not for experts runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device.name} ran out of memory: {first_line(error)}",
+            hint="choose fewer layers with --layers, or smaller shares with --resident",
+        ) from error
+
+
+def of_gpu(device: Device) -> dict[str, Any]:
+    """Return name, memory, driver and versions of a GPU and its software, for a record."""
+    known = [gpu for gpu in host.gpus() if gpu.driver and device.name.startswith(gpu.name)]
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "name": device.name,
+        "memory_bytes": device.memory().total_bytes,
+        "driver": known[0].driver if known else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton,
+    }
