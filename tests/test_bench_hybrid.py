@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from hybrid.bench.stages import Emulated
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from planner.cost import CostModel
-from planner.errors import SpecError
 from planner.popularity import Popularity
 from planner.routing import synthetic
 from planner_examples import machine, small_model
@@ -171,7 +169,7 @@ def test_layers_fit_both_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="of the GPU's memory are free for it"):
         bench._layers_that_fit(model, spec.with_values("gpu", vram_bytes=around), 0.5)
     monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: _Free(0))
-    with pytest.raises(UsageError, match="0.00 GiB of memory are free for it"):
+    with pytest.raises(UsageError, match=r"0\.00 GiB of memory are free for it"):
         bench._layers_that_fit(model, spec)
 
 
