@@ -1,4 +1,4 @@
-"""The CUDA device: its logic over a runtime that stands for torch.cuda, and the real one."""
+"""The CUDA device's logic, over a runtime that stands for torch.cuda; see test_gpu_real.py."""
 
 from __future__ import annotations
 
@@ -33,15 +33,12 @@ from test_ffn import _layer, _routing
 
 
 @pytest.fixture(autouse=True)
-def _plain_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the stand-in there is no GPU for Triton to run on."""
-    if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(kernels, "has_triton", lambda: False)
-    elif not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
 
 
-def _stamps(x, routing, table, slots, layout, out, implementation) -> None:
+def run_stamps(x, routing, table, slots, layout, out, implementation) -> None:
     """In place of experts: add what the slots hold, as the stand-in of the emulated device."""
     tokens = routing.token_of(table)[routing.user_of(table)]
     seen = slots[:, 0][routing.slot_of(table).long()].float() * routing.weight_of(table)
@@ -75,7 +72,7 @@ def test_streams_order_every_hazard(
     events: list = []
     outs = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "run", _stamps)
+        patch.setattr(kernels, "run", run_stamps)
         for step in program:
             if isinstance(step, Copy):
                 events.append(target.copy(_frozen_stamp(step.block), step.slot, "copy"))
@@ -278,7 +275,7 @@ def test_a_refused_pin_is_said_and_copies_go_on() -> None:
     target = device(runtime)
     target.copy(stamp(7), 0, "copy")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "run", _stamps)
+        patch.setattr(kernels, "run", run_stamps)
         out, event = call(target, [0])
         assert target.join(out, None, [event], torch.float32, 20)[0, 0] == 7
     pins = [note for note in target.notes if "pin" in note.reason]
@@ -395,68 +392,3 @@ def test_an_event_that_was_not_enqueued() -> None:
     assert event.span() is None
     with pytest.raises(DeviceTimeoutError, match="it did not finish"):
         event.wait_issued(0.001)
-
-
-@pytest.mark.gpu
-@given(program=programs())
-@settings(max_examples=20, deadline=None)
-def test_slots_behave_as_if_everything_ran_in_order_on_a_gpu(program) -> None:
-    """The emulated device's law, on the real one: stamps read by real kernels on real streams."""
-    target = CudaDevice(pinned_bytes=3 * small_layout().block_bytes)
-    target.open(small_layout(), SLOTS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "run", _stamps)
-        outs = []
-        for step in program:
-            if isinstance(step, Copy):
-                target.copy(stamp(step.block), step.slot, "copy")
-                continue
-            out, ids = target.new_output(1), np.array([step.slots], np.int32)
-            weights = (256.0 ** np.arange(ids.size, dtype=np.float32))[None]
-            x = torch.zeros(1, 4, device=target.torch_device)
-            event = target.compute(x, ids, weights, out, [], "compute")
-            outs.append((target.join(out, None, [event], torch.float32, 20), ids.size))
-        seen = [
-            [int(out[0, 0]) // 256**n % 256 for n in range(count)]
-            for out, count in ((target.to_host(out)[0], count) for out, count in outs)
-        ]
-    assert seen == contents(program)
-    target.close()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 100])
-@pytest.mark.parametrize("fmt", ["q4_0", "q8_0"])
-def test_experts_on_a_gpu(tokens: int, fmt: str) -> None:
-    """Copies, kernels and join on the GPU agree with the twin; spans are plausible."""
-    shape = ExpertShape(hidden=256, intermediate=192, format=fmt)
-    blocks, weights = _layer(shape, 6)
-    target = CudaDevice()
-    target.open(BlockLayout.of(shape, blocks.shape[1]), 6)
-    before = time.perf_counter()
-    copies = [target.copy(blocks[expert], expert, f"expert {expert}") for expert in range(6)]
-    _, ids, factors = _routing(tokens, 6, 3)
-    x = np.random.default_rng(0).standard_normal((tokens, 256)).astype(np.float32)
-    hidden = torch.from_numpy(x).to(target.torch_device, torch.bfloat16)
-    out = target.new_output(tokens)
-    event = target.compute(hidden, ids.astype(np.int32), factors, out, copies, "all")
-    cpu = np.full((tokens, 256), 0.5, np.float32)
-    joined = target.join(out, cpu, [event], torch.float32, 60)
-    (got,) = target.to_host(joined)
-    want = 0.5 + naive_gpu.experts(shape, weights, hidden.float().cpu().numpy(), ids, factors)
-    assert np.abs(got.numpy() - want).max() <= 1.5e-2 * np.abs(want).max()
-    (copied, arrived), (began, ended) = copies[-1].span(), event.span()
-    assert before - 0.001 <= copied <= arrived <= began <= ended <= time.perf_counter() + 0.001
-    target.close()
-
-
-@pytest.mark.gpu
-def test_more_slots_than_the_gpu_has_memory_for() -> None:
-    """The refusal says both numbers, and a smaller number of slots works afterwards."""
-    target = CudaDevice()
-    total = target.memory().total_bytes
-    with pytest.raises(DeviceMemoryError) as caught:
-        target.open(small_layout(1 << 20), 2 * total >> 20)
-    assert caught.value.asked_bytes > caught.value.free_bytes
-    target.open(small_layout(), 4)
-    target.close()
