@@ -96,25 +96,32 @@ def activate(layout: BlockLayout, v: Tensor) -> Tensor:
     return v
 
 
+def gated(layout: BlockLayout, y: Tensor) -> Tensor:
+    """What down multiplies, ``[n, F]``, of the packed up side's product ``[n, up_rows]``."""
+    # Strips of gate and up alternate: [n, strip, side, row] -> side, [n, F]
+    sides = y.view(len(y), -1, 2 if layout.gated else 1, TILE).movedim(2, 0)
+    gate, up = (sides[at].reshape(len(y), -1)[:, : layout.intermediate] for at in (0, -1))
+    if math.isfinite(layout.limit):
+        gate = gate.clamp(max=layout.limit)
+        up = up.clamp(-layout.limit, layout.limit)
+    return (
+        activate(layout, gate) * (up + layout.up_offset) if layout.gated else activate(layout, up)
+    )
+
+
 def expert(layout: BlockLayout, block: Tensor, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
-    d, rows, strips = layout.hidden, layout.padded_intermediate, layout.up_rows // TILE
+    d, strips = layout.hidden, layout.up_rows // TILE
     up_side = dequantize(block[: strips * layout.up_strip_bytes], layout.up_rows, d, layout.format)
     y = functional.linear(x, up_side)
     floats = block[layout.bias_offset :].view(torch.float32) if layout.bias else None
     if floats is not None:
         y = y + floats[: layout.up_rows]
-    # Strips of gate and up alternate: [n, strip, side, row] -> side, [n, F]
-    sides = y.view(len(x), -1, 2 if layout.gated else 1, TILE).movedim(2, 0)
-    gate, up = sides[0].reshape(len(x), rows), sides[-1].reshape(len(x), rows)
-    if math.isfinite(layout.limit):
-        gate = gate.clamp(max=layout.limit)
-        up = up.clamp(-layout.limit, layout.limit)
-    h = activate(layout, gate) * (up + layout.up_offset) if layout.gated else activate(layout, up)
+    h = gated(layout, y)
     size = pad(d, TILE) // TILE * layout.down_strip_bytes
     packed = block[layout.down_offset : layout.down_offset + size]
     down = dequantize(packed, d, layout.intermediate, layout.format)
-    y = functional.linear(h[:, : layout.intermediate], down)
+    y = functional.linear(h, down)
     return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
 
 

@@ -22,7 +22,7 @@ from hybrid.calibrated import Identity
 from hybrid.calibrated_spec import Measured, to_spec
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
-from hybrid.measure import Budget, Others, bare_experts, disk_times, expert_times, read_rates
+from hybrid.measure import Budget, Others, bare_layers, disk_times, layer_times, read_rates
 from hybrid.parts import Pass
 from hybrid.paths import cache_dir
 from hybrid.prediction import predicted
@@ -103,7 +103,7 @@ def calibrate(
         reads = read_rates(threads, budget)
         progress("reading from disk")
         found = Measured(reads, disk_times(home, budget.part(0.1)))
-        count, top_k = wanted.model.experts.count, wanted.model.experts.top_k
+        top_k = wanted.model.experts.top_k
         if device is not None:
             from hybrid.measure_device import device_times
 
@@ -111,7 +111,13 @@ def calibrate(
             found.device = device_times(device, replica.runners(), top_k, budget.part(0.3))
         shape = replica.runners()[0].shape
         progress("running experts")
-        found.experts.append(expert_times(replica.runners(), shape, count, top_k, budget.part(0.3)))
+        runners = replica.runners()
+        for runner in runners:
+            runner.panels_from = None
+        layers = [runner.blocks for runner in runners]
+        found.experts.append(layer_times(layers, shape, top_k, budget.part(0.3), runners))
+        for runner in runners:
+            runner.panels_from = found.experts[0].panels_from()
         runs, missing = _run(replica, budget.part(1.0 if model else 0.8), progress)
         parts = list(replica.parts(runs))
         found.parts.append((wanted.model.family, wanted.experts, wanted.dense, parts))
@@ -124,8 +130,8 @@ def calibrate(
                 continue
             progress(f"running experts of {hidden} x {intermediate}")
             shape = ExpertShape(hidden=hidden, intermediate=intermediate, format=wanted.experts)
-            times = expert_times(bare_experts(shape, count), shape, count, top_k, budget.part(0.5))
-            found.experts.append(times)
+            layers = bare_layers(shape, count)
+            found.experts.append(layer_times(layers, shape, top_k, budget.part(0.5)))
     found.disturbed = others.share()
     identity = Identity.of_this_machine(threads, device.name if device else "")
     return to_spec(found, identity, datetime.now(UTC))

@@ -12,7 +12,7 @@ from hybrid.calibrated import Identity
 from hybrid.measure import DiskTimes, ExpertTimes
 from hybrid.parts import Part
 from planner.cost import weight_bytes
-from planner.hardware import Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
+from planner.hardware import PANELS, Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
 from planner.spec import Source
 
 if TYPE_CHECKING:
@@ -150,16 +150,23 @@ def _disk(times: DiskTimes) -> Disk:
 
 
 def _cpu_points(times: ExpertTimes) -> Iterator[Point]:
-    for load, samples in sorted(times.loads.items()):
-        yield Point(
-            lane="cpu",
-            hidden=times.shape.hidden,
-            intermediate=times.shape.intermediate,
-            format=times.shape.format,
-            load=load,
-            seconds=float(median(samples)),
-            error=_spread(samples),
-        )
+    """What the runtime takes: in torch's products from the load on from which they are faster."""
+    least = times.panels_from()
+    used = {
+        load: times.panels.get(load, samples) if least and load >= least else samples
+        for load, samples in times.loads.items()
+    }
+    for lane, found in (("cpu", used), (PANELS, times.panels)):
+        for load, samples in sorted(found.items()):
+            yield Point(
+                lane=lane,
+                hidden=times.shape.hidden,
+                intermediate=times.shape.intermediate,
+                format=times.shape.format,
+                load=load,
+                seconds=float(median(samples)),
+                error=_spread(samples),
+            )
 
 
 def _terms(family: str, experts: str, dense: str, parts: Sequence[Part]) -> Iterator[TermPoint]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import project_down, project_up, run_experts
 from hybrid.families import ExpertsSpec, recognise_gating
+from hybrid.panels import run_panels
 from hybrid.store import U8, ExpertStore, LayerRecord
 
 
@@ -27,6 +28,8 @@ class LayerExperts:
         What the model says about them.
     store, record
         Where they are kept.
+    panels_from
+        The load from which torch multiplies, see :mod:`hybrid.panels`; None is never.
 
     Attributes
     ----------
@@ -43,8 +46,15 @@ class LayerExperts:
 
     spent_s = 0.0
 
-    def __init__(self, spec: ExpertsSpec, store: ExpertStore, record: LayerRecord) -> None:
+    def __init__(
+        self,
+        spec: ExpertsSpec,
+        store: ExpertStore,
+        record: LayerRecord,
+        panels_from: int | None = None,
+    ) -> None:
         self.spec = spec
+        self.panels_from = panels_from
         self._place = store, record
         self.blocks = store.blocks(record)
         shape = record.shape(store.index.format)
@@ -79,7 +89,9 @@ class LayerExperts:
 
     def _compute(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         if not self.own_gating:
-            return compute_on_cpu(hidden, expert_ids, routing_weights, self.blocks, self.shape)
+            return compute_on_cpu(
+                hidden, expert_ids, routing_weights, self.blocks, self.shape, self.panels_from
+            )
         x, ids, weights = _on_host(hidden, expert_ids, routing_weights, self.shape.hidden)
         out = self._run_apart(x.numpy(), ids.numpy(), weights, hidden.dtype)
         return out.view(hidden.shape).to(hidden.device, hidden.dtype)
@@ -102,11 +114,18 @@ class LayerExperts:
 
 
 def compute_on_cpu(
-    hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, blocks: U8, shape: ExpertShape
+    hidden: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    blocks: U8,
+    shape: ExpertShape,
+    panels_from: int | None = None,
 ) -> Tensor:
     """Return what :class:`LayerExperts` does, for experts whose gating the kernels know."""
     x, ids, weights = _on_host(hidden, expert_ids, routing_weights, shape.hidden)
     out = torch.zeros(x.shape)
+    if panels_from is not None:
+        ids = run_panels(x, ids, weights, blocks, shape, panels_from, out)
     run_experts(x.numpy(), ids.numpy(), weights.numpy(), blocks, shape, out.numpy())
     return out.view(hidden.shape).to(hidden.device, hidden.dtype)
 

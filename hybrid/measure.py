@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +23,8 @@ from cpu_experts.experts import ExpertShape
 from hybrid.bench.kernels import fill, read_seconds
 from hybrid.errors import UsageError
 from hybrid.experts import compute_on_cpu
+from hybrid.panels import least_load, offered
+from hybrid.store import U8
 
 Run = Callable[[Tensor, Tensor, Tensor], object]
 """Computes one layer's experts: hidden states ``[T, D]``, ids and routing weights ``[T, A]``."""
@@ -105,11 +108,22 @@ class ExpertTimes:
         Samples of what a call takes besides its experts.
     loads
         Load to samples of the seconds that one expert with so many tokens adds.
+    panels
+        The same by torch's bfloat16 products, where the processor has instructions for them.
     """
 
     shape: ExpertShape
     start_s: list[float] = field(default_factory=list)
     loads: dict[int, list[float]] = field(default_factory=dict)
+    panels: dict[int, list[float]] = field(default_factory=dict)
+
+    def panels_from(self) -> int | None:
+        """The load from which those are faster; None is never."""
+        kernels, panels = (
+            {load: float(median(samples)) for load, samples in found.items()}
+            for found in (self.loads, self.panels)
+        )
+        return least_load(kernels, panels)
 
 
 def expert_times(
@@ -183,15 +197,32 @@ def expert_times(
     return found
 
 
-def bare_experts(shape: ExpertShape, experts: int) -> list[Run]:
+def bare_layers(shape: ExpertShape, experts: int) -> list[U8]:
     """Experts of a shape without a model around them, in as many layers as memory is read from."""
     blocks = fill(shape, experts)
-    layers = [blocks[at : at + experts] for at in range(0, len(blocks), experts)]
+    return [blocks[at : at + experts] for at in range(0, len(blocks), experts)]
 
-    def of(layer: np.ndarray) -> Run:
-        return lambda x, ids, weights: compute_on_cpu(x, ids, weights, layer, shape)
 
-    return [of(layer) for layer in layers]
+def layer_times(
+    layers: Sequence[U8],
+    shape: ExpertShape,
+    top_k: int,
+    budget: Budget,
+    runs: Sequence[Run] | None = None,
+) -> ExpertTimes:
+    """Measure layers of experts in our kernels, and in torch's products where those are offered.
+
+    ``runs`` computes them as their model does; unless given, the kernels alone do.
+    """
+    count = len(layers[0])
+    computed = partial(compute_on_cpu, shape=shape)
+    kernels = runs or [partial(computed, blocks=layer) for layer in layers]
+    if not offered(shape):
+        return expert_times(kernels, shape, count, top_k, budget)
+    times = expert_times(kernels, shape, count, top_k, budget.part(0.5))
+    panels = [partial(computed, blocks=layer, panels_from=1) for layer in layers]
+    times.panels = expert_times(panels, shape, count, top_k, budget).loads
+    return times
 
 
 def read_rates(threads: int, budget: Budget) -> list[float]:

@@ -121,6 +121,8 @@ class RunReport:
         What computes single tokens, and why.
     simd_level, threads
         What the kernels run on.
+    many_tokens
+        Which products the experts of many tokens take.
     figures
         Every number, by name.
     placement
@@ -139,6 +141,7 @@ class RunReport:
     decode_path: str
     simd_level: str
     threads: str
+    many_tokens: str
     placement: str | None = None
     figures: dict[str, Figure]
     terms: tuple[Term, ...] = ()
@@ -181,6 +184,7 @@ class RunReport:
         yield "single tokens", self.decode_path
         yield "SIMD level", self.simd_level
         yield "threads", self.threads
+        yield "experts in prompts", self.many_tokens
         if self.placement is not None:
             yield "device", self.placement
         for name, figure in self.figures.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
 
+from cpu_experts.experts import ExpertShape
 from hybrid.config import DEFAULT_EXPERTS, QUANT_METHOD, HybridConfig
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.families import ExpertsSpec, find_experts
@@ -68,11 +69,16 @@ class HybridQuantizer(HfQuantizer):
         from hybrid.experts import LayerExperts, experts_forward
         from hybrid.families import IMPLEMENTATION
         from hybrid.fast_path import attach_fast_path
+        from hybrid.panels import panels_from
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        least_loads: dict[ExpertShape, int | None] = {}
         for spec, record in zip(self._specs, self._records, strict=True):
             module: Any = spec.module
-            module.hybrid_experts = LayerExperts(spec, self._store, record)
+            shape = record.shape(self._store.index.format)
+            if shape not in least_loads:
+                least_loads[shape] = panels_from(shape)
+            module.hybrid_experts = LayerExperts(spec, self._store, record, least_loads[shape])
             spec.install(model)
         model.hybrid_store = self._store
         attach_fast_path(model, fast=self.quantization_config.fast)

@@ -7,6 +7,7 @@ from typing import Any
 from cpu_experts import simd
 from hybrid import host
 from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
+from hybrid.panels import accelerated
 from hybrid.placement import Placement
 from hybrid.prediction import cpu_terms
 from hybrid.slow_paths import slow_paths
@@ -59,6 +60,7 @@ def run_report(
         decode_path=str(network.hybrid_fast.path),
         simd_level=simd.LEVEL,
         threads=f"{threads} (torch and kernels)",
+        many_tokens=many_tokens(network),
         placement=None if placement is None else str(placement),
         figures=figures,
         terms=terms,
@@ -67,3 +69,18 @@ def run_report(
             *(() if placement is None else placement.slow_paths()),
         ),
     )
+
+
+def many_tokens(network: Any) -> str:
+    """Say which products experts take whose load is more than one token."""
+    loads = {
+        getattr(runner, "panels_from", None)
+        for module in network.modules()
+        if (runner := getattr(module, "hybrid_experts", None)) is not None
+    }
+    found = [load for load in loads if load is not None]
+    if found:
+        return f"torch's bfloat16 from {min(found)} tokens on (measured), packed kernels below"
+    if accelerated():
+        return "packed kernels (no calibration found torch's bfloat16 faster)"
+    return "packed kernels (this processor has no bfloat16 units)"

@@ -95,7 +95,7 @@ class Point:
     Parameters
     ----------
     lane
-        ``cpu``, ``gpu`` or ``copy``.
+        ``cpu``, ``gpu`` or ``copy``; ``panels`` is the processor, too, by torch's products.
     hidden, intermediate, format
         The expert's shape and weight format.
     load
@@ -153,7 +153,8 @@ class TermPoint:
     error: float | None = None
 
 
-LANES = ("cpu", "gpu", "copy")
+PANELS = "panels"
+LANES = ("cpu", "gpu", "copy", PANELS)
 TERMS = ("attention", "feed_forward", "head", "call", "expert")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")

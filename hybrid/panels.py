@@ -1,0 +1,159 @@
+"""Experts of many tokens through torch's bfloat16 products, where those are the faster ones.
+
+Our int8 kernels multiply a token with packed weights as they are. Where the processor has matrix
+units for bfloat16, it pays from some load on to lay an expert's matrices out as torch takes them
+and to let it multiply (oneDNN): which load that is a calibration measures, beside the kernels and
+with the same tokens. Without a calibration, and on processors without such units, it is never.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cpu_experts.experts import ExpertShape
+from cpu_experts.formats import GROUP, TILE, U8, is_quantized, pad
+from cpu_experts.panels import widen
+from gpu_experts.layout import BlockLayout
+from gpu_experts.reference import gated
+from hybrid import calibrated
+from hybrid.calibrated import Identity
+from planner.hardware import PANELS, HardwareSpec
+
+_UNITS = ("amx_tile", "avx512_bf16")
+
+
+def accelerated() -> bool:
+    """Whether torch says that this processor has instructions for products in bfloat16."""
+    checks: list[Callable[[], bool]] = [
+        getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in _UNITS
+    ]
+    return any(check() for check in checks)
+
+
+def offered(shape: ExpertShape) -> bool:
+    """Whether it is worth measuring for experts of this shape."""
+    return accelerated() and is_quantized(shape.format)
+
+
+def panels_from(shape: ExpertShape) -> int | None:
+    """The load from which this machine's calibration found panels faster; None is never."""
+    if not offered(shape):
+        return None
+    spec = calibrated.load(Identity.of_this_machine(torch.get_num_threads()))
+    return None if spec is None else faster_from(spec, shape)
+
+
+def faster_from(spec: HardwareSpec, shape: ExpertShape) -> int | None:
+    """Return :func:`least_load` of what a calibration measured."""
+    wanted = (shape.hidden, shape.intermediate, shape.format)
+    points = [p for p in spec.points if (p.hidden, p.intermediate, p.format) == wanted]
+    kernels, panels = (
+        {p.load: p.seconds for p in points if p.lane == lane} for lane in ("cpu", PANELS)
+    )
+    return least_load(kernels, panels)
+
+
+def least_load(kernels_s: Mapping[int, float], panels_s: Mapping[int, float]) -> int | None:
+    """The least load from which panels take no longer at any load that was measured.
+
+    Parameters
+    ----------
+    kernels_s, panels_s
+        Load to what an expert takes.
+    """
+    least = None
+    for load in sorted(panels_s.keys() & kernels_s.keys(), reverse=True):
+        if panels_s[load] > kernels_s[load]:
+            break
+        least = load
+    return least
+
+
+class _Memory:
+    """One matrix at a time, widened and in bfloat16, in memory that is used again."""
+
+    def __init__(self) -> None:
+        self._floats = np.empty(0, np.float32)
+        self._halves = torch.empty(0, dtype=torch.bfloat16)
+        self.lock = threading.Lock()
+
+    def panel(self, packed: U8, rows: int, cols: int, fmt: str) -> Tensor:
+        """Return ``[rows, cols]``, valid until the next call."""
+        shape = (pad(rows, TILE), pad(cols, GROUP))
+        size = shape[0] * shape[1]
+        if self._floats.size < size:
+            self._floats = np.empty(size, np.float32)
+            self._halves = torch.empty(size, dtype=torch.bfloat16)
+        floats = self._floats[:size].reshape(shape)
+        widen(packed, rows, cols, fmt, floats)
+        halves = self._halves[:size].view(shape)
+        halves.copy_(torch.from_numpy(floats))
+        return halves[:rows, :cols]
+
+
+_MEMORY = _Memory()
+
+
+def run_panels(
+    x: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    blocks: U8,
+    shape: ExpertShape,
+    least_load: int,
+    out: Tensor,
+) -> Tensor:
+    """Add the output of the experts that have at least ``least_load`` tokens to ``out``.
+
+    Parameters
+    ----------
+    x, expert_ids, routing_weights, blocks, shape, out
+        As for :func:`cpu_experts.ffn.run_experts`, the arrays as tensors.
+
+    Returns
+    -------
+    The ids of all others, -1 in the place of those that are done.
+
+    Notes
+    -----
+    Weights, ``x`` and the intermediate activations are rounded to bfloat16, to 8 bits of mantissa;
+    sums are float32. Memory is that of one matrix, besides the activations of one expert.
+    """
+    if len(x) < least_load:
+        return expert_ids
+    flat, count = expert_ids.reshape(-1), len(blocks)
+    order = torch.argsort(flat, stable=True)
+    loads = torch.bincount(flat[(flat >= 0) & (flat < count)], minlength=count)
+    ends = int((flat < 0).sum()) + loads.cumsum(0)
+    layout, left = BlockLayout.of(shape, blocks.shape[1]), flat.clone()
+    with _MEMORY.lock:
+        for expert in torch.nonzero(loads >= max(1, least_load)).flatten().tolist():
+            pairs = order[ends[expert] - loads[expert] : ends[expert]]
+            tokens = pairs // expert_ids.shape[1]
+            y = _expert(layout, blocks[expert], x[tokens])
+            out.index_add_(0, tokens, y * routing_weights.reshape(-1)[pairs, None])
+            left[pairs] = -1
+    return left.view(expert_ids.shape)
+
+
+def _expert(layout: BlockLayout, block: U8, x: Tensor) -> Tensor:
+    """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
+    d, f, fmt = layout.hidden, layout.intermediate, layout.format
+    up_bytes = layout.up_rows // TILE * layout.up_strip_bytes
+    down_bytes = pad(d, TILE) // TILE * layout.down_strip_bytes
+    up = _MEMORY.panel(block[:up_bytes], layout.up_rows, d, fmt)
+    y = functional.linear(x.bfloat16(), up).float()
+    floats = None
+    if layout.bias:
+        floats = torch.from_numpy(block[layout.bias_offset :].view(np.float32).copy())
+        y += floats[: layout.up_rows]
+    h = gated(layout, y)
+    packed = block[layout.down_offset : layout.down_offset + down_bytes]
+    y = functional.linear(h.bfloat16(), _MEMORY.panel(packed, d, f, fmt)).float()
+    return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
