@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_experts.device import F32, I32
 from gpu_experts.errors import DeviceFailedError, ShapeError, SlotError
 from gpu_experts.layout import BlockLayout
 
@@ -50,7 +51,28 @@ def check_compute(
     shape = x.shape
     if len(shape) != 2 or shape[1] != layout.hidden or not x.dtype.is_floating_point:
         raise ShapeError(f"x is {x.dtype} {list(shape)}; it must be floating [T, {layout.hidden}]")
-    tokens = shape[0]
+    if out.dtype is not torch.float32 or out.shape != shape or not out.is_contiguous():
+        raise ShapeError(
+            f"out is {out.dtype} {list(out.shape)}; it must be contiguous float32 {list(shape)}"
+        )
+    loads = _loads_of(shape[0], slot_ids, routing_weights)
+    if loads and not 0 <= min(loads) <= max(loads) < slots:
+        raise SlotError(
+            f"slot ids from {min(loads)} to {max(loads)} on a device with {slots} slots"
+        )
+    return loads
+
+
+def _loads_of(tokens: int, slot_ids: Any, routing_weights: Any) -> dict[int, int]:
+    """Count the tokens of each slot."""
+    if isinstance(slot_ids, list):
+        loads = dict.fromkeys(slot_ids, 1)
+        if tokens != 1 or not len(loads) == len(slot_ids) == len(routing_weights):
+            raise ShapeError(
+                f"{slot_ids} and {len(routing_weights)} weights for {tokens} tokens; a list must"
+                " be different slots of one token, with a weight each"
+            )
+        return loads
     if slot_ids.ndim != 2 or slot_ids.shape[0] != tokens or slot_ids.dtype.kind not in "iu":
         raise ShapeError(
             f"slot_ids are {slot_ids.dtype} {list(slot_ids.shape)} for {tokens} tokens;"
@@ -61,23 +83,16 @@ def check_compute(
             f"routing_weights are {routing_weights.dtype} {list(routing_weights.shape)};"
             f" they must be float32 {list(slot_ids.shape)}"
         )
-    if out.dtype is not torch.float32 or out.shape != shape or not out.is_contiguous():
-        raise ShapeError(
-            f"out is {out.dtype} {list(out.shape)}; it must be contiguous float32 {list(x.shape)}"
-        )
-    loads: dict[int, int] = {}
-    if slot_ids.size > 64:
-        used, counts = np.unique(slot_ids, return_counts=True)
-        loads = dict(zip(used.tolist(), counts.tolist(), strict=True))
-    else:  # one token's few ids are looked at faster one by one
-        for slot in slot_ids.ravel().tolist():
-            loads[slot] = loads.get(slot, 0) + 1
+    used, counts = np.unique(slot_ids, return_counts=True)
+    loads = dict(zip(used.tolist(), counts.tolist(), strict=True))
     loads.pop(-1, None)
-    if loads and not 0 <= min(loads) <= max(loads) < slots:
-        raise SlotError(
-            f"slot ids from {min(loads)} to {max(loads)} on a device with {slots} slots"
-        )
     return loads
+
+
+def as_arrays(slot_ids: I32 | list[int], routing_weights: F32 | list[float]) -> tuple[I32, F32]:
+    """Return a compute's slots and weights ``[T, A]``, in memory of their own."""
+    ids, weights = np.array(slot_ids, np.int32), np.array(routing_weights, np.float32)
+    return (ids, weights) if ids.ndim == 2 else (ids[None], weights[None])
 
 
 def on_host(tensor: Tensor) -> NDArray[Any]:

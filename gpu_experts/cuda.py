@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_experts import kernels
-from gpu_experts.checks import check_compute, check_copy, on_host, opened, require_content
+from gpu_experts.checks import (
+    as_arrays,
+    check_compute,
+    check_copy,
+    on_host,
+    opened,
+    require_content,
+)
 from gpu_experts.cuda_events import ANCHOR_S, Anchor, CudaEvent
 from gpu_experts.cuda_runtime import CudaRuntime, Runtime
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
@@ -160,8 +167,8 @@ class CudaDevice:
     def compute(
         self,
         x: Tensor,
-        slot_ids: I32,
-        routing_weights: F32,
+        slot_ids: I32 | list[int],
+        routing_weights: F32 | list[float],
         out: Tensor,
         after: Sequence[Event],
         what: str,
@@ -171,9 +178,10 @@ class CudaDevice:
         for name, tensor in (("x", x), ("out", out)):
             if tensor.device != self.torch_device:
                 raise ShapeError(f"{name} is on {tensor.device}, the device is {self.torch_device}")
-        step = kernels.tokens_a_pass(layout, slot_ids.shape[1])
+        ids, weights = as_arrays(slot_ids, routing_weights)
+        step = kernels.tokens_a_pass(layout, ids.shape[1])
         parts = [
-            (at, sort_by_slot(slot_ids[at : at + step], routing_weights[at : at + step]))
+            (at, sort_by_slot(ids[at : at + step], weights[at : at + step]))
             for at in range(0, len(x), step)
         ]
         used = {slot for _, routing in parts for slot, _, _ in routing.runs}

@@ -129,8 +129,8 @@ class Device(Protocol):
     def compute(
         self,
         x: Tensor,
-        slot_ids: I32,
-        routing_weights: F32,
+        slot_ids: I32 | list[int],
+        routing_weights: F32 | list[float],
         out: Tensor,
         after: Sequence[Event],
         what: str,
@@ -143,7 +143,8 @@ class Device(Protocol):
             ``[T, D]`` in the model's dtype on ``torch_device``; not to be written until the
             event is done or :meth:`join` returned. So is ``out``.
         slot_ids, routing_weights
-            ``[T, A]``; -1 means elsewhere. Free for reuse when this returns.
+            ``[T, A]``; -1 means elsewhere. Free for reuse when this returns. Lists ``[A]`` of
+            different slots are one token's.
         out
             ``[T, D]`` float32 on ``torch_device``, from :meth:`new_output`.
         after

@@ -24,7 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_experts.checks import check_compute, check_copy, on_host, opened, require_content
+from gpu_experts.checks import (
+    as_arrays,
+    check_compute,
+    check_copy,
+    on_host,
+    opened,
+    require_content,
+)
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
 from gpu_experts.errors import ArgumentError, DeviceFailedError, DeviceMemoryError
 from gpu_experts.events import DoneEvent
@@ -169,8 +176,8 @@ class EmulatedDevice:
     def compute(
         self,
         x: Tensor,
-        slot_ids: I32,
-        routing_weights: F32,
+        slot_ids: I32 | list[int],
+        routing_weights: F32 | list[float],
         out: Tensor,
         after: Sequence[Event],
         what: str,
@@ -180,9 +187,12 @@ class EmulatedDevice:
         require_content(loads, self._written)
         self._allocate(0, what)
         seconds = self.launch_s if loads else 0.0
-        for load in loads.values():
-            seconds += self.expert_s(load)
-        work = self._running(x, slot_ids, routing_weights, out)
+        seconds += sum(map(self.expert_s, loads.values()))
+        work: Callable[[], object] = _nothing
+        memory, run = self._memory, self._run
+        if memory is not None and run is not None:
+            run_on = partial(run, on_host(x), *as_arrays(slot_ids, routing_weights))
+            work = partial(run_on, memory, out.numpy())
         event = lane.submit(
             what,
             *self._disturbed("compute", work, seconds),
@@ -190,16 +200,6 @@ class EmulatedDevice:
         )
         self._read.update(dict.fromkeys(loads, event))
         return event
-
-    def _running(
-        self, x: Tensor, slot_ids: I32, routing_weights: F32, out: Tensor
-    ) -> Callable[[], object]:
-        """Return what computes experts, where something does."""
-        memory, run = self._memory, self._run
-        if memory is None or run is None:
-            return _nothing
-        ids, weights = slot_ids.astype(np.int32), routing_weights.copy()
-        return lambda: run(on_host(x), ids, weights, memory, out.numpy())
 
     def expert_s(self, load: int) -> float:
         """Modelled seconds of one expert on ``load`` tokens, launch not included."""

@@ -261,7 +261,8 @@ class ClockLane:
         failure = None
         for event in (*behind, *after):
             if isinstance(event, ClockEvent):
-                start = max(start, event.end)
+                if event.end > start:
+                    start = event.end
                 if event.failure is not None and event in after:
                     failure = failed(what, event.failure)
         if failure is None:

@@ -7,7 +7,7 @@ A few slots are for staging: experts that are copied, used once and not kept.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -130,6 +130,20 @@ class SlotTable:
         """The expert's slot, loading or ready; None when it has none."""
         held = self._held.get((layer, expert))
         return None if held is None else held.slot
+
+    def slots(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """The slots of experts, loading or ready.
+
+        Raises
+        ------
+        SlotError
+            When one has none.
+        """
+        held = self._held
+        try:
+            return [held[layer, expert].slot for expert in experts]
+        except KeyError as missing:
+            raise SlotError(f"layer {layer}, expert {missing.args[0][1]} is in no slot") from None
 
     def state(self, layer: int, expert: int) -> SlotState:
         """Whether the expert is loading or ready; FREE when it has no slot."""

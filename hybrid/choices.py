@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,16 +55,17 @@ class Choice:
         weights = np.bincount(flat, weights=factors[valid], minlength=experts)[used]
         self.weights = (weights / len(ids)).tolist()
 
-    def among(self, by: Mapping[int, int]) -> tuple[Ids, F32]:
-        """Return ids and routing weights with each key of ``by`` replaced and no other expert.
+    def among(
+        self, experts: Sequence[int], places: Sequence[int]
+    ) -> tuple[Ids | list[int], F32 | list[float]]:
+        """Return ids and routing weights with ``places`` for ``experts`` and -1 for all others.
 
-        Others are -1, or left out where that is simpler.
+        Where a single token chose them, both are lists of these experts alone.
         """
-        if self._single is not None:
-            here = [expert for expert in self._single if expert in by]
-            factors = [self._single[expert] for expert in here]
-            return np.array([[by[e] for e in here]], np.int32), np.array([factors], np.float32)
-        table = np.full(max(by) + 2, -1, np.int32)
-        table[list(by)] = list(by.values())
-        out_of_table = (self.ids < 0) | (self.ids > max(by))
+        single = self._single
+        if single is not None:
+            return list(places), [single[expert] for expert in experts]
+        table = np.full(max(experts) + 2, -1, np.int32)
+        table[list(experts)] = places
+        out_of_table = (self.ids < 0) | (self.ids > max(experts))
         return table[np.where(out_of_table, len(table) - 1, self.ids)], self.factors

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from cpu_experts.ffn import run_experts
+from gpu_experts.checks import as_arrays
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
 from hybrid.choices import F32, Choice, Ids
@@ -253,8 +254,8 @@ class Executor:
             self._fill(step, decision, known)
         decided_s = time.perf_counter()
         if plan.cpu:
-            its_ids, its_factors = choice.among({expert: expert for expert in plan.cpu})
-            run_experts(x, its_ids, its_factors, packed.blocks, packed.shape, step.cpu_out)
+            own_ids, own_factors = as_arrays(*choice.among(plan.cpu, plan.cpu))
+            run_experts(x, own_ids, own_factors, packed.blocks, packed.shape, step.cpu_out)
         cpu_end_s = time.perf_counter()
         if waits:
             self._fill(step, decision, known)
@@ -339,9 +340,9 @@ class Executor:
 
     def _compute(self, step: _Step, choice: Choice, experts: list[int], which: str) -> None:
         """Give the device experts to compute, once their copies have arrived."""
-        slots = self.residents.slots(step.layer, experts)
+        ids, factors = choice.among(experts, self.residents.slots(step.layer, experts))
         what = f"layer {step.layer}: {which} experts {experts}"
-        step.computes.append(step.device.compute(step.x, *choice.among(slots), step.out, (), what))
+        step.computes.append(step.device.compute(step.x, ids, factors, step.out, (), what))
 
     def _fill(self, step: _Step, decision: Decision, known: Sequence[F32]) -> None:
         """Use the link's idle time until the next layers' experts start."""

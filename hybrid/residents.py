@@ -71,15 +71,9 @@ class Residents:
         self._link_until_s = 0.0
         self._copy_s = opened.director.cost.experts.copy_s()
 
-    def slots(self, layer: int, experts: Iterable[int]) -> dict[int, int]:
+    def slots(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Return where resident or staged experts lie."""
-        found = {}
-        for expert in experts:
-            slot = self._slots.lookup(layer, expert)
-            if slot is None:
-                raise SlotError(f"layer {layer}, expert {expert} is in no slot")
-            found[expert] = slot
-        return found
+        return self._slots.slots(layer, experts)
 
     def link_free_s(self, now_s: float) -> float:
         """When the link is predicted to be free, in seconds from now."""

@@ -204,13 +204,10 @@ class ExpertCache:
         """
         self.learn()
         self._unlearned = (layer, ids, weights, tokens)
-        activated = sorted(ids.tolist() if isinstance(ids, np.ndarray) else ids)
+        activated = frozenset(ids.tolist() if isinstance(ids, np.ndarray) else ids)
         held = self._residents[layer]
-        self._in_use = (layer, frozenset(activated))
-        return Lookup(
-            tuple([expert for expert in activated if expert in held]),
-            tuple([expert for expert in activated if expert not in held]),
-        )
+        self._in_use = (layer, activated)
+        return Lookup(tuple(sorted(activated & held)), tuple(sorted(activated - held)))
 
     def release(self) -> None:
         """End the current step: what it used may be evicted."""

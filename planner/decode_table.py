@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from planner.errors import WorkError
 from planner.plan import LayerPlan
@@ -86,37 +86,25 @@ class DecodeTable:
         """Return the makespan of ``top_k`` experts with 0, 1, ... ``top_k`` hits, in seconds."""
         return [self.makespan_s(hits, self.top_k - hits) for hits in range(self.top_k + 1)]
 
-    def plan(self, work: LayerWork, residency: Collection[int]) -> LayerPlan:
-        """Return an optimal plan for a step whose loads are all equal.
+    def plan(self, work: LayerWork, hits: Sequence[int], misses: Sequence[int]) -> LayerPlan:
+        """Return an optimal plan for a step whose experts are ``hits`` and ``misses``.
 
-        Steps that the table was not made for (another load, more experts, other free times of
-        the lanes) are solved by the exact rule, which takes a few times as long.
-
-        Raises
-        ------
-        WorkError
-            When the loads differ.
+        Steps that the table was not made for (other loads, more experts, other free times of the
+        lanes) are solved by the exact rule, which takes a few times as long, or by ``schedule``.
         """
-        loads = work.loads
-        distinct = {load for _, load in loads} or {self.load}
+        distinct = {load for _, load in work.loads} or {self.load}
         if len(distinct) > 1:
-            raise WorkError(
-                f"layer {work.layer} has loads {' and '.join(map(str, sorted(distinct)))}, and "
-                "decode's table is for equal ones",
-                hint="plan this step with schedule()",
-            )
+            return schedule(work, hits, self.cost)
         (load,) = distinct
-        hits = [expert for expert, _ in loads if expert in residency]
-        misses = [expert for expert, _ in loads if expert not in residency]
         if (
-            len(loads) > self.top_k
+            len(work.loads) > self.top_k
             or load != self.load
             or work.gpu_free_s != self.gpu_free_s
             or work.link_free_s != self.link_free_s
         ):
-            return self._exact(work, load, hits, misses)
+            return self._exact(work, load, [*hits], [*misses])
         found = self._plans[len(hits), len(misses)]
-        experts = hits + misses
+        experts = (*hits, *misses)
         return LayerPlan(
             work.layer,
             tuple(sorted([experts[i] for i in found.cpu])),

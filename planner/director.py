@@ -204,10 +204,13 @@ class Director:
         work = LayerWork(layer, loads, gpu_free_s, link_free_s)
         tokens = -(-sum([load for _, load in loads]) // self._top_k)
         found = cache.step(layer, ids, weights, tokens)
-        for expert in self.prefetcher.resolve(layer, work.expert_ids, len(found.misses)):
+        for expert in self.prefetcher.resolve(layer, found.hits, len(found.misses)):
             cache.unpin(layer, expert)
         residency = frozenset(found.hits)
-        plan = self._plan(work, residency)
+        if self._scheduler is schedule:
+            plan = self._table.plan(work, *found)
+        else:
+            plan = self._scheduler(work, residency, self.cost.experts)
         return Decision(work, plan, residency, tuple(self._admit(layer, plan.copies)))
 
     def fill(
@@ -354,12 +357,6 @@ class Director:
                 f"prefetched experts without a pinned slot, as (layer, expert): {loose}",
                 hint="this is a defect of the director: please report it",
             )
-
-    def _plan(self, work: LayerWork, residency: frozenset[int]) -> LayerPlan:
-        """Ask the scheduler; steps of equal loads are looked up in decode's table."""
-        if self._scheduler is not schedule or len({load for _, load in work.loads}) != 1:
-            return self._scheduler(work, residency, self.cost.experts)
-        return self._table.plan(work, residency)
 
     def _admit(self, layer: int, experts: Iterable[int]) -> list[Admission]:
         """Keep what is worth more than what it replaces; return what was kept."""

@@ -156,8 +156,10 @@ class NoPrefetch:
 
         Returns the prefetched experts, now resolved.
         """
-        waiting = frozenset(self._waiting.pop(layer, {}))
         self.missed += misses
+        if layer not in self._waiting:
+            return frozenset()
+        waiting = frozenset(self._waiting.pop(layer))
         used = len(waiting.intersection(activated))
         self.used += used
         self.wasted += len(waiting) - used
@@ -320,7 +322,8 @@ class ValuePrefetch(NoPrefetch):
 
     def resolve(self, layer: int, activated: Collection[int], misses: int = 0) -> frozenset[int]:
         for record in self._records.values():
-            record.paused = max(0, record.paused - 1)
+            if record.paused:
+                record.paused -= 1
         for expert, (distance, p) in sorted(self._waiting.get(layer, {}).items()):
             self._records[distance].add(p, expert in activated)
         return super().resolve(layer, activated, misses)

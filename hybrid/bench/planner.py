@@ -132,8 +132,8 @@ def _decisions(cost: ExpertCost, repeat: int, seed: int) -> Iterator[dict[str, A
     busy = DecodeTable(cost, 8, link_free_s=cost.copy_s())
     from_schedule = partial(_schedule, cost)
     cases: list[tuple[str, int, int | None, Callable[[LayerWork, frozenset[int]], object]]] = [
-        ("decode, from the table", 8, None, table.plan),
-        ("decode, link busy, not in the table", 8, None, busy.plan),
+        ("decode, from the table", 8, None, partial(_look_up, table)),
+        ("decode, link busy, not in the table", 8, None, partial(_look_up, busy)),
         ("prefill, unequal loads", 128, 128, from_schedule),
         ("prefill, unequal loads", 128, 4096, from_schedule),
     ]
@@ -192,6 +192,13 @@ class _Timed(Director):
         fills = super().fill(decision, ahead[: self.ahead], idle_s)
         self.samples_s[-1] += time.perf_counter() - start
         return fills
+
+
+def _look_up(table: DecodeTable, work: LayerWork, residency: frozenset[int]) -> object:
+    ids = work.expert_ids
+    return table.plan(
+        work, [e for e in ids if e in residency], [e for e in ids if e not in residency]
+    )
 
 
 def _schedule(cost: LayerCost, work: LayerWork, residency: frozenset[int]) -> object:
