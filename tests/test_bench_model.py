@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid import calibrated
-from hybrid.bench.model import read_spec, run
+from hybrid.bench.model import _start, read_spec, run
 from hybrid.bench.random_model import check_room
 from hybrid.calibrated import Identity
 from hybrid.cli.bench import bench_app
@@ -35,6 +35,15 @@ num_experts_per_tok = 2
 vocab_size = 96
 """
 
+STARTED = {
+    "import_s": 3.0,
+    "load_s": 1.0,
+    "load_to_first_token_s": 1.5,
+    "process_to_first_token_s": 4.5,
+    "anonymous_before_loading_bytes": 200 << 20,
+    "peak_anonymous_bytes": 300 << 20,
+}
+
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
@@ -44,7 +53,19 @@ def spec(tmp_path: Path) -> Path:
 
 
 def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little is read, and no other process is started."""
     monkeypatch.setattr("hybrid.bench.model._READ_BYTES", 1 << 20)
+    monkeypatch.setattr("hybrid.bench.model._start", lambda *of: STARTED)
+
+
+def test_a_fresh_process_is_timed(tiny_model: Path) -> None:
+    """Its steps follow each other, and its memory is that of torch at least."""
+    found = _start(str(tiny_model), threads=1, prompt=4, generate=3)
+    assert found.keys() == STARTED.keys()
+    assert 0 < found["load_s"] < found["load_to_first_token_s"]
+    together = found["import_s"] + found["load_to_first_token_s"]
+    assert together == pytest.approx(found["process_to_first_token_s"])
+    assert 1 << 25 < found["anonymous_before_loading_bytes"] <= found["peak_anonymous_bytes"]
 
 
 def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,9 +81,8 @@ def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.Mon
     assert result["bytes_per_token"] == 2 * per_layer + 96 * 64 * 18 // 32
     assert len(result["decode"]["samples_s"]) == len(result["prefill"]["samples_s"]) == 3
     assert result["read_fraction"] > 0
-    assert result["load_s"] > 0
     assert result["predicted"] is None
-    assert 0 < result["anonymous_memory_bytes"] <= result["peak_memory_bytes"]
+    assert result["peak_memory_bytes"] > 0
     json.dumps(result)
 
 
@@ -89,6 +109,8 @@ def test_the_command_prints_one_json_object(
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), *options])
     assert "decode" in done.stdout
     assert "of the bandwidth" in done.stdout
+    assert "first token after 1.50 s (4.50 s with 3.00 s of imports)" in done.stdout
+    assert "anonymous       300 MiB at most" in done.stdout
     assert "hybrid calibrate" in done.stdout
 
 

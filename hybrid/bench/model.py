@@ -6,6 +6,9 @@ so that rates and bandwidth are neighbours in time on a machine whose speed drif
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -15,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -98,10 +100,12 @@ def run(
 
     Returns
     -------
-    One record: ``load_s``, prefill and decode (median, quartiles and samples),
-    ``bytes_per_token`` of weights and cache, ``read_fraction`` of the bandwidth read beside each
-    repeat, peak memory, how single tokens were computed, and what was ``predicted`` (None when
-    this machine was not calibrated).
+    One record: prefill and decode (median, quartiles and samples), ``bytes_per_token`` of weights
+    and cache, ``read_fraction`` of the bandwidth read beside each repeat, peak memory, how single
+    tokens were computed, and what was ``predicted`` (None when this machine was not calibrated).
+    ``start`` is of a fresh process on the store, whose pages are in memory by then: seconds to
+    import, to load and to the first token, and the most memory in use that no file backs, all the
+    way to the end of a text of the same length.
     """
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
@@ -132,15 +136,11 @@ def _measure(
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     progress("loading")
-    start = time.perf_counter()
     model, _ = load_fast_model(directory)
-    first = generate_once(model, 1, 2)
-    load_s = first[0] + first[1] - start
     words = _memory_to_read(model)
     prefills: list[float] = []
     decodes: list[float] = []
     reads: list[float] = []
-    anonymous = [_anonymous_bytes()]
     with prompt_loads(model, prompt) as loads:
         generate_once(model, prompt, 2)
     read_seconds(words, threads)
@@ -150,10 +150,10 @@ def _measure(
         _, ttft, decode = generate_once(model, prompt, generate)
         prefills.append(ttft)
         decodes.append(decode / (generate - 1))
-        anonymous.append(_anonymous_bytes())
     per_token = _bytes_per_token(model, prompt + generate / 2)
     rates = [None if per_token is None else per_token / seconds for seconds in decodes]
     fractions = [rate / read for rate, read in zip(rates, reads, strict=True) if rate is not None]
+    progress("starting anew")
     return provenance("hybrid bench model", threads) | {
         "family": type(model).__name__,
         "experts": model.hybrid_store.index.format,
@@ -161,7 +161,6 @@ def _measure(
         "decode_path": str(model.hybrid_fast.path),
         "prompt_tokens": prompt,
         "generated_tokens": generate,
-        "load_s": load_s,
         "prefill": spread(prefills) | {"tokens_per_s": prompt / median(prefills)},
         "decode": spread(decodes) | {"tokens_per_s": 1 / median(decodes)},
         "bytes_per_token": per_token,
@@ -169,9 +168,22 @@ def _measure(
         "read_fraction": median(fractions) if fractions else None,
         "store_bytes": model.hybrid_store.index.nbytes,
         "peak_memory_bytes": host.peak_memory_bytes(),
-        "anonymous_memory_bytes": max(anonymous),
         "predicted": _predicted(model, prompt, generate, threads, loads),
+        "start": _start(directory, threads, prompt, generate),
     }
+
+
+def _start(directory: str, threads: int, prompt: int, generate: int) -> dict[str, Any]:
+    """What a fresh process takes; see :mod:`hybrid.bench.start_worker`."""
+    worker = [sys.executable, "-m", "hybrid.bench.start_worker", directory]
+    done = subprocess.run(
+        [*worker, str(threads), str(prompt), str(generate)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _predicted(
@@ -231,9 +243,3 @@ def _memory_to_read(model: Any) -> NDArray[np.uint64]:
         words: NDArray[np.uint64] = store.pages(_READ_BYTES).view(np.uint64)
         return words
     return np.ones(_READ_BYTES // 8, np.uint64)
-
-
-def _anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
-    info = psutil.Process().memory_info()
-    return int(info.rss - getattr(info, "shared", 0))

@@ -242,18 +242,29 @@ def _model_table(result: dict[str, Any]) -> str:
     rows = [
         ("family", f"{result['family']}, experts {result['experts']}, dense {result['dense']}"),
         ("single tokens", result["decode_path"]),
-        ("load", f"{result['load_s']:.2f} s to the first token"),
+        ("start", _started(result["start"])),
         ("prefill", f"{prefill['tokens_per_s']:.1f} tokens/s, {_range(prefill)}"),
         ("decode", f"{decode['tokens_per_s']:.1f} tokens/s, {_range(decode)} a token"),
         ("predicted", _prediction(result)),
         ("read bandwidth", f"{result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB, mapped files included"),
-        ("anonymous", f"{result['anonymous_memory_bytes'] / 2**20:,.0f} MiB"),
+        ("anonymous", f"{_mib(result['start'], 'peak_anonymous_bytes')} at most"),
     ]
     if result["read_fraction"] is not None:
         share = f"{result['bytes_per_token'] / 1e6:.1f} MB, {result['read_fraction']:.2f} of"
         rows.append(("read a token", f"{share} the bandwidth"))
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
+
+
+def _started(start: dict[str, Any]) -> str:
+    """What a fresh process took."""
+    load, first = start["load_s"], start["load_to_first_token_s"]
+    whole = f"{start['process_to_first_token_s']:.2f} s with {start['import_s']:.2f} s of imports"
+    return f"loaded in {load:.2f} s, first token after {first:.2f} s ({whole})"
+
+
+def _mib(values: dict[str, Any], name: str) -> str:
+    return f"{values[name] / 2**20:,.0f} MiB"
 
 
 def _prediction(result: dict[str, Any]) -> str:
