@@ -11,7 +11,7 @@ from hybrid.config import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.planning import resolve
-from planner.families import from_hf_config
+from planner.families import from_hf_config, settings_of
 from planner.fields import read_table
 from planner.model import ModelSpec
 
@@ -62,7 +62,7 @@ def subject(name: str | Path, experts: str | None = None, dense: str | None = No
         raise UsageError(f"there is no file {path}", hint="check the path")
     else:
         data, called = resolve(str(name), "models"), str(name)
-    settings = dict(data["config"] if isinstance(data.get("config"), Mapping) else data)
+    settings = settings_of(data) if isinstance(data.get("config"), Mapping) else dict(data)
     called = str(data.get("name") or settings.get("_name_or_path") or called)
     stored = settings.get("quantization_config")
     stored = stored if isinstance(stored, Mapping) else {}

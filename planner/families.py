@@ -117,8 +117,18 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
 def from_table(data: Mapping[str, Any], where: str) -> ModelSpec:
     """Describe the model of a ``configs/models/*.toml``: its name and its config.json's fields."""
     fields = Fields(data, where)
-    fields.only(("name", "repository", "source", "config", "published"))
-    return from_hf_config(fields.table("config").data, fields.text("name"))
+    fields.only(("name", "repository", "source", "config", "null", "published"))
+    fields.table("config")
+    return from_hf_config(settings_of(data), fields.text("name"))
+
+
+def settings_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json that a ``configs/models/*.toml`` stands for.
+
+    ``null`` lists the fields that are null there, which TOML cannot write: transformers has other
+    defaults for some.
+    """
+    return {**data["config"], **dict.fromkeys(data.get("null", ()))}
 
 
 def _context(fields: Fields) -> int | None:

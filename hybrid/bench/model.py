@@ -27,6 +27,7 @@ from hybrid.bench.record import provenance, spread
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.prediction import predicted, prompt_loads
+from planner.families import settings_of
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
@@ -55,7 +56,7 @@ def read_spec(path: Path, layers: int | None) -> dict[str, Any]:
         When the file cannot be read or describes no model.
     """
     try:
-        settings = dict(tomllib.loads(path.read_text())["config"])
+        settings = settings_of(tomllib.loads(path.read_text()))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
