@@ -24,7 +24,7 @@ class Policy:
     """What each expert of each layer is worth keeping.
 
     Events and answers are batched over layers, so that a recorded trace replays fast; a running
-    model passes one layer at a time.
+    model passes one layer at a time. What happens in one layer says nothing about another.
 
     Parameters
     ----------
@@ -112,10 +112,10 @@ class ExpertCache:
         self._pins: list[Counter[int]] = [Counter() for _ in capacities]
         self._in_use: tuple[int, frozenset[int]] = (-1, frozenset())
 
-    @property
-    def policy(self) -> Policy:
-        """Who says what is worth keeping, knowing of every step so far."""
-        self.learn()
+    def _policy_of(self, layer: int) -> Policy:
+        """Who says what is worth keeping, knowing of every step of this layer so far."""
+        if self._unlearned is not None and self._unlearned[0] == layer:
+            self.learn()
         return self._policy
 
     def learn(self) -> None:
@@ -128,15 +128,15 @@ class ExpertCache:
             )
 
     def _checked(self, capacities: Sequence[int]) -> tuple[int, ...]:
-        if len(capacities) != self.policy.layers:
+        if len(capacities) != self._policy.layers:
             raise CapacityError(
-                f"{len(capacities)} capacities for {self.policy.layers} layers",
+                f"{len(capacities)} capacities for {self._policy.layers} layers",
                 hint="give each MoE layer its number of slots",
             )
         for layer, capacity in enumerate(capacities):
-            if not 0 <= capacity <= self.policy.experts:
+            if not 0 <= capacity <= self._policy.experts:
                 raise CapacityError(
-                    f"layer {layer} has {capacity} slots for {self.policy.experts} experts",
+                    f"layer {layer} has {capacity} slots for {self._policy.experts} experts",
                     hint="a layer has from 0 slots to one per expert",
                 )
         return tuple(capacities)
@@ -187,7 +187,7 @@ class ExpertCache:
 
     def value(self, layer: int) -> Values:
         """Return what the policy thinks each expert is worth keeping, ``[E]``."""
-        return self.policy.value_one(layer)
+        return self._policy_of(layer).value_one(layer)
 
     def step(
         self, layer: int, ids: Ids | Iterable[int], weights: ArrayLike, tokens: int = 1
@@ -249,9 +249,9 @@ class ExpertCache:
         """Put ``expert`` in the slot of ``evicted``, or in a free one."""
         if evicted is not None:
             self._residents[layer].remove(evicted)
-            self.policy.evicted(layer, evicted)
+            self._policy_of(layer).evicted(layer, evicted)
         self._residents[layer].add(expert)
-        self.policy.admitted(layer, expert)
+        self._policy_of(layer).admitted(layer, expert)
 
     def drop(self, layer: int, expert: int) -> None:
         """Take a resident expert's slot back: what was to be in it never arrived.
@@ -268,12 +268,12 @@ class ExpertCache:
                 hint="drop what was admitted, and unpin it before",
             )
         self._residents[layer].remove(expert)
-        self.policy.evicted(layer, expert)
+        self._policy_of(layer).evicted(layer, expert)
 
     def victim(self, layer: int, incoming: int) -> int | None:
         """Return whom a full layer would evict for ``incoming``; None when it may evict no one."""
         candidates = self.evictable(layer)
-        return self.policy.victim(layer, incoming, candidates) if candidates else None
+        return self._policy_of(layer).victim(layer, incoming, candidates) if candidates else None
 
     def evictable(self, layer: int) -> list[int]:
         """Return the residents that are neither pinned nor part of the current step, ascending."""
@@ -281,10 +281,13 @@ class ExpertCache:
         free = self._residents[layer] - self._pins[layer].keys()
         return sorted(free - chosen if stepping == layer else free)
 
+    def free(self, layer: int) -> int:
+        """How many slots hold no expert."""
+        return self.capacities[layer] - len(self._residents[layer])
+
     def has_room(self, layer: int) -> bool:
         """Whether a slot is free or can be freed."""
-        held = self._residents[layer]
-        return len(held) < self.capacities[layer] or bool(self.evictable(layer))
+        return self.free(layer) > 0 or bool(self.evictable(layer))
 
     def worth_admitting(self, layer: int, expert: int) -> bool:
         """Whether ``expert`` is worth more than whom it would evict; always, into a free slot."""

@@ -25,7 +25,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +76,7 @@ class Ahead:
     idle_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Prefetch:
+class Prefetch(NamedTuple):
     """One expert to copy ahead of its layer, and who must go; None leaves that to the cache."""
 
     layer: int
@@ -317,7 +317,7 @@ class ValuePrefetch(NoPrefetch):
             worth.append(worth[-1] + saved_s[expert] - (0.0 if loser is None else saved_s[loser]))
         chosen = self._fetch([ahead], [experts], _knapsack([worth], [most], price_s))
         return tuple(
-            replace(fetch, evicting=loser) for fetch, loser in zip(chosen, losers, strict=False)
+            fetch._replace(evicting=loser) for fetch, loser in zip(chosen, losers, strict=False)
         )
 
     def resolve(self, layer: int, activated: Collection[int], misses: int = 0) -> frozenset[int]:
@@ -355,14 +355,15 @@ class ValuePrefetch(NoPrefetch):
         held = cache.residency(layer.layer)
         trust = self._records[distance].trust
         least = FAR / trust if distance else self._top_k / (2 * len(layer.expected))
-        likely = np.flatnonzero(layer.expected > least).tolist()
+        likely = (layer.expected > least).nonzero()[0].tolist()
         missing = [expert for expert in likely if expert not in held]
         worth = [0.0]
         if missing:
             p = layer.expected.tolist()
             missing.sort(key=p.__getitem__, reverse=True)
+            most = min(most, len(missing))
             losers = self._losers(layer.layer, most, cache, cache.value(layer.layer).tolist())
-            hits = sum([p[expert] for expert in held])
+            hits = sum(map(p.__getitem__, held))
             now_s = self._expect_s(hits)
             for expert, loser in zip(missing, losers, strict=False):
                 hits += trust * p[expert] - (0.0 if loser is None else p[loser])
@@ -378,7 +379,7 @@ class ValuePrefetch(NoPrefetch):
         None stands for a free slot. Earlier fetches that have not met their layer yet are the
         caller's pins: nobody evicts them.
         """
-        free = min(most, cache.capacities[layer] - len(cache.residency(layer)))
+        free = min(most, cache.free(layer))
         going = sorted(cache.evictable(layer), key=value.__getitem__) if free < most else []
         return [None] * free + going[: most - free]
 
