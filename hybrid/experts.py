@@ -41,10 +41,14 @@ class LayerExperts:
         Whether the family's own gating code runs between the projections because the kernels
         have no parameters for it.
     spent_s
-        Seconds spent here since it was last set to 0.
+        Seconds spent here since the run began.
+    loads
+        Tokens that each expert got of the run's prompt: a row for every piece of it.
     """
 
     spent_s = 0.0
+    loads: tuple[list[int], ...] = ()
+    _uncounted = 0
 
     def __init__(
         self,
@@ -83,9 +87,22 @@ class LayerExperts:
             ``[T, A]``, used as they are; ids of E and above contribute nothing.
         """
         start_s = time.perf_counter()
+        if self._uncounted > 0:
+            self._count(expert_ids)
         out = self._compute(hidden, expert_ids, routing_weights)
         self.spent_s += time.perf_counter() - start_s
         return out
+
+    def begin_run(self, prompt_tokens: int) -> None:
+        """Forget the last run; the next ``prompt_tokens`` are a prompt, whose loads are counted."""
+        self.spent_s, self.loads, self._uncounted = 0.0, (), prompt_tokens
+
+    def _count(self, expert_ids: Tensor) -> None:
+        count = len(self.blocks)
+        chosen = expert_ids.detach().reshape(-1)
+        loads = chosen[chosen < count].bincount(minlength=count)
+        self.loads = (*self.loads, loads.tolist())
+        self._uncounted -= len(expert_ids)
 
     def _compute(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         if not self.own_gating:

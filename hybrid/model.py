@@ -21,6 +21,7 @@ from hybrid.keepsakes import Keepsakes
 from hybrid.loading import load_model, load_tokenizer, set_threads
 from hybrid.metrics import GenerationTimes, RunReport
 from hybrid.placement import Placement
+from hybrid.prediction import begin_run
 from hybrid.prompt import prompts_told
 from hybrid.report import run_report
 from hybrid.textstream import TextStream, as_ids
@@ -68,7 +69,6 @@ class HybridModel(Keepsakes):
         self._name = name
         self._load_s = 0.0
         self._times: GenerationTimes | None = None
-        self._experts = [m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts")]
         self._turn = threading.Lock()
 
     @classmethod
@@ -389,8 +389,8 @@ class HybridModel(Keepsakes):
             set_threads(self.threads)
             if self.placement is not None:
                 self.placement.begin_run()
-            for module in self._experts:
-                module.spent_s = 0.0
+            else:
+                begin_run(self.model, ids.shape[1])
             self.model.hybrid_fast.refused.clear()
             watch.start(ids)
             try:

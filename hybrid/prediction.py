@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from hybrid import calibrated
 from hybrid.calibrated import Identity
+from hybrid.experts import LayerExperts
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.subject import subject
 from hybrid.timeline import DECODE, PREFILL
@@ -156,31 +156,24 @@ def predicted(
     )
 
 
-@contextmanager
-def prompt_loads(network: Any, prompt: int) -> Iterator[list[list[int]]]:
-    """Note how many tokens each expert of each layer gets of the prompt that is run inside.
+def _experts(network: Any) -> list[LayerExperts]:
+    return [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
 
-    What is yielded has one row a MoE layer then, in order, of one piece of the ``prompt`` tokens
-    after the other, for :func:`predict`.
+
+def begin_run(network: Any, prompt_tokens: int) -> None:
+    """Forget the last run of a model on the CPU; a prompt of so many tokens comes next."""
+    for experts in _experts(network):
+        experts.begin_run(prompt_tokens)
+
+
+def prompt_loads(network: Any) -> list[list[int]]:
+    """Return the tokens that each expert got of the prompt since :func:`begin_run`.
+
+    One row a MoE layer, in order, of one piece of the prompt after the other: as
+    :func:`predict` takes them.
     """
-    modules = [module for module in network.modules() if hasattr(module, "hybrid_experts")]
-    loads: list[list[int]] = []
-    left = dict.fromkeys(modules, prompt)
-
-    def note(module: Any, args: Any, named: Any) -> None:
-        if left[module] > 0:
-            ids = named["top_k_index"] if "top_k_index" in named else args[1]
-            count = len(module.hybrid_experts.blocks)
-            chosen = ids.reshape(-1)
-            loads.append(chosen[chosen < count].bincount(minlength=count).tolist())
-            left[module] -= len(ids)
-
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
-    try:
-        yield loads
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = [experts.loads for experts in _experts(network)]
+    return [loads for piece in zip(*layers, strict=True) for loads in piece]
 
 
 def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term, ...]:
@@ -191,17 +184,20 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
     Parameters
     ----------
     network, threads
-        As for :func:`predicted`; its experts' ``spent_s`` were 0 when the run began.
+        As for :func:`predicted`; :func:`begin_run` was called before the run.
     times
         Of the run.
     """
     if times.sequences != 1 or times.ttft_s is None:
         return ()
-    found = predicted(network, times.prompt_tokens, times.new_tokens, threads=threads)
+    loads = prompt_loads(network) if times.prompt_tokens > 1 else None
+    found = predicted(
+        network, times.prompt_tokens, times.new_tokens, threads=threads, loads=loads or None
+    )
     if found is None:
         return ()
-    experts = [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
-    spent_s = sum(layer.spent_s for layer in experts) if network.hybrid_fast.path.fast else None
+    fast = network.hybrid_fast.path.fast
+    spent_s = sum(layer.spent_s for layer in _experts(network)) if fast else None
     terms = [Term(PREFILL, WHOLE, found.ttft.value, times.ttft_s)]
     terms += [
         Term(PREFILL, name, estimate.value, spent_s if name == CPU else None)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
-import torch
 
-from hybrid.prediction import predict, prompt_loads
+from hybrid import calibrated
+from hybrid.bench.model import generate_once
+from hybrid.calibrated import Identity
+from hybrid.loading import load_fast_model, set_threads
+from hybrid.model import HybridModel
+from hybrid.prediction import begin_run, predict, prompt_loads
+from hybrid.subject import subject
 from planner.cost import CostModel
 from planner.hardware import Point, TermPoint
 from planner.outcome import CALL, CPU, HEAD, MIXER
@@ -79,22 +83,40 @@ def test_points_of_experts_count_in_prompts() -> None:
     assert found.prompt[CPU].value == pytest.approx(6 * (16 * 5.0 + 1e-5))
 
 
-def test_loads_are_noted_of_the_prompt_only() -> None:
-    """One row a layer and piece, ids of no expert left out; afterwards nothing is noted."""
+def test_loads_of_a_prompt_are_counted_piece_by_piece(tiny_model: Path) -> None:
+    """One row a layer and piece, every token's experts in it; single tokens do not count."""
+    network, _ = load_fast_model(tiny_model)
+    set_threads(1)
+    begin_run(network, 600)
+    generate_once(network, 600, 3)
+    rows = prompt_loads(network)
+    assert [sum(row) for row in rows] == [2 * 512, 2 * 512, 2 * 88, 2 * 88]
+    assert {len(row) for row in rows} == {8}
+    begin_run(network, 5)
+    assert prompt_loads(network) == []
+    generate_once(network, 5, 3)
+    assert [sum(row) for row in prompt_loads(network)] == [10, 10]
 
-    class Experts(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.hybrid_experts = SimpleNamespace(blocks=range(3))
 
-        def forward(self, hidden: Any, top_k_index: Any, top_k_weights: Any) -> Any:
-            return hidden
-
-    layers = torch.nn.ModuleList([Experts(), Experts()])
-    first = torch.tensor([[0, 2], [2, 3]])
-    with prompt_loads(layers, 3) as loads:
-        for piece in (first, first[:1], first[1:]):
-            layers[0](None, piece, None)
-            layers[1](None, top_k_index=piece, top_k_weights=None)
-    layers[0](None, first, None)
-    assert loads == [[1, 0, 2], [1, 0, 2], [1, 0, 1], [1, 0, 1]]
+def test_a_report_predicts_the_experts_that_ran(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt's prediction is that of the loads which the routers made."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    model = HybridModel.from_pretrained(tiny_model, threads=1)
+    ids = model.encode("abcdefgh" * 8)
+    model.generate(ids, max_new_tokens=2)
+    found = subject(model.model.hybrid_store.path)
+    expected = predict(
+        found.model,
+        bare_machine(),
+        experts=found.experts,
+        dense=found.dense,
+        prompt=64,
+        tokens=2,
+        loads=prompt_loads(model.model),
+    )
+    terms = {(term.phase, term.name): term for term in model.report().terms}
+    assert terms["prefill", CPU].predicted_s == expected.prompt[CPU].value
+    assert terms["prefill", "a step"].predicted_s == expected.ttft.value

@@ -26,7 +26,7 @@ from hybrid.bench.kernels import read_seconds
 from hybrid.bench.record import provenance, spread
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
-from hybrid.prediction import predicted, prompt_loads
+from hybrid.prediction import begin_run, predicted, prompt_loads
 from planner.families import settings_of
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
@@ -142,8 +142,9 @@ def _measure(
     prefills: list[float] = []
     decodes: list[float] = []
     reads: list[float] = []
-    with prompt_loads(model, prompt) as loads:
-        generate_once(model, prompt, 2)
+    begin_run(model, prompt)
+    generate_once(model, prompt, 2)
+    loads = prompt_loads(model)
     read_seconds(words, threads)
     for turn in range(repeat):
         progress(f"run {turn + 1} of {repeat}")
