@@ -44,7 +44,7 @@ OTHER_SHAPES = ((4096, 14336, 8, 2), (2048, 1408, 64, 6))
 """Experts measured besides it: hidden, intermediate, count, top_k of Mixtral-8x7B and
 DeepSeek-V2-Lite."""
 PROMPTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-DECODED_AFTER = (8, 64, 512, 2048)
+DECODED_AFTER = (8, 32, 128, 512, 2048)
 DECODED = 26
 """New tokens after those prompts."""
 TURNS = (3, 12)
