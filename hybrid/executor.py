@@ -123,6 +123,8 @@ class Executor:
         self._read_ahead = read_ahead
         self._timeout_s = timeout_s
         self.residents = Residents(device, layers, self._first_settled(slots))
+        if lookahead is not None and read_ahead is None:
+            lookahead.limit(self.director.reach)
         self._before_s: float | None = None
         self._prompt = False
         self._turn = threading.Lock()

@@ -131,6 +131,10 @@ class Lookahead:
         """
         return cls(model, survey(model, specs) if views is None else views, sample=sample)
 
+    def limit(self, layers: int) -> None:
+        """Foretell no more than so many layers at once from now on: who needs one pays for one."""
+        self._reach = [None if reach is None else _cut(reach, layers) for reach in self._reach]
+
     def remove(self) -> None:
         """Take the hooks off that some families need (see :attr:`RouterView.entry`)."""
         for hook in self._hooks:
@@ -326,6 +330,27 @@ def _fold(
         )
 
     return [reach(layer) for layer in range(len(views))], stack.nbytes + offset.nbytes
+
+
+def _cut(reach: _Reach, layers: int) -> _Reach | None:
+    """Keep no more than the next ``layers`` layers."""
+    ahead = reach.ahead[:layers]
+    if all(m is None for m in ahead):
+        return None
+    size = len(reach.rows) // len(reach.ahead) * len(ahead)
+    selections, left = [], len(ahead)
+    for count, selection in reach.selections:
+        if left > 0:
+            kept = None if selection.correction is None else selection.correction[:left]
+            selections.append((min(count, left), replace(selection, correction=kept)))
+            left -= count
+    return replace(
+        reach,
+        rows=reach.rows[:size],
+        offset=reach.offset[:size],
+        ahead=ahead,
+        selections=tuple(selections),
+    )
 
 
 def _reachable(router: RouterView | None, other: RouterView | None) -> bool:

@@ -29,6 +29,9 @@ class Seconds(Protocol):
 class Predictor(Protocol):
     """What tells the next layers' experts: :class:`hybrid.lookahead.Lookahead`, or a replay."""
 
+    def limit(self, layers: int) -> None:
+        """Look no more than so many layers ahead from now on."""
+
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
         """What is to be known of ``hidden``, on its device; None when nothing is predicted."""
 

@@ -417,10 +417,13 @@ def _knapsack(
         Among equals, the fewest items, of the first groups first.
     """
     best = [0.0]  # best[c]: greatest worth with c items so far
-    choices = []
+    choices: list[list[int]] = []
     for values, most in zip(worth, room, strict=True):
         # More items than the best number of them are never better.
         wanted = max(range(min(len(values), most + 1)), key=values.__getitem__)
+        if not choices:  # nothing to share with
+            best, choices = list(values[: wanted + 1]), [list(range(wanted + 1))]
+            continue
         size = min(most, len(best) + wanted - 1) + 1
         found, choice = [-math.inf] * size, [0] * size
         for count in range(wanted + 1):

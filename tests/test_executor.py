@@ -49,6 +49,9 @@ class WrongPredictor:
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
+    def limit(self, layers: int) -> None:
+        return
+
     def scores(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         return torch.zeros(1) if layer + 1 < LAYERS else None
 

@@ -133,6 +133,21 @@ def test_folded_routers_say_what_the_familys_own_code_says(kind: str) -> None:
             order = dict(lookahead.ranking(layer, scores.numpy()))[later]
             top = order[:, : chosen.shape[1]]
             assert (chosen[:, :, None] == top[:, None, :]).any(-1).mean() >= 0.97
+    said = {
+        layer: dict(lookahead.ranking(layer, scores.numpy()))
+        for layer, scores in run.scores.items()
+        if scores is not None
+    }
+    lookahead.limit(1)
+    fewer = Run(model, specs, lookahead).scores
+    for layer, of in said.items():
+        found, scores = fewer[layer], run.scores[layer]
+        assert (found is not None) == (layer + 1 in of)
+        if found is not None and scores is not None:
+            torch.testing.assert_close(found, scores[:1], rtol=1e-3, atol=1e-3 * float(found.std()))
+            ((later, order),) = lookahead.ranking(layer, scores[:1].numpy())
+            assert later == layer + 1
+            assert (order == of[later]).all()
     lookahead.remove()
 
 

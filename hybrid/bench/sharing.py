@@ -112,8 +112,13 @@ class _Replay:
 
     def __init__(self, routing: Routing, layers: int, scores: Scores) -> None:
         self._routing, self._layers, self._scores = routing, layers, scores
+        self._most = len(RECALL)
         self.step = -1
         """The decode step; -1 is the prompt."""
+
+    def limit(self, layers: int) -> None:
+        """Predict no more than so many layers."""
+        self._most = layers
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Take the time that it takes, while there is a layer to predict."""
@@ -122,8 +127,8 @@ class _Replay:
     def probabilities(
         self, layer: int, scores: NDArray[Any]
     ) -> list[tuple[int, NDArray[np.float64]]]:
-        """What is believed of the next three layers."""
-        last = min(layer + len(RECALL), self._layers - 1)
+        """What is believed of the next layers."""
+        last = min(layer + self._most, self._layers - 1)
         return [
             (ahead, self._routing.expected(self.step, ahead, ahead - layer))
             for ahead in range(layer + 1, last + 1)
