@@ -109,6 +109,10 @@ class OnGpu:
         self._cache: Any = None
         self._next = torch.zeros(1, 1, dtype=torch.int64, device=device.torch_device)
 
+    def limit(self, layers: int) -> None:
+        """Compute no more than so many layers' routers; one rule looks ahead, so once is enough."""
+        self._lookahead.limit(layers)
+
     def scores(self, layer: int, hidden: Tensor) -> Tensor:
         """Compute the next layers' routers, as looking ahead does."""
         found = self._lookahead.scores(layer, hidden)

@@ -36,7 +36,6 @@ from planner.routing import RECALL, Routing
 from planner.schedule import schedule
 
 BASELINE = "static split"
-Scores = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ RULES = (
 class _Replay:
     """Stands for the routers of later layers: what the routing says they would have told."""
 
-    def __init__(self, routing: Routing, layers: int, scores: Scores) -> None:
-        self._routing, self._layers, self._scores = routing, layers, scores
+    def __init__(self, routing: Routing, layers: int, stage: Stage) -> None:
+        self._routing, self._layers, self._stage = routing, layers, stage
         self._most = len(RECALL)
         self.step = -1
         """The decode step; -1 is the prompt."""
@@ -119,10 +118,11 @@ class _Replay:
     def limit(self, layers: int) -> None:
         """Predict no more than so many layers."""
         self._most = layers
+        self._stage.limit(layers)
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Take the time that it takes, while there is a layer to predict."""
-        return self._scores(layer, hidden) if layer + 1 < self._layers else None
+        return self._stage.scores(layer, hidden) if layer + 1 < self._layers else None
 
     def probabilities(
         self, layer: int, scores: NDArray[Any]
@@ -197,7 +197,7 @@ class Runner:
         stage, model = scene.stage, scene.model
         self.stage = stage
         layout = BlockLayout.of(stage.layers[0].shape, stage.layers[0].blocks.shape[1])
-        self.lookahead = _Replay(scene.routing, model.moe_layers, stage.scores)
+        self.lookahead = _Replay(scene.routing, model.moe_layers, stage)
 
         def settle(count: int) -> Opened:
             stage.device.open(layout, count + STAGING)

@@ -61,6 +61,9 @@ class Stage(Protocol):
     def uncounted(self) -> int:
         """Rounds until times settle."""
 
+    def limit(self, layers: int) -> None:
+        """Look no more than so many layers ahead from now on."""
+
     def scores(self, layer: int, hidden: Tensor) -> Tensor:
         """Do what looking ahead costs at a layer; what it tells is replayed."""
 
@@ -116,6 +119,9 @@ class Emulated:
             expert_s=cost.experts.gpu_s,
         )
         self.shared = _SharedExperts(self.device, self.seconds)
+
+    def limit(self, layers: int) -> None:
+        """Nothing is saved."""
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor:
         """Nothing to compute."""
