@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numba
 import numpy as np
@@ -130,6 +131,7 @@ class Executor:
         self._turn = threading.Lock()
         self.usage = Usage(len(layers), len(layers[0].blocks), record_routing)
         self._unnoted: deque[tuple[LayerRecord, Ids, F32]] = deque()
+        self._put_off: Callable[[], None] | None = None
 
     @property
     def director(self) -> Director:
@@ -250,17 +252,19 @@ class Executor:
         decision = self._place(step, choice, routed_s)
         plan = decision.plan
         self._launch(step, choice, decision)
-        # What the link does once it is through with the plan can wait for the CPU to be done.
-        waits = bool(plan.cpu) and plan.link_end_s >= plan.cpu_end_s
-        if not waits:
-            self._fill(step, decision, known)
+        # Where the link would idle for a whole copy it gets more at once; else that can wait.
+        idle_s = plan.makespan_s - plan.link_end_s
+        urgent = bool(known) or idle_s >= self.director.cost.experts.copy_s()
+        at_once = urgent and not (plan.cpu and plan.link_end_s >= plan.cpu_end_s)
+        if at_once:
+            self._fill(step, decision, routed_s, known)
         decided_s = time.perf_counter()
         if plan.cpu:
             own_ids, own_factors = as_arrays(*choice.among(plan.cpu, plan.cpu))
             run_experts(x, own_ids, own_factors, packed.blocks, packed.shape, step.cpu_out)
         cpu_end_s = time.perf_counter()
-        if waits:
-            self._fill(step, decision, known)
+        if urgent and not at_once:
+            self._fill(step, decision, routed_s, known)
         result = device.join(
             step.out,
             step.cpu_out if plan.cpu else None,
@@ -279,6 +283,9 @@ class Executor:
             step.copies,
         )
         self._unnoted.append((record, ids.copy(), factors.copy()))
+        del step.x, step.out, step.cpu_out
+        if not urgent:
+            self._put_off = partial(self._fill, step, decision, routed_s)
         self._before_s = joined_s
         return result if hidden.ndim == 2 else result.view(hidden.shape)
 
@@ -292,10 +299,13 @@ class Executor:
         step.shared_s = self._seconds.shared(step.layer, step.tokens)
         numba.set_num_threads(self._threads)
         self.residents.land()
+        put_off, self._put_off = self._put_off, None
+        if put_off is not None:
+            put_off()
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Note and learn what was put off while others waited for it."""
+        """Note and learn what the layer before did, which others need not wait for."""
         while self._unnoted:
             record, ids, factors = self._unnoted.popleft()
             work = record.decision.work
@@ -346,10 +356,12 @@ class Executor:
         what = f"layer {step.layer}: {which} experts {experts}"
         step.computes.append(step.device.compute(step.x, ids, factors, step.out, (), what))
 
-    def _fill(self, step: _Step, decision: Decision, known: Sequence[F32]) -> None:
+    def _fill(
+        self, step: _Step, decision: Decision, routed_s: float, known: Sequence[F32] = ()
+    ) -> None:
         """Use the link's idle time until the next layers' experts start."""
         ahead = self._predict(step, known[0]) if known else ()
-        busy_s = max(decision.plan.link_end_s, decision.work.link_free_s)
+        busy_s = max(decision.plan.link_end_s, time.perf_counter() - routed_s)
         idle_s = decision.plan.makespan_s + step.mixer_s - busy_s
         for fill in self.director.fill(decision, ahead, [idle_s]):
             step.copies.append(self.residents.admit(fill.admission))
@@ -412,6 +424,7 @@ class Executor:
         """Make sense again after something broke a layer off; forget everything if need be."""
         self._before_s = None
         self._unnoted.clear()
+        self._put_off = None
         try:
             if self._shared is not None:
                 self._shared.abandon()
@@ -426,5 +439,6 @@ class Executor:
     def _restart(self) -> None:
         """Begin with nothing resident."""
         assert self.device is not None
+        self._put_off = None
         opened = self._settle(self.slot_count)
         self.residents = Residents(self.device, self.layers, opened)
