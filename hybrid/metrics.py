@@ -165,14 +165,19 @@ class RunReport:
                 continue
             if abs(whole.measured_s / whole.predicted_s - 1) <= CLOSE:
                 continue
+            terms = [
+                term
+                for term in self.terms
+                if term.phase == whole.phase and term.name not in (WHOLE, *LANES)
+            ]
             parts = [
                 (term.measured_s - term.predicted_s, term.name)
-                for term in self.terms
-                if term.phase == whole.phase
-                and term.measured_s is not None
-                and term.name != WHOLE
-                and term.name not in LANES
+                for term in terms
+                if term.measured_s is not None
             ]
+            if unknown := [term.name for term in terms if term.measured_s is None]:
+                rest_s = whole.measured_s - whole.predicted_s - sum(off_s for off_s, _ in parts)
+                parts.append((rest_s, " and ".join(unknown) if len(unknown) < 3 else "the others"))
             if parts:
                 off_s, name = max(parts, key=lambda part: abs(part[0]))
                 yield f"{whole.phase} is off", f"most by {name}: {off_s * 1e3:+.3g} ms"

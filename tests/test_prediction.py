@@ -11,6 +11,7 @@ from hybrid import calibrated
 from hybrid.bench.model import generate_once
 from hybrid.calibrated import Identity
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.metrics import RunReport, Term
 from hybrid.model import HybridModel
 from hybrid.prediction import begin_run, predict, prompt_loads
 from hybrid.subject import subject
@@ -120,3 +121,28 @@ def test_a_report_predicts_the_experts_that_ran(
     terms = {(term.phase, term.name): term for term in model.report().terms}
     assert terms["prefill", CPU].predicted_s == expected.prompt[CPU].value
     assert terms["prefill", "a step"].predicted_s == expected.ttft.value
+
+
+def test_the_report_blames_what_it_did_not_measure() -> None:
+    """A term that is measured and nearly right is not named for what the others took."""
+
+    def off(*terms: tuple[str, float, float | None]) -> list[str]:
+        report = RunReport(
+            **dict.fromkeys(("model", "family", "experts_format", "dense_format"), "x"),
+            **dict.fromkeys(("compute_dtype", "decode_path", "simd_level", "threads"), "x"),
+            many_tokens="x",
+            figures={},
+            terms=tuple(Term("decode", *term) for term in terms),
+            slow_paths=(),
+        )
+        return [line for line in str(report).splitlines() if line.startswith("decode is off")]
+
+    whole = ("a step", 0.010, 0.020)
+    (line,) = off(whole, ("experts", 0.006, 0.007), ("head", 0.004, None))
+    assert line.endswith("most by head: +9 ms")
+    (line,) = off(whole, ("experts", 0.002, 0.011), ("head", 0.004, None), ("cpu", 0.0, 9.0))
+    assert line.endswith("most by experts: +9 ms")
+    others = (("head", 0.001, None), ("call", 0.001, None), ("attention", 0.001, None))
+    (line,) = off(whole, ("experts", 0.007, 0.007), *others)
+    assert line.endswith("most by the others: +10 ms")
+    assert off(("a step", 0.010, 0.0109), ("experts", 0.002, 0.011)) == []
