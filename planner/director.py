@@ -30,21 +30,22 @@ SMOOTHING = 0.75
 """Weight of the past in a layer's usual idle link time."""
 
 
-REALISED = 1 / 3
-"""Part of the most that copies ahead could save that they do save: measured, see
-``configs/experiments/results/sharing.jsonl``, where looking ahead cost more than that."""
+REALISED = 1 / 5
+"""Part of the most that copies ahead could save that they do save: measured with ``hybrid bench
+hybrid``'s cases, where the experts' time fell by 3 to 56 us a layer of at most 245."""
 REUSE = 0.6
 """How much likelier the next token uses what this one used than whom that evicts: fitted to
 simulated runs on recorded traces."""
 
 
-DECIDING_S = 180e-6
-"""What looking ahead (75 us), choosing prefetches (50 us) and handing them out takes the host in a
-layer of decode: measured on a 3 GHz Zen 3. The CPU's experts start that much later."""
+DECIDING_S = 80e-6
+"""What looking one layer ahead, choosing prefetches and handing them out takes the host in a layer
+of decode: median of the same cases on a 3 GHz Zen 3, which lie between 0 and 118 us. The CPU's
+experts start that much later."""
 
 
-FURTHER_S = 50e-6
-"""What choosing for one more layer ahead takes, measured likewise."""
+FURTHER_S = 20e-6
+"""What looking and choosing for one more layer ahead takes, measured alone."""
 FURTHER_GAIN = 0.007
 """Share of a layer's time that one more layer ahead saves: mean of simulated runs, see
 ``hybrid bench planner``."""
