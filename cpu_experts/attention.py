@@ -119,16 +119,20 @@ def append(layer, state, slot, head, keys, values, cos, sin, paired, key):
 
     ``keys`` and ``values`` are the token's projections; ``key`` ``[dim]`` is scratch.
     """
-    dim, capacity = layer["head_dim"], state["capacity"]
-    strips = -(-dim // TILE)
-    to_keys = _halves(state["keys"], layer["kv_heads"] * capacity * dim)
-    to_values = _halves(state["values"], layer["kv_heads"] * strips * capacity * TILE)
-    clip = layer["clip"]
+    dim, clip = layer["head_dim"], layer["clip"]
     prepare(layer["k_norm"], clip, keys, head, dim, cos, sin, paired, key)
+    keep(state, layer["kv_heads"], head, slot, dim, key, values[head * dim :], clip)
+
+
+@kernel()
+def keep(state, heads, head, slot, dim, key, value, clip):
+    """Write ``key`` and the clipped ``value`` ``[dim]`` of one of ``heads`` into the cache."""
+    capacity, strips = state["capacity"], -(-dim // TILE)
+    to_keys = _halves(state["keys"], heads * capacity * dim)
+    to_values = _halves(state["values"], heads * strips * capacity * TILE)
     strip = to_keys[((head * (capacity // TILE) + slot // TILE) * dim) * TILE + slot % TILE :]
     for i in range(dim):
         strip[i * TILE] = to_half(key[i])
-    value = values[head * dim :]
     for s in range(strips):
         strip = to_values[((head * strips + s) * capacity + slot) * TILE :]
         part = value[s * TILE :]
@@ -226,13 +230,15 @@ def _merge(layer, head, chunks, parts, stats, attended):
 
 @kernel()
 def attention_items(
-    counter, at, layer, state, qkv, cos, sin, paired, queries, scores, key, rows, buf,
+    counter, at, layer, state, qkv, cos, sin, paired, queries, wide, scores, key, rows, buf,
     parts, stats, attended,
 ):  # fmt: skip
     """Take (key-value head, chunk) items; whoever ends a head's last chunk merges the head.
 
-    Returns how many heads there are to wait for. ``counter[at + 2 + head]`` counts chunks.
+    Returns how many heads there are to wait for. ``counter[at + 2 + head]`` counts chunks. With a
+    compressed cache, ``wide`` holds the queries, and the cache the token, whose one key all see.
     """
+    compressed = layer["latent"]["rank"] > 0
     dim = layer["head_dim"]
     many = layer["heads"] // layer["kv_heads"]
     first_chunk = 0
@@ -246,23 +252,27 @@ def attention_items(
         if item >= layer["kv_heads"] * chunks:
             break
         head, chunk = item // chunks, item % chunks
-        if chunk == chunks - 1:
-            append(
-                layer, state, state["length"], head, qkv[in_q:in_k], qkv[in_k:], cos, sin, paired,
-                key,
-            )  # fmt: skip
-        for t in range(many):
-            prepare(
-                layer["q_norm"], layer["clip"], qkv[:in_q], head * many + t, dim, cos, sin, paired,
-                queries[t * dim :],
-            )  # fmt: skip
-        scaling = layer["scaling"]
-        for i in range(many * dim):
-            queries[i] *= scaling
+        mine, stored = queries, head
+        if compressed:
+            mine, stored = wide[head * many * dim :], _ZERO
+        else:
+            if chunk == chunks - 1:
+                append(
+                    layer, state, state["length"], head, qkv[in_q:in_k], qkv[in_k:], cos, sin,
+                    paired, key,
+                )  # fmt: skip
+            for t in range(many):
+                prepare(
+                    layer["q_norm"], layer["clip"], qkv[:in_q], head * many + t, dim, cos, sin,
+                    paired, queries[t * dim :],
+                )  # fmt: skip
+            scaling = layer["scaling"]
+            for i in range(many * dim):
+                queries[i] *= scaling
         part_at = (head * chunks + chunk) * many
         _attend(
-            layer, state, head, first_chunk + chunk, queries, scores, rows, buf,
-            parts, part_at, stats,
+            layer, state, stored, first_chunk + chunk, mine, scores, rows, buf, parts, part_at,
+            stats,
         )  # fmt: skip
         if fetch_add(counter, at + 2 + head) == chunks - 1:
             _merge(layer, head, chunks, parts, stats, attended)

@@ -156,7 +156,10 @@ class Decoder:
             When an array has another shape or type.
         """
         layer, tokens = self.layers[index], q.shape[0]
-        for name, side, matrix in (("q", q, layer.q), ("k", k, layer.k), ("v", v, layer.v)):
+        if layer.latent is not None:
+            raise ShapeError("attention of many tokens takes no compressed cache")
+        sides = (("q", q), ("k", k), ("v", v))
+        for (name, side), matrix in zip(sides, layer.projections, strict=True):
             check_matrix(name, side, (tokens, matrix.rows))
         check_matrix("sin", sin, (tokens, None))
         check_matrix("cos", cos, sin.shape)
@@ -213,7 +216,11 @@ class Decoder:
         layers = self.layers
         many = max(layer.heads // layer.kv_heads for layer in layers)
         dim = max(layer.head_dim for layer in layers)
-        wide = pad(max(self.hidden, *(layer.o.cols for layer in layers)), GROUP)
+        latents = [layer for layer in layers if layer.latent is not None]
+        inner = [m.cols for layer in latents if layer.latent for m in layer.latent.matrices]
+        wide = pad(max(self.hidden, *(layer.o.cols for layer in layers), *inner), GROUP)
+        whole = max((layer.heads * layer.head_dim for layer in layers), default=0)
+        queries = [m.rows for layer in latents if layer.latent for m in layer.latent.matrices[:-2]]
         routed = [layer for layer in layers if layer.router is not None]
         experts = max((layer.router.experts for layer in routed if layer.router), default=0)
         chosen = max((layer.router.top_k for layer in routed if layer.router), default=1)
@@ -226,8 +233,11 @@ class Decoder:
         return onetoken.Work(
             x=x,
             x_row=x.reshape(1, -1),
-            qkv=floats(max(layer.q.rows + layer.k.rows + layer.v.rows for layer in layers)),
-            attended=floats(wide),
+            qkv=floats(max(sum(m.rows for m in layer.projections) for layer in layers)),
+            queries=floats(max(queries, default=0)),
+            wide=floats(whole if latents else 0),
+            expanded=floats(max((layer.o.cols for layer in latents), default=0)),
+            attended=floats(max(wide, whole)),
             parts=floats(parts, dim),
             stats=np.zeros((parts, 2), np.float32),
             scores=floats(experts + 1),
@@ -252,7 +262,11 @@ class Decoder:
         """Bytes of weights that a step reads; the cache's come on top."""
         total = self._lm_head.nbytes
         for layer in self.layers:
-            total += sum(matrix.nbytes for matrix in (layer.q, layer.k, layer.v, layer.o))
+            total += sum(matrix.nbytes for matrix in (*layer.projections, layer.o))
+            if layer.latent is not None:
+                total += sum(matrix.nbytes for matrix in layer.latent.matrices)
+                kv_b = layer.latent.kv_b  # its rows for keys are absorbed
+                total -= kv_b.nbytes * layer.latent.nope // (layer.latent.nope + layer.latent.value)
             if layer.router is not None and layer.experts is not None:
                 total += layer.router.matrix.nbytes
                 total += layer.router.top_k * layer.experts.shape.block_bytes

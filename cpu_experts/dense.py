@@ -184,7 +184,7 @@ def _softmax(x, count, out):
 
 @kernel()
 def _keep_best_groups(router, choice, of_groups):
-    """Bar all groups of experts but those with the largest sums of their two best."""
+    """Bar all groups of experts but those whose best, or two best, are worth the most."""
     groups, size = router["groups"], router["experts"] // router["groups"]
     for g in range(groups):
         first, second = np.float32(-np.inf), np.float32(-np.inf)
@@ -193,7 +193,7 @@ def _keep_best_groups(router, choice, of_groups):
                 first, second = choice[i], first
             elif choice[i] > second:
                 second = choice[i]
-        of_groups[g] = first + second
+        of_groups[g] = first + second if router["of_group"] > 1 else first
     for _ in range(groups - router["top_groups"]):
         worst = 0
         for g in range(groups):

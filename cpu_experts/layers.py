@@ -122,8 +122,9 @@ class Router:
         One of the constants of :mod:`cpu_experts.tables`.
     correction
         ``[E]``, added to the scores for the choice and not for the weights.
-    groups, top_groups
-        Only experts of the ``top_groups`` groups with the best sum of two are chosen from.
+    groups, top_groups, of_group
+        Only experts of the ``top_groups`` groups are chosen from whose ``of_group`` best (1 or 2)
+        add up to the most.
     normalize, floor
         Divide the weights by their sum, or by ``floor`` if that is larger.
     scale
@@ -139,6 +140,7 @@ class Router:
     correction: F32 | None = None
     groups: int = 1
     top_groups: int = 1
+    of_group: int = 2
     normalize: bool = False
     floor: float = 0.0
     scale: float = 1.0
@@ -168,6 +170,7 @@ class Router:
             "top_k": self.top_k,
             "groups": self.groups,
             "top_groups": self.top_groups,
+            "of_group": self.of_group,
             "normalize": self.normalize,
             "gated_shared": self.gated_shared,
             "floor": self.floor,
@@ -228,6 +231,85 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """A compressed cache; see :mod:`cpu_experts.latent`.
+
+    Parameters
+    ----------
+    rank, rope
+        Numbers that a position keeps: the latent, and the key that is turned.
+    nope, value
+        A head's numbers of a key without and of a value; its query has ``nope + rope``.
+    q_norm, q_b
+        From what ``q`` of the layer makes to the queries; None where that already is them.
+    kv_norm
+        Of the latent.
+    absorb
+        ``[heads * rank, nope]``: every head's part of ``kv_b`` for keys, transposed.
+    kv_b
+        ``[heads * (nope + value), rank]``; only its rows for values are read.
+    apart
+        Whether turned neighbours are put half a head apart.
+    """
+
+    rank: int
+    rope: int
+    nope: int
+    value: int
+    kv_norm: Norm
+    absorb: Matrix
+    kv_b: Matrix
+    q_norm: Norm | None = None
+    q_b: Matrix | None = None
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        if any(size % TILE for size in (self.rank, self.nope, self.value)) or self.rope % 2:
+            raise ShapeError(
+                f"a latent of {self.rank}, keys of {self.nope} + {self.rope} and values of"
+                f" {self.value}; all but the turned part take multiples of {TILE}"
+            )
+        if (self.q_norm is None) != (self.q_b is None) or self.kv_b.bias is not None:
+            raise ShapeError("compressed queries take a norm and a matrix, kv_b takes no bias")
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What a token is multiplied with besides the layer's own."""
+        return (self.absorb, self.kv_b) if self.q_b is None else (self.q_b, self.absorb, self.kv_b)
+
+    def check(self, layer: Layer) -> None:
+        """Raise ShapeError unless the matrices fit the layer's heads."""
+        heads, queries = layer.heads, layer.q if self.q_b is None else self.q_b
+        found = [queries.rows, layer.k.rows, self.absorb.rows, self.kv_b.rows, layer.o.cols]
+        wanted = [heads * (self.nope + self.rope), self.rank + self.rope, heads * self.rank]
+        wanted += [heads * (self.nope + self.value), heads * self.value]
+        cols = [self.absorb.cols, self.kv_b.cols, self.kv_norm.weight.size]
+        if self.q_b is not None and self.q_norm is not None:
+            cols += [self.q_b.cols, self.q_norm.weight.size]
+        if found != wanted or cols != [
+            self.nope,
+            *2 * [self.rank],
+            *(len(cols) - 3) * [layer.q.rows],
+        ]:
+            raise ShapeError(f"compressed attention has {found} rows, the heads take {wanted}")
+        if layer.head_dim != self.rank + self.rope or layer.v is not None:
+            raise ShapeError("a compressed cache holds latent and key, and no values")
+        if any((layer.q_norm, layer.k_norm, layer.window, layer.sinks is not None)):
+            raise ShapeError("compressed attention takes no norms of heads, windows or sinks")
+
+    def record(self) -> dict[str, Any]:
+        """Values of :data:`~cpu_experts.tables.LATENT`."""
+        values: dict[str, Any] = {
+            name: getattr(self, name) for name in ("rank", "rope", "nope", "value", "apart")
+        }
+        for name in ("q_norm", "q_b", "kv_norm", "absorb", "kv_b"):
+            part = getattr(self, name)
+            if part is not None:
+                values[name] = part.record()
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One decoder layer: ``x += residual * attention(norm(x))``, then the same with the FFN.
 
@@ -237,6 +319,11 @@ class Layer:
         Before attention and before the experts, ``[D]``.
     q, k, v, o
         Projections; the first three in one format.
+    heads, kv_heads, head_dim
+        Of attention. With a compressed cache all heads see one key of ``head_dim``, and
+        ``kv_heads`` are the groups of heads that threads take.
+    latent
+        How the cache is compressed; then ``k`` makes what is kept, and there is no ``v``.
     q_norm, k_norm
         ``[head_dim]`` for every head by itself, or as long as the projection for all together.
     sinks
@@ -256,13 +343,14 @@ class Layer:
     norm: Norm
     q: Matrix
     k: Matrix
-    v: Matrix
     o: Matrix
     heads: int
     kv_heads: int
     head_dim: int
     scaling: float
     ffn_norm: Norm
+    v: Matrix | None = None
+    latent: Latent | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     sinks: F32 | None = None
@@ -275,10 +363,14 @@ class Layer:
 
     def __post_init__(self) -> None:
         wanted = [self.heads * self.head_dim, *2 * [self.kv_heads * self.head_dim]]
-        found = [self.q.rows, self.k.rows, self.v.rows]
-        if found != wanted or self.heads % self.kv_heads or self.o.cols != wanted[0]:
+        found = [matrix.rows for matrix in self.projections]
+        if self.latent is not None:
+            self.latent.check(self)
+        elif found != wanted or self.o.cols != wanted[0]:
             raise ShapeError(f"projections have {found} rows, the heads take {wanted}")
-        if len({self.q.format, self.k.format, self.v.format}) > 1:
+        if self.heads % self.kv_heads:
+            raise ShapeError(f"{self.heads} heads do not share {self.kv_heads}")
+        if len({matrix.format for matrix in self.projections}) > 1:
             raise ShapeError("q, k and v must have one format")
         check_floats("sinks", self.sinks, self.heads)
         if (self.router is None) != (self.experts is None):
@@ -291,9 +383,25 @@ class Layer:
             if norm is not None and (norm.centered or norm.bias is not None):
                 raise ShapeError("queries and keys take a norm without mean and bias")
 
+    @property
+    def projections(self) -> tuple[Matrix, ...]:
+        """What the normed hidden state is multiplied with."""
+        return (self.q, self.k) if self.v is None else (self.q, self.k, self.v)
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """Heads of the cache, their size, and how much of it is a compressed cache's key."""
+        if self.latent is None:
+            return self.kv_heads, self.head_dim, 0
+        return 1, self.head_dim, self.latent.rope
+
     def fill(self, record: Any, threads: int) -> None:
         """Write the layer into a record of :data:`~cpu_experts.tables.LAYER`."""
-        for name in ("norm", "q", "k", "v", "o", "q_norm", "k_norm", "ffn_norm", "router"):
+        for name in ("norm", "q", "k", "v", "o", "q_norm", "k_norm", "ffn_norm"):
+            part = getattr(self, name)
+            if part is not None:
+                fill_record(record[name], part.record())
+        for name in ("router", "latent"):
             part = getattr(self, name)
             if part is not None:
                 fill_record(record[name], part.record())

@@ -29,10 +29,13 @@ from cpu_experts.dense import (
 )
 from cpu_experts.formats import GROUP, TILE
 from cpu_experts.kernels import _down_items, _up_items, wait_for
+from cpu_experts.latent import query_items, value_items
 
 #: Where a layer's counters start: whole cache lines apart, attention's last because it has
 #: one more for every key-value head.
-PROJECT, OUTPUT, ROUTE, EXPERTS, SHARED, ATTEND = (np.int64(at) for at in range(0, 48, 8))
+PROJECT, OUTPUT, ROUTE, EXPERTS, SHARED, QUERY, ABSORB, EXPAND, ATTEND = (
+    np.int64(at) for at in range(0, 72, 8)
+)
 _ZERO, _ONE = np.int64(0), np.int64(1)
 
 
@@ -46,6 +49,9 @@ class Work(NamedTuple):
     x: Any
     x_row: Any
     qkv: Any
+    queries: Any
+    wide: Any
+    expanded: Any
     attended: Any
     parts: Any
     stats: Any
@@ -95,6 +101,27 @@ def _down(experts, counter, work, ids, active, weights, h, buf):
 
 
 @kernel()
+def _compressed_queries(layer, state, counter, cos, sin, paired, work, w):
+    """From the first products to queries over a compressed cache, which gets the token's key."""
+    normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
+    latent, rows = layer["latent"], layer["q"]["rows"]
+    q_b, queries = latent["q_b"], work.qkv
+    if q_b["rows"]:
+        normalize(latent["q_norm"], work.qkv, normed)
+        act = activate(q_b["format"], q_b["offset"], normed, q_b["cols"], memory)
+        queries = work.queries
+        items = multiply_items(
+            counter, QUERY, q_b, act, work.rows, buf, np.float32(1), False, queries
+        )
+        wait_for(counter, QUERY + 1, items)
+    items = query_items(
+        counter, ABSORB, layer, state, queries, work.qkv[rows:], cos, sin, paired, normed, memory,
+        work.rows, buf, work.my_key[w], work.wide,
+    )  # fmt: skip
+    wait_for(counter, ABSORB + 1, items)
+
+
+@kernel()
 def _attention(layer, state, counter, cos, sin, paired, work, w):
     one = np.float32(1)
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
@@ -103,14 +130,24 @@ def _attention(layer, state, counter, cos, sin, paired, work, w):
     act = activate(q["format"], q["offset"], normed, q["cols"], memory)
     items = project_items(counter, PROJECT, layer, act, work.rows, buf, work.qkv)
     wait_for(counter, PROJECT + 1, items)
+    compressed = layer["latent"]["rank"] > 0
+    if compressed:
+        _compressed_queries(layer, state, counter, cos, sin, paired, work, w)
     heads = attention_items(
         counter, ATTEND, layer, state, work.qkv, cos, sin, paired, work.my_queries[w],
-        work.my_scores[w], work.my_key[w], work.rows, buf, work.parts, work.stats,
+        work.wide, work.my_scores[w], work.my_key[w], work.rows, buf, work.parts, work.stats,
         work.attended,
     )  # fmt: skip
     wait_for(counter, ATTEND + 1, heads)
+    found = work.attended
+    if compressed:
+        found = work.expanded
+        items = value_items(
+            counter, EXPAND, layer, work.attended, normed, memory, work.rows, buf, found
+        )
+        wait_for(counter, EXPAND + 1, items)
     for i in range(o["cols"]):
-        normed[i] = work.attended[i]
+        normed[i] = found[i]
     act = activate(o["format"], o["offset"], normed, o["cols"], memory)
     scale = layer["residual"] * one
     items = multiply_items(counter, OUTPUT, o, act, work.rows, buf, scale, True, work.x)

@@ -43,6 +43,7 @@ ROUTER = np.dtype(
         ("top_k", "i8"),
         ("groups", "i8"),
         ("top_groups", "i8"),
+        ("of_group", "i8"),
         ("normalize", "i8"),
         ("gated_shared", "i8"),
         ("floor", "f4"),
@@ -79,6 +80,24 @@ EXPERTS = np.dtype(
     align=True,
 )
 
+#: A compressed cache, see :mod:`cpu_experts.latent`; ``rank`` 0: there is none. Without ``q_b``
+#: rows, queries are a single product.
+LATENT = np.dtype(
+    [
+        ("rank", "i8"),
+        ("rope", "i8"),
+        ("nope", "i8"),
+        ("value", "i8"),
+        ("apart", "i8"),
+        ("q_norm", NORM),
+        ("q_b", MATRIX),
+        ("kv_norm", NORM),
+        ("absorb", MATRIX),
+        ("kv_b", MATRIX),
+    ],
+    align=True,
+)
+
 #: One decoder layer. ``window`` 0: attention sees everything. ``clip`` bounds q, k and v.
 LAYER = np.dtype(
     [
@@ -94,7 +113,7 @@ LAYER = np.dtype(
         ("kv_heads", "i8"),
         ("head_dim", "i8"),
         ("window", "i8"),
-        ("rotary", "i8"),
+        ("latent", LATENT),
         ("ffn_norm", NORM),
         ("router", ROUTER),
         ("experts", EXPERTS),

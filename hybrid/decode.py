@@ -7,7 +7,7 @@ attention (see :mod:`hybrid.prompt`). :mod:`hybrid.fast_path` says for which cal
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,8 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from cpu_experts.decoder import Decoder
-from hybrid.decoder_parts import UnfitError, read_decoder, rotary_row
+from cpu_experts.formats import is_quantized
+from hybrid.decoder_parts import UnfitError, read_decoder, rotary_row, rotary_sides
 from hybrid.kv_cache import Sequence
 from hybrid.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
 
@@ -29,6 +30,9 @@ _GROWING = ("dynamic", "longrope")
 #: How far a layer's two results may be apart, relative to what the layer adds. Rounding of
 #: activations to int8 differs by single steps between them, which is well below this.
 _TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.1}
+#: And with a compressed cache and quantized products: transformers' code rounds every latent to
+#: int8 before keys are made of it, ours multiplies queries with the unrounded ones.
+_COMPRESSED_TOLERANCE = 0.1
 #: Positions that the test computes a token at; far ones show how the rotary embedding turns.
 _TEST_POSITIONS = (3, 300, 1500)
 
@@ -56,7 +60,10 @@ class FastDecoder:
         self._dtype = model.dtype
         self._pairs = pairs
         self._scale = float(getattr(self._base, "embedding_multiplier", 1.0))
-        self._shapes = [(layer.kv_heads, layer.head_dim) for layer in decoder.layers]
+        self._shapes = [layer.stored for layer in decoder.layers]
+        latents = [layer.latent for layer in decoder.layers if layer.latent is not None]
+        self.compressed = bool(latents)
+        self.rounds_less = any(is_quantized(latent.kv_b.format) for latent in latents)
         self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in _GROWING
         self._angles: list[tuple[Any, Any]] = []
 
@@ -78,17 +85,19 @@ class FastDecoder:
     def prompt(
         self, arguments: dict[str, Any], slow: Any, on_prompt: OnPrompt | None
     ) -> MoeCausalLMOutputWithPast:
-        """Compute the tokens of a call in pieces, through ``slow``, transformers' ``forward``."""
+        """Compute the tokens of a call in pieces, through ``slow``, transformers' ``forward``.
+
+        Attention is ours, but over a compressed cache, where it is transformers', too.
+        """
         ids, cache = arguments["input_ids"], arguments["past_key_values"]
-        sequence, total = self.packed(cache), ids.shape[1]
+        total = ids.shape[1]
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(total)[None] + cache.get_seq_length()
         keep = arguments.get("logits_to_keep", 0)
         kept, teller = [], Teller(on_prompt, total)
         for cut, wanted in in_pieces(ids, keep):
-            piece = Piece(self.decoder, sequence, *self.angles_at(positions[:, cut]))
-            with attention_in_pieces(self._base.layers, piece):
+            with self._attention(cache, positions[:, cut]):
                 output = slow(
                     input_ids=ids[:, cut],
                     position_ids=positions[:, cut],
@@ -103,12 +112,17 @@ class FastDecoder:
             output.logits = every[:, -keep:] if keep else every
         return output  # type: ignore[no-any-return]
 
+    def _attention(self, cache: DynamicCache, positions: Tensor) -> AbstractContextManager[None]:
+        if self.compressed:
+            return nullcontext()
+        piece = Piece(self.decoder, self.packed(cache), *self.angles_at(positions))
+        return attention_in_pieces(self._base.layers, piece)
+
     def angles_at(self, positions: Tensor) -> tuple[Any, Any]:
         """Cosines and sines of positions ``[1, T]``, ``[T, pairs]`` float32 each."""
-        sides = self._base.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
         cos, sin = (
             side.detach().float().reshape(positions.shape[1], -1)[:, : self._pairs].contiguous()
-            for side in sides
+            for side in rotary_sides(self._base.rotary_emb, torch.empty(1), positions)
         )
         return cos.numpy(), sin.numpy()
 
@@ -129,7 +143,7 @@ class FastDecoder:
         return self._angles[position]
 
     def _turn(self, positions: Tensor) -> list[tuple[Any, Any]]:
-        cos, sin = self._base.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
+        cos, sin = rotary_sides(self._base.rotary_emb, torch.empty(1), positions)
         return [
             (rotary_row(c, self._pairs), rotary_row(s, self._pairs))
             for c, s in zip(cos[0], sin[0], strict=True)
@@ -149,6 +163,8 @@ def build_decoder(model: Any) -> tuple[FastDecoder, float]:
     fast = FastDecoder(model, *read_decoder(model))
     distance = _distance(model, fast)
     limit = _TOLERANCE.get(model.dtype, max(_TOLERANCE.values()))
+    if fast.rounds_less:
+        limit = max(limit, _COMPRESSED_TOLERANCE)
     if not distance <= limit:
         raise WrongError(
             f"a layer differs from transformers' by {distance:.2g}, more than {limit:.2g}"
@@ -193,6 +209,8 @@ def _distance(model: Any, fast: FastDecoder) -> float:
 
 def _prompt_distance(model: Any, fast: FastDecoder, seen: list[tuple[Tensor, Tensor]]) -> float:
     """Compute a short prompt's attention layer by layer; returns the worst layer's distance."""
+    if fast.compressed:
+        return 0.0
     tokens = seen[0][0].shape[1]
     sequence = fast.packed(DynamicCache(config=model.config.get_text_config()))
     piece = Piece(fast.decoder, sequence, *fast.angles_at(torch.arange(tokens)[None]))

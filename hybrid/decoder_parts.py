@@ -6,6 +6,7 @@ compared with the formula that the kernels would use in their place.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from cpu_experts import tables
 from cpu_experts.decoder import Decoder
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
-from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router, fill_record
+from cpu_experts.layers import Experts, Latent, Layer, Matrix, Norm, Router, fill_record
 from hybrid.dense import (
     Arena,
     PackedMlp,
@@ -32,6 +33,11 @@ from hybrid.dense import (
     pack_tied,
     replace_module,
 )
+
+#: Tokens whose experts tell ways of choosing apart; few would not, where groups matter seldom.
+_ROUTED = 200
+#: Heads that one item of attention over a compressed cache looks at it for, at most.
+_HEADS_AN_ITEM = 8
 
 
 class UnfitError(Exception):
@@ -118,7 +124,7 @@ def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router
     if shared_gate is not None and bias is not None:
         bias = torch.cat((bias, torch.zeros(1).to(bias)))
     matrix = _packed_rows(rows, bias, arena)
-    x = _sample(24, weight.shape[1]).to(weight.dtype)
+    x = _sample(_ROUTED, weight.shape[1]).to(weight.dtype)
     outputs = module(x)
     if not isinstance(outputs, tuple) or len(outputs) != 3:
         raise UnfitError(f"{type(module).__name__} returns something else than three tensors")
@@ -167,7 +173,10 @@ def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
     top_groups = int(getattr(module, "topk_group", None) or 1)
     floor = float(getattr(module, "norm_min", 1e-20))
     scorings = (tables.SOFTMAX, tables.SOFTMAX_OF_CHOSEN, tables.SIGMOID)
-    for scoring, normalize, scale in product(scorings, (True, False), sorted(scales)):
+    of_groups = (2, 1) if groups > 1 else (2,)
+    for scoring, normalize, scale, of_group in product(
+        scorings, (True, False), sorted(scales), of_groups
+    ):
         yield replace(
             base,
             scoring=scoring,
@@ -177,6 +186,7 @@ def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
             correction=correction,
             groups=groups,
             top_groups=top_groups,
+            of_group=of_group,
         )
     jitter = getattr(module, "router_jitter_noise", None)
     if jitter is not None and base.top_k == 2:
@@ -192,7 +202,7 @@ def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
     if not hasattr(code, "apply_rotary_pos_emb"):
         raise UnfitError(f"{code.__name__} has no apply_rotary_pos_emb")
     q = _sample(1, 1, 1, head_dim)
-    cos, sin = rotary(q, torch.tensor([[5]]))
+    cos, sin = rotary_sides(rotary, q, torch.tensor([[5]]))
     wanted, _ = code.apply_rotary_pos_emb(q, q, cos, sin)
     for pairs, paired in product((cos.numel() // 2, cos.numel()), (False, True)):
         turned = q.reshape(-1).numpy().copy()
@@ -202,6 +212,15 @@ def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
             if _close(torch.from_numpy(turned), wanted.reshape(-1)):
                 return paired, pairs
     raise UnfitError("the rotary embedding turns in another way")
+
+
+def rotary_sides(rotary: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of positions, which some families have as complex numbers."""
+    sides = rotary(like, positions)
+    if isinstance(sides, Tensor) and sides.is_complex():
+        return sides.real, sides.imag
+    cos, sin = sides
+    return cos, sin
 
 
 def rotary_row(values: Tensor, pairs: int) -> F32:
@@ -238,11 +257,6 @@ def _read_layer(layer: Any, window: int, arena: Arena) -> Layer:
         f"a layer ({type(layer).__name__})",
     )
     attention = layer.self_attn
-    _only(
-        attention,
-        "q_proj k_proj v_proj o_proj q_norm k_norm rotary_emb rotary_fn",
-        f"attention ({type(attention).__name__})",
-    )
     name = "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
     block = getattr(layer, name)
     router = experts = None
@@ -261,6 +275,27 @@ def _read_layer(layer: Any, window: int, arena: Arena) -> Layer:
         experts = Experts(blocks=runner.blocks, shape=runner.shape)
     else:
         shared = _mlp(layer, name, arena)
+    read = _read_latent if hasattr(attention, "kv_b_proj") else _read_heads
+    return Layer(
+        **read(attention, arena),
+        norm=read_norm(layer.input_layernorm),
+        scaling=float(attention.scaling),
+        window=window,
+        residual=float(getattr(layer, "residual_multiplier", 1.0)),
+        ffn_norm=read_norm(layer.post_attention_layernorm),
+        router=router,
+        experts=experts,
+        shared=shared,
+    )
+
+
+def _read_heads(attention: Any, arena: Arena) -> dict[str, Any]:
+    """What attention with keys and values for its heads is to a layer."""
+    _only(
+        attention,
+        "q_proj k_proj v_proj o_proj q_norm k_norm rotary_emb rotary_fn",
+        f"attention ({type(attention).__name__})",
+    )
     head_dim = attention.head_dim
     q, k, v, o = (_matrix(attention, f"{x}_proj", arena) for x in "qkvo")
     clip = getattr(attention.config, "clip_qkv", None)
@@ -268,27 +303,92 @@ def _read_layer(layer: Any, window: int, arena: Arena) -> Layer:
         read_norm(module) if isinstance(module, nn.Module) else None
         for module in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
     ]
-    return Layer(
-        norm=read_norm(layer.input_layernorm),
-        q=q,
-        k=k,
-        v=v,
-        o=o,
-        heads=q.rows // head_dim,
-        kv_heads=k.rows // head_dim,
-        head_dim=head_dim,
-        scaling=float(attention.scaling),
-        q_norm=norms[0],
-        k_norm=norms[1],
-        sinks=_floats(getattr(attention, "sinks", None)),
-        window=window,
-        clip=float("inf") if clip is None else float(clip),
-        residual=float(getattr(layer, "residual_multiplier", 1.0)),
-        ffn_norm=read_norm(layer.post_attention_layernorm),
-        router=router,
-        experts=experts,
-        shared=shared,
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "o": o,
+        "heads": q.rows // head_dim,
+        "kv_heads": k.rows // head_dim,
+        "head_dim": head_dim,
+        "q_norm": norms[0],
+        "k_norm": norms[1],
+        "sinks": _floats(getattr(attention, "sinks", None)),
+        "clip": float("inf") if clip is None else float(clip),
+    }
+
+
+def _read_latent(attention: Any, arena: Arena) -> dict[str, Any]:
+    """What attention over a compressed cache is to a layer."""
+    _only(
+        attention,
+        "q_proj q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj",
+        f"attention ({type(attention).__name__})",
     )
+    rank, rope = int(attention.kv_lora_rank), int(attention.qk_rope_head_dim)
+    nope, value = int(attention.qk_nope_head_dim), int(attention.v_head_dim)
+    low_rank = getattr(attention, "q_b_proj", None) is not None
+    kv_b = _matrix(attention, "kv_b_proj", arena)
+    heads = kv_b.rows // (nope + value)
+    of_keys = attention.kv_b_proj.weight.view(heads, -1, rank)[:, :nope]
+    latent = Latent(
+        rank=rank,
+        rope=rope,
+        nope=nope,
+        value=value,
+        kv_norm=read_norm(attention.kv_a_layernorm),
+        absorb=_packed_rows(of_keys.transpose(1, 2).reshape(-1, nope), None, arena),
+        kv_b=kv_b,
+        q_norm=read_norm(attention.q_a_layernorm) if low_rank else None,
+        q_b=_matrix(attention, "q_b_proj", arena) if low_rank else None,
+    )
+    return {
+        "q": _matrix(attention, "q_a_proj" if low_rank else "q_proj", arena),
+        "k": _matrix(attention, "kv_a_proj_with_mqa", arena),
+        "o": _matrix(attention, "o_proj", arena),
+        "heads": heads,
+        "kv_heads": heads // math.gcd(heads, _HEADS_AN_ITEM),
+        "head_dim": rank + rope,
+        "latent": latent,
+    }
+
+
+class _LastKey:
+    """Stands for a compressed cache and keeps the key that it was given."""
+
+    key: Tensor
+
+    def update(self, latent: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.key = key
+        return latent, key
+
+
+def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, bool, int]:
+    """How the key of a compressed cache is turned, as the family's own code leaves it there.
+
+    Returns whether neighbours (or halves) are turned, whether they end up half a head apart, and
+    how many pairs there are.
+    """
+    x = _sample(1, 1, attention.kv_a_proj_with_mqa.in_features).to(attention.config.dtype)
+    position, cache = torch.tensor([[5]]), _LastKey()
+    attention(
+        x,
+        position_embeddings=rotary(x, position),
+        attention_mask=None,
+        past_key_values=cache,
+    )
+    wanted = cache.key.reshape(-1)
+    source = attention.kv_a_proj_with_mqa(x).reshape(-1)[rank:].float().numpy()
+    pairs = source.size // 2
+    cos, sin = (rotary_row(side, pairs) for side in rotary_sides(rotary, x, position))
+    for paired, apart in ((True, True), (True, False), (False, False)):
+        turned = source.copy()
+        kernels.rotate(turned, cos, sin, paired)
+        if apart:
+            turned = np.concatenate((turned[0::2], turned[1::2]))
+        if _close(torch.from_numpy(turned), wanted):
+            return paired, apart, pairs
+    raise UnfitError("the key of the compressed cache turns in another way")
 
 
 def read_decoder(model: Any) -> tuple[Decoder, int]:
@@ -318,7 +418,16 @@ def read_decoder(model: Any) -> tuple[Decoder, int]:
             _read_layer(layer, window, arena)
             for layer, window in zip(base.layers, windows, strict=True)
         ]
-        paired, pairs = read_rotary(model, base.rotary_emb, layers[0].head_dim)
+        if layers[0].latent is None:
+            paired, pairs = read_rotary(model, base.rotary_emb, layers[0].head_dim)
+        else:
+            paired, apart, pairs = _read_latent_rotary(
+                base.layers[0].self_attn, base.rotary_emb, layers[0].latent.rank
+            )
+            layers = [
+                replace(layer, latent=layer.latent and replace(layer.latent, apart=apart))
+                for layer in layers
+            ]
         decoder = Decoder(
             layers,
             norm=read_norm(base.norm),

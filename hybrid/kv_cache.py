@@ -28,6 +28,7 @@ class _SharedLayer(DynamicLayer):
     _tensors: tuple[Any, Any] = (None, None)
     _sequence: Sequence | None = None
     _index = 0
+    _key = 0
 
     @property
     def _packed(self) -> bool:
@@ -66,14 +67,23 @@ class _SharedLayer(DynamicLayer):
         self.__dict__.update(content)
         self._sequence, self._index = sequence, index
 
-    def pack(self, heads: int, dim: int, dtype: torch.dtype) -> None:
-        """Move the content into the strips."""
+    def pack(self, heads: int, dim: int, key: int, dtype: torch.dtype) -> None:
+        """Move the content into the strips.
+
+        A compressed cache has ``key`` numbers of a turned key beside its latent, which are the
+        tensors' values and keys; the strips hold both, key first, as keys and as values.
+        """
         assert self._sequence is not None
+        self._key = key
         if not self.is_initialized:
-            self.lazy_initialization(torch.empty(1, heads, 0, dim, dtype=dtype), torch.empty(0))
+            self.lazy_initialization(
+                torch.empty(1, heads, 0, dim - key, dtype=dtype), torch.empty(0)
+            )
         keys, values = self._tensors
         if keys.numel() == 0:
             keys = values = torch.empty(1, heads, 0, dim)
+        elif key:
+            keys = values = torch.cat((values, keys), dim=-1)
         self._sequence.kv.store(
             self._index, *(x[0].float().contiguous().numpy() for x in (keys, values))
         )
@@ -132,8 +142,8 @@ class Sequence:
             setattr(cache, _ATTRIBUTE, found)
         return found
 
-    def pack(self, shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
-        """Move everything into the strips; ``shapes`` are key-value heads and their size."""
+    def pack(self, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
+        """Move everything into the strips; ``shapes`` are :attr:`Layer.stored` of all layers."""
         for index in sorted(self.plain):
             self._layers[index].pack(*shapes[index], dtype)
 
@@ -152,6 +162,8 @@ class Sequence:
         """Return a layer's content as ``[1, H, T, dim]`` tensors."""
         keys, values = self.kv.read(index)
         layer = self._layers[index]
+        if layer._key:
+            keys, values = keys[:, :, layer._key :], keys[:, :, : layer._key]
         if layer.is_sliding:
             keys, values = (
                 x[:, max(0, x.shape[1] - layer.sliding_window + 1) :] for x in (keys, values)

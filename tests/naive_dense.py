@@ -72,6 +72,9 @@ def attention(
     checked here and then used, because what lies between two halves may be rounded to either.
     """
     seen, dim = norm(layer.norm, x), layer.head_dim
+    if layer.latent is not None:
+        return latent_attention(layer, seen, cos, sin, paired, past, kept, tolerance)
+    assert layer.v is not None
     q = heads(layer.q_norm, multiply(layer.q, seen), dim, layer.clip)
     k = heads(layer.k_norm, multiply(layer.k, seen), dim, layer.clip)
     v = heads(None, multiply(layer.v, seen), dim, layer.clip)
@@ -90,6 +93,52 @@ def attention(
         weights = softmax(scores)[: len(scores) - (layer.sinks is not None)]
         out.append(weights @ values[group, -window:])
     return layer.residual * multiply(layer.o, np.concatenate(out)), (keys, values)
+
+
+def latent_attention(
+    layer: Layer,
+    seen: F64,
+    cos: F64,
+    sin: F64,
+    paired: bool,
+    past: tuple[F64, F64],
+    kept: tuple[F64, F64],
+    tolerance: float,
+) -> tuple[F64, tuple[F64, F64]]:
+    """Keys and values of all heads made anew from the compressed cache, as the paper has it."""
+    latent = layer.latent
+    assert latent is not None
+
+    def turn(part: F64) -> F64:
+        if not latent.apart:
+            return rotate(part, cos, sin, paired)
+        turned = rotate(part, cos, sin, True)
+        return np.concatenate((turned[0::2], turned[1::2]))
+
+    q = multiply(layer.q, seen)
+    if latent.q_b is not None and latent.q_norm is not None:
+        q = multiply(latent.q_b, norm(latent.q_norm, q))
+    both = multiply(layer.k, seen)
+    own = np.concatenate((turn(both[latent.rank :]), norm(latent.kv_norm, both[: latent.rank])))
+    for found in kept:
+        np.testing.assert_allclose(found[0], own, rtol=2**-11 + tolerance, atol=tolerance)
+    cache = np.concatenate((past[0][0], kept[0]))
+    matrix = latent.kv_b
+    w = unpack(matrix.weight, matrix.rows, matrix.cols, matrix.format).astype(np.float64)
+    out = []
+    for head, query in enumerate(q.reshape(layer.heads, -1)):
+        mine = w.reshape(layer.heads, -1, latent.rank)[head]
+        keys = cache[:, latent.rope :] @ mine[: latent.nope].T
+        scores = keys @ query[: latent.nope] + cache[:, : latent.rope] @ turn(query[latent.nope :])
+        mixed = softmax(scores * layer.scaling) @ cache[:, latent.rope :]
+        if is_quantized(matrix.format):
+            mixed = round_activations(mixed.astype(np.float32)[None])[0].astype(np.float64)
+        out.append(mine[latent.nope :] @ mixed)
+    grown = tuple(
+        np.concatenate((before, mine[:, None]), axis=1)
+        for before, mine in zip(past, kept, strict=True)
+    )
+    return layer.residual * multiply(layer.o, np.concatenate(out)), (grown[0], grown[1])
 
 
 def route(router: Router, logits: F64) -> dict[int, float]:
@@ -114,7 +163,7 @@ def route(router: Router, logits: F64) -> dict[int, float]:
     choice = scores + (0 if router.correction is None else router.correction)
     if router.groups > 1:
         groups = choice.reshape(router.groups, -1)
-        worth = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+        worth = np.sort(groups, axis=1)[:, -router.of_group :].sum(axis=1)
         for group in np.argsort(worth)[: router.groups - router.top_groups]:
             groups[group] = -np.inf
         choice = groups.reshape(-1)

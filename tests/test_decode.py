@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ FAMILIES = [
     *("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "phimoe", "granitemoe", "gpt_oss"),
     *("glm4_moe", "ernie4_5_moe"),
 ]
+#: Families with a compressed cache, at sizes that every format takes; queries with and without
+#: compression, groups of experts chosen by one or two of each.
+COMPRESSED = {
+    "deepseek_v3": {"n_group": 4, "topk_group": 2},
+    "deepseek_v3 with plain queries": {"q_lora_rank": None, "rope_interleave": False},
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "deepseek_v2 with plain queries": {"q_lora_rank": None, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {},
+}
+RANKS = {"kv_lora_rank": 32, "q_lora_rank": 32}
 STORES = {"f32": ("f32", None), "q8_0": ("q8_0", "q8_0")}
 NEW_TOKENS = 20
 PROMPT = torch.tensor([[5, 9, 33, 21, 7, 80, 2]])
@@ -114,13 +125,15 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return model
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "store"), [*product(FAMILIES, STORES), *product(COMPRESSED, ["f32"])]
+)
 def test_a_family_decodes_as_transformers_does(
     family: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill and 20 tokens: the same tokens, the same logits, on the fast path."""
-    model = _load(family, tmp_path, store)
+    changes: dict[str, Any] = RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    model = _load(family.split()[0], tmp_path, store, **changes)
     tokens, logits = _greedy(model)
     path = install_fast_decode(model)
     assert path.fast, path.reason
@@ -133,6 +146,32 @@ def test_a_family_decodes_as_transformers_does(
     # the other side of a half, and from then on the two caches differ.
     assert distances[0] < 1e-3
     assert distances.max() < (5e-3 if store == "f32" else 0.2)
+
+
+@pytest.mark.parametrize("family", COMPRESSED)
+def test_quantized_products_of_a_compressed_cache(family: str, tmp_path: Path) -> None:
+    """Fed the same tokens, both paths' logits are as near as the roundings that differ let them.
+
+    transformers' code rounds every latent to int8 and then makes keys of it, ours rounds none.
+    """
+    changes = RANKS | COMPRESSED[family]
+    model = _load(family.split()[0], tmp_path, "q8_0", **changes)
+    tokens = _greedy(model)[0]
+    path = install_fast_decode(model)
+    assert path.fast, path.reason
+    logits = []
+    with torch.no_grad():
+        for forward in (model, model.slow):
+            cache = DynamicCache(config=model.config)
+            forward(input_ids=PROMPT, past_key_values=cache, use_cache=True)
+            steps = [
+                forward(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+                for at in range(PROMPT.shape[1], tokens.shape[1])
+            ]
+            logits.append(torch.cat([step.logits[:, -1] for step in steps]))
+    found, wanted = logits
+    distances = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert distances.median() < 0.08
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -220,8 +259,23 @@ def test_an_assistant_model(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted.count > 0
 
 
-def test_both_paths_take_turns_on_one_cache(qwen: Any) -> None:
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same with a compressed cache, whose keys and values differ in size."""
+    model = _load("deepseek_v3", tmp_path_factory.mktemp("compressed"), **RANKS)
+    assert install_fast_decode(model).fast
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "values"),
+    [("qwen", (1, 2, 24, 16), (1, 2, 24, 16)), ("compressed", (1, 1, 24, 32), (1, 1, 24, 8))],
+)
+def test_both_paths_take_turns_on_one_cache(
+    name: str, keys: Any, values: Any, request: pytest.FixtureRequest
+) -> None:
     """Single tokens, several at once, a crop, single tokens: as if computed in one piece."""
+    qwen = request.getfixturevalue(name)
     ids = torch.randint(0, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3))
     cache = DynamicCache(config=qwen.config)
     with torch.no_grad():
@@ -236,7 +290,8 @@ def test_both_paths_take_turns_on_one_cache(qwen: Any) -> None:
         for at in range(14, 24):
             part = qwen(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
             found.append(part.logits[0])
-    assert cache.layers[0].keys.shape == (1, 2, 24, 16)
+    assert cache.layers[0].keys.shape == keys
+    assert cache.layers[0].values.shape == values
     assert (torch.cat(found) - wanted).abs().max() < 1e-4 * wanted.std()
 
 
@@ -259,15 +314,15 @@ def test_calls_that_the_kernels_do_not_know(qwen: Any, monkeypatch: pytest.Monke
 
 
 def test_an_unfit_family_keeps_its_code_and_says_why(tmp_path: Path) -> None:
-    """Latent attention has no kernels: nothing stays replaced, the reason is kept."""
-    model = _load("deepseek_v3", tmp_path)
+    """A norm behind the experts has no kernel: nothing stays replaced, the reason is kept."""
+    model = _load("axk1", tmp_path)
     weight = model.lm_head.weight
     path = install_fast_decode(model)
     assert not path.fast
-    assert "kv_b_proj" in path.reason
+    assert "post_mlp_layernorm" in path.reason
     assert model.lm_head.weight is weight
     assert weight.shape == (VOCAB, 64)
-    assert str(path).startswith("transformers (attention (DeepseekV3Attention) has")
+    assert str(path).startswith("transformers (the experts' block (AXK1MoE) has")
 
 
 def test_a_wrong_result_is_found_and_told(

@@ -14,8 +14,8 @@ from cpu_experts import tables
 from cpu_experts.decoder import Decoder
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ExpertShape, pack_expert
-from cpu_experts.formats import pack
-from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router
+from cpu_experts.formats import pack, unpack
+from cpu_experts.layers import Experts, Latent, Layer, Matrix, Norm, Router
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 D, DIM, EXPERTS = 72, 16, 8
@@ -87,7 +87,9 @@ def _check(layer: Layer, past: int = 5, paired: bool = False, steps: int = 2) ->
     tolerance = 2e-4 if layer.q.format in ("f32", "bf16") else 2e-2
     pasts: list[Any] = []
     for index in range(2):
-        sides = (_draw(layer.kv_heads, past, DIM), _draw(layer.kv_heads, past, DIM))
+        count, dim, key = layer.stored
+        sides = (_draw(count, past, dim), _draw(count, past, dim))
+        sides = (sides[0],) * 2 if key else sides
         cache.store(index, *sides)
         pasts.append(tuple(side.astype(np.float16).astype(np.float64) for side in sides))
     logits = np.full(50, np.nan, np.float32)
@@ -195,12 +197,67 @@ def test_the_result_does_not_depend_on_threads() -> None:
     np.testing.assert_array_equal(*found)
 
 
+def _latent_layer(fmt: str = "f32", apart: bool = False, low_rank: bool = False) -> Layer:
+    """Four heads in two groups: 16 numbers of a key that do not turn, 12 that do, values of 32."""
+    heads, nope, rope, value, rank, narrow = 4, 16, 2 * PAIRS, 32, 48, 40
+    kv_b = _matrix(heads * (nope + value), rank, fmt)
+    w = unpack(kv_b.weight, kv_b.rows, rank, fmt).reshape(heads, -1, rank)[:, :nope]
+    absorbed = np.ascontiguousarray(w.swapaxes(1, 2)).reshape(-1, nope)
+    queries = heads * (nope + rope)
+    latent = Latent(
+        rank=rank,
+        rope=rope,
+        nope=nope,
+        value=value,
+        kv_norm=_norm(rank),
+        absorb=Matrix(weight=pack(absorbed, "f32"), rows=heads * rank, cols=nope, format="f32"),
+        kv_b=kv_b,
+        q_norm=_norm(narrow) if low_rank else None,
+        q_b=_matrix(queries, narrow, fmt) if low_rank else None,
+        apart=apart,
+    )
+    return _layer(
+        fmt,
+        heads=heads,
+        kv_heads=2,
+        head_dim=rank + rope,
+        latent=latent,
+        q=_matrix(narrow if low_rank else queries, D, fmt),
+        k=_matrix(rank + rope, D, fmt),
+        v=None,
+        o=_matrix(D, heads * value, fmt),
+    )
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_compressed_cache(apart: bool, low_rank: bool) -> None:
+    """Absorbed products give what keys and values made anew for every head give."""
+    _check(_latent_layer(apart=apart, low_rank=low_rank))
+    _check(_latent_layer(low_rank=low_rank), paired=True)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "q8_0", "q4_0"])
+def test_a_compressed_cache_in_every_format(fmt: str) -> None:
+    """Quantized products, and the part that stays float32."""
+    _check(_latent_layer(fmt, low_rank=True))
+
+
+@pytest.mark.parametrize("past", [0, 255, 700])
+def test_any_length_of_a_compressed_past(past: int) -> None:
+    """Several chunks of one key that two groups of heads see."""
+    if UNCOMPILED and past > 16:
+        pytest.skip("minutes in plain Python")
+    _check(_latent_layer(), past)
+
+
 ROUTERS = {
     "softmax": {},
     "normalized": {"normalize": True, "floor": 1e-20, "top_k": 3},
     "floor": {"normalize": True, "floor": 0.9},
     "softmax of chosen": {"scoring": tables.SOFTMAX_OF_CHOSEN},
     "sigmoid": {"scoring": tables.SIGMOID, "scale": 2.5, "correction": _draw(EXPERTS)},
+    "best of a group": {"groups": 4, "top_groups": 2, "of_group": 1, "scale": 16.0},
     "groups": {"scoring": tables.SIGMOID, "groups": 4, "top_groups": 2, "top_k": 3},
     "sparse mixer": {"scoring": tables.SPARSEMIXER, "jitter": 0.1},
     "all experts": {"top_k": EXPERTS},
@@ -231,6 +288,13 @@ def test_wrong_shapes_are_refused() -> None:
         replace(layer, heads=8)
     with pytest.raises(ShapeError, match="one format"):
         replace(layer, k=_matrix(32, D, "q8_0"))
+    compressed = _latent_layer()
+    with pytest.raises(ShapeError, match="compressed attention has"):
+        replace(compressed, heads=8)
+    with pytest.raises(ShapeError, match="no values"):
+        replace(compressed, v=compressed.k)
+    with pytest.raises(ShapeError, match="multiples of 16"):
+        replace(compressed.latent, nope=24)
     with pytest.raises(ShapeError, match="router and experts"):
         replace(layer, router=None)
     with pytest.raises(ShapeError, match="8 rows, the matrix has 50"):

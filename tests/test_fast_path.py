@@ -62,7 +62,7 @@ def _write(model: Any, ids: torch.Tensor = PROMPT, **options: Any) -> torch.Tens
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v2", "deepseek_v3"])
 def test_families_loaded_by_transformers(family: str, tmp_path: Path) -> None:
     """Nothing is tested at load; the first text is, and takes the path with the same tokens."""
     directory = _converted(family, tmp_path)

@@ -54,7 +54,7 @@ def _decoder(heads: int = 4, kv_heads: int = 2, paired: bool = False, **changes:
 
 
 def _sides(layer: Layer, tokens: int) -> list[np.ndarray]:
-    return [_draw(tokens, matrix.rows) for matrix in (layer.q, layer.k, layer.v)]
+    return [_draw(tokens, matrix.rows) for matrix in layer.projections]
 
 
 def _cache(decoder: Decoder, past: int) -> KeyValues:

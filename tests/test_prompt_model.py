@@ -126,3 +126,16 @@ def test_a_model_without_the_fast_path_tells_nothing() -> None:
     """It computes as it does; nobody is called."""
     with prompts_told(SimpleNamespace(), pytest.fail), prompt_bar(SimpleNamespace()):
         pass
+
+
+def test_prompts_of_a_compressed_cache(tmp_path: Path) -> None:
+    """Transformers' attention over the pieces: the logits of one prompt, and progress is told."""
+    model = _load("deepseek_v2", tmp_path)
+    assert install_fast_decode(model).fast
+    with torch.no_grad():
+        wanted = model.slow(input_ids=IDS, use_cache=True).logits[0]
+    told: list[PromptProgress] = []
+    with prompts_told(model, told.append):
+        found = _prompt(model)
+    assert [at.done for at in told] == [4, 8, 12, 16, 20, 22]
+    assert (found - wanted).abs().max() < 1e-4 * wanted.std()

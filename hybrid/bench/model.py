@@ -235,7 +235,8 @@ def _bytes_per_token(model: Any, context: float) -> int | None:
     total: float = fast.decoder.bytes_per_token()
     for layer in fast.decoder.layers:
         seen = min(context, layer.window) if layer.window else context
-        total += 2 * _HALF_BYTES * layer.kv_heads * layer.head_dim * seen
+        heads, dim, _ = layer.stored
+        total += 2 * _HALF_BYTES * heads * dim * seen
     return int(total)
 
 
