@@ -51,18 +51,23 @@ class DecodeTable:
         self.gpu_free_s = gpu_free_s
         self.link_free_s = link_free_s
         self._plans = {
-            (hits, misses): self._first_ids(hits, misses)
+            (hits, misses): self._first_ids(hits, misses, link_free_s)
             for hits in range(top_k + 1)
             for misses in range(top_k + 1 - hits)
         }
+        # The same where the link is busy for so long that no copy helps.
+        late_s = top_k * cost.cpu_s(load) + cost.cpu_start_s + gpu_free_s
+        self._uncopied = {
+            (hits, misses): self._first_ids(hits, misses, late_s) for hits, misses in self._plans
+        }
 
-    def _first_ids(self, hits: int, misses: int) -> LayerPlan:
+    def _first_ids(self, hits: int, misses: int, link_free_s: float) -> LayerPlan:
         """Plan the case with the hits as experts 0, 1, ... and the misses after them."""
         work = LayerWork(
             layer=0,
             loads=tuple((expert, self.load) for expert in range(hits + misses)),
             gpu_free_s=self.gpu_free_s,
-            link_free_s=self.link_free_s,
+            link_free_s=link_free_s,
         )
         return schedule(work, range(hits), self.cost)
 
@@ -96,14 +101,15 @@ class DecodeTable:
         if len(distinct) > 1:
             return schedule(work, hits, self.cost)
         (load,) = distinct
-        if (
-            len(work.loads) > self.top_k
-            or load != self.load
-            or work.gpu_free_s != self.gpu_free_s
-            or work.link_free_s != self.link_free_s
-        ):
+        if len(work.loads) > self.top_k or load != self.load or work.gpu_free_s != self.gpu_free_s:
             return self._exact(work, load, [*hits], [*misses])
-        found = self._plans[len(hits), len(misses)]
+        found, link_end_s = self._plans[len(hits), len(misses)], work.link_free_s
+        if link_end_s == self.link_free_s:
+            link_end_s = found.link_end_s
+        else:
+            found = self._uncopied[len(hits), len(misses)]
+            if link_end_s + self.cost.copy_s() + self.cost.gpu_s(load) < found.makespan_s:
+                return self._exact(work, load, [*hits], [*misses])
         experts = (*hits, *misses)
         return LayerPlan(
             work.layer,
@@ -112,7 +118,7 @@ class DecodeTable:
             tuple([experts[i] for i in found.copies]),
             found.cpu_end_s,
             found.gpu_end_s,
-            found.link_end_s,
+            link_end_s,
             found.lower_bound_s,
             found.method,
         )

@@ -300,11 +300,13 @@ def test_the_decode_table_gives_what_schedule_gives(hits, misses, gpu_free_s, li
     work = LayerWork(7, loads, gpu_free_s=0.5)
     assert table.plan(work, *split) == schedule(work, residency, cost)
     assert table.makespan_s(hits, misses) == schedule(work, residency, cost).makespan_s
-    elsewhere = replace(work, gpu_free_s=gpu_free_s, link_free_s=link_free_s)
-    plan = table.plan(elsewhere, *split)
-    plan.validate(elsewhere, residency)
-    best_s = schedule(elsewhere, residency, cost).makespan_s
-    assert plan.makespan_s == pytest.approx(best_s, rel=1e-12)
+    busy = replace(work, link_free_s=link_free_s)
+    for elsewhere in (busy, replace(busy, gpu_free_s=gpu_free_s)):
+        plan, best = table.plan(elsewhere, *split), schedule(elsewhere, residency, cost)
+        plan.validate(elsewhere, residency)
+        assert plan.makespan_s == pytest.approx(best.makespan_s, rel=1e-12)
+        assert len(plan.copies) == len(best.copies)
+        assert plan.link_end_s == pytest.approx(best.link_end_s, rel=1e-12)
     unequal = replace(work, loads=tuple((expert, 1 + expert % 3) for expert in sorted(chosen)))
     assert table.plan(unequal, *split).makespan_s == pytest.approx(
         schedule(unequal, residency, cost).makespan_s, rel=1e-12
