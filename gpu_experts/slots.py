@@ -126,11 +126,6 @@ class SlotTable:
             raise SlotError(f"layer {layer}, expert {expert} is in no slot")
         return held
 
-    def lookup(self, layer: int, expert: int) -> int | None:
-        """The expert's slot, loading or ready; None when it has none."""
-        held = self._held.get((layer, expert))
-        return None if held is None else held.slot
-
     def slots(self, layer: int, experts: Iterable[int]) -> list[int]:
         """The slots of experts, loading or ready.
 

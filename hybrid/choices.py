@@ -31,7 +31,7 @@ class Choice:
 
     def __init__(self, ids: Ids, factors: F32, experts: int) -> None:
         self.ids, self.factors = ids, factors
-        # Of a single token whose experts differ: their weights, in the order of the choice.
+        # Of a single token whose experts all differ: their weights.
         self._single: dict[int, float] | None = None
         self.loads: tuple[tuple[int, int], ...]
         self.weights: Sequence[float]

@@ -2,8 +2,9 @@
 
 A layer's step: wait for the router's answer, decide, give the device its copies and experts in the
 plan's order and what is worth copying ahead, compute the CPU's experts meanwhile, join. The host
-waits twice, for the router and at the join. Whatever the device does wrong, the layer's experts
-are computed on the CPU from the same weights, and generation goes on.
+waits twice, for the router and at the join: what nobody waits for (notes, learning, copies that
+are not urgent) is done while it waits for the next router. Whatever the device does wrong, the
+layer's experts are computed on the CPU from the same weights, and generation goes on.
 """
 
 from __future__ import annotations

@@ -109,12 +109,13 @@ class SlotMachine(RuleBasedStateMachine):
             for expert in range(EXPERTS):
                 entry = self.held.get((layer, expert))
                 assert ((layer, expert) in self.table) == (entry is not None)
-                slot = self.table.lookup(layer, expert)
                 state = self.table.state(layer, expert)
                 if entry is None:
-                    assert (slot, state) == (None, SlotState.FREE)
+                    assert state is SlotState.FREE
+                    with pytest.raises(SlotError, match=f"expert {expert} is in no slot"):
+                        self.table.slots(layer, [expert])
                 else:
-                    assert slot == entry["slot"]
+                    assert self.table.slots(layer, [expert]) == [entry["slot"]]
                     assert (state is SlotState.READY) == entry["ready"]
 
 
