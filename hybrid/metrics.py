@@ -48,6 +48,8 @@ class GenerationTimes:
         Why generation ended: ``"end token"``, ``"stop string"``, ``"max_new_tokens"``,
         ``"context full"``, ``"interrupted"``, or ``"end token or limit"`` where ids were asked
         for and transformers alone knows.
+    drawn
+        Whether tokens were drawn, as ``do_sample`` asks for, and not the likeliest ones.
     """
 
     sequences: int
@@ -56,6 +58,7 @@ class GenerationTimes:
     ttft_s: float | None
     decode_s: float
     ended: str
+    drawn: bool = False
 
     def figures(self) -> dict[str, Figure]:
         """Return the counts and rates that a user compares, by name."""

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from os import PathLike
 from typing import Any, overload
 
@@ -402,7 +403,8 @@ class HybridModel(Keepsakes):
             except Stopped:
                 return None
             finally:
-                self._times = watch.times()
+                drawn = bool(self._setting("do_sample", options))
+                self._times = replace(watch.times(), drawn=drawn)
 
     def _check_length(self, ids: torch.Tensor) -> None:
         tokens, context = ids.shape[-1], self.context

@@ -148,6 +148,30 @@ def compiled(
         yield Part("feed_forward", "", params, 1, 1, (seconds,))
 
 
+def drawing(
+    model: ModelSpec, scale: float, turns: Sequence[tuple[Sequence[Pass], Sequence[Pass]]]
+) -> Iterator[Part]:
+    """What drawing a token takes more than taking the likeliest one.
+
+    Parameters
+    ----------
+    model, scale
+        As of :func:`in_modules`.
+    turns
+        Single tokens that were the likeliest, and such that were drawn.
+    """
+    least_s = median(_around_s(step) for likeliest, _ in turns for step in likeliest)
+    drawn = [_around_s(step) for _, steps in turns for step in steps]
+    samples = tuple(scale * max(0.0, seconds - least_s) for seconds in drawn)
+    yield Part("sampling", "", model.head_params, 1, 1, samples)
+
+
+def _around_s(step: Pass) -> float:
+    """A step without its layers and head."""
+    inner = ("experts", "feed_forward")  # parts of a layer
+    return step.whole_s - sum(s for (name, _), s in step.spans.items() if name not in inner)
+
+
 def _by_variant(steps: Sequence[Pass]) -> dict[str, list[float]]:
     found = defaultdict[str, list[float]](list)
     for step in steps:

@@ -17,7 +17,7 @@ from hybrid.timeline import DECODE, PREFILL
 from planner.dryrun import OURS, estimates
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
-from planner.outcome import CPU
+from planner.outcome import CALL, CPU
 from planner.request import Request
 from planner.spec import Estimate, Source
 
@@ -64,6 +64,7 @@ def predict(
     prompt: int,
     tokens: int,
     loads: Sequence[Sequence[int]] | None = None,
+    drawn: bool = False,
 ) -> Prediction:
     """Predict a run on the CPU alone.
 
@@ -79,6 +80,8 @@ def predict(
         Tokens that each expert of each MoE layer got of the prompt, ``[L, E]``, where it is known,
         or ``[P * L, E]`` of its pieces, one after the other; otherwise they are made up as for
         ``hybrid plan``.
+    drawn
+        Whether tokens are drawn, as ``do_sample`` asks for, and not the likeliest ones.
 
     Raises
     ------
@@ -108,10 +111,15 @@ def predict(
             origin="as it was routed",
         )
     run = OURS.run(request, request.fit(), routing)
-    return Prediction(
+    found = Prediction(
         prompt=estimates(request.cost, run.prefill.terms, prompt),
         token=estimates(request.cost, run.decode_terms(), 1) if tokens > 1 else {},
     )
+    more = request.cost.sampling()
+    for terms in (found.prompt, found.token) if drawn and more.value else ():
+        if terms:
+            terms[CALL] += more
+    return found
 
 
 def predicted(
@@ -121,6 +129,7 @@ def predicted(
     *,
     threads: int | None = None,
     loads: Sequence[Sequence[int]] | None = None,
+    drawn: bool = False,
 ) -> Prediction | None:
     """Predict a run of a loaded model on this machine; None when it was not calibrated.
 
@@ -132,7 +141,7 @@ def predicted(
         Of the run.
     threads
         That it runs on.
-    loads
+    loads, drawn
         See :func:`predict`.
 
     Raises
@@ -153,6 +162,7 @@ def predicted(
         prompt=prompt_tokens,
         tokens=new_tokens,
         loads=loads,
+        drawn=drawn,
     )
 
 
@@ -192,7 +202,12 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
         return ()
     loads = prompt_loads(network) if times.prompt_tokens > 1 else None
     found = predicted(
-        network, times.prompt_tokens, times.new_tokens, threads=threads, loads=loads or None
+        network,
+        times.prompt_tokens,
+        times.new_tokens,
+        threads=threads,
+        loads=loads or None,
+        drawn=times.drawn,
     )
     if found is None:
         return ()

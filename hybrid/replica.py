@@ -34,6 +34,7 @@ from hybrid.parts import (
     Part,
     Pass,
     compiled,
+    drawing,
     in_modules,
 )
 from hybrid.prompt import PIECE
@@ -49,6 +50,8 @@ _STORE_BYTES = 3 << 29
 _PAGE = 4096
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
 _PLAIN = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
+"""How tokens are drawn: with all that most models' settings ask for."""
 _SETTLING = 2
 """Steps after a prompt that are not counted: the cache changes its layout in the first."""
 
@@ -157,16 +160,19 @@ class Replica:
         """Add to a part's time in the present pass."""
         self._recorder.spans[key] += seconds
 
-    def generate(self, prompt: int, new_tokens: int) -> list[Pass]:
-        """Generate after a random prompt; the first pass is the prompt's."""
+    def generate(self, prompt: int, new_tokens: int, *, draw: bool = False) -> list[Pass]:
+        """Generate after a random prompt, the likeliest tokens or drawn ones.
+
+        The first pass is the prompt's.
+        """
         ids = torch.randint(0, self.vocab, (1, prompt), generator=torch.Generator().manual_seed(1))
         self._recorder = Recorder()
         self.network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            do_sample=False,
             streamer=self._recorder,
+            **(_DRAWING if draw else {"do_sample": False}),
         )
         return self._recorder.passes
 
@@ -182,6 +188,17 @@ class Replica:
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
+
+    def draw(self, new_tokens: int, turns: int) -> Iterator[Part]:
+        """Generate likeliest and drawn tokens in turn; the first turn does not count."""
+        found = [
+            (
+                self.generate(_SETTLING, new_tokens)[1 + _SETTLING :],
+                self.generate(_SETTLING, new_tokens, draw=True)[1 + _SETTLING :],
+            )
+            for _ in range(1 + turns)
+        ]
+        yield from drawing(self.model, self.model.vocab / self.vocab, found[1:])
 
     def parts(self, runs: Mapping[int, list[list[Pass]]]) -> Iterator[Part]:
         """Turn generations into parts.

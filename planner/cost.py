@@ -240,6 +240,11 @@ class CostModel:
             found = constant(known)
         return Estimate(0.0, Source.ASSUMED) if found is None else found
 
+    def sampling(self) -> Estimate:
+        """Time that drawing a token takes more than taking the likeliest; 0 unless measured."""
+        found = self._calibrated("sampling", self.model.head_params, 1, 1)
+        return Estimate(0.0, Source.ASSUMED) if found is None else found
+
     def _calibrated(
         self, term: str, params: int, tokens: int, context: int, kind: str = ""
     ) -> Estimate | None:

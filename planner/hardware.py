@@ -122,7 +122,8 @@ class TermPoint:
     term
         One of ``TERMS``: ``attention`` (norms, router and residual sums included),
         ``feed_forward`` (shared experts, or the MLP of a layer without experts), ``head``,
-        ``call`` (what a step costs around its layers and head), and ``expert``: what one routed
+        ``call`` (what a step costs around its layers and head), ``sampling`` (what drawing a
+        token takes more than taking the likeliest one), and ``expert``: what one routed
         expert adds to a single token's layer where all layers are one compiled call.
     family
         The ``model_type`` whose code was measured.
@@ -130,7 +131,8 @@ class TermPoint:
         The attention's kind; empty elsewhere.
     params
         Weights of the part: of one layer's attention, of the layer's dense weights besides it,
-        of the head, of one expert; for ``call`` of the head, whose logits it handles.
+        of the head, of one expert; for ``call`` and ``sampling`` of the head, whose logits they
+        handle.
     format
         Their weight format.
     tokens, context
@@ -155,7 +157,7 @@ class TermPoint:
 
 PANELS = "panels"
 LANES = ("cpu", "gpu", "copy", PANELS)
-TERMS = ("attention", "feed_forward", "head", "call", "expert")
+TERMS = ("attention", "feed_forward", "head", "call", "sampling", "expert")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")
 _MAY_BE_ZERO = (

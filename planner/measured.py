@@ -20,7 +20,7 @@ from planner.hardware import TermPoint
 from planner.spec import Estimate, Source
 
 _Key = tuple[str, str, int, str]
-_OF_THE_HEAD = ("head", "call")
+_OF_THE_HEAD = ("head", "call", "sampling")
 
 
 class MeasuredTerms:
@@ -90,7 +90,7 @@ def _find(table: Mapping[_Key, list[TermPoint]], key: _Key) -> tuple[list[TermPo
     if term not in _OF_THE_HEAD or not params or not others:
         return [], 1.0
     nearest = min(others, key=lambda other: abs(math.log(max(1, other[2]) / params)))
-    return table[nearest], params / nearest[2] if term == "head" else 1.0
+    return table[nearest], 1.0 if term == "call" else params / nearest[2]
 
 
 def _growing(points: list[TermPoint], tokens: int) -> Estimate:
