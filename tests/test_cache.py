@@ -147,6 +147,20 @@ def test_blend_is_two_moving_averages():
     assert policy.value_one(0).tolist() == [0.0, 0.0, 0.0]
 
 
+def test_a_step_is_learned_before_its_layer_is_asked_for():
+    """Learning may be put off; whoever asks for values or evicts finds it done, in any layer."""
+    now, late = Blend(2, EXPERTS), ExpertCache(Blend(2, EXPERTS), [1, 1])
+    for layer, ids in ((0, [1, 2]), (1, [0, 5]), (0, [2, 3])):
+        late.step(layer, ids, [0.25, 0.75])
+        now.observe_one(layer, np.array(ids), np.array([0.25, 0.75]), 1)
+        for other in (1 - layer, layer):
+            np.testing.assert_array_equal(late.value(other), now.value_one(other))
+    late.admit(1, 0)
+    late.step(1, [4, 5], [0.5, 0.5])
+    late.step(0, [4, 5], [0.5, 0.5])
+    assert late.offer(1, 5) == (True, 0)
+
+
 def test_hits_by_capacity_is_exact_for_lru():
     """One pass gives what a replay gives at every capacity."""
     rng = np.random.default_rng(0)

@@ -200,6 +200,20 @@ def test_to_host_waits_for_computes_but_not_for_what_is_enqueued_meanwhile() -> 
     target.close()
 
 
+def test_lists_are_one_tokens_slots() -> None:
+    """A single token's slots and weights may be lists: the same sum as from arrays."""
+    target = device()
+    for slot in range(SLOTS):
+        target.copy(stamp(slot + 1), slot, "copy")
+    from_arrays, first = call(target, [2, 0])
+    from_lists = target.new_output(1)
+    second = target.compute(torch.zeros(1, 4), [2, 0], [1.0, 256.0], from_lists, [], "lists")
+    for event in (first, second):
+        event.wait(20)
+    assert from_lists.tolist() == from_arrays.tolist() == [[3.0 + 256.0] * 4]
+    target.close()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_capacity_is_enforced_and_reported(mode: str) -> None:
     """Slots beyond the capacity are refused with both numbers; opening again frees the old."""
@@ -400,6 +414,10 @@ def test_bad_arguments_are_named(mode: str) -> None:
         target.compute(x, zero, ones.astype(float), out, [], "compute")
     with pytest.raises(ShapeError, match=r"out is torch\.float16"):
         target.compute(x, zero, ones, out.half(), [], "compute")
+    with pytest.raises(ShapeError, match=r"\[0, 0\] and 2 weights for 1 tokens"):
+        target.compute(x, [0, 0], [1.0, 1.0], out, [], "compute")
+    with pytest.raises(ShapeError, match=r"\[0\] and 1 weights for 2 tokens"):
+        target.compute(torch.zeros(2, 4), [0], [1.0], target.new_output(2), [], "compute")
     target.close()
     with pytest.raises(DeviceFailedError, match="no slots"):
         target.copy(stamp(0), 0, "copy")

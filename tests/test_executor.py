@@ -139,6 +139,35 @@ def test_a_predictor_that_is_right_raises_the_hits(layers: list[Blocks]) -> None
     assert executor.director.prefetcher.prefetch_precision == 1.0
 
 
+def test_every_layers_idle_link_is_used_before_the_next_is_planned(
+    layers: list[Blocks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once or while the next router is waited for: copies are decided once for each layer."""
+    executor, calls = shared_executor(layers, 5), []
+    director, rng = executor.director, np.random.default_rng(15)
+    place, fill = director.place, director.fill
+
+    def placed(layer: int, *args: Any, **times: Any) -> Any:
+        calls.append(("place", layer))
+        return place(layer, *args, **times)
+
+    def filled(decision: Any, *args: Any) -> Any:
+        calls.append(("fill", decision.plan.layer))
+        return fill(decision, *args)
+
+    monkeypatch.setattr(director, "place", placed)
+    monkeypatch.setattr(director, "fill", filled)
+    for tokens in (1, 30, 1, 1):
+        for layer in range(LAYERS):
+            executor.run_layer(layer, *random_step(rng, tokens))
+        executor.end_step(0.0)
+    wanted = [
+        (name, layer) for _ in range(4) for layer in range(LAYERS) for name in ("place", "fill")
+    ]
+    assert wanted[: len(calls)] == calls
+    assert len(calls) >= len(wanted) - 1
+
+
 def test_warming_fills_the_slots_with_the_most_used(layers: list[Blocks]) -> None:
     """What is known of the experts' use decides what is resident before the first token."""
     uses = np.tile(np.arange(EXPERTS), (LAYERS, 1))
