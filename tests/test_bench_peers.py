@@ -49,9 +49,11 @@ def test_transformers_side_and_the_table(settings: dict[str, Any]) -> None:
         assert torch.isfinite(plain._model(input_ids=torch.arange(5)[None]).logits).all()
     case, notes = Case("decode", 6, 4, decode=True), []
     with peers._ours(settings, notes.append) as ours:
-        row = peers._compare(ours.model, plain, case, 3, notes.append)
+        row = peers._compare(ours.model, plain, case, 3, notes.append, threads=1)
     assert len(row["speedup_samples"]) == len(row["ours"]["samples_s"]) == 3
     assert row["theirs"]["tokens_per_s"] > 0
+    assert len(row["least_s"]["samples_s"]) == 3
+    assert row["most_speedup"] > row["speedup"]
     record = {
         "spec": "tiny",
         "layers": 12,

@@ -138,7 +138,7 @@ def _measure(
 ) -> dict[str, Any]:
     progress("loading")
     model, _ = load_fast_model(directory)
-    words = _memory_to_read(model)
+    words = memory_to_read(model)
     prefills: list[float] = []
     decodes: list[float] = []
     reads: list[float] = []
@@ -152,7 +152,7 @@ def _measure(
         _, ttft, decode = generate_once(model, prompt, generate)
         prefills.append(ttft)
         decodes.append(decode / (generate - 1))
-    per_token = _bytes_per_token(model, prompt + generate / 2)
+    per_token = bytes_per_token(model, prompt + generate / 2)
     rates = [None if per_token is None else per_token / seconds for seconds in decodes]
     fractions = [rate / read for rate, read in zip(rates, reads, strict=True) if rate is not None]
     progress("starting anew")
@@ -227,7 +227,7 @@ def generate_once(
     return start, clock.times[1] - start, clock.times[-1] - clock.times[1]
 
 
-def _bytes_per_token(model: Any, context: float) -> int | None:
+def bytes_per_token(model: Any, context: float) -> int | None:
     """Weights and cache that a decode step reads; None in transformers' own code."""
     fast = model.hybrid_fast.decoder
     if fast is None:
@@ -240,7 +240,8 @@ def _bytes_per_token(model: Any, context: float) -> int | None:
     return int(total)
 
 
-def _memory_to_read(model: Any) -> NDArray[np.uint64]:
+def memory_to_read(model: Any) -> NDArray[np.uint64]:
+    """Memory for streaming reads: the store's own pages where they are enough."""
     store = model.hybrid_store
     if store.index.nbytes >= _READ_BYTES:
         words: NDArray[np.uint64] = store.pages(_READ_BYTES).view(np.uint64)
