@@ -48,7 +48,7 @@ DECODED_AFTER = (8, 32, 128, 512, 2048)
 DECODED = 26
 """New tokens after those prompts."""
 DRAWN = 12
-"""New tokens that are drawn, and as many that are not."""
+"""New tokens that are drawn, and as many that are written, or neither."""
 TURNS = (3, 12)
 """Times that each prompt is run: the most only of small models, which take no time."""
 QUICK_S = 10.0
@@ -121,8 +121,8 @@ def calibrate(
         for runner in runners:
             runner.panels_from = found.experts[0].panels_from()
         runs, missing = _run(replica, budget.part(1.0 if model else 0.8), progress)
-        progress("drawing tokens")
-        parts = [*replica.parts(runs), *replica.draw(DRAWN, 2)]
+        progress("drawing and writing tokens")
+        parts = [*replica.parts(runs), *replica.asides(DRAWN, 2)]
         found.parts.append((wanted.model.family, wanted.experts, wanted.dense, parts))
         if missing:
             found.left_out.append(f"prompts of {', '.join(map(str, missing))}")

@@ -48,8 +48,9 @@ class GenerationTimes:
         Why generation ended: ``"end token"``, ``"stop string"``, ``"max_new_tokens"``,
         ``"context full"``, ``"interrupted"``, or ``"end token or limit"`` where ids were asked
         for and transformers alone knows.
-    drawn
-        Whether tokens were drawn, as ``do_sample`` asks for, and not the likeliest ones.
+    asides
+        ``"sampling"`` where tokens were drawn and not the likeliest ones, ``"text"`` where they
+        were written, too.
     """
 
     sequences: int
@@ -58,7 +59,7 @@ class GenerationTimes:
     ttft_s: float | None
     decode_s: float
     ended: str
-    drawn: bool = False
+    asides: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Figure]:
         """Return the counts and rates that a user compares, by name."""

@@ -403,8 +403,9 @@ class HybridModel(Keepsakes):
             except Stopped:
                 return None
             finally:
-                drawn = bool(self._setting("do_sample", options))
-                self._times = replace(watch.times(), drawn=drawn)
+                drawn, written = self._setting("do_sample", options), watch.text is not None
+                asides = [name for name, is_so in (("sampling", drawn), ("text", written)) if is_so]
+                self._times = replace(watch.times(), asides=tuple(asides))
 
     def _check_length(self, ids: torch.Tensor) -> None:
         tokens, context = ids.shape[-1], self.context

@@ -148,22 +148,27 @@ def compiled(
         yield Part("feed_forward", "", params, 1, 1, (seconds,))
 
 
-def drawing(
-    model: ModelSpec, scale: float, turns: Sequence[tuple[Sequence[Pass], Sequence[Pass]]]
-) -> Iterator[Part]:
-    """What drawing a token takes more than taking the likeliest one.
+def aside(
+    term: str,
+    model: ModelSpec,
+    scale: float,
+    turns: Sequence[tuple[Sequence[Pass], Sequence[Pass]]],
+) -> Part:
+    """What a step takes more around its layers and head where something is asked for besides.
 
     Parameters
     ----------
+    term
+        What is asked for.
     model, scale
-        As of :func:`in_modules`.
+        As of :func:`in_modules`; the scale is that of the term.
     turns
-        Single tokens that were the likeliest, and such that were drawn.
+        Single tokens without it, and with it.
     """
-    least_s = median(_around_s(step) for likeliest, _ in turns for step in likeliest)
-    drawn = [_around_s(step) for _, steps in turns for step in steps]
-    samples = tuple(scale * max(0.0, seconds - least_s) for seconds in drawn)
-    yield Part("sampling", "", model.head_params, 1, 1, samples)
+    least_s = median(_around_s(step) for without, _ in turns for step in without)
+    found = [_around_s(step) for _, steps in turns for step in steps]
+    samples = tuple(scale * max(0.0, seconds - least_s) for seconds in found)
+    return Part(term, "", model.head_params, 1, 1, samples)
 
 
 def _around_s(step: Pass) -> float:

@@ -64,7 +64,7 @@ def predict(
     prompt: int,
     tokens: int,
     loads: Sequence[Sequence[int]] | None = None,
-    drawn: bool = False,
+    asides: Sequence[str] = (),
 ) -> Prediction:
     """Predict a run on the CPU alone.
 
@@ -80,8 +80,9 @@ def predict(
         Tokens that each expert of each MoE layer got of the prompt, ``[L, E]``, where it is known,
         or ``[P * L, E]`` of its pieces, one after the other; otherwise they are made up as for
         ``hybrid plan``.
-    drawn
-        Whether tokens are drawn, as ``do_sample`` asks for, and not the likeliest ones.
+    asides
+        ``"sampling"`` where tokens are drawn and not the likeliest ones, ``"text"`` where they are
+        written, too.
 
     Raises
     ------
@@ -115,10 +116,12 @@ def predict(
         prompt=estimates(request.cost, run.prefill.terms, prompt),
         token=estimates(request.cost, run.decode_terms(), 1) if tokens > 1 else {},
     )
-    more = request.cost.sampling()
-    for terms in (found.prompt, found.token) if drawn and more.value else ():
-        if terms:
-            terms[CALL] += more
+    for name in asides:
+        more = request.cost.aside(name)
+        # The first token is there before it is written.
+        for terms in (found.token,) if name == "text" else (found.prompt, found.token):
+            if terms and more.value:
+                terms[CALL] += more
     return found
 
 
@@ -129,7 +132,7 @@ def predicted(
     *,
     threads: int | None = None,
     loads: Sequence[Sequence[int]] | None = None,
-    drawn: bool = False,
+    asides: Sequence[str] = (),
 ) -> Prediction | None:
     """Predict a run of a loaded model on this machine; None when it was not calibrated.
 
@@ -141,7 +144,7 @@ def predicted(
         Of the run.
     threads
         That it runs on.
-    loads, drawn
+    loads, asides
         See :func:`predict`.
 
     Raises
@@ -162,7 +165,7 @@ def predicted(
         prompt=prompt_tokens,
         tokens=new_tokens,
         loads=loads,
-        drawn=drawn,
+        asides=asides,
     )
 
 
@@ -207,7 +210,7 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
         times.new_tokens,
         threads=threads,
         loads=loads or None,
-        drawn=times.drawn,
+        asides=times.asides,
     )
     if found is None:
         return ()

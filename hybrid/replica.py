@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -24,7 +24,8 @@ from cpu_experts.formats import TILE, packed_bytes
 from cpu_experts.layers import Matrix
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
 from hybrid.decoder_parts import read_norm
-from hybrid.loading import load_fast_model
+from hybrid.demo import demo_path
+from hybrid.loading import load_fast_model, load_tokenizer
 from hybrid.parts import (
     ALONE,
     NO_HEAD,
@@ -33,11 +34,12 @@ from hybrid.parts import (
     WHOLE,
     Part,
     Pass,
+    aside,
     compiled,
-    drawing,
     in_modules,
 )
 from hybrid.prompt import PIECE
+from hybrid.textstream import TextStream
 from planner.cost import weight_bytes
 from planner.model import Layer, ModelSpec
 
@@ -52,6 +54,8 @@ _SHARED = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate"
 _PLAIN = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 """How tokens are drawn: with all that most models' settings ask for."""
+_TEXT = "for name, value in sorted(settings.items()):\n    print(name, value)\n"
+"""What is written, again and again: how long that takes depends on the text but little."""
 _SETTLING = 2
 """Steps after a prompt that are not counted: the cache changes its layout in the first."""
 
@@ -83,20 +87,21 @@ def shortened(
 class Recorder:
     """A streamer that cuts a generation into passes; others note what their parts took."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[], object] = lambda: None) -> None:
         self.passes: list[Pass] = []
+        self._write = write
         self.spans: defaultdict[tuple[str, int], float] = defaultdict(float)
         self._prompted = False
         self._last_s = time.perf_counter()
 
     def put(self, value: Any) -> None:
         """Note that a pass has ended; what comes first is the prompt itself."""
-        now_s = time.perf_counter()
         if not self._prompted:
             self._prompted = True
             self.spans.clear()
             return
-        self.passes.append(Pass(now_s - self._last_s, dict(self.spans)))
+        self._write()
+        self.passes.append(Pass(time.perf_counter() - self._last_s, dict(self.spans)))
         self.spans.clear()
         self._last_s = time.perf_counter()
 
@@ -135,6 +140,7 @@ class Replica:
         self.network.generation_config.pad_token_id = 0
         self.model = model
         self.vocab = int(settings["vocab_size"])
+        self._tokenizer = load_tokenizer(demo_path())
         modules = self.network.get_decoder().layers
         self.layers: tuple[Layer, ...] = model.layers[: len(modules)]
         self._shares = defaultdict[tuple[str, int], list[float]](list)
@@ -160,13 +166,15 @@ class Replica:
         """Add to a part's time in the present pass."""
         self._recorder.spans[key] += seconds
 
-    def generate(self, prompt: int, new_tokens: int, *, draw: bool = False) -> list[Pass]:
-        """Generate after a random prompt, the likeliest tokens or drawn ones.
+    def generate(
+        self, prompt: int, new_tokens: int, *, draw: bool = False, write: bool = False
+    ) -> list[Pass]:
+        """Generate after a random prompt, the likeliest tokens or drawn ones; also write them.
 
         The first pass is the prompt's.
         """
         ids = torch.randint(0, self.vocab, (1, prompt), generator=torch.Generator().manual_seed(1))
-        self._recorder = Recorder()
+        self._recorder = Recorder(self._writer()) if write else Recorder()
         self.network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -175,6 +183,12 @@ class Replica:
             **(_DRAWING if draw else {"do_sample": False}),
         )
         return self._recorder.passes
+
+    def _writer(self) -> Callable[[], object]:
+        """Something that writes a token at every call."""
+        stream = TextStream(self._tokenizer)
+        ids = cycle(self._tokenizer(_TEXT)["input_ids"])
+        return lambda: stream.put([next(ids)])
 
     def _watch(self, module: Any, key: tuple[str, int]) -> None:
         """Note what a module takes whenever transformers' code calls it."""
@@ -189,16 +203,16 @@ class Replica:
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
 
-    def draw(self, new_tokens: int, turns: int) -> Iterator[Part]:
-        """Generate likeliest and drawn tokens in turn; the first turn does not count."""
-        found = [
-            (
-                self.generate(_SETTLING, new_tokens)[1 + _SETTLING :],
-                self.generate(_SETTLING, new_tokens, draw=True)[1 + _SETTLING :],
-            )
-            for _ in range(1 + turns)
-        ]
-        yield from drawing(self.model, self.model.vocab / self.vocab, found[1:])
+    def asides(self, new_tokens: int, turns: int) -> Iterator[Part]:
+        """Generate with and without drawing and writing; the first turn does not count."""
+
+        def steps(**asked: bool) -> list[Pass]:
+            return self.generate(_SETTLING, new_tokens, **asked)[1 + _SETTLING :]
+
+        found = [(steps(), steps(draw=True), steps(write=True)) for _ in range(1 + turns)][1:]
+        scale = self.model.vocab / self.vocab
+        yield aside("sampling", self.model, scale, [(plain, drawn) for plain, drawn, _ in found])
+        yield aside("text", self.model, 1.0, [(plain, written) for plain, _, written in found])
 
     def parts(self, runs: Mapping[int, list[list[Pass]]]) -> Iterator[Part]:
         """Turn generations into parts.

@@ -240,9 +240,9 @@ class CostModel:
             found = constant(known)
         return Estimate(0.0, Source.ASSUMED) if found is None else found
 
-    def sampling(self) -> Estimate:
-        """Time that drawing a token takes more than taking the likeliest; 0 unless measured."""
-        found = self._calibrated("sampling", self.model.head_params, 1, 1)
+    def aside(self, term: str) -> Estimate:
+        """Time of ``"sampling"`` or ``"text"``, for each token; 0 unless measured."""
+        found = self._calibrated(term, self.model.head_params, 1, 1)
         return Estimate(0.0, Source.ASSUMED) if found is None else found
 
     def _calibrated(

@@ -122,8 +122,9 @@ class TermPoint:
     term
         One of ``TERMS``: ``attention`` (norms, router and residual sums included),
         ``feed_forward`` (shared experts, or the MLP of a layer without experts), ``head``,
-        ``call`` (what a step costs around its layers and head), ``sampling`` (what drawing a
-        token takes more than taking the likeliest one), and ``expert``: what one routed
+        ``call`` (what a step costs around its layers and head), what comes on top of that where
+        it is asked for, ``sampling`` (drawing a token instead of taking the likeliest one) and
+        ``text`` (writing it), and ``expert``: what one routed
         expert adds to a single token's layer where all layers are one compiled call.
     family
         The ``model_type`` whose code was measured.
@@ -131,8 +132,7 @@ class TermPoint:
         The attention's kind; empty elsewhere.
     params
         Weights of the part: of one layer's attention, of the layer's dense weights besides it,
-        of the head, of one expert; for ``call`` and ``sampling`` of the head, whose logits they
-        handle.
+        of the head, of one expert; for ``call`` and what comes on top of it, of the head.
     format
         Their weight format.
     tokens, context
@@ -157,7 +157,7 @@ class TermPoint:
 
 PANELS = "panels"
 LANES = ("cpu", "gpu", "copy", PANELS)
-TERMS = ("attention", "feed_forward", "head", "call", "sampling", "expert")
+TERMS = ("attention", "feed_forward", "head", "call", "sampling", "text", "expert")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")
 _MAY_BE_ZERO = (

@@ -20,7 +20,9 @@ from planner.hardware import TermPoint
 from planner.spec import Estimate, Source
 
 _Key = tuple[str, str, int, str]
-_OF_THE_HEAD = ("head", "call", "sampling")
+_OF_THE_HEAD = ("head", "call", "sampling", "text")
+_AS_LARGE = ("head", "sampling")
+"""What takes as long as the head is large."""
 
 
 class MeasuredTerms:
@@ -90,7 +92,7 @@ def _find(table: Mapping[_Key, list[TermPoint]], key: _Key) -> tuple[list[TermPo
     if term not in _OF_THE_HEAD or not params or not others:
         return [], 1.0
     nearest = min(others, key=lambda other: abs(math.log(max(1, other[2]) / params)))
-    return table[nearest], 1.0 if term == "call" else params / nearest[2]
+    return table[nearest], params / nearest[2] if term in _AS_LARGE else 1.0
 
 
 def _growing(points: list[TermPoint], tokens: int) -> Estimate:

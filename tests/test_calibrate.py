@@ -325,7 +325,7 @@ def test_calibrate_from_the_command_line(
     assert not covers(spec, subject(tiny_model, dense="q4_0"))
     assert not covers(spec, subject("OLMoE"))
     assert {term.term for term in spec.terms} == {
-        *("attention", "feed_forward", "head", "call", "sampling", "expert")
+        *("attention", "feed_forward", "head", "call", "sampling", "text", "expert")
     }
     assert {(t.tokens, t.context) for t in spec.terms if t.term == "attention"} >= {(2, 2), (8, 8)}
     assert sum(t.tokens == 1 for t in spec.terms if t.term == "attention") == 1

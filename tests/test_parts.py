@@ -15,8 +15,8 @@ from hybrid.parts import (
     WHOLE,
     Part,
     Pass,
+    aside,
     compiled,
-    drawing,
     in_modules,
 )
 from hybrid.replica import ROWS, shortened
@@ -37,7 +37,7 @@ def mixed_model() -> ModelSpec:
     return small_model(decoder_sparse_step=1, mlp_only_layers=[0], num_hidden_layers=4)
 
 
-def test_drawing_is_what_a_step_takes_more_around_its_layers() -> None:
+def test_asides_are_what_a_step_takes_more_around_its_layers() -> None:
     """Layers and head may differ from step to step; a larger vocabulary takes longer."""
     model = small_model()
 
@@ -47,12 +47,12 @@ def test_drawing_is_what_a_step_takes_more_around_its_layers() -> None:
 
     likeliest = [step(CALL_S, 1.0), step(CALL_S, 2.0)]
     turns = [(likeliest, [step(CALL_S + 0.5, 9.0)]), (likeliest, [step(CALL_S - 0.1, 3.0)])]
-    (part,) = drawing(model, 4.0, turns)
+    part = aside("sampling", model, 4.0, turns)
     assert (part.term, part.params) == ("sampling", model.head_params)
     assert part.samples == pytest.approx((2.0, 0.0))
     # In the one-token kernels whatever variant ran is not around the layers.
     kernels = Pass(CALL_S + 3.0, {(NO_HEAD, 0): 2.0, (ALONE, 0): 1.0})
-    (part,) = drawing(model, 1.0, [([kernels], [replace(kernels, whole_s=CALL_S + 3.25)])])
+    part = aside("text", model, 1.0, [([kernels], [replace(kernels, whole_s=CALL_S + 3.25)])])
     assert part.samples == pytest.approx((0.25,))
 
 

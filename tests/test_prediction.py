@@ -62,6 +62,7 @@ def test_a_calibrated_machine_predicts_what_it_measured() -> None:
             ("call", model.head_params, 4.0, {}),
             ("expert", experts.params_each, 0.5, {"format": "q4_0"}),
             ("sampling", 2 * model.head_params, 5.0, {}),
+            ("text", 2 * model.head_params, 7.0, {}),
         )
     )
     spec = replace(bare_machine(), terms=points)
@@ -69,9 +70,9 @@ def test_a_calibrated_machine_predicts_what_it_measured() -> None:
     assert {name: e.value for name, e in found.items() if e.value} == pytest.approx(
         {MIXER: 6.0, CPU: 6 * 4 * 0.5, HEAD: 3.0, CALL: 4.0}
     )
-    drawn = predict(model, spec, **FORMATS, prompt=2, tokens=2, drawn=True)
-    assert drawn.token[CALL].value == 4.0 + 5.0 / 2
-    assert drawn.prompt[CALL].value == 5.0 / 2
+    drawn = predict(model, spec, **FORMATS, prompt=2, tokens=2, asides=("sampling", "text"))
+    assert drawn.token[CALL].value == 4.0 + 5.0 / 2 + 7.0
+    assert drawn.prompt[CALL].value == 5.0 / 2, "the first token is there before it is written"
 
 
 def test_points_of_experts_count_in_prompts() -> None:
