@@ -19,9 +19,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from cpu_experts.decoder import Decoder
 from cpu_experts.formats import is_quantized
-from hybrid.decoder_parts import UnfitError, read_decoder, rotary_row, rotary_sides
+from hybrid.decoder_parts import read_decoder, rotary_row, rotary_sides
 from hybrid.kv_cache import Sequence
 from hybrid.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
+from hybrid.samples import UnfitError
 
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512

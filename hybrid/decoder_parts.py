@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cpu_experts import dense as kernels
-from cpu_experts import tables
 from cpu_experts.decoder import Decoder
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
-from cpu_experts.layers import Experts, Latent, Layer, Matrix, Norm, Router, fill_record
+from cpu_experts.layers import Experts, Latent, Layer, Matrix, Norm
 from hybrid.dense import (
     Arena,
     PackedMlp,
@@ -33,30 +31,11 @@ from hybrid.dense import (
     pack_tied,
     replace_module,
 )
+from hybrid.router_parts import read_router
+from hybrid.samples import UnfitError, close, floats, packed_rows, sample
 
-#: Tokens whose experts tell ways of choosing apart; few would not, where groups matter seldom.
-_ROUTED = 200
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
 _HEADS_AN_ITEM = 8
-
-
-class UnfitError(Exception):
-    """Why a model's decoder is none that the one-token kernels know."""
-
-
-def _floats(tensor: Tensor | None) -> F32 | None:
-    if tensor is None:
-        return None
-    return tensor.detach().float().reshape(-1).contiguous().numpy().copy()
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    tolerance = 2e-2 if wanted.dtype == torch.bfloat16 else 1e-4
-    return torch.allclose(found.float(), wanted.float(), rtol=tolerance, atol=tolerance)
-
-
-def _sample(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def _only(module: nn.Module, allowed: str, what: str) -> None:
@@ -71,15 +50,15 @@ def read_norm(module: Any) -> Norm:
     if eps is None or getattr(module, "weight", None) is None:
         raise UnfitError(f"{type(module).__name__} has no eps or no weight")
     weight = module.weight.detach()
-    x = _sample(3, weight.numel()).to(weight.dtype) * 2 + 1
+    x = sample(3, weight.numel()).to(weight.dtype) * 2 + 1
     wanted = module(x)
     bias = getattr(module, "bias", None)
     for offset, centered in product((0.0, 1.0), (False, True)):
         y = x.float() - (x.float().mean(-1, keepdim=True) if centered else 0)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (weight.float() + offset)
-        if _close(y if bias is None else y + bias.float(), wanted):
+        if close(y if bias is None else y + bias.float(), wanted):
             folded = np.ascontiguousarray((weight.float() + offset).numpy())
-            return Norm(weight=folded, eps=float(eps), bias=_floats(bias), centered=centered)
+            return Norm(weight=folded, eps=float(eps), bias=floats(bias), centered=centered)
     raise UnfitError(f"{type(module).__name__} is another norm")
 
 
@@ -97,100 +76,8 @@ def _matrix(owner: Any, name: str, arena: Arena) -> Matrix:
         rows=module.rows,
         cols=module.cols,
         format=module.weight_format,
-        bias=_floats(module.bias),
+        bias=floats(module.bias),
     )
-
-
-def _packed_rows(weight: Tensor, bias: Tensor | None, arena: Arena) -> Matrix:
-    rows, cols = weight.shape
-    linear = nn.Linear(cols, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    module = pack_linear(linear)
-    arena.move(module.packed)
-    return Matrix(
-        weight=module.packed.numpy(),
-        rows=rows,
-        cols=cols,
-        format=module.weight_format,
-        bias=_floats(bias),
-    )
-
-
-def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router:
-    """Return a router: the parameters that choose as the family's own code does."""
-    weight = module.weight.detach()
-    bias = getattr(module, "bias", None)
-    rows = weight if shared_gate is None else torch.cat((weight, shared_gate.detach().to(weight)))
-    if shared_gate is not None and bias is not None:
-        bias = torch.cat((bias, torch.zeros(1).to(bias)))
-    matrix = _packed_rows(rows, bias, arena)
-    x = _sample(_ROUTED, weight.shape[1]).to(weight.dtype)
-    outputs = module(x)
-    if not isinstance(outputs, tuple) or len(outputs) != 3:
-        raise UnfitError(f"{type(module).__name__} returns something else than three tensors")
-    logits, weights, ids = outputs
-    logits = torch.nn.functional.linear(x.float(), weight.float(), getattr(module, "bias", None))
-    wanted = _as_rows(ids, weights, weight.shape[0])
-    base = Router(
-        matrix=matrix,
-        experts=weight.shape[0],
-        top_k=ids.shape[-1],
-        gated_shared=shared_gate is not None,
-    )
-    for candidate in _router_candidates(module, base):
-        # In bfloat16 the family's own choice between near equals is a matter of rounding.
-        same = [_close(a, b) for a, b in zip(_choices(candidate, logits), wanted, strict=True)]
-        if sum(same) >= (len(same) if weight.dtype == torch.float32 else 0.8 * len(same)):
-            return candidate
-    raise UnfitError(f"{type(module).__name__} chooses in another way")
-
-
-def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    return torch.zeros(ids.shape[0], experts).scatter_(1, ids, weights.float())
-
-
-def _choices(router: Router, logits: Tensor) -> Tensor:
-    record = np.zeros(1, tables.ROUTER)
-    fill_record(record[0], router.record())
-    rows = []
-    for row in logits.detach().float().numpy():
-        ids = np.zeros(max(router.top_k, router.groups), np.int64)
-        weights = np.zeros(ids.size, np.float32)
-        scratch = np.zeros((2, router.experts), np.float32)
-        kernels.route(record[0], np.ascontiguousarray(row), ids, weights, scratch[0], scratch[1])
-        k = router.top_k
-        rows.append(
-            _as_rows(torch.from_numpy(ids[None, :k]), torch.from_numpy(weights[None, :k]), len(row))
-        )
-    return torch.cat(rows)
-
-
-def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
-    statics = getattr(module, "moe_statics", module)
-    correction = _floats(getattr(statics, "e_score_correction_bias", None))
-    scales = {1.0, float(getattr(module, "routed_scaling_factor", None) or 1.0)}
-    groups = int(getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1)
-    top_groups = int(getattr(module, "topk_group", None) or 1)
-    floor = float(getattr(module, "norm_min", 1e-20))
-    scorings = (tables.SOFTMAX, tables.SOFTMAX_OF_CHOSEN, tables.SIGMOID)
-    of_groups = (2, 1) if groups > 1 else (2,)
-    for scoring, normalize, scale, of_group in product(
-        scorings, (True, False), sorted(scales), of_groups
-    ):
-        yield replace(
-            base,
-            scoring=scoring,
-            normalize=normalize,
-            scale=scale,
-            floor=floor,
-            correction=correction,
-            groups=groups,
-            top_groups=top_groups,
-            of_group=of_group,
-        )
-    jitter = getattr(module, "router_jitter_noise", None)
-    if jitter is not None and base.top_k == 2:
-        yield replace(base, scoring=tables.SPARSEMIXER, jitter=float(jitter))
 
 
 def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
@@ -201,7 +88,7 @@ def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
     code = sys.modules[type(model).__module__]
     if not hasattr(code, "apply_rotary_pos_emb"):
         raise UnfitError(f"{code.__name__} has no apply_rotary_pos_emb")
-    q = _sample(1, 1, 1, head_dim)
+    q = sample(1, 1, 1, head_dim)
     cos, sin = rotary_sides(rotary, q, torch.tensor([[5]]))
     wanted, _ = code.apply_rotary_pos_emb(q, q, cos, sin)
     for pairs, paired in product((cos.numel() // 2, cos.numel()), (False, True)):
@@ -209,7 +96,7 @@ def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
         if 2 * pairs <= head_dim:
             angles = (rotary_row(cos, pairs), rotary_row(sin, pairs))
             kernels.rotate(turned, *angles, paired)
-            if _close(torch.from_numpy(turned), wanted.reshape(-1)):
+            if close(torch.from_numpy(turned), wanted.reshape(-1)):
                 return paired, pairs
     raise UnfitError("the rotary embedding turns in another way")
 
@@ -313,7 +200,7 @@ def _read_heads(attention: Any, arena: Arena) -> dict[str, Any]:
         "head_dim": head_dim,
         "q_norm": norms[0],
         "k_norm": norms[1],
-        "sinks": _floats(getattr(attention, "sinks", None)),
+        "sinks": floats(getattr(attention, "sinks", None)),
         "clip": float("inf") if clip is None else float(clip),
     }
 
@@ -337,7 +224,7 @@ def _read_latent(attention: Any, arena: Arena) -> dict[str, Any]:
         nope=nope,
         value=value,
         kv_norm=read_norm(attention.kv_a_layernorm),
-        absorb=_packed_rows(of_keys.transpose(1, 2).reshape(-1, nope), None, arena),
+        absorb=packed_rows(of_keys.transpose(1, 2).reshape(-1, nope), None, arena),
         kv_b=kv_b,
         q_norm=read_norm(attention.q_a_layernorm) if low_rank else None,
         q_b=_matrix(attention, "q_b_proj", arena) if low_rank else None,
@@ -369,7 +256,7 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
     Returns whether neighbours (or halves) are turned, whether they end up half a head apart, and
     how many pairs there are.
     """
-    x = _sample(1, 1, attention.kv_a_proj_with_mqa.in_features).to(attention.config.dtype)
+    x = sample(1, 1, attention.kv_a_proj_with_mqa.in_features).to(attention.config.dtype)
     position, cache = torch.tensor([[5]]), _LastKey()
     attention(
         x,
@@ -386,7 +273,7 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
         kernels.rotate(turned, cos, sin, paired)
         if apart:
             turned = np.concatenate((turned[0::2], turned[1::2]))
-        if _close(torch.from_numpy(turned), wanted):
+        if close(torch.from_numpy(turned), wanted):
             return paired, apart, pairs
     raise UnfitError("the key of the compressed cache turns in another way")
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hybrid.decode import FastDecoder, WrongError, build_decoder
-from hybrid.decoder_parts import UnfitError
 from hybrid.dense import restore_dense
 from hybrid.kv_cache import can_share
 from hybrid.prompt import OnPrompt
+from hybrid.samples import UnfitError
 
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
 _KNOWN = {
@@ -59,6 +59,7 @@ class DecodePath:
 
 
 UNTESTED = DecodePath(False, "not tested before the first text")
+SWITCHED_OFF = DecodePath(False, "switched off: fast=False")
 
 
 class _Snapshot:
@@ -211,7 +212,7 @@ class FastPath:
 def attach_fast_path(model: Any, *, fast: bool = True) -> None:
     """Give a model that transformers has loaded its fast path, as ``model.hybrid_fast``."""
     if not fast:
-        model.hybrid_fast = FastPath(DecodePath(False, "switched off: fast=False"))
+        model.hybrid_fast = FastPath(SWITCHED_OFF)
     elif not model.can_generate():
         model.hybrid_fast = FastPath(DecodePath(False, "the model does not generate text"))
     else:

@@ -1,0 +1,107 @@
+"""Reads a family's router: the parameters with which the kernels choose as its own code does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpu_experts import dense as kernels
+from cpu_experts import tables
+from cpu_experts.layers import Router, fill_record
+from hybrid.dense import Arena
+from hybrid.samples import UnfitError, close, floats, packed_rows, sample
+
+#: Tokens whose experts tell ways of choosing apart; few do not where there are groups of experts.
+_FEW, _ROUTED = 24, 200
+
+
+def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router:
+    """Return a router: the parameters that choose as the family's own code does."""
+    weight = module.weight.detach()
+    bias = getattr(module, "bias", None)
+    rows = weight if shared_gate is None else torch.cat((weight, shared_gate.detach().to(weight)))
+    if shared_gate is not None and bias is not None:
+        bias = torch.cat((bias, torch.zeros(1).to(bias)))
+    matrix = packed_rows(rows, bias, arena)
+    x = sample(_ROUTED, weight.shape[1]).to(weight.dtype)
+    outputs = module(x)
+    if not isinstance(outputs, tuple) or len(outputs) != 3:
+        raise UnfitError(f"{type(module).__name__} returns something else than three tensors")
+    logits, weights, ids = outputs
+    logits = torch.nn.functional.linear(x.float(), weight.float(), getattr(module, "bias", None))
+    wanted = _as_rows(ids, weights, weight.shape[0])
+    base = Router(
+        matrix=matrix,
+        experts=weight.shape[0],
+        top_k=ids.shape[-1],
+        gated_shared=shared_gate is not None,
+    )
+    # In bfloat16 the family's own choice between near equals is a matter of rounding.
+    share = 1.0 if weight.dtype == torch.float32 else 0.8
+    for candidate in _router_candidates(module, base):
+        some, more = slice(_FEW), slice(_FEW, None if candidate.groups > 1 else _FEW)
+        if all(_agreement(candidate, logits[part], wanted[part]) >= share for part in (some, more)):
+            return candidate
+    raise UnfitError(f"{type(module).__name__} chooses in another way")
+
+
+def _agreement(candidate: Router, logits: Tensor, wanted: Tensor) -> float:
+    """Share of tokens for which a router chooses and weighs as the family's code does."""
+    if not len(logits):
+        return 1.0
+    same = [close(a, b) for a, b in zip(_choices(candidate, logits), wanted, strict=True)]
+    return sum(same) / len(same)
+
+
+def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    return torch.zeros(ids.shape[0], experts).scatter_(1, ids, weights.float())
+
+
+def _choices(router: Router, logits: Tensor) -> Tensor:
+    record = np.zeros(1, tables.ROUTER)
+    fill_record(record[0], router.record())
+    rows = []
+    for row in logits.detach().float().numpy():
+        ids = np.zeros(max(router.top_k, router.groups), np.int64)
+        weights = np.zeros(ids.size, np.float32)
+        scratch = np.zeros((2, router.experts), np.float32)
+        kernels.route(record[0], np.ascontiguousarray(row), ids, weights, scratch[0], scratch[1])
+        k = router.top_k
+        rows.append(
+            _as_rows(torch.from_numpy(ids[None, :k]), torch.from_numpy(weights[None, :k]), len(row))
+        )
+    return torch.cat(rows)
+
+
+def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
+    statics = getattr(module, "moe_statics", module)
+    correction = floats(getattr(statics, "e_score_correction_bias", None))
+    scales = {1.0, float(getattr(module, "routed_scaling_factor", None) or 1.0)}
+    groups = int(getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1)
+    top_groups = int(getattr(module, "topk_group", None) or 1)
+    floor = float(getattr(module, "norm_min", 1e-20))
+    scorings = (tables.SOFTMAX, tables.SOFTMAX_OF_CHOSEN, tables.SIGMOID)
+    of_groups = (2, 1) if groups > 1 else (2,)
+    for scoring, normalize, scale, of_group in product(
+        scorings, (True, False), sorted(scales), of_groups
+    ):
+        yield replace(
+            base,
+            scoring=scoring,
+            normalize=normalize,
+            scale=scale,
+            floor=floor,
+            correction=correction,
+            groups=groups,
+            top_groups=top_groups,
+            of_group=of_group,
+        )
+    jitter = getattr(module, "router_jitter_noise", None)
+    if jitter is not None and base.top_k == 2:
+        yield replace(base, scoring=tables.SPARSEMIXER, jitter=float(jitter))
