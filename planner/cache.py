@@ -72,7 +72,7 @@ class Policy:
 
         The one of least value, among equals the lowest id.
         """
-        return min(candidates, key=self.value_one(layer).tolist().__getitem__)
+        return candidates[int(self.value_one(layer).take(candidates).argmin())]
 
     def admitted(self, layer: int, expert: int) -> None:
         """Learn that ``expert`` got a slot; most policies do not care."""
