@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from hybrid.decode import FastDecoder, WrongError, build_decoder
 from hybrid.dense import restore_dense
-from hybrid.kv_cache import can_share
+from hybrid.kv_cache import can_share, is_shared
 from hybrid.prompt import OnPrompt
 from hybrid.samples import UnfitError
 
@@ -71,6 +71,7 @@ class _Snapshot:
         self._hooks = [
             hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
+        self._forwards = [(vars(m), vars(m).get("forward")) for m in modules[1:]]
         self._tensors = [
             tensor
             for tensor in (*model.parameters(), *model.buffers())
@@ -85,6 +86,10 @@ class _Snapshot:
         """Whether modules and weights are those of then."""
         same = all(now == then for now, then in self._children)
         return same and self._count() == self._versions
+
+    def overridden(self) -> bool:
+        """Whether somebody has put a function in the place of a part's forward."""
+        return any(now.get("forward") is not then for now, then in self._forwards)
 
     def hooked(self) -> bool:
         """Whether somebody's code waits for the forward of a part."""
@@ -166,10 +171,8 @@ class FastPath:
         refusal = "arguments without names" if args else self._refusal(model, kwargs)
         if refusal is None:
             with self._lock:
-                if self._snapshot is not None and not self._snapshot.holds():
-                    self.release(model)
-                decoder = self.settle(model)
-                if decoder is not None:
+                decoder, refusal = self._current(model, kwargs)
+                if decoder is not None and refusal is None:
                     if can_share(kwargs["past_key_values"], len(decoder.decoder.layers)):
                         if kwargs["input_ids"].shape[1] == 1:
                             return decoder.forward(kwargs)
@@ -180,6 +183,22 @@ class FastPath:
             if torch.is_grad_enabled():  # packed weights have no gradients
                 self.release(model)
         return slow(*args, **kwargs)
+
+    def _current(
+        self, model: Any, arguments: dict[str, Any]
+    ) -> tuple[FastDecoder | None, str | None]:
+        """Return the decoder, read anew if the model is another by now, or why it is not used.
+
+        Looked at before prompts and before the first token that follows what others computed.
+        """
+        snapshot = self._snapshot
+        goes_on = is_shared(arguments["past_key_values"])
+        if snapshot is not None and (arguments["input_ids"].shape[1] > 1 or not goes_on):
+            if snapshot.overridden():
+                return self.decoder, "a part's forward that was replaced"
+            if not snapshot.holds():
+                self.release(model)
+        return self.settle(model), None
 
     def _refusal(self, model: Any, arguments: dict[str, Any]) -> str | None:
         """Why a call is not new tokens of one sequence and nothing special; None if it is."""

@@ -175,6 +175,11 @@ def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))[None].to(dtype)
 
 
+def is_shared(cache: DynamicCache) -> bool:
+    """Whether the kernels have taken a cache over before."""
+    return getattr(cache, _ATTRIBUTE, None) is not None
+
+
 def can_share(cache: Any, layers: int) -> bool:
     """Whether a cache is one sequence in ordinary layers, so that the kernels can take it over."""
     if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != layers:

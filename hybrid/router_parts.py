@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from cpu_experts import dense as kernels
 from cpu_experts import tables
 from cpu_experts.layers import Router, fill_record
 from hybrid.dense import Arena
-from hybrid.samples import UnfitError, close, floats, packed_rows, sample
+from hybrid.samples import UnfitError, floats, packed_rows, sample
 
 #: Tokens whose experts tell ways of choosing apart; few do not where there are groups of experts.
 _FEW, _ROUTED = 24, 200
@@ -33,8 +34,11 @@ def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router
     outputs = module(x)
     if not isinstance(outputs, tuple) or len(outputs) != 3:
         raise UnfitError(f"{type(module).__name__} returns something else than three tensors")
-    logits, weights, ids = outputs
-    logits = torch.nn.functional.linear(x.float(), weight.float(), getattr(module, "bias", None))
+    _, weights, ids = outputs
+    own = getattr(module, "bias", None)
+    logits = [linear(x.float(), weight.float(), None if own is None else own.float())]
+    if weight.dtype != torch.float32:  # families multiply in one or in the other
+        logits.append(linear(x, weight, own).float())
     wanted = _as_rows(ids, weights, weight.shape[0])
     base = Router(
         matrix=matrix,
@@ -43,20 +47,25 @@ def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router
         gated_shared=shared_gate is not None,
     )
     # In bfloat16 the family's own choice between near equals is a matter of rounding.
-    share = 1.0 if weight.dtype == torch.float32 else 0.8
+    share, tolerance = (1.0, 1e-4) if weight.dtype == torch.float32 else (0.8, 2e-2)
     for candidate in _router_candidates(module, base):
         some, more = slice(_FEW), slice(_FEW, None if candidate.groups > 1 else _FEW)
-        if all(_agreement(candidate, logits[part], wanted[part]) >= share for part in (some, more)):
-            return candidate
+        for found in logits:
+            if all(
+                _agreement(candidate, found[part], wanted[part], tolerance) >= share
+                for part in (some, more)
+            ):
+                return candidate
     raise UnfitError(f"{type(module).__name__} chooses in another way")
 
 
-def _agreement(candidate: Router, logits: Tensor, wanted: Tensor) -> float:
+def _agreement(candidate: Router, logits: Tensor, wanted: Tensor, tolerance: float) -> float:
     """Share of tokens for which a router chooses and weighs as the family's code does."""
     if not len(logits):
         return 1.0
-    same = [close(a, b) for a, b in zip(_choices(candidate, logits), wanted, strict=True)]
-    return sum(same) / len(same)
+    distances = (_choices(candidate, logits) - wanted).abs().amax(dim=1)
+    near = distances <= tolerance * (1 + wanted.abs().amax(dim=1))
+    return float(near.float().mean())
 
 
 def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:

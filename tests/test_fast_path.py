@@ -89,6 +89,14 @@ def test_the_demo_and_a_pipeline(demo: Path) -> None:
     assert texts[0] == texts[1]
 
 
+def test_the_demo_in_bfloat16(demo: Path) -> None:
+    """What transformers loads unless it is asked for another dtype."""
+    model = AutoModelForCausalLM.from_pretrained(demo)
+    assert model.dtype == torch.bfloat16
+    _write(model)
+    assert model.hybrid_fast.path.fast, model.hybrid_fast.path.reason
+
+
 def test_sampling_and_a_streamer(pair: Any) -> None:
     """One seed, one text, told token by token."""
 
@@ -298,6 +306,13 @@ def test_hooks_and_other_weights_are_seen(pair: Any) -> None:
     assert model.hybrid_fast.refused["hooks"]
     for handle in handles:
         handle.remove()
+    for each in pair:
+        norm = each.model.norm
+        norm.forward = lambda x, norm=norm: -type(norm).forward(norm, x)
+    assert torch.equal(_write(model), _write(plain))
+    assert model.hybrid_fast.refused["a part's forward that was replaced"]
+    for each in pair:
+        del each.model.norm.forward
     for change in (swap, write):
         before = _write(plain)
         for each in pair:
