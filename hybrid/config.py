@@ -8,8 +8,8 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cpu_experts.formats import FORMATS
+from hybrid.conversion.tensor_files import read_json
 from hybrid.errors import UsageError
-from hybrid.tensor_files import read_json
 
 QUANT_METHOD = "hybrid"
 DEFAULT_EXPERTS = "q4_0"

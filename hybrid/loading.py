@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid import host
-from hybrid.cache import converted_copy
 from hybrid.config import DEFAULT_EXPERTS, HybridConfig
-from hybrid.devices import (
+from hybrid.conversion.cache import converted_copy
+from hybrid.errors import CheckpointError, UsageError, first_line
+from hybrid.fast.attach import DecodePath
+from hybrid.sharing.devices import (
     Size,
     choose_device,
     dtype_on,
@@ -26,11 +28,9 @@ from hybrid.devices import (
     size_in_bytes,
     wants_vram,
 )
-from hybrid.errors import CheckpointError, UsageError, first_line
-from hybrid.fast_path import DecodePath
-from hybrid.placement import Budget, Placement, place_model
+from hybrid.sharing.placement import Budget, Placement, place_model
+from hybrid.sharing.timeline import Timeline
 from hybrid.slow_paths import has_native_bf16
-from hybrid.timeline import Timeline
 from planner.popularity import Popularity, read_popularity
 
 DEFAULT_CONTEXT = 4096

@@ -16,15 +16,15 @@ import numba
 import torch
 
 from hybrid import host
+from hybrid.calibration.prediction import begin_run
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.keepsakes import Keepsakes
+from hybrid.fast.prompt import prompts_told
 from hybrid.loading import load_model, load_tokenizer, set_threads
 from hybrid.metrics import GenerationTimes, RunReport
-from hybrid.placement import Placement
-from hybrid.prediction import begin_run
-from hybrid.prompt import prompts_told
 from hybrid.report import run_report
+from hybrid.sharing.keepsakes import Keepsakes
+from hybrid.sharing.placement import Placement
 from hybrid.textstream import TextStream, as_ids
 from hybrid.watch import OnText, Stopped, Watch
 
@@ -190,7 +190,7 @@ class HybridModel(Keepsakes):
             What transformers' ``generate`` takes: ``max_new_tokens``, ``do_sample``,
             ``temperature``, ``streamer``, ``stop_strings``, ``generation_config`` ...
             For text also ``on_text``, a function that is given every piece of text as soon
-            as it is certain. ``on_prompt`` is given a :class:`~hybrid.prompt.PromptProgress`
+            as it is certain. ``on_prompt`` is given a :class:`~hybrid.fast.prompt.PromptProgress`
             after every 512 tokens of the prompt, where the fast path computes it.
 
         Returns

@@ -21,8 +21,8 @@ from cpu_experts.formats import GROUP, TILE, U8, is_quantized, pad
 from cpu_experts.panels import widen
 from gpu_experts.layout import BlockLayout
 from gpu_experts.reference import gated
-from hybrid import calibrated
-from hybrid.calibrated import Identity
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
 from planner.hardware import PANELS, HardwareSpec
 
 _UNITS = ("amx_tile", "avx512_bf16")

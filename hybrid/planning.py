@@ -8,7 +8,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid import calibrated
+from hybrid.calibration import calibrated
 from hybrid.errors import UsageError
 from planner.dryrun import PlanResult, dry_run
 from planner.families import from_hf_config, from_table

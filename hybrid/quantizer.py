@@ -55,7 +55,7 @@ class HybridQuantizer(HfQuantizer):
         install_dense(model, index.dense, index.dense_format)
 
     def _converted(self, source: Path) -> Path:
-        from hybrid.cache import converted_copy
+        from hybrid.conversion.cache import converted_copy
 
         config = self.quantization_config
         config.experts = config.experts or DEFAULT_EXPERTS
@@ -68,7 +68,7 @@ class HybridQuantizer(HfQuantizer):
 
         from hybrid.experts import LayerExperts, experts_forward
         from hybrid.families import IMPLEMENTATION
-        from hybrid.fast_path import attach_fast_path
+        from hybrid.fast.attach import attach_fast_path
         from hybrid.panels import panels_from
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

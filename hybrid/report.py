@@ -6,10 +6,10 @@ from typing import Any
 
 from cpu_experts import simd
 from hybrid import host
+from hybrid.calibration.prediction import cpu_terms
 from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.panels import accelerated
-from hybrid.placement import Placement
-from hybrid.prediction import cpu_terms
+from hybrid.sharing.placement import Placement
 from hybrid.slow_paths import slow_paths
 
 

@@ -9,7 +9,7 @@ import numba
 import torch
 
 from cpu_experts import hostcpu, simd
-from hybrid.fast_path import SWITCHED_OFF, UNTESTED, FastPath
+from hybrid.fast.attach import SWITCHED_OFF, UNTESTED, FastPath
 from hybrid.metrics import SlowPath
 
 #: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).

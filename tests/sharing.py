@@ -13,11 +13,11 @@ from cpu_experts.ffn import run_experts
 from gpu_experts.emulated import EmulatedDevice
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
-from hybrid.dense_seconds import DenseSeconds
-from hybrid.devices import emulated_device
-from hybrid.executor import Executor
 from hybrid.planning import find_hardware
-from hybrid.residents import Opened
+from hybrid.sharing.dense_seconds import DenseSeconds
+from hybrid.sharing.devices import emulated_device
+from hybrid.sharing.executor import Executor
+from hybrid.sharing.residents import Opened
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hybrid import calibrated
 from hybrid.bench.model import _start, read_spec, run
 from hybrid.bench.random_model import check_room
-from hybrid.calibrated import Identity
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
 from hybrid.cli.bench import bench_app
 from hybrid.errors import DiskSpaceError, UsageError
 from hybrid.store import ExpertStore

@@ -15,17 +15,24 @@ import pytest
 import torch
 
 from cpu_experts.experts import ExpertShape
-from hybrid import calibrate as calibration
-from hybrid import calibrated, measure
-from hybrid.calibrate import covers, hardware_for
-from hybrid.calibrated import Identity
-from hybrid.calibrated_spec import Measured, to_spec
+from hybrid.calibration import calibrate as calibration
+from hybrid.calibration import calibrated, measure
+from hybrid.calibration.calibrate import covers, hardware_for
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.calibrated_spec import Measured, to_spec
+from hybrid.calibration.measure import (
+    LOADS,
+    Budget,
+    DiskTimes,
+    ExpertTimes,
+    disk_times,
+    expert_times,
+)
+from hybrid.calibration.measure_device import DeviceTimes, device_times
+from hybrid.calibration.parts import Part
+from hybrid.calibration.subject import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from hybrid.measure import LOADS, Budget, DiskTimes, ExpertTimes, disk_times, expert_times
-from hybrid.measure_device import DeviceTimes, device_times
-from hybrid.parts import Part
-from hybrid.subject import subject
 from planner.errors import SpecError
 from planner.spec import Source
 

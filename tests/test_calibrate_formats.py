@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hybrid import calibrate as calibration
 from hybrid.bench.random_model import write_random_model
-from hybrid.calibrate import covers, hardware_for
+from hybrid.calibration import calibrate as calibration
+from hybrid.calibration.calibrate import covers, hardware_for
+from hybrid.calibration.prediction import predicted
+from hybrid.calibration.subject import subject
 from hybrid.loading import load_fast_model, set_threads
-from hybrid.prediction import predicted
-from hybrid.subject import subject
 from planner.outcome import CALL, MIXER
 from test_calibrate import quick  # noqa: F401
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hybrid import calibrated
-from hybrid.calibrated import Identity, added, load, require, save
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity, added, load, require, save
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from planner.hardware import HardwareSpec, Point, TermPoint

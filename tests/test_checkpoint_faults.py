@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from checkpoints import WEIGHTS, edit_config, read_weights, write_weights
 from hybrid import HybridConfig
-from hybrid.checkpoint import convert
+from hybrid.conversion.checkpoint import convert
+from hybrid.conversion.expert_writer import _Block
 from hybrid.errors import (
     CheckpointError,
     DiskSpaceError,
@@ -28,7 +29,6 @@ from hybrid.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from hybrid.expert_writer import _Block
 from hybrid.store import DATA_NAME, INDEX_NAME
 
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"

@@ -14,9 +14,9 @@ import pytest
 
 import hybrid
 from hybrid import host
-from hybrid.cache import converted_copy
 from hybrid.cli import generation, main
 from hybrid.cli.app import COMMANDS
+from hybrid.conversion.cache import converted_copy
 from hybrid.errors import UsageError
 from hybrid.model import HybridModel
 from tiny_model import CONTEXT

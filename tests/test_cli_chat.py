@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from hybrid.cache import converted_copy
 from hybrid.cli import main
 from hybrid.cli.chat import talk
+from hybrid.conversion.cache import converted_copy
 from hybrid.errors import UsageError
 from hybrid.model import HybridModel
 from tiny_model import CONTEXT, TEMPLATE

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import hybrid.decode
-from hybrid.checkpoint import convert
+import hybrid.fast.decode
 from hybrid.config import HybridConfig
+from hybrid.conversion.checkpoint import convert
 from hybrid.dense import QuantizedEmbedding
-from hybrid.fast_path import DecodePath, attach_fast_path
+from hybrid.fast.attach import DecodePath, attach_fast_path
 from hybrid.model import HybridModel
 from tiny_families import VOCAB, families, tiny_config
 
@@ -330,7 +330,7 @@ def test_a_wrong_result_is_found_and_told(
 ) -> None:
     """A decoder that computes something else (its scores unscaled) is not used."""
     model = _load("qwen3_moe", tmp_path)
-    read = hybrid.decode.read_decoder
+    read = hybrid.fast.decode.read_decoder
 
     def misread(model: Any) -> Any:
         model.model.layers[1].self_attn.scaling *= 2
@@ -338,7 +338,7 @@ def test_a_wrong_result_is_found_and_told(
         model.model.layers[1].self_attn.scaling /= 2
         return decoder
 
-    monkeypatch.setattr(hybrid.decode, "read_decoder", misread)
+    monkeypatch.setattr(hybrid.fast.decode, "read_decoder", misread)
     path = install_fast_decode(model)
     assert not path.fast
     assert "a layer differs from transformers' by" in path.reason

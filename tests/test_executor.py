@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from gpu_experts.layout import BlockLayout
-from hybrid.choices import Choice
-from hybrid.devices import emulated_device
-from hybrid.executor import Executor
-from hybrid.timeline import DECODE, PREFILL, Timeline
+from hybrid.sharing.choices import Choice
+from hybrid.sharing.devices import emulated_device
+from hybrid.sharing.executor import Executor
+from hybrid.sharing.timeline import DECODE, PREFILL, Timeline
 from planner.popularity import Popularity, informed
 from sharing import (
     EXPERTS,

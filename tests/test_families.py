@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cpu_experts.experts import pack_expert, unpack_expert
 from cpu_experts.formats import round_activations
 from hybrid import HybridConfig
-from hybrid.checkpoint import convert
+from hybrid.conversion.checkpoint import convert
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.errors import UnsupportedModelError
 from hybrid.families import ExpertsSpec, find_experts

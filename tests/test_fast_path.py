@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hybrid.checkpoint import convert
 from hybrid.config import HybridConfig
+from hybrid.conversion.checkpoint import convert
 from hybrid.demo import demo_path
-from hybrid.fast_path import UNTESTED
+from hybrid.fast.attach import UNTESTED
 from hybrid.slow_paths import slow_paths
 from test_decode import FAMILIES, PROMPT, _greedy, _save, half_precision_caches
 

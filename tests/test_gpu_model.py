@@ -16,14 +16,15 @@ import torch
 from fake_cuda import FakeRuntime
 from gpu_experts import cuda, kernels
 from gpu_experts.cuda import CudaDevice
-from hybrid import calibrated, devices
-from hybrid.calibrated import Identity
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
-from hybrid.placement import Budget, Placement, place_model
 from hybrid.planning import find_hardware
+from hybrid.sharing import devices
+from hybrid.sharing.placement import Budget, Placement, place_model
 from planner.memory import STAGING
 from test_calibrate import quick  # noqa: F401
 from test_sharing_model import GREEDY, PROMPT, _dense_bytes

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from hybrid.bench import lookahead as bench
-from hybrid.discovery import LayerView, RouterView
 from hybrid.errors import UsageError
-from hybrid.hitrates import HitRates
-from hybrid.lookahead import Lookahead
-from hybrid.scaling import Scaling
-from hybrid.selection import Selection, find_selection
+from hybrid.lookahead.discovery import LayerView, RouterView
+from hybrid.lookahead.hitrates import HitRates
+from hybrid.lookahead.predictor import Lookahead
+from hybrid.lookahead.scaling import Scaling
+from hybrid.lookahead.selection import Selection, find_selection
 
 LAYERS, EXPERTS, TOP_K, SIZE = 5, 12, 3, 16
 Ids = NDArray[np.int64]

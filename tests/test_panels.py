@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-import hybrid.measure
+import hybrid.calibration.measure
 import hybrid.panels
 import naive
 from cpu_experts.errors import FormatError, ShapeError
 from cpu_experts.experts import ExpertShape, pack_expert, unpack_expert
 from cpu_experts.formats import pack, unpack
 from cpu_experts.panels import widen
-from hybrid import calibrated
-from hybrid.calibrated import Identity
-from hybrid.checkpoint import convert
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.measure import Budget, layer_times
+from hybrid.conversion.checkpoint import convert
 from hybrid.experts import compute_on_cpu
-from hybrid.measure import Budget, layer_times
 from hybrid.model import HybridModel
 from hybrid.panels import faster_from, least_load, panels_from, run_panels
 from planner.fields import read_table
@@ -197,7 +197,7 @@ def test_calibrating_measures_both(units: None, monkeypatch: pytest.MonkeyPatch)
     shape, blocks = _experts(4, hidden=32, intermediate=32)
     both = layer_times([blocks], shape, 2, Budget(math.inf))
     assert both.panels.keys() == both.loads.keys() >= {1, 2, 512}
-    monkeypatch.setattr(hybrid.measure, "offered", lambda shape: False)
+    monkeypatch.setattr(hybrid.calibration.measure, "offered", lambda shape: False)
     one = layer_times([blocks], shape, 2, Budget(math.inf))
     assert one.panels == {}
     assert one.panels_from() is None

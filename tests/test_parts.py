@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybrid.parts import (
+from hybrid.calibration.parts import (
     ALONE,
     NO_HEAD,
     NO_SHARED,
@@ -19,7 +19,7 @@ from hybrid.parts import (
     compiled,
     in_modules,
 )
-from hybrid.replica import ROWS, shortened
+from hybrid.calibration.replica import ROWS, shortened
 from planner.families import from_hf_config
 from planner.model import ModelSpec
 from planner_examples import SMALL, small_model

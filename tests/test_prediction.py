@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hybrid import calibrated
 from hybrid.bench.model import generate_once
-from hybrid.calibrated import Identity
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.prediction import begin_run, predict, prompt_loads
+from hybrid.calibration.subject import subject
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.metrics import RunReport, Term
 from hybrid.model import HybridModel
-from hybrid.prediction import begin_run, predict, prompt_loads
-from hybrid.subject import subject
 from planner.cost import CostModel
 from planner.hardware import Point, TermPoint
 from planner.outcome import CALL, CPU, HEAD, MIXER

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache
 
-import hybrid.prompt
-from hybrid.prompt import Piece, PromptProgress, prompt_bar, prompts_told
+import hybrid.fast.prompt
+from hybrid.fast.prompt import Piece, PromptProgress, prompt_bar, prompts_told
 from test_decode import VOCAB, _greedy, _load, half_precision_caches, install_fast_decode
 
 __all__ = ["half_precision_caches"]  # applies to the tests here, too
@@ -31,8 +31,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid.prompt, "PIECE", 4)
-    monkeypatch.setattr(hybrid.prompt, "_LONG", 8)
+    monkeypatch.setattr(hybrid.fast.prompt, "PIECE", 4)
+    monkeypatch.setattr(hybrid.fast.prompt, "_LONG", 8)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_the_bar_is_shown_for_long_prompts_only(qwen: Any, monkeypatch: pytest.M
         _prompt(qwen)
     assert "reading the prompt" in screen.getvalue()
     assert "22 tokens" in screen.getvalue()
-    monkeypatch.setattr(hybrid.prompt, "_LONG", 100)
+    monkeypatch.setattr(hybrid.fast.prompt, "_LONG", 100)
     before = screen.getvalue()
     with prompt_bar(qwen, console):
         _prompt(qwen)

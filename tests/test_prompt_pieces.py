@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid import calibrate as calibration
-from hybrid.prediction import predict
-from hybrid.prompt import PIECE, in_pieces
+from hybrid.calibration import calibrate as calibration
+from hybrid.calibration.prediction import predict
+from hybrid.fast.prompt import PIECE, in_pieces
 from planner.cost import CostModel
 from planner.hardware import HardwareSpec, TermPoint
 from planner.measured import MeasuredTerms, pieces

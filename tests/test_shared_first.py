@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid.discovery import LayerView, SharedView, replaced_experts, survey
-from hybrid.shared_first import SharedFirst
+from hybrid.lookahead.discovery import LayerView, SharedView, replaced_experts, survey
+from hybrid.sharing.shared_first import SharedFirst
 from routed_models import DEPTH, KINDS, routed_model, stand_in, token_ids
 
 #: What the families call the shared experts that they compute after the routed ones.

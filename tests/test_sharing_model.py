@@ -14,12 +14,12 @@ import torch
 from gpu_experts.emulated import EmulatedDevice
 from hybrid.cli import main
 from hybrid.demo import demo_path
-from hybrid.devices import choose_device, emulated_device
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
-from hybrid.placement import Budget, Placement, place_model
 from hybrid.planning import find_hardware, plan
+from hybrid.sharing.devices import choose_device, emulated_device
+from hybrid.sharing.placement import Budget, Placement, place_model
 from hybrid.store import ExpertStore
 from planner.errors import PlannerError
 from planner.memory import STAGING, VRAM_RESERVE_BYTES

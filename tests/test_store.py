@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid.checkpoint import convert
+from hybrid.conversion.checkpoint import convert
 from hybrid.errors import StoreError
 from hybrid.store import (
     DATA_NAME,

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import hybrid.trace
+import hybrid.sharing.trace
 from hybrid.demo import demo_path
-from hybrid.discovery import replaced_experts
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
-from hybrid.trace import TraceRecorder
+from hybrid.lookahead.discovery import replaced_experts
+from hybrid.sharing.trace import TraceRecorder
 from planner.families import from_hf_config
 from planner.routing import from_trace, read_trace
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_recorded_or_written_is_said(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hybrid.trace.np, "savez_compressed", full)
+        patch.setattr(hybrid.sharing.trace.np, "savez_compressed", full)
         with pytest.raises(UsageError, match="No space left"):
             recorder.save(taken, overwrite=True)
     assert taken.read_bytes() == b"old"

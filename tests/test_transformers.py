@@ -17,7 +17,7 @@ from checkpoints import edit_config, in_fp8_blocks, read_weights, write_weights
 from cpu_experts.experts import ACTIVATIONS, ExpertShape, pack_expert, unpack_expert
 from cpu_experts.ffn import run_experts
 from hybrid import HybridConfig
-from hybrid.checkpoint import convert
+from hybrid.conversion.checkpoint import convert
 from hybrid.errors import UnsupportedModelError
 from hybrid.families import ExpertsSpec, find_experts, recognise_gating
 from tiny_families import families, tiny_config
@@ -87,7 +87,9 @@ def test_a_checkpoint_is_converted_into_the_cache(
     torch.testing.assert_close(logits(model), logits(eager), rtol=1e-5, atol=1e-5)
     assert model.config.quantization_config.store
     (first,) = copies()
-    monkeypatch.setattr("hybrid.cache.convert", lambda *a, **k: pytest.fail("converted twice"))
+    monkeypatch.setattr(
+        "hybrid.conversion.cache.convert", lambda *a, **k: pytest.fail("converted twice")
+    )
     load(experts="f32")
     monkeypatch.undo()
     assert first.startswith("tiny-")

@@ -21,15 +21,15 @@ from gpu_experts.device import Device
 from hybrid import host
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
 from hybrid.bench.stages import FORMAT, Run
-from hybrid.dense_seconds import DenseSeconds
-from hybrid.devices import dtype_on
-from hybrid.discovery import survey
+from hybrid.calibration.subject import Subject
 from hybrid.errors import UsageError, first_line
 from hybrid.loading import load_fast_model
-from hybrid.lookahead import Lookahead
-from hybrid.placement import RING_BYTES, move_dense, unfit
-from hybrid.shared_first import SharedFirst
-from hybrid.subject import Subject
+from hybrid.lookahead.discovery import survey
+from hybrid.lookahead.predictor import Lookahead
+from hybrid.sharing.dense_seconds import DenseSeconds
+from hybrid.sharing.devices import dtype_on
+from hybrid.sharing.placement import RING_BYTES, move_dense, unfit
+from hybrid.sharing.shared_first import SharedFirst
 from planner.cost import CostModel
 from planner.memory import STAGING, HostMemory, fit, in_words
 

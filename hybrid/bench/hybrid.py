@@ -16,14 +16,14 @@ from hybrid import host
 from hybrid.bench.record import provenance, spread
 from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
-from hybrid.calibrate import hardware_for
-from hybrid.devices import EMULATED_AS, choose_device, emulated_hardware
+from hybrid.calibration.calibrate import hardware_for
+from hybrid.calibration.subject import Subject, subject
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware
-from hybrid.subject import Subject, subject
-from hybrid.timeline import DECODE
+from hybrid.sharing.devices import EMULATED_AS, choose_device, emulated_hardware
+from hybrid.sharing.timeline import DECODE
 from planner.cost import CostModel, weight_bytes
 from planner.errors import TraceError
 from planner.hardware import HardwareSpec

@@ -19,9 +19,9 @@ from hybrid import host
 from hybrid.bench.record import provenance
 from hybrid.demo.corpus import stdlib_files
 from hybrid.demo.evaluate import windows
-from hybrid.discovery import replaced_experts
 from hybrid.errors import UsageError
-from hybrid.lookahead import DISTANCES, Lookahead
+from hybrid.lookahead.discovery import replaced_experts
+from hybrid.lookahead.predictor import DISTANCES, Lookahead
 from hybrid.model import HybridModel
 
 Ids = NDArray[np.integer[Any]]

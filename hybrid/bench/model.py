@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from hybrid import host
 from hybrid.bench.kernels import read_seconds
 from hybrid.bench.record import provenance, spread
+from hybrid.calibration.prediction import begin_run, predicted, prompt_loads
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
-from hybrid.prediction import begin_run, predicted, prompt_loads
 from planner.families import settings_of
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.

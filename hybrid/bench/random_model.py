@@ -20,14 +20,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import is_quantized, pack, packed_bytes
-from hybrid.checkpoint import converted_config, layout
+from hybrid.conversion.checkpoint import converted_config, layout
+from hybrid.conversion.tensor_files import INDEX_NAME
 from hybrid.dense import dense_matrices
 from hybrid.errors import DiskSpaceError
 from hybrid.families import find_experts
 from hybrid.pages import AlignedWriter
 from hybrid.store import DATA_NAME, StoreIndex, header_page
 from hybrid.store import INDEX_NAME as STORE_INDEX
-from hybrid.tensor_files import INDEX_NAME
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _FOREIGN = ("quantization_config", "architectures", "transformers_version", "_name_or_path")

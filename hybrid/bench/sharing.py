@@ -21,9 +21,9 @@ from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.bench.stages import Stage
 from hybrid.errors import UsageError
-from hybrid.executor import Executor
-from hybrid.residents import Opened
-from hybrid.timeline import Timeline
+from hybrid.sharing.executor import Executor
+from hybrid.sharing.residents import Opened
+from hybrid.sharing.timeline import Timeline
 from planner.baselines import all_cpu, on_demand, static_split
 from planner.cache import ExpertCache, Policy
 from planner.capacity import equal_capacities

@@ -19,9 +19,9 @@ from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import pad
 from gpu_experts.device import Device
 from gpu_experts.emulated import EmulatedDevice
-from hybrid.dense_seconds import DenseSeconds
-from hybrid.partners import Launcher
-from hybrid.residents import PackedLayer
+from hybrid.sharing.dense_seconds import DenseSeconds
+from hybrid.sharing.partners import Launcher
+from hybrid.sharing.residents import PackedLayer
 from hybrid.store import U8
 from planner.cost import CostModel
 from planner.memory import STAGING

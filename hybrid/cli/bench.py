@@ -271,7 +271,7 @@ def _prediction(result: dict[str, Any]) -> str:
     """Prefill and a token as they were predicted, and by how much that is off."""
     found = result["predicted"]
     if found is None:
-        from hybrid.calibrated import REMEDY
+        from hybrid.calibration.calibrated import REMEDY
 
         return f"nothing: {REMEDY}"
     texts = []

@@ -59,8 +59,8 @@ def calibrate(
 
     if out is not None and out.exists() and not force:
         raise UsageError(f"{out} exists", hint="choose another name, or add --force")
-    from hybrid.calibrate import LIMIT_S, hardware_for
-    from hybrid.calibrated import Identity, main_numbers
+    from hybrid.calibration.calibrate import LIMIT_S, hardware_for
+    from hybrid.calibration.calibrated import Identity, main_numbers
     from hybrid.cli.plan import write_file
     from planner.hardware import to_toml
 
@@ -121,8 +121,8 @@ class _Progress:
 
 def _gpu(name: str | None) -> Device | None:
     """Return the GPU to measure; None for the CPU alone."""
-    from hybrid.devices import choose_device
     from hybrid.errors import UsageError
+    from hybrid.sharing.devices import choose_device
 
     chosen = choose_device(name, None)
     if chosen == "emulated":

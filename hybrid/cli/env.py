@@ -14,7 +14,8 @@ import psutil
 import typer
 
 from cpu_experts import hostcpu
-from hybrid import __version__, calibrated, host
+from hybrid import __version__, host
+from hybrid.calibration import calibrated
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.paths import cache_dir

@@ -188,7 +188,7 @@ def load(model: str | None, **options: Any) -> HybridModel:
 
 def prompt_progress(model: HybridModel) -> AbstractContextManager[None]:
     """Show how far a long prompt is, on stderr."""
-    from hybrid.prompt import prompt_bar
+    from hybrid.fast.prompt import prompt_bar
 
     return prompt_bar(model.model)
 

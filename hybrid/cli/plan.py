@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hybrid import calibrated
+from hybrid.calibration import calibrated
 from hybrid.errors import UsageError
 from hybrid.paths import write_whole
 from hybrid.planning import find_hardware, find_model, resolve, shipped_names

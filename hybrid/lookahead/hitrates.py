@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.selection import Ids
+from hybrid.lookahead.selection import Ids
 
 F64 = NDArray[np.float64]
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from cpu_experts.errors import FormatError
 from cpu_experts.experts import ExpertShape
 from cpu_experts.formats import F32, GROUP, TILE, pack
+from hybrid.conversion.partial import Partial
+from hybrid.conversion.weight_map import WeightMap
 from hybrid.errors import CheckpointError
 from hybrid.families import ExpertsSpec
 from hybrid.pages import AlignedWriter
-from hybrid.partial import Partial
 from hybrid.store import DATA_NAME, LayerRecord, StoreIndex, header_page
-from hybrid.weight_map import WeightMap
 
 #: Values that are widened to float32 and quantized at a time: few enough to stay in the cache.
 _VALUES = 1 << 17

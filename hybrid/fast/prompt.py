@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cpu_experts.decoder import Decoder
-from hybrid.kv_cache import Sequence
+from hybrid.fast.kv_cache import Sequence
 
 #: Tokens of a prompt that are computed at a time.
 PIECE = 512

@@ -1,9 +1,10 @@
 """Measures this machine with the runtime's own code, for the planner to predict with.
 
-A replica of the wanted model's first layers runs prompts and single tokens (:mod:`hybrid.replica`);
-its routed experts run at all loads, the memory and the disk are read (:mod:`hybrid.measure`); the
-device is measured where one is given (:mod:`hybrid.measure_device`). Time is limited: what does
-not fit is left out, and named.
+A replica of the wanted model's first layers runs prompts and single tokens
+(:mod:`~hybrid.calibration.replica`); its routed experts run at all loads, the memory and the disk
+are read (:mod:`~hybrid.calibration.measure`); the device is measured where one is given
+(:mod:`~hybrid.calibration.measure_device`). Time is limited: what does not fit is left out, and
+named.
 """
 
 from __future__ import annotations
@@ -17,17 +18,25 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging as transformers_logging
 
 from cpu_experts.experts import ExpertShape
-from hybrid import calibrated, host
-from hybrid.calibrated import Identity
-from hybrid.calibrated_spec import Measured, to_spec
+from hybrid import host
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.calibrated_spec import Measured, to_spec
+from hybrid.calibration.measure import (
+    Budget,
+    Others,
+    bare_layers,
+    disk_times,
+    layer_times,
+    read_rates,
+)
+from hybrid.calibration.parts import Pass
+from hybrid.calibration.prediction import predicted
+from hybrid.calibration.replica import Replica, shortened
+from hybrid.calibration.subject import Subject, subject
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
-from hybrid.measure import Budget, Others, bare_layers, disk_times, layer_times, read_rates
-from hybrid.parts import Pass
 from hybrid.paths import cache_dir
-from hybrid.prediction import predicted
-from hybrid.replica import Replica, shortened
-from hybrid.subject import Subject, subject
 from planner.hardware import HardwareSpec
 
 if TYPE_CHECKING:
@@ -107,7 +116,7 @@ def calibrate(
         found = Measured(reads, disk_times(home, budget.part(0.1)))
         top_k = wanted.model.experts.top_k
         if device is not None:
-            from hybrid.measure_device import device_times
+            from hybrid.calibration.measure_device import device_times
 
             progress(f"measuring {device.name}")
             found.device = device_times(device, replica.runners(), top_k, budget.part(0.3))

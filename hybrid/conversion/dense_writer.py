@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from cpu_experts.formats import GROUP, is_quantized, pack, packed_bytes
-from hybrid.errors import CheckpointError
-from hybrid.expert_writer import Advance
-from hybrid.partial import Partial, sync
-from hybrid.source_formats import BlockDequantize, is_scale, scale_pattern
-from hybrid.tensor_files import (
+from hybrid.conversion.expert_writer import Advance
+from hybrid.conversion.partial import Partial, sync
+from hybrid.conversion.source_formats import BlockDequantize, is_scale, scale_pattern
+from hybrid.conversion.tensor_files import (
     INDEX_NAME,
     TensorPlan,
     plan_shards,
@@ -25,7 +24,8 @@ from hybrid.tensor_files import (
     shard_index,
     shard_names,
 )
-from hybrid.weight_map import Target, WeightMap
+from hybrid.conversion.weight_map import Target, WeightMap
+from hybrid.errors import CheckpointError
 
 #: Bytes of float32 that are handled at a time, about: few enough to stay in the cache.
 _CHUNK_BYTES = 1 << 20

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hybrid.decode import FastDecoder, WrongError, build_decoder
 from hybrid.dense import restore_dense
-from hybrid.kv_cache import can_share, is_shared
-from hybrid.prompt import OnPrompt
-from hybrid.samples import UnfitError
+from hybrid.fast.decode import FastDecoder, WrongError, build_decoder
+from hybrid.fast.kv_cache import can_share, is_shared
+from hybrid.fast.prompt import OnPrompt
+from hybrid.fast.samples import UnfitError
 
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
 _KNOWN = {

@@ -18,7 +18,7 @@ import torch
 
 from cpu_experts.experts import ExpertShape
 from gpu_experts.layout import BlockLayout
-from hybrid.measure import LOADS, Budget
+from hybrid.calibration.measure import LOADS, Budget
 from planner.cost import weight_bytes
 from planner.hardware import Gpu, Link, Point, Quantity
 from planner.spec import Source

@@ -16,7 +16,7 @@ from cpu_experts import dense as kernels
 from cpu_experts import tables
 from cpu_experts.layers import Router, fill_record
 from hybrid.dense import Arena
-from hybrid.samples import UnfitError, floats, packed_rows, sample
+from hybrid.fast.samples import UnfitError, floats, packed_rows, sample
 
 #: Tokens whose experts tell ways of choosing apart; few do not where there are groups of experts.
 _FEW, _ROUTED = 24, 200

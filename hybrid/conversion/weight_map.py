@@ -24,10 +24,10 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from hybrid.conversion.source_formats import BlockDequantize
+from hybrid.conversion.tensor_files import TensorReader
 from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.families import ExpertsSpec
-from hybrid.source_formats import BlockDequantize
-from hybrid.tensor_files import TensorReader
 
 #: An expert's matrices are read in pieces when they are larger than this.
 PIECE_BYTES = 16 << 20

@@ -1,7 +1,7 @@
 """What the fast path computes: new tokens of one sequence, into the kernels' own cache.
 
 One new token goes through the one-token kernels, several through transformers' layers with our
-attention (see :mod:`hybrid.prompt`). :mod:`hybrid.fast_path` says for which calls.
+attention (see :mod:`hybrid.fast.prompt`). :mod:`hybrid.fast.attach` says for which calls.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from cpu_experts.decoder import Decoder
 from cpu_experts.formats import is_quantized
-from hybrid.decoder_parts import read_decoder, rotary_row, rotary_sides
-from hybrid.kv_cache import Sequence
-from hybrid.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
-from hybrid.samples import UnfitError
+from hybrid.fast.decoder_parts import read_decoder, rotary_row, rotary_sides
+from hybrid.fast.kv_cache import Sequence
+from hybrid.fast.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
+from hybrid.fast.samples import UnfitError
 
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from hybrid import calibrated
-from hybrid.calibrated import Identity
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.subject import subject
 from hybrid.experts import LayerExperts
 from hybrid.metrics import WHOLE, GenerationTimes, Term
-from hybrid.subject import subject
-from hybrid.timeline import DECODE, PREFILL
+from hybrid.sharing.timeline import DECODE, PREFILL
 from planner.dryrun import OURS, estimates
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec

@@ -22,15 +22,11 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.config import DEFAULT_EXPERTS, QUANT_METHOD, HybridConfig, check_formats
-from hybrid.dense import dense_matrices
-from hybrid.dense_writer import DensePlan
-from hybrid.errors import CheckpointError, DiskSpaceError, UnsupportedModelError, UsageError
-from hybrid.expert_writer import write_experts
-from hybrid.families import ExpertsSpec, find_experts
-from hybrid.partial import Partial
-from hybrid.source_formats import source_quantizer
-from hybrid.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
-from hybrid.tensor_files import (
+from hybrid.conversion.dense_writer import DensePlan
+from hybrid.conversion.expert_writer import write_experts
+from hybrid.conversion.partial import Partial
+from hybrid.conversion.source_formats import source_quantizer
+from hybrid.conversion.tensor_files import (
     TensorReader,
     check_digests,
     identity,
@@ -38,7 +34,11 @@ from hybrid.tensor_files import (
     unreadable,
     weight_files,
 )
-from hybrid.weight_map import WeightMap
+from hybrid.conversion.weight_map import WeightMap
+from hybrid.dense import dense_matrices
+from hybrid.errors import CheckpointError, DiskSpaceError, UnsupportedModelError, UsageError
+from hybrid.families import ExpertsSpec, find_experts
+from hybrid.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
 
 #: Called with bytes written so far, bytes in all, and what is being written.
 Progress = Callable[[int, int, str], None]

@@ -24,14 +24,14 @@ from cpu_experts.ffn import run_experts
 from gpu_experts.checks import as_arrays
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
-from hybrid.choices import F32, Choice, Ids
 from hybrid.errors import bare, first_line
 from hybrid.experts import compute_on_cpu
 from hybrid.metrics import SlowPath
-from hybrid.partners import Ahead, Launcher, Predictor, Seconds
-from hybrid.residents import Opened, PackedLayer, Residents, Settle
-from hybrid.timeline import LayerRecord, Timeline
-from hybrid.usage import Usage
+from hybrid.sharing.choices import F32, Choice, Ids
+from hybrid.sharing.partners import Ahead, Launcher, Predictor, Seconds
+from hybrid.sharing.residents import Opened, PackedLayer, Residents, Settle
+from hybrid.sharing.timeline import LayerRecord, Timeline
+from hybrid.sharing.usage import Usage
 from planner.director import Decision, Director
 from planner.errors import PlannerError
 

@@ -31,8 +31,8 @@ from hybrid.dense import (
     pack_tied,
     replace_module,
 )
-from hybrid.router_parts import read_router
-from hybrid.samples import UnfitError, close, floats, packed_rows, sample
+from hybrid.fast.router_parts import read_router
+from hybrid.fast.samples import UnfitError, close, floats, packed_rows, sample
 
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
 _HEADS_AN_ITEM = 8

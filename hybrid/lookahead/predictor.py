@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hybrid.discovery import LayerView, RouterView, survey
 from hybrid.errors import UsageError
 from hybrid.families import ExpertsSpec
-from hybrid.hitrates import HitRates
-from hybrid.selection import Ids, Selection, ranking
+from hybrid.lookahead.discovery import LayerView, RouterView, survey
+from hybrid.lookahead.hitrates import HitRates
+from hybrid.lookahead.selection import Ids, Selection, ranking
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -123,7 +123,7 @@ class Lookahead:
         Parameters
         ----------
         model, specs
-            As for :func:`hybrid.discovery.survey`.
+            As for :func:`hybrid.lookahead.discovery.survey`.
         views
             Its result, where it is there already.
         sample

@@ -8,15 +8,15 @@ from datetime import datetime
 from statistics import median, pstdev
 from typing import TYPE_CHECKING
 
-from hybrid.calibrated import Identity
-from hybrid.measure import DiskTimes, ExpertTimes
-from hybrid.parts import Part
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.measure import DiskTimes, ExpertTimes
+from hybrid.calibration.parts import Part
 from planner.cost import weight_bytes
 from planner.hardware import PANELS, Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
 from planner.spec import Source
 
 if TYPE_CHECKING:
-    from hybrid.measure_device import DeviceTimes
+    from hybrid.calibration.measure_device import DeviceTimes
 
 COMMAND = "hybrid calibrate"
 DISTURBED = 0.05

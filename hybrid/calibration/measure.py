@@ -1,7 +1,7 @@
 """What this machine does in a second: reads, routed experts of any load, reads from the disk.
 
 Every function returns samples in seconds or rates, and takes the clock's word for it; what they
-mean to the planner is made of them in :mod:`hybrid.calibrate`.
+mean to the planner is made of them in :mod:`hybrid.calibration.calibrate`.
 """
 
 from __future__ import annotations

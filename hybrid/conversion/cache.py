@@ -8,9 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from hybrid.checkpoint import Source, convert
+from hybrid.conversion.checkpoint import Source, convert
+from hybrid.conversion.progress import conversion_progress
 from hybrid.paths import cache_dir
-from hybrid.progress import conversion_progress
 from hybrid.store import INDEX_NAME, StoreIndex
 
 

@@ -13,8 +13,8 @@ from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import F32, I32, U8, Device
 from gpu_experts.emulated import EmulatedDevice
-from hybrid import calibrated
-from hybrid.calibrated import Identity
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
 from hybrid.errors import UsageError
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware, parse_bytes
@@ -135,7 +135,7 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
         cpu = calibrated.load(Identity.of_this_machine(threads))
         like = find_hardware(EMULATED_AS)
         return like if cpu is None else emulated_hardware(cpu, like)
-    from hybrid.calibrate import hardware_for
+    from hybrid.calibration.calibrate import hardware_for
 
     return hardware_for(directory, device=device, threads=threads, progress=_say)
 

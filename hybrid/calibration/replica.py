@@ -23,10 +23,7 @@ from cpu_experts.decoder import Decoder
 from cpu_experts.formats import TILE, packed_bytes
 from cpu_experts.layers import Matrix
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
-from hybrid.decoder_parts import read_norm
-from hybrid.demo import demo_path
-from hybrid.loading import load_fast_model, load_tokenizer
-from hybrid.parts import (
+from hybrid.calibration.parts import (
     ALONE,
     NO_HEAD,
     NO_SHARED,
@@ -38,7 +35,10 @@ from hybrid.parts import (
     compiled,
     in_modules,
 )
-from hybrid.prompt import PIECE
+from hybrid.demo import demo_path
+from hybrid.fast.decoder_parts import read_norm
+from hybrid.fast.prompt import PIECE
+from hybrid.loading import load_fast_model, load_tokenizer
 from hybrid.textstream import TextStream
 from planner.cost import weight_bytes
 from planner.model import Layer, ModelSpec

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hybrid.choices import F32, Choice, Ids
 from hybrid.errors import UsageError, first_line
 from hybrid.metrics import SlowPath
-from hybrid.trace import TraceRecorder
+from hybrid.sharing.choices import F32, Choice, Ids
+from hybrid.sharing.trace import TraceRecorder
 
 
 class Usage:

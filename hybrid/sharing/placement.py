@@ -14,16 +14,16 @@ from gpu_experts.device import Device
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
-from hybrid.dense_seconds import DenseSeconds
-from hybrid.discovery import survey
 from hybrid.errors import UsageError, bare, first_line
-from hybrid.executor import Executor
 from hybrid.experts import LayerExperts
-from hybrid.lookahead import Lookahead
+from hybrid.lookahead.discovery import survey
+from hybrid.lookahead.predictor import Lookahead
 from hybrid.metrics import WHOLE, Figure, SlowPath, Term
-from hybrid.residents import Opened, Settle
-from hybrid.shared_first import SharedFirst
-from hybrid.timeline import DECODE, Timeline
+from hybrid.sharing.dense_seconds import DenseSeconds
+from hybrid.sharing.executor import Executor
+from hybrid.sharing.residents import Opened, Settle
+from hybrid.sharing.shared_first import SharedFirst
+from hybrid.sharing.timeline import DECODE, Timeline
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel

@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 
 from hybrid.errors import UsageError
-from hybrid.executor import Executor
 from hybrid.paths import write_whole
-from hybrid.placement import Placement
+from hybrid.sharing.executor import Executor
+from hybrid.sharing.placement import Placement
 from planner.perfetto import trace_events
 from planner.popularity import Popularity
 

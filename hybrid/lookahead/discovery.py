@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.families import ExpertsSpec
-from hybrid.scaling import Scaling, probe, same_numbers
-from hybrid.selection import F32, Ids, Selection, find_selection
+from hybrid.lookahead.scaling import Scaling, probe, same_numbers
+from hybrid.lookahead.selection import F32, Ids, Selection, find_selection
 
 #: Tokens of the dummy forward: enough to tell ways of choosing experts apart.
 TOKENS = 32

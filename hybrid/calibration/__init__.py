@@ -1,0 +1,1 @@
+"""What this machine does in a second, measured, and what follows for a model."""

@@ -1,0 +1,1 @@
+"""From a Hugging Face checkpoint to a directory with an expert store."""

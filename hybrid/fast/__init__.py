@@ -1,0 +1,1 @@
+"""The fast path of one sequence: compiled calls instead of transformers' layers."""

@@ -1,0 +1,1 @@
+"""What later layers will choose, before their routers are asked."""
