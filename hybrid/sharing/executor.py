@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numba
 import numpy as np
@@ -132,7 +131,6 @@ class Executor:
         self._turn = threading.Lock()
         self.usage = Usage(len(layers), len(layers[0].blocks), record_routing)
         self._unnoted: deque[tuple[LayerRecord, Ids, F32]] = deque()
-        self._put_off: Callable[[], None] | None = None
 
     @property
     def director(self) -> Director:
@@ -253,10 +251,9 @@ class Executor:
         decision = self._place(step, choice, routed_s)
         plan = decision.plan
         self._launch(step, choice, decision)
-        # Where the link would idle for a whole copy it gets more at once; else that can wait.
-        idle_s = plan.makespan_s - plan.link_end_s
-        urgent = bool(known) or idle_s >= self.director.cost.experts.copy_s()
-        at_once = urgent and not (plan.cpu and plan.link_end_s >= plan.cpu_end_s)
+        # What the link gets beyond the plan is decided after the CPU's experts, unless the link
+        # would idle by then.
+        at_once = not plan.cpu or plan.link_end_s < plan.cpu_end_s
         if at_once:
             self._fill(step, decision, routed_s, known)
         decided_s = time.perf_counter()
@@ -264,7 +261,7 @@ class Executor:
             own_ids, own_factors = as_arrays(*choice.among(plan.cpu, plan.cpu))
             run_experts(x, own_ids, own_factors, packed.blocks, packed.shape, step.cpu_out)
         cpu_end_s = time.perf_counter()
-        if urgent and not at_once:
+        if not at_once:
             self._fill(step, decision, routed_s, known)
         result = device.join(
             step.out,
@@ -285,8 +282,6 @@ class Executor:
         )
         self._unnoted.append((record, ids.copy(), factors.copy()))
         del step.x, step.out, step.cpu_out
-        if not urgent:
-            self._put_off = partial(self._fill, step, decision, routed_s)
         self._before_s = joined_s
         return result if hidden.ndim == 2 else result.view(hidden.shape)
 
@@ -300,9 +295,6 @@ class Executor:
         step.shared_s = self._seconds.shared(step.layer, step.tokens)
         numba.set_num_threads(self._threads)
         self.residents.land()
-        put_off, self._put_off = self._put_off, None
-        if put_off is not None:
-            put_off()
         self._catch_up()
 
     def _catch_up(self) -> None:
@@ -357,13 +349,12 @@ class Executor:
         what = f"layer {step.layer}: {which} experts {experts}"
         step.computes.append(step.device.compute(step.x, ids, factors, step.out, (), what))
 
-    def _fill(
-        self, step: _Step, decision: Decision, routed_s: float, known: Sequence[F32] = ()
-    ) -> None:
+    def _fill(self, step: _Step, decision: Decision, routed_s: float, known: Sequence[F32]) -> None:
         """Use the link's idle time until the next layers' experts start."""
         ahead = self._predict(step, known[0]) if known else ()
-        busy_s = max(decision.plan.link_end_s, time.perf_counter() - routed_s)
-        idle_s = decision.plan.makespan_s + step.mixer_s - busy_s
+        plan, now_s = decision.plan, time.perf_counter() - routed_s
+        busy_s = max(plan.link_end_s, decision.work.link_free_s, now_s)
+        idle_s = max(plan.makespan_s, now_s) + step.mixer_s - busy_s
         for fill in self.director.fill(decision, ahead, [idle_s]):
             step.copies.append(self.residents.admit(fill.admission))
 
@@ -425,7 +416,6 @@ class Executor:
         """Make sense again after something broke a layer off; forget everything if need be."""
         self._before_s = None
         self._unnoted.clear()
-        self._put_off = None
         try:
             if self._shared is not None:
                 self._shared.abandon()
@@ -440,6 +430,5 @@ class Executor:
     def _restart(self) -> None:
         """Begin with nothing resident."""
         assert self.device is not None
-        self._put_off = None
         opened = self._settle(self.slot_count)
         self.residents = Residents(self.device, self.layers, opened)
