@@ -142,7 +142,7 @@ def test_a_predictor_that_is_right_raises_the_hits(layers: list[Blocks]) -> None
 def test_every_layers_idle_link_is_used_before_the_next_is_planned(
     layers: list[Blocks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copies beyond the plan are decided once a layer, for all the time until the next's experts."""
+    """Copies beyond the plan are decided once a layer, for all the time until the next one."""
     executor, calls = shared_executor(layers, 5), []
     monkeypatch.setattr(executor._seconds, "mixer", lambda layer, tokens: 1.0)
     director, rng = executor.director, np.random.default_rng(15)
