@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,13 @@ class KeyValues:
         self.states = np.zeros(len(windows), STATE)
         self._windows = windows
         self._layers: list[_Layer | None] = [None] * len(windows)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Point to the buffers of a copy, which lie elsewhere than those it was copied from."""
+        self.__dict__.update(state)
+        for layer, buffers in enumerate(self._layers):
+            if buffers is not None:
+                self._point(layer, buffers)
 
     def length(self, layer: int) -> int:
         """How many positions the layer holds."""
@@ -116,15 +124,22 @@ class KeyValues:
         return buffers
 
     def _allocate(self, layer: int, heads: int, dim: int, needed: int) -> None:
-        if self.states[layer]["capacity"] >= needed:
+        old = self._layers[layer]
+        same = old is not None and (old.keys.shape[0], old.dim) == (heads, dim)
+        if same and self.states[layer]["capacity"] >= needed:
             return
         capacity = pad(needed + max(_STEP, needed // 4), _STEP)
         keys = np.zeros((heads, capacity // TILE, dim, TILE), np.uint16)
         values = np.zeros((heads, pad(dim, TILE) // TILE, capacity, TILE), np.uint16)
-        self._layers[layer] = _Layer(keys, values, dim)
+        self._layers[layer] = new = _Layer(keys, values, dim)
+        self._point(layer, new)
+        self.states[layer]["capacity"] = capacity
+
+    def _point(self, layer: int, buffers: _Layer) -> None:
+        """Tell the kernels where a layer's buffers lie."""
         state = self.states[layer]
-        state["keys"], state["values"] = keys.ctypes.data, values.ctypes.data
-        state["capacity"] = capacity
+        state["keys"] = buffers.keys.ctypes.data
+        state["values"] = buffers.values.ctypes.data
 
 
 def _widen(bits: NDArray[np.uint16]) -> F32:

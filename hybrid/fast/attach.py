@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from hybrid.dense import restore_dense
 from hybrid.fast.decode import FastDecoder, WrongError, build_decoder
-from hybrid.fast.kv_cache import can_share, is_shared
+from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt
 from hybrid.fast.samples import UnfitError
 
@@ -173,7 +173,7 @@ class FastPath:
             with self._lock:
                 decoder, refusal = self._current(model, kwargs)
                 if decoder is not None and refusal is None:
-                    if can_share(kwargs["past_key_values"], len(decoder.decoder.layers)):
+                    if can_share(kwargs["past_key_values"], decoder.form):
                         if kwargs["input_ids"].shape[1] == 1:
                             return decoder.forward(kwargs)
                         return decoder.prompt(kwargs, slow, self.on_prompt)
@@ -191,9 +191,9 @@ class FastPath:
 
         Looked at before prompts and before the first token that follows what others computed.
         """
-        snapshot = self._snapshot
-        goes_on = is_shared(arguments["past_key_values"])
-        if snapshot is not None and (arguments["input_ids"].shape[1] > 1 or not goes_on):
+        snapshot, decoder = self._snapshot, self.decoder
+        known = decoder is not None and goes_on(arguments["past_key_values"], decoder.form)
+        if snapshot is not None and (arguments["input_ids"].shape[1] > 1 or not known):
             if snapshot.overridden():
                 return self.decoder, "a part's forward that was replaced"
             if not snapshot.holds():

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from cpu_experts.decoder import Decoder
 from cpu_experts.formats import is_quantized
 from hybrid.fast.decoder_parts import read_decoder, rotary_row, rotary_sides
-from hybrid.fast.kv_cache import Sequence
+from hybrid.fast.kv_cache import CacheForm, Sequence
 from hybrid.fast.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
 from hybrid.fast.samples import UnfitError
 
@@ -61,7 +61,11 @@ class FastDecoder:
         self._dtype = model.dtype
         self._pairs = pairs
         self._scale = float(getattr(self._base, "embedding_multiplier", 1.0))
-        self._shapes = [layer.stored for layer in decoder.layers]
+        self.form = CacheForm(
+            shapes=tuple(layer.stored for layer in decoder.layers),
+            windows=tuple(layer.window for layer in decoder.layers),
+            dtype=model.dtype,
+        )
         latents = [layer.latent for layer in decoder.layers if layer.latent is not None]
         self.compressed = bool(latents)
         self.rounds_less = any(is_quantized(latent.kv_b.format) for latent in latents)
@@ -129,10 +133,7 @@ class FastDecoder:
 
     def packed(self, cache: DynamicCache) -> Sequence:
         """Return the sequence of a cache, its content in the kernels' layout."""
-        sequence = Sequence.of(cache, self.decoder.new_cache)
-        if sequence.plain:
-            sequence.pack(self._shapes, self._dtype)
-        return sequence
+        return Sequence.of(cache, self.form)
 
     def rotary(self, position: int) -> tuple[Any, Any]:
         """Return cosines and sines of a position, ``[pairs]`` float32 each."""

@@ -10,6 +10,7 @@ does with a cache (reordering, repeating, cropping) finds ordinary tensors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,76 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from cpu_experts.kv import KeyValues
 
-_ATTRIBUTE = "_hybrid_sequence"
+
+@dataclass(frozen=True, eq=False)
+class CacheForm:
+    """What one decoder keeps of a sequence; no two decoders have the same one.
+
+    Attributes
+    ----------
+    shapes
+        :attr:`cpu_experts.layers.Layer.stored` of every layer: heads, their size, and how much
+        of it is a compressed cache's key.
+    windows
+        For every layer how many positions its attention sees, 0 for all.
+    dtype
+        Of the tensors that transformers' code keeps.
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+    windows: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class _SharedLayer(DynamicLayer):
     """A layer of a :class:`DynamicCache` whose content may lie in a :class:`KeyValues`."""
 
-    _tensors: tuple[Any, Any] = (None, None)
-    _sequence: Sequence | None = None
-    _index = 0
-    _key = 0
+    _tensors: tuple[Any, Any]
+    _sequence: Sequence
+    _index: int
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer, sequence: Sequence, index: int) -> _SharedLayer:
+        """Return a layer that takes over the content of an ordinary one."""
+        shared = cls.__new__(cls)
+        content = dict(vars(layer))
+        shared._tensors = (content.pop("keys"), content.pop("values"))
+        shared._sequence, shared._index = sequence, index
+        vars(shared).update(content)
+        return shared
+
+    def __copy__(self) -> DynamicLayer:
+        """Return an ordinary layer, which like its tensors does not see what comes later."""
+        kind = DynamicSlidingWindowLayer if self.is_sliding else DynamicLayer
+        layer = kind.__new__(kind)
+        content = dict(vars(self))
+        for own in ("_tensors", "_sequence", "_index"):
+            del content[own]
+        content["keys"], content["values"] = self._read()
+        vars(layer).update(content)
+        return layer
 
     @property
     def _packed(self) -> bool:
-        return self._sequence is not None and self._index not in self._sequence.plain
+        return self._index not in self._sequence.plain
+
+    def _read(self) -> tuple[Any, Any]:
+        """Return the content as ``[1, H, T, dim]`` tensors, wherever it lies."""
+        if not self._packed:
+            return self._tensors
+        keys, values = self._sequence.kv.read(self._index)
+        _, _, turned = self._sequence.form.shapes[self._index]
+        if turned:
+            keys, values = keys[:, :, turned:], keys[:, :, :turned]
+        if self.is_sliding:
+            first = max(0, keys.shape[1] - _window(self) + 1)
+            keys, values = keys[:, first:], values[:, first:]
+        return _tensor(keys, self.dtype), _tensor(values, self.dtype)
 
     def _unpack(self) -> None:
-        if self._sequence is None or not self._packed:
-            return
-        self._tensors = self._sequence.read(self._index, self.dtype)
-        self._sequence.plain.add(self._index)
+        if self._packed:
+            self._tensors = self._read()
+            self._sequence.plain.add(self._index)
 
     @property
     def keys(self) -> Any:
@@ -60,29 +111,22 @@ class _SharedLayer(DynamicLayer):
         self._unpack()
         self._tensors = (self._tensors[0], value)
 
-    def adopt(self, layer: DynamicLayer, sequence: Sequence, index: int) -> None:
-        """Take over the content of an ordinary layer."""
-        content = dict(vars(layer))
-        self._tensors = (content.pop("keys"), content.pop("values"))
-        self.__dict__.update(content)
-        self._sequence, self._index = sequence, index
-
-    def pack(self, heads: int, dim: int, key: int, dtype: torch.dtype) -> None:
+    def pack(self) -> None:
         """Move the content into the strips.
 
-        A compressed cache has ``key`` numbers of a turned key beside its latent, which are the
-        tensors' values and keys; the strips hold both, key first, as keys and as values.
+        A compressed cache has a turned key beside its latent, which are the tensors' values and
+        keys; the strips hold both, key first, as keys and as values.
         """
-        assert self._sequence is not None
-        self._key = key
+        form = self._sequence.form
+        heads, dim, turned = form.shapes[self._index]
         if not self.is_initialized:
             self.lazy_initialization(
-                torch.empty(1, heads, 0, dim - key, dtype=dtype), torch.empty(0)
+                torch.empty(1, heads, 0, dim - turned, dtype=form.dtype), torch.empty(0)
             )
         keys, values = self._tensors
         if keys.numel() == 0:
             keys = values = torch.empty(1, heads, 0, dim)
-        elif key:
+        elif turned:
             keys = values = torch.cat((values, keys), dim=-1)
         self._sequence.kv.store(
             self._index, *(x[0].float().contiguous().numpy() for x in (keys, values))
@@ -90,15 +134,23 @@ class _SharedLayer(DynamicLayer):
         self._tensors = (None, None)
         self._sequence.plain.discard(self._index)
 
+    def fits(self, form: CacheForm) -> bool:
+        """Whether a decoder of this form could have written the content."""
+        index = self._index
+        if self._packed:
+            same = self._sequence.form.shapes[index] == form.shapes[index]
+            return same and self.dtype == form.dtype and _fits_window(self, form.windows[index])
+        return _fits(self, self._tensors, form, index)
+
 
 class _SharedFullLayer(_SharedLayer):
     def get_seq_length(self) -> int:
-        if self._packed and self._sequence is not None:
+        if self._packed:
             return self._sequence.kv.length(self._index)
         return super().get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self._packed and self._sequence is not None and tokens_to_remove <= 0:
+        if self._packed and tokens_to_remove <= 0:
             self._sequence.kv.drop(self._index, -tokens_to_remove)
         else:
             super().crop(tokens_to_remove)
@@ -115,37 +167,41 @@ class Sequence:
     ----------
     kv
         Keys and values of the layers that are packed.
+    form
+        Of the decoder that wrote them last.
     plain
         The layers whose content lies in tensors.
     """
 
-    def __init__(self, cache: DynamicCache, kv: KeyValues) -> None:
-        self.kv = kv
-        self.plain = set(range(len(cache.layers)))
-        for index, layer in enumerate(cache.layers):
-            shared: _SharedLayer
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                shared = _SharedSlidingLayer(layer.sliding_window)
-            else:
-                shared = _SharedFullLayer()
-            shared.adopt(layer, self, index)
-            cache.layers[index] = shared
-        self._layers: list[Any] = cache.layers
-        self._sliding: list[Any] = [layer for layer in cache.layers if layer.is_sliding]
+    def __init__(self, cache: DynamicCache, form: CacheForm) -> None:
+        layers: list[Any] = cache.layers
+        if not layers:  # a cache that was made without a config
+            layers += [DynamicLayer() for _ in form.shapes]
+        # Not the decoder's windows: transformers keeps everything in layers that do not slide.
+        self.kv = KeyValues([_window(layer) for layer in layers])
+        self.form = form
+        self.plain = set(range(len(layers)))
+        for index, layer in enumerate(layers):
+            kind = _SharedSlidingLayer if layer.is_sliding else _SharedFullLayer
+            layers[index] = kind.adopt(layer, self, index)
+        self._layers = layers
+        self._sliding = [layer for layer in layers if layer.is_sliding]
 
     @classmethod
-    def of(cls, cache: DynamicCache, new: Any) -> Sequence:
-        """Return the sequence of a cache, made by ``new`` when it has none."""
-        found: Sequence | None = getattr(cache, _ATTRIBUTE, None)
-        if found is None or found._layers is not cache.layers:
-            found = cls(cache, new())
-            setattr(cache, _ATTRIBUTE, found)
-        return found
+    def of(cls, cache: DynamicCache, form: CacheForm) -> Sequence:
+        """Return a cache that :func:`can_share` as a decoder's sequence, all of it in strips."""
+        sequence = _found(cache) or cls(cache, form)
+        sequence.form = form
+        for index in sorted(sequence.plain):
+            sequence._layers[index].pack()
+        return sequence
 
-    def pack(self, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
-        """Move everything into the strips; ``shapes`` are :attr:`Layer.stored` of all layers."""
-        for index in sorted(self.plain):
-            self._layers[index].pack(*shapes[index], dtype)
+    def owns(self, layers: list[Any]) -> bool:
+        """Whether these are the layers that it was made of."""
+        return layers is self._layers and all(
+            isinstance(layer, _SharedLayer) and (layer._sequence, layer._index) == (self, index)
+            for index, layer in enumerate(layers)
+        )
 
     def advance(self) -> None:
         """Tell the layers of the token that a decode step has added."""
@@ -158,46 +214,70 @@ class Sequence:
         if layer.is_sliding:
             layer.cumulative_length += count
 
-    def read(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return a layer's content as ``[1, H, T, dim]`` tensors."""
-        keys, values = self.kv.read(index)
-        layer = self._layers[index]
-        if layer._key:
-            keys, values = keys[:, :, layer._key :], keys[:, :, : layer._key]
-        if layer.is_sliding:
-            keys, values = (
-                x[:, max(0, x.shape[1] - layer.sliding_window + 1) :] for x in (keys, values)
-            )
-        return (_tensor(keys, dtype), _tensor(values, dtype))
+
+def goes_on(cache: DynamicCache, form: CacheForm) -> bool:
+    """Whether the decoder of this form, and no one else, has computed a cache's last token."""
+    sequence = _found(cache)
+    return sequence is not None and sequence.form is form and not sequence.plain
+
+
+def can_share(cache: Any, form: CacheForm) -> bool:
+    """Whether a cache is one sequence that a decoder's kernels can take over.
+
+    It is where its layers are ordinary ones and hold what the decoder itself would have written
+    into them: as many heads of the same size, in its dtype, and all positions that it looks at.
+    """
+    if type(cache) is not DynamicCache or cache.offloading:
+        return False
+    layers: list[Any] = cache.layers
+    if not layers:
+        return cache.layer_class_to_replicate is DynamicLayer
+    if len(layers) != len(form.shapes):
+        return False
+    sequence = _found(cache)
+    if sequence is not None:
+        return sequence.owns(layers) and all(layer.fits(form) for layer in layers)
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        and _fits(layer, (layer.keys, layer.values), form, index)
+        for index, layer in enumerate(layers)
+    )
+
+
+def _found(cache: DynamicCache) -> Sequence | None:
+    """Return the sequence that a cache's layers belong to, if they do."""
+    first = cache.layers[0] if cache.layers else None
+    return first._sequence if isinstance(first, _SharedLayer) else None
+
+
+def _fits_window(layer: Any, window: int) -> bool:
+    """Whether a layer keeps all positions that attention through ``window`` sees, and no past."""
+    kept = _window(layer)
+    return (not kept or kept == window) and not getattr(layer, "record_past", False)
+
+
+def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int) -> bool:
+    """Whether a decoder of this form could have written ``tensors`` into a layer."""
+    if not _fits_window(layer, form.windows[index]):
+        return False
+    if not layer.is_initialized:
+        return True
+    heads, dim, turned = form.shapes[index]
+    sizes = (dim - turned, turned or dim)
+    return (
+        layer.dtype == form.dtype
+        and all(
+            (x.device.type, x.dtype) == ("cpu", form.dtype)
+            # transformers begins with a tensor of no shape.
+            and (x.shape == (0,) or (x.ndim, *x.shape[:2], x.shape[-1]) == (4, 1, heads, size))
+            for x, size in zip(tensors, sizes, strict=True)
+        )
+    )
+
+
+def _window(layer: Any) -> int:
+    return int(getattr(layer, "sliding_window", 0))
 
 
 def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))[None].to(dtype)
-
-
-def is_shared(cache: DynamicCache) -> bool:
-    """Whether the kernels have taken a cache over before."""
-    return getattr(cache, _ATTRIBUTE, None) is not None
-
-
-def can_share(cache: Any, layers: int) -> bool:
-    """Whether a cache is one sequence in ordinary layers, so that the kernels can take it over."""
-    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != layers:
-        return False
-    if getattr(cache, _ATTRIBUTE, None) is not None:
-        shared: list[Any] = cache.layers
-        return all(
-            layer._packed or layer._tensors[0] is None or _is_single(layer._tensors[0])
-            for layer in shared
-        ) and not any(getattr(layer, "record_past", False) for layer in shared)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return all(
-        type(layer) in plain
-        and not getattr(layer, "record_past", False)
-        and (layer.keys is None or _is_single(layer.keys))
-        for layer in cache.layers
-    )
-
-
-def _is_single(keys: Tensor) -> bool:
-    return keys.device.type == "cpu" and (keys.numel() == 0 or keys.shape[0] == 1)
