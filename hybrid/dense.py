@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cpu_experts.experts import ExpertShape, unpack_expert
 from cpu_experts.ffn import linear, run_experts
 from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, unpack, unpack_rows
-from hybrid.errors import UnsupportedModelError
+from hybrid.errors import UnsupportedModelError, UsageError
 from hybrid.families import ExpertsSpec, recognise_gating
 from hybrid.pages import PAGE_BYTES, large_pages
 
@@ -88,6 +88,7 @@ class QuantizedLinear(_Packed):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_no_gradients(self, x)
         flat = x.detach().reshape(-1, self.cols).float().contiguous()
         out = torch.empty(flat.shape[0], self.rows)
         bias = None if self.bias is None else self.bias.float().numpy()
@@ -126,6 +127,7 @@ class PackedMlp(nn.Module):
             weight.data = torch.from_numpy(getattr(parts, name)).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_no_gradients(self, x)
         flat = x.detach().reshape(-1, self.shape.hidden).float().contiguous()
         ids = torch.zeros(len(flat), 1, dtype=torch.int64)
         out = torch.zeros_like(flat)
@@ -142,32 +144,60 @@ _REPLACED = "_hybrid_replaced"
 _TIED = "_hybrid_tied"
 
 
-def replace_module(owner: Any, name: str, new: nn.Module) -> None:
-    """Put a packed module in a module's place, until :func:`restore_dense`.
+def _check_no_gradients(module: nn.Module, x: Tensor) -> None:
+    """Refuse to cut the gradients off where an ordinary module would have passed them on."""
+    if _REPLACED in vars(module) and torch.is_grad_enabled() and x.requires_grad:
+        raise UsageError(
+            f"gradients cannot pass through {type(module).__name__}, which stands for a "
+            f"{type(vars(module)[_REPLACED]).__name__} as long as the fast path is in use",
+            hint="call the whole model, which brings the ordinary modules back, or "
+            "model.hybrid_fast.release(model) first; texts need torch.no_grad()",
+        )
+
+
+def replace_modules(places: Iterable[tuple[Any, str, nn.Module]]) -> None:
+    """Put packed modules in the places of others, until :func:`restore_dense`.
 
     An ordinary module stays the same object, parameters included, but its weights hold nothing
-    meanwhile. One that is quantized has nothing to come back for.
+    meanwhile. One that is quantized has nothing to come back for. Weights are emptied when
+    every new module stands, so that :func:`restore_dense` finds all of them after Ctrl-C, too.
+
+    Parameters
+    ----------
+    places
+        Owners, names and new modules; those that share weights belong in one call.
     """
-    old: nn.Module = getattr(owner, name)
-    ordinary: list[Any] = [m for m in old.modules() if type(m) in (nn.Linear, nn.Embedding)]
-    for module in ordinary:
+    emptied: list[Any] = []
+    for owner, name, new in places:
+        old: nn.Module = getattr(owner, name)
+        ordinary = [m for m in old.modules() if type(m) in (nn.Linear, nn.Embedding)]
+        if ordinary:
+            vars(new)[_REPLACED] = old  # not a submodule
+        setattr(owner, name, new)
+        emptied += ordinary
+    for module in emptied:
         module.weight.data = torch.empty(0, dtype=module.weight.dtype)
-    if ordinary:
-        vars(new)[_REPLACED] = old  # not a submodule
-    setattr(owner, name, new)
 
 
 def restore_dense(model: nn.Module) -> None:
-    """Put the ordinary modules back that packing without rounding had replaced."""
-    for owner in list(model.modules()):
-        for name, child in list(owner.named_children()):
-            old = vars(child).get(_REPLACED)
-            if old is None:
-                continue
-            child.give_back()  # type: ignore[operator]
-            setattr(owner, name, old)
-            if _TIED in vars(child):
-                model.all_tied_weights_keys = vars(child)[_TIED]
+    """Put the ordinary modules back that packed ones stand for; where none does, do nothing."""
+    with torch.inference_mode(False), torch.no_grad():
+        for owner in list(model.modules()):
+            for name, child in list(owner.named_children()):
+                old = vars(child).get(_REPLACED)
+                if old is None:
+                    continue
+                child.give_back()  # type: ignore[operator]
+                setattr(owner, name, old)
+                if _TIED in vars(child):
+                    model.all_tied_weights_keys = vars(child)[_TIED]
+
+
+def packed_size(linear: nn.Linear) -> int:
+    """Return about how many bytes :func:`pack_linear` needs; a row speaks for the others."""
+    row = linear.weight[:1].detach()
+    short = torch.equal(row.bfloat16().to(row.dtype), row)
+    return linear.weight.numel() * (2 if short else 4)
 
 
 def pack_linear(linear: nn.Linear) -> QuantizedLinear:
@@ -199,10 +229,12 @@ def pack_tied(model: Any) -> None:
         )
         new.packed = packed.packed
         vars(new)[_TIED] = model.all_tied_weights_keys
+        places = []
         for old, module in ((head, packed), (embedding, new)):
             path = next(path for path, found in model.named_modules() if found is old)
             owner, _, name = path.rpartition(".")
-            replace_module(model.get_submodule(owner), name, module)
+            places.append((model.get_submodule(owner), name, module))
+        replace_modules(places)
         model.all_tied_weights_keys = {}
 
 

@@ -76,6 +76,7 @@ class LayerExperts:
         store, record = self._place
         self.blocks = store.blocks(record)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels are not torch's
     def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs.
 

@@ -80,6 +80,30 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def available_memory_bytes() -> int:
+    """Return the memory that can still be taken without swapping.
+
+    What the operating system says is available, and in a container no more than what its control
+    group has left; pages of files that can be read again count as free in both.
+    """
+    free = int(psutil.virtual_memory().available)
+    left = _cgroup_memory_left()
+    return free if left is None else min(free, left)
+
+
+def _cgroup_memory_left() -> int | None:
+    """Return what the control group's memory limit leaves, None when it sets no limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        reclaimable = sum(int(counts[name]) for name in ("inactive_file", "active_file"))
+        return None if limit == "max" else max(0, int(limit) - used + reclaimable)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def peak_memory_bytes() -> int:
     """Return the most memory this process has had resident, mapped files included."""
     if sys.platform == "win32":

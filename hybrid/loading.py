@@ -17,7 +17,7 @@ from hybrid import host
 from hybrid.config import DEFAULT_EXPERTS, HybridConfig
 from hybrid.conversion.cache import converted_copy
 from hybrid.errors import CheckpointError, UsageError, first_line
-from hybrid.fast.attach import DecodePath
+from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.sharing.devices import (
     Size,
     choose_device,
@@ -76,7 +76,7 @@ def load_model(
     )
     if name is None:
         return model, directory, None
-    model.hybrid_fast.path = DecodePath(False, f"the experts are shared with {name}")
+    model.hybrid_fast = FastPath(DecodePath(False, f"the experts are shared with {name}"))
     asked = size_in_bytes(vram, "vram") if vram is not None and wants_vram(vram) else None
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
     opened = open_device(name, asked, layer.shape, threads)
@@ -139,7 +139,9 @@ def load_fast_model(
     """Load a transformers model, converted first if need be, on the CPU.
 
     Takes what :meth:`HybridModel.from_pretrained` takes, and whether it may take the ``fast``
-    path, which runs all of a model on the CPU; also returns the converted directory.
+    path, which runs all of a model on the CPU; also returns the converted directory. The model
+    is the caller's alone: packed modules take the places of its dense ones, which saves a copy
+    of them and computes prompts faster.
     """
     directory = Path(path).expanduser()
     config = HybridConfig(experts, dense, verify=verify, fast=fast)
@@ -150,6 +152,7 @@ def load_fast_model(
     if config.store is None:
         directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
     model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
+    model.hybrid_fast.replace = True
     model.hybrid_fast.settle(model)
     return model, directory
 

@@ -9,7 +9,7 @@ import numba
 import torch
 
 from cpu_experts import hostcpu, simd
-from hybrid.fast.attach import SWITCHED_OFF, UNTESTED, FastPath
+from hybrid.fast.attach import UNTESTED, FastPath
 from hybrid.metrics import SlowPath
 
 #: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
@@ -87,13 +87,7 @@ def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[SlowPath]:
     if fast is None or fast.path == UNTESTED:
         return
     if not fast.path.fast:
-        off = fast.path == SWITCHED_OFF
-        none = "none yet: the one-token kernels do not compute this decoder"
-        yield SlowPath(
-            "single tokens in transformers' code",
-            fast.path.reason,
-            "leave out fast=False" if off else none,
-        )
+        yield SlowPath("single tokens in transformers' code", fast.path.reason, fast.path.remedy)
     for reason, count in fast.refused.items():
         yield SlowPath(
             f"{count} of the model's steps in transformers' code",

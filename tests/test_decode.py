@@ -67,9 +67,12 @@ def _load(family: str, folder: Path, store: str = "f32", **changes: Any) -> Any:
 
 
 def install_fast_decode(model: Any) -> DecodePath:
-    """Give a model that was loaded without it the fast path; ``model.slow`` goes past it."""
+    """Give a model that was loaded without it the fast path; ``model.slow`` goes past it.
+
+    Packed modules replace the model's own, as in HybridModel.
+    """
     model.slow = model.forward
-    attach_fast_path(model)
+    attach_fast_path(model, replace=True)
     model.hybrid_fast.settle(model)
     return model.hybrid_fast.path
 
@@ -332,9 +335,9 @@ def test_a_wrong_result_is_found_and_told(
     model = _load("qwen3_moe", tmp_path)
     read = hybrid.fast.decode.read_decoder
 
-    def misread(model: Any) -> Any:
+    def misread(model: Any, **options: Any) -> Any:
         model.model.layers[1].self_attn.scaling *= 2
-        decoder = read(model)
+        decoder = read(model, **options)
         model.model.layers[1].self_attn.scaling /= 2
         return decoder
 

@@ -5,11 +5,19 @@ A loaded model becomes an instance of a subclass of its own class, of the same n
 is copied and pickled with its model, and goes away with it. Whether a decoder has a fast path
 is decided when the first call comes that could take it, by computing a few tokens both ways;
 what the path does not compute goes to transformers' code, and both write the same cache.
+
+The model's modules and parameters stay as they are, and training, editing, saving and wrapping
+them is transformers' business: the kernels have copies of their own, made in that first call.
+Before every prompt, and before a token after what others computed, modules and weights are
+looked at; if somebody has changed them, copies are made and tested again. What is written in
+place through ``tensor.data`` leaves no sign: call :meth:`FastPath.release` after it. Who owns a
+model alone can let packed modules replace its own, see :attr:`FastPath.replace`.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import threading
 from collections import Counter
@@ -18,10 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 from transformers import DynamicCache
 
 from hybrid.dense import restore_dense
-from hybrid.fast.decode import FastDecoder, WrongError, build_decoder
+from hybrid.fast.decode import GROWING, FastDecoder, WrongError, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt
 from hybrid.fast.samples import UnfitError
@@ -49,60 +58,103 @@ class DecodePath:
         Whether it is the one-token kernels.
     reason
         What was found when the decoder was tested.
+    remedy
+        What helps where it is not fast.
     """
 
     fast: bool
     reason: str
+    remedy: str = "none yet: the one-token kernels do not compute this decoder"
 
     def __str__(self) -> str:
         return f"{'one-token kernels' if self.fast else 'transformers'} ({self.reason})"
 
 
 UNTESTED = DecodePath(False, "not tested before the first text")
-SWITCHED_OFF = DecodePath(False, "switched off: fast=False")
+SWITCHED_OFF = DecodePath(False, "switched off: fast=False", "leave out fast=False")
 
 
 class _Snapshot:
     """What a decoder was read from, to notice that it is another by now."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = [(m._modules, dict(m._modules)) for m in modules if m._modules]
-        self._hooks = [
-            hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        _, *parts = model.modules()  # without the model itself, which would never be freed
+        self._parts = [(part, type(part)) for part in parts]
+        self._forwards = [(vars(part), vars(part).get("forward")) for part in parts]
+        self._hooks = _hooks_of(model)
+        every = [model, *parts]
+        self._children = [(part._modules, dict(part._modules)) for part in every]
+        tables: list[dict[str, Any]] = [part._parameters for part in every]
+        # Some rotary embeddings replace their own buffers as a sequence grows.
+        tables += [
+            part._buffers for part in every if getattr(part, "rope_type", None) not in GROWING
         ]
-        self._forwards = [(vars(m), vars(m).get("forward")) for m in modules[1:]]
+        self._tables = [(table, dict(table)) for table in tables if table]
         self._tensors = [
-            tensor
-            for tensor in (*model.parameters(), *model.buffers())
-            if not tensor.is_inference()
+            (tensor, _state(tensor))
+            for _, table in self._tables
+            for tensor in table.values()
+            if tensor is not None
         ]
-        self._versions = self._count()
 
-    def _count(self) -> int:
-        return sum(tensor._version for tensor in self._tensors)
+    def has_its_parts(self) -> bool:
+        """Whether the modules are those of then."""
+        same = all(_same(now, then) for now, then in self._children)
+        return same and all(type(part) is kind for part, kind in self._parts)
 
     def holds(self) -> bool:
         """Whether modules and weights are those of then."""
-        same = all(now == then for now, then in self._children)
-        return same and self._count() == self._versions
+        return (
+            self.has_its_parts()
+            and all(_same(now, then) for now, then in self._tables)
+            and all(_state(tensor) == then for tensor, then in self._tensors)
+        )
 
     def overridden(self) -> bool:
         """Whether somebody has put a function in the place of a part's forward."""
         return any(now.get("forward") is not then for now, then in self._forwards)
 
     def hooked(self) -> bool:
-        """Whether somebody's code waits for the forward of a part."""
-        return any(
-            getattr(hook, "__module__", None) != _CAPTURING
-            for hooks in self._hooks
-            if hooks
-            for hook in hooks.values()
-        )
+        """Whether somebody's code waits for the forward of a part by now."""
+        return _hooked(self._hooks)
+
+
+def _hooks_of(model: nn.Module) -> list[dict[int, Any]]:
+    """Return the tables of hooks of a model's parts; its own are called in any case."""
+    _, *parts = model.modules()
+    return [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+
+def _hooked(tables: list[dict[int, Any]]) -> bool:
+    return any(
+        getattr(hook, "__module__", None) != _CAPTURING
+        for hooks in tables
+        if hooks
+        for hook in hooks.values()
+    )
+
+
+def _same(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    return len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is written or given other memory."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class FastPath:
     """The fast path of one model; a copy of the model tests its own.
+
+    Any number of threads may call the model. What the kernels compute is computed one call at a
+    time; transformers' code runs beside that, but where modules are replaced it waits, too.
+
+    Parameters
+    ----------
+    path
+        What is known of it without a test.
+    replace
+        See the attribute.
 
     Attributes
     ----------
@@ -110,6 +162,11 @@ class FastPath:
         What is known of it.
     decoder
         What computes it; None as long as it is not tested, and where there is none.
+    replace
+        Whether packed modules take the places of the model's dense ones while the path is in
+        use, instead of lying beside them: a copy of the weights less, and faster prompts. A call
+        with gradients, a move or a cast brings the model's own back; until then parameters and
+        modules that others hold are empty or out of use. For models that have one owner.
     on_prompt
         Called after every piece of a prompt.
     refused
@@ -119,9 +176,10 @@ class FastPath:
         Take the fast path although hooks are registered, which do not see single tokens.
     """
 
-    def __init__(self, path: DecodePath = UNTESTED) -> None:
-        self.path = path
+    def __init__(self, path: DecodePath = UNTESTED, replace: bool = False) -> None:
+        self.path = self._untested = path
         self.decoder: FastDecoder | None = None
+        self.replace = replace
         self.on_prompt: OnPrompt | None = None
         self.refused: Counter[str] = Counter()
         self.past_hooks = False
@@ -129,8 +187,8 @@ class FastPath:
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
-        """Kernels hold addresses: only the decision of the user is copied."""
-        return FastPath, () if self.decoder is not None else (self.path,)
+        """Kernels hold addresses: only the decisions of the user are copied."""
+        return FastPath, (self._untested, self.replace)
 
     def settle(self, model: Any) -> FastDecoder | None:
         """Read and test the model's decoder, if that is still to be done, and return it.
@@ -138,34 +196,40 @@ class FastPath:
         A decoder that should be computed and fails its test says so on stderr.
         """
         with self._lock:
-            if self.path != UNTESTED:
-                return self.decoder
-            self.path = DecodePath(False, "being tested")
-            try:
-                with torch.no_grad():
-                    decoder, distance = build_decoder(model)
-            except UnfitError as unfit:
-                self.path = DecodePath(False, str(unfit))
-                restore_dense(model)
-                if isinstance(unfit, WrongError):
-                    print(f"hybrid: single tokens take the slow path: {unfit}", file=sys.stderr)
-                return None
-            except BaseException:
-                self.path = UNTESTED
-                restore_dense(model)
-                raise
+            if self.path == UNTESTED:
+                self.path = DecodePath(False, "being tested")
+                try:
+                    with torch.inference_mode(False), torch.no_grad():
+                        self._test(model)
+                except BaseException:
+                    self.release(model)
+                    raise
+            return self.decoder
+
+    def _test(self, model: Any) -> None:
+        try:
+            decoder, distance = build_decoder(model, replace=self.replace)
+        except UnfitError as unfit:
+            restore_dense(model)
+            remedy = {} if unfit.hint is None else {"remedy": unfit.hint}
+            self.path = DecodePath(False, str(unfit), **remedy)
+            if isinstance(unfit, WrongError):
+                print(f"hybrid: single tokens take the slow path: {unfit}", file=sys.stderr)
+        else:
             found = f"tested: every layer within {distance:.1g} of transformers'"
             self.path, self.decoder = DecodePath(True, found), decoder
-            self._snapshot = _Snapshot(model)
-            return decoder
+        self._snapshot = _Snapshot(model)
 
     def release(self, model: Any) -> None:
-        """Give the weights back to transformers' modules; the next fast call tests anew."""
-        with self._lock:
-            if self.decoder is not None:
-                self.path, self.decoder, self._snapshot = UNTESTED, None, None
-                restore_dense(model)
+        """Forget the kernels' copies, and put the model's own modules back if they are replaced.
 
+        The next call that can take the fast path reads the model and tests it anew.
+        """
+        with self._lock:
+            self.path, self.decoder, self._snapshot = self._untested, None, None
+            restore_dense(model)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels are not torch's
     def __call__(self, model: Any, slow: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Compute a call of the model's ``forward``; ``slow`` is transformers'."""
         refusal = "arguments without names" if args else self._refusal(model, kwargs)
@@ -180,9 +244,12 @@ class FastPath:
                     refusal = "a cache that the kernels cannot take over"
         if self.decoder is not None and refusal is not None:
             self.refused[refusal] += 1
+        if not self.replace:
+            return slow(*args, **kwargs)
+        with self._lock:  # others must not change the modules that this runs through
             if torch.is_grad_enabled():  # packed weights have no gradients
                 self.release(model)
-        return slow(*args, **kwargs)
+            return slow(*args, **kwargs)
 
     def _current(
         self, model: Any, arguments: dict[str, Any]
@@ -191,13 +258,22 @@ class FastPath:
 
         Looked at before prompts and before the first token that follows what others computed.
         """
-        snapshot, decoder = self._snapshot, self.decoder
-        known = decoder is not None and goes_on(arguments["past_key_values"], decoder.form)
-        if snapshot is not None and (arguments["input_ids"].shape[1] > 1 or not known):
-            if snapshot.overridden():
-                return self.decoder, "a part's forward that was replaced"
-            if not snapshot.holds():
+        decoder, snapshot = self.decoder, self._snapshot
+        prompt = arguments["input_ids"].shape[1] > 1
+        if decoder is None:
+            # What did not fit may fit by now, with other parts.
+            if snapshot is not None and prompt and not snapshot.has_its_parts():
                 self.release(model)
+            if self.path == UNTESTED and _hooked(_hooks_of(model)) and not self.past_hooks:
+                return None, "hooks"
+        elif snapshot is not None:
+            if snapshot.hooked() and not self.past_hooks:
+                return decoder, "hooks"
+            if prompt or not goes_on(arguments["past_key_values"], decoder.form):
+                if snapshot.overridden():
+                    return decoder, "a part's forward that was replaced"
+                if not snapshot.holds():
+                    self.release(model)
         return self.settle(model), None
 
     def _refusal(self, model: Any, arguments: dict[str, Any]) -> str | None:
@@ -219,23 +295,31 @@ class FastPath:
         if type(cache) is not DynamicCache or arguments.get("use_cache") is False:
             return "no cache" if cache is None else f"a cache of {type(cache).__name__}"
         wanted = [name for name in _WANTED if getattr(model.config, name, False)]
-        if wanted or arguments.get("return_dict") is False:
-            return wanted[0] if wanted else "return_dict"
+        if wanted:
+            return wanted[0]
+        if False in (arguments.get("return_dict"), getattr(model.config, "return_dict", None)):
+            return "return_dict"
         mask = arguments.get("attention_mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            return f"a mask of {type(mask).__name__}"
         if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
             return "masked positions"
-        hooked = self._snapshot is not None and self._snapshot.hooked()
-        return "hooks" if hooked and not self.past_hooks else None
+        everywhere = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+        return "hooks" if everywhere and not self.past_hooks else None
 
 
-def attach_fast_path(model: Any, *, fast: bool = True) -> None:
-    """Give a model that transformers has loaded its fast path, as ``model.hybrid_fast``."""
+def attach_fast_path(model: Any, *, fast: bool = True, replace: bool = False) -> None:
+    """Give a model that transformers has loaded its fast path, as ``model.hybrid_fast``.
+
+    ``replace`` is for who owns the model alone, see :attr:`FastPath.replace`.
+    """
     if not fast:
         model.hybrid_fast = FastPath(SWITCHED_OFF)
     elif not model.can_generate():
-        model.hybrid_fast = FastPath(DecodePath(False, "the model does not generate text"))
+        why = "the model does not generate text"
+        model.hybrid_fast = FastPath(DecodePath(False, why, "load it with its language head"))
     else:
-        model.hybrid_fast = FastPath()
+        model.hybrid_fast = FastPath(replace=replace)
         kind: Any = type(model)
         model.__class__ = _with_path(kind)
 

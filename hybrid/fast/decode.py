@@ -6,7 +6,8 @@ attention (see :mod:`hybrid.fast.prompt`). :mod:`hybrid.fast.attach` says for wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -27,7 +28,7 @@ from hybrid.fast.samples import UnfitError
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512
 #: Kinds of rotary embedding whose angles depend on how long the sequence is by now.
-_GROWING = ("dynamic", "longrope")
+GROWING = ("dynamic", "longrope")
 #: How far a layer's two results may be apart, relative to what the layer adds. Rounding of
 #: activations to int8 differs by single steps between them, which is well below this.
 _TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.1}
@@ -69,7 +70,7 @@ class FastDecoder:
         latents = [layer.latent for layer in decoder.layers if layer.latent is not None]
         self.compressed = bool(latents)
         self.rounds_less = any(is_quantized(latent.kv_b.format) for latent in latents)
-        self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in _GROWING
+        self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in GROWING
         self._angles: list[tuple[Any, Any]] = []
 
     def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast:
@@ -152,8 +153,8 @@ class FastDecoder:
         ]
 
 
-def build_decoder(model: Any) -> tuple[FastDecoder, float]:
-    """Read and test a model's decoder; its dense weights are packed on the way.
+def build_decoder(model: Any, *, replace: bool) -> tuple[FastDecoder, float]:
+    """Read and test a model's decoder, whose packed weights may ``replace`` the model's modules.
 
     Returns the decoder and how far its layers are from transformers', see :func:`_distance`.
 
@@ -162,7 +163,7 @@ def build_decoder(model: Any) -> tuple[FastDecoder, float]:
     UnfitError
         When the kernels compute no such decoder, or not what transformers computes.
     """
-    fast = FastDecoder(model, *read_decoder(model))
+    fast = FastDecoder(model, *read_decoder(model, replace=replace))
     distance = _distance(model, fast)
     limit = _TOLERANCE.get(model.dtype, max(_TOLERANCE.values()))
     if fast.rounds_less:
@@ -189,7 +190,7 @@ def _distance(model: Any, fast: FastDecoder) -> float:
     caches = [DynamicCache(config=config) for _ in range(2)]
     for cache in caches:
         with _seen_by_attention(model) as seen:
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            _plain_forward(model, input_ids=ids, past_key_values=cache)
     kv = fast.packed(caches[1]).kv
     longest = getattr(config, "max_position_embeddings", None) or max(_TEST_POSITIONS) + 1
     distances = []
@@ -224,11 +225,28 @@ def _prompt_distance(model: Any, fast: FastDecoder, seen: list[tuple[Tensor, Ten
     return max(distances)
 
 
+def _plain_forward(model: Any, **arguments: Any) -> Any:
+    """Call the model past hooks of its user, who has not asked for this call."""
+    return type(model).forward(model, use_cache=True, **arguments)
+
+
+def _of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook that looks away when another thread computes with the same modules."""
+    thread = threading.get_ident()
+
+    def see(*args: Any) -> None:
+        if threading.get_ident() == thread:
+            hook(*args)
+
+    return see
+
+
 @contextmanager
 def _seen_by_attention(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Note what goes into every layer's attention and what comes out."""
     seen: list[tuple[Tensor, Tensor]] = []
 
+    @_of_this_thread
     def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"], output[0]))
 
@@ -255,10 +273,12 @@ def _slow_step(
     """One token in transformers' code: hidden states before and after the layers, logits."""
     states: list[Tensor] = []
 
+    @_of_this_thread
     def note_input(module: Any, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         states.append(hidden.detach().float().reshape(-1).clone())
 
+    @_of_this_thread
     def note_output(module: Any, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         states.append(hidden.detach().float().reshape(-1).clone())
@@ -267,11 +287,11 @@ def _slow_step(
     hooks = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(note_output))
     try:
-        output = model(
+        output = _plain_forward(
+            model,
             input_ids=token.reshape(1, 1),
             position_ids=torch.tensor([[position]]),
             past_key_values=cache,
-            use_cache=True,
         )
     finally:
         for hook in hooks:

@@ -6,9 +6,9 @@ compared with the formula that the kernels would use in their place.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -22,6 +22,7 @@ from cpu_experts.decoder import Decoder
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
 from cpu_experts.layers import Experts, Latent, Layer, Matrix, Norm
+from hybrid import host
 from hybrid.dense import (
     Arena,
     PackedMlp,
@@ -29,13 +30,17 @@ from hybrid.dense import (
     pack_linear,
     pack_mlp,
     pack_tied,
-    replace_module,
+    packed_size,
+    replace_modules,
 )
 from hybrid.fast.router_parts import read_router
 from hybrid.fast.samples import UnfitError, close, floats, packed_rows, sample
+from planner.memory import in_words
 
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
 _HEADS_AN_ITEM = 8
+#: Projections of MLPs, which the kernels take as one block.
+_OF_MLPS = ("gate_proj", "up_proj", "down_proj")
 
 
 def _only(module: nn.Module, allowed: str, what: str) -> None:
@@ -62,15 +67,76 @@ def read_norm(module: Any) -> Norm:
     raise UnfitError(f"{type(module).__name__} is another norm")
 
 
-def _matrix(owner: Any, name: str, arena: Arena) -> Matrix:
-    """Return a projection, its module replaced by a packed one where it is not yet."""
-    module = getattr(owner, name)
-    if type(module) is nn.Linear:
-        module = pack_linear(module)
-        replace_module(owner, name, module)
-    if type(module) is not QuantizedLinear:
-        raise UnfitError(f"{name} is a {type(module).__name__}")
-    arena.move(module.packed)
+class _Packer:
+    """Lays a model's dense weights out for the kernels, beside its modules or in their place.
+
+    Parameters
+    ----------
+    replace
+        Whether packed modules take the ordinary ones' places, whose weights are emptied.
+
+    Attributes
+    ----------
+    arena
+        Where what is read for every token lies.
+    """
+
+    def __init__(self, replace: bool) -> None:
+        self.arena = Arena()
+        self._replace = replace
+
+    def linear(self, owner: Any, name: str) -> QuantizedLinear:
+        """Return a projection's packed weights."""
+        module = getattr(owner, name)
+        if type(module) is nn.Linear:
+            module = pack_linear(module)
+            self._put(owner, name, module)
+        if type(module) is not QuantizedLinear:
+            raise UnfitError(f"{name} is a {type(module).__name__}")
+        weights: Any = module.packed
+        if not (weights.is_inference() or weights.is_shared()):  # those stay where they are
+            self.arena.move(weights)
+        return module
+
+    def mlp(self, owner: Any, name: str) -> PackedMlp:
+        """Return a gated MLP's packed weights."""
+        module = getattr(owner, name)
+        if not isinstance(module, PackedMlp):
+            _only(module, "gate_proj up_proj down_proj act_fn", f"{name} ({type(module).__name__})")
+            packed = pack_mlp(module)
+            if packed is None:
+                kind = type(module).__name__
+                raise UnfitError(f"{kind} has another form than gate, up and down")
+            self._put(owner, name, packed)
+            module = packed
+        self.arena.move(module.block)
+        return module
+
+    def _put(self, owner: Any, name: str, packed: nn.Module) -> None:
+        if self._replace:
+            replace_modules([(owner, name, packed)])
+
+
+def _check_room(model: Any, layers: nn.Module) -> None:
+    """Raise UnfitError unless copies of the dense weights fit into the memory that is left."""
+    copied = 0
+    for path, module in [*layers.named_modules(), ("lm_head", model.lm_head)]:
+        if type(module) is nn.Linear:
+            copied += packed_size(module)
+        elif type(module) is QuantizedLinear and path.rpartition(".")[2] in _OF_MLPS:
+            copied += module.packed.numel()  # three matrices make one block
+    left = host.available_memory_bytes()
+    if copied > left:
+        raise UnfitError(
+            f"copies of dense weights take {in_words(copied)}, {in_words(left)} of memory is left",
+            "free memory, or convert with --dense q8_0: quantized projections are not copied; "
+            "HybridModel makes no copies, either",
+        )
+
+
+def _matrix(owner: Any, name: str, packer: _Packer) -> Matrix:
+    """Return a projection."""
+    module = packer.linear(owner, name)
     return Matrix(
         weight=module.packed.numpy(),
         rows=module.rows,
@@ -115,29 +181,21 @@ def rotary_row(values: Tensor, pairs: int) -> F32:
     return np.ascontiguousarray(values.detach().float().reshape(-1)[:pairs].numpy())
 
 
-def _shared(block: Any, arena: Arena) -> tuple[Experts | None, Tensor | None]:
+def _shared(block: Any, packer: _Packer) -> tuple[Experts | None, Tensor | None]:
     """The shared expert of a block, packed, and the row that weighs it."""
     for name in ("shared_expert", "shared_experts", "shared_mlp"):
         if getattr(block, name, None) is not None:
             gate = getattr(block, "shared_expert_gate", None)
-            return _mlp(block, name, arena), None if gate is None else gate.weight
+            return _mlp(block, name, packer), None if gate is None else gate.weight
     return None, None
 
 
-def _mlp(owner: Any, name: str, arena: Arena) -> Experts:
-    module = getattr(owner, name)
-    if not isinstance(module, PackedMlp):
-        _only(module, "gate_proj up_proj down_proj act_fn", f"{name} ({type(module).__name__})")
-        packed = pack_mlp(module)
-        if packed is None:
-            raise UnfitError(f"{type(module).__name__} has another form than gate, up and down")
-        replace_module(owner, name, packed)
-        module = packed
-    arena.move(module.block)
+def _mlp(owner: Any, name: str, packer: _Packer) -> Experts:
+    module = packer.mlp(owner, name)
     return Experts(blocks=module.block.numpy()[None], shape=module.shape)
 
 
-def _read_layer(layer: Any, window: int, arena: Arena) -> Layer:
+def _read_layer(layer: Any, window: int, packer: _Packer) -> Layer:
     _only(
         layer,
         "self_attn input_layernorm post_attention_layernorm mlp block_sparse_moe",
@@ -156,15 +214,15 @@ def _read_layer(layer: Any, window: int, arena: Arena) -> Layer:
         runner = getattr(block.experts, "hybrid_experts", None)
         if runner is None or runner.own_gating:
             raise UnfitError("the experts' activation has no kernel")
-        shared, shared_gate = _shared(block, arena)
+        shared, shared_gate = _shared(block, packer)
         gate = block.gate if hasattr(block, "gate") else block.router
-        router = read_router(gate, shared_gate, arena)
+        router = read_router(gate, shared_gate, packer.arena)
         experts = Experts(blocks=runner.blocks, shape=runner.shape)
     else:
-        shared = _mlp(layer, name, arena)
+        shared = _mlp(layer, name, packer)
     read = _read_latent if hasattr(attention, "kv_b_proj") else _read_heads
     return Layer(
-        **read(attention, arena),
+        **read(attention, packer),
         norm=read_norm(layer.input_layernorm),
         scaling=float(attention.scaling),
         window=window,
@@ -176,7 +234,7 @@ def _read_layer(layer: Any, window: int, arena: Arena) -> Layer:
     )
 
 
-def _read_heads(attention: Any, arena: Arena) -> dict[str, Any]:
+def _read_heads(attention: Any, packer: _Packer) -> dict[str, Any]:
     """What attention with keys and values for its heads is to a layer."""
     _only(
         attention,
@@ -184,7 +242,7 @@ def _read_heads(attention: Any, arena: Arena) -> dict[str, Any]:
         f"attention ({type(attention).__name__})",
     )
     head_dim = attention.head_dim
-    q, k, v, o = (_matrix(attention, f"{x}_proj", arena) for x in "qkvo")
+    q, k, v, o = (_matrix(attention, f"{x}_proj", packer) for x in "qkvo")
     clip = getattr(attention.config, "clip_qkv", None)
     norms = [
         read_norm(module) if isinstance(module, nn.Module) else None
@@ -205,7 +263,7 @@ def _read_heads(attention: Any, arena: Arena) -> dict[str, Any]:
     }
 
 
-def _read_latent(attention: Any, arena: Arena) -> dict[str, Any]:
+def _read_latent(attention: Any, packer: _Packer) -> dict[str, Any]:
     """What attention over a compressed cache is to a layer."""
     _only(
         attention,
@@ -215,7 +273,7 @@ def _read_latent(attention: Any, arena: Arena) -> dict[str, Any]:
     rank, rope = int(attention.kv_lora_rank), int(attention.qk_rope_head_dim)
     nope, value = int(attention.qk_nope_head_dim), int(attention.v_head_dim)
     low_rank = getattr(attention, "q_b_proj", None) is not None
-    kv_b = _matrix(attention, "kv_b_proj", arena)
+    kv_b = _matrix(attention, "kv_b_proj", packer)
     heads = kv_b.rows // (nope + value)
     of_keys = attention.kv_b_proj.weight.view(heads, -1, rank)[:, :nope]
     latent = Latent(
@@ -224,15 +282,15 @@ def _read_latent(attention: Any, arena: Arena) -> dict[str, Any]:
         nope=nope,
         value=value,
         kv_norm=read_norm(attention.kv_a_layernorm),
-        absorb=packed_rows(of_keys.transpose(1, 2).reshape(-1, nope), None, arena),
+        absorb=packed_rows(of_keys.transpose(1, 2).reshape(-1, nope), None, packer.arena),
         kv_b=kv_b,
         q_norm=read_norm(attention.q_a_layernorm) if low_rank else None,
-        q_b=_matrix(attention, "q_b_proj", arena) if low_rank else None,
+        q_b=_matrix(attention, "q_b_proj", packer) if low_rank else None,
     )
     return {
-        "q": _matrix(attention, "q_a_proj" if low_rank else "q_proj", arena),
-        "k": _matrix(attention, "kv_a_proj_with_mqa", arena),
-        "o": _matrix(attention, "o_proj", arena),
+        "q": _matrix(attention, "q_a_proj" if low_rank else "q_proj", packer),
+        "k": _matrix(attention, "kv_a_proj_with_mqa", packer),
+        "o": _matrix(attention, "o_proj", packer),
         "heads": heads,
         "kv_heads": heads // math.gcd(heads, _HEADS_AN_ITEM),
         "head_dim": rank + rope,
@@ -256,7 +314,8 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
     Returns whether neighbours (or halves) are turned, whether they end up half a head apart, and
     how many pairs there are.
     """
-    x = sample(1, 1, attention.kv_a_proj_with_mqa.in_features).to(attention.config.dtype)
+    x = sample(1, 1, attention.kv_a_proj_with_mqa.in_features)
+    x = x.to(attention.kv_a_layernorm.weight.dtype)
     position, cache = torch.tensor([[5]]), _LastKey()
     attention(
         x,
@@ -278,8 +337,11 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
     raise UnfitError("the key of the compressed cache turns in another way")
 
 
-def read_decoder(model: Any) -> tuple[Decoder, int]:
-    """Describe a causal language model's decoder; its dense weights are packed on the way.
+def read_decoder(model: Any, *, replace: bool) -> tuple[Decoder, int]:
+    """Describe a causal language model's decoder.
+
+    Dense weights are packed on the way: beside the model's modules, unless it is to ``replace``
+    these. What is quantized already is only moved.
 
     Returns the decoder, and how many pairs its rotary embedding turns.
 
@@ -298,11 +360,14 @@ def read_decoder(model: Any) -> tuple[Decoder, int]:
     if any(type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds):
         raise UnfitError("its cache keeps something else than keys and values")
     windows = [int(getattr(kind, "sliding_window", 0)) for kind in kinds] or [0] * len(base.layers)
-    pack_tied(model)
-    arena = Arena()
+    packer = _Packer(replace)
     try:
+        if replace:
+            pack_tied(model)
+        else:
+            _check_room(model, base.layers)
         layers = [
-            _read_layer(layer, window, arena)
+            _read_layer(layer, window, packer)
             for layer, window in zip(base.layers, windows, strict=True)
         ]
         if layers[0].latent is None:
@@ -312,13 +377,15 @@ def read_decoder(model: Any) -> tuple[Decoder, int]:
                 base.layers[0].self_attn, base.rotary_emb, layers[0].latent.rank
             )
             layers = [
-                replace(layer, latent=layer.latent and replace(layer.latent, apart=apart))
+                dataclasses.replace(
+                    layer, latent=layer.latent and dataclasses.replace(layer.latent, apart=apart)
+                )
                 for layer in layers
             ]
         decoder = Decoder(
             layers,
             norm=read_norm(base.norm),
-            lm_head=_matrix(model, "lm_head", arena),
+            lm_head=_matrix(model, "lm_head", packer),
             scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
             paired=paired,
         )

@@ -11,7 +11,14 @@ from hybrid.dense import Arena, pack_linear
 
 
 class UnfitError(Exception):
-    """Why a model's decoder is none that the one-token kernels know."""
+    """Why a model's decoder is none that the one-token kernels know.
+
+    ``hint`` is what would help, None when nothing does.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def floats(tensor: Tensor | None) -> F32 | None:
