@@ -199,9 +199,15 @@ class Sequence:
     def owns(self, layers: list[Any]) -> bool:
         """Whether these are the layers that it was made of."""
         return layers is self._layers and all(
-            isinstance(layer, _SharedLayer) and (layer._sequence, layer._index) == (self, index)
+            isinstance(layer, _SharedLayer) and layer._sequence is self and layer._index == index
             for index, layer in enumerate(layers)
         )
+
+    def fits(self, form: CacheForm) -> bool:
+        """Whether a decoder of this form could have written all of it."""
+        if self.form is form and not self.plain:  # it has: the usual case, at every token
+            return not any(layer.record_past for layer in self._sliding)
+        return all(layer.fits(form) for layer in self._layers)
 
     def advance(self) -> None:
         """Tell the layers of the token that a decode step has added."""
@@ -236,7 +242,7 @@ def can_share(cache: Any, form: CacheForm) -> bool:
         return False
     sequence = _found(cache)
     if sequence is not None:
-        return sequence.owns(layers) and all(layer.fits(form) for layer in layers)
+        return sequence.owns(layers) and sequence.fits(form)
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
         and _fits(layer, (layer.keys, layer.values), form, index)
