@@ -299,6 +299,9 @@ class FastPath:
             return wanted[0]
         if False in (arguments.get("return_dict"), getattr(model.config, "return_dict", None)):
             return "return_dict"
+        positions = arguments.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim != 2:
+            return "positions along several axes"
         mask = arguments.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor):
             return f"a mask of {type(mask).__name__}"
