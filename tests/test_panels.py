@@ -149,7 +149,7 @@ def units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _spec(shape: ExpertShape) -> HardwareSpec:
-    file = Path(hybrid.__file__).parents[1] / "configs" / "hardware"
+    file = Path(__file__).parents[1] / "configs" / "hardware"
     base = HardwareSpec.from_table(read_table(sorted(file.glob("*.toml"))[0]), "shipped")
     seconds = {"cpu": {1: 1.0, 2: 2.0, 4: 3.0}, "panels": {1: 3.0, 2: 2.5, 4: 3.0}}
     points = tuple(
