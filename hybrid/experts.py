@@ -131,6 +131,11 @@ class LayerExperts:
         return (down.view(*ids.shape, -1) * kept[..., None]).sum(dim=1)
 
 
+def experts_of(network: torch.nn.Module) -> list[Any]:
+    """Return what runs the experts of each MoE layer of a loaded model, in the layers' order."""
+    return [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
+
+
 def compute_on_cpu(
     hidden: Tensor,
     expert_ids: Tensor,

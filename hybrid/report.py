@@ -7,6 +7,7 @@ from typing import Any
 from cpu_experts import simd
 from hybrid import host
 from hybrid.calibration.prediction import cpu_terms
+from hybrid.experts import experts_of
 from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.panels import accelerated
 from hybrid.sharing.placement import Placement
@@ -73,11 +74,7 @@ def run_report(
 
 def many_tokens(network: Any) -> str:
     """Say which products experts take whose load is more than one token."""
-    loads = {
-        getattr(runner, "panels_from", None)
-        for module in network.modules()
-        if (runner := getattr(module, "hybrid_experts", None)) is not None
-    }
+    loads = {getattr(runner, "panels_from", None) for runner in experts_of(network)}
     found = [load for load in loads if load is not None]
     if found:
         return f"torch's bfloat16 from {min(found)} tokens on (measured), packed kernels below"

@@ -22,7 +22,7 @@ from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.measure import Budget, layer_times
 from hybrid.conversion.checkpoint import convert
-from hybrid.experts import compute_on_cpu
+from hybrid.experts import compute_on_cpu, experts_of
 from hybrid.model import HybridModel
 from hybrid.panels import faster_from, least_load, panels_from, run_panels
 from planner.fields import read_table
@@ -167,18 +167,13 @@ def _spec(shape: ExpertShape) -> HardwareSpec:
     return HardwareSpec(**vars(base) | {"points": points})
 
 
-def _first(model: HybridModel) -> Any:
-    """Return the first layer's experts."""
-    return next(m.hybrid_experts for m in model.model.modules() if hasattr(m, "hybrid_experts"))
-
-
 @pytest.mark.usefixtures("units")
 def test_a_calibration_decides(tiny_model: Path, tmp_path: Path) -> None:
     """Its points survive the file, and every way to load a model finds them; the report says."""
     convert(tiny_model, tmp_path / "model", experts="q8_0")
     model = HybridModel.from_pretrained(tmp_path / "model")
     assert "no calibration found torch's bfloat16 faster" in str(model.report())
-    experts = _first(model)
+    experts = experts_of(model.model)[0]
     spec = _spec(experts.shape)
     assert faster_from(spec, experts.shape) == 4
     assert experts.panels_from is None
@@ -186,7 +181,7 @@ def test_a_calibration_decides(tiny_model: Path, tmp_path: Path) -> None:
     calibrated.save(spec, Identity.of_this_machine(threads))
     assert "panels" in to_toml(spec)
     again = HybridModel.from_pretrained(tmp_path / "model", threads=threads)
-    assert _first(again).panels_from == 4
+    assert experts_of(again.model)[0].panels_from == 4
     assert "torch's bfloat16 from 4 tokens on (measured)" in str(again.report())
     prompt = [5, 9, 33, 21, 7, 80, 2, 4, 4, 4, 4, 4]
     options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}

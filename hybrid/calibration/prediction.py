@@ -11,7 +11,7 @@ import numpy as np
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.subject import subject
-from hybrid.experts import LayerExperts
+from hybrid.experts import experts_of
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.sharing.timeline import DECODE, PREFILL
 from planner.dryrun import OURS, estimates
@@ -169,13 +169,9 @@ def predicted(
     )
 
 
-def _experts(network: Any) -> list[LayerExperts]:
-    return [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
-
-
 def begin_run(network: Any, prompt_tokens: int) -> None:
     """Forget the last run of a model on the CPU; a prompt of so many tokens comes next."""
-    for experts in _experts(network):
+    for experts in experts_of(network):
         experts.begin_run(prompt_tokens)
 
 
@@ -185,7 +181,7 @@ def prompt_loads(network: Any) -> list[list[int]]:
     One row a MoE layer, in order, of one piece of the prompt after the other: as
     :func:`predict` takes them.
     """
-    layers = [experts.loads for experts in _experts(network)]
+    layers = [experts.loads for experts in experts_of(network)]
     return [loads for piece in zip(*layers, strict=True) for loads in piece]
 
 
@@ -215,7 +211,7 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
     if found is None:
         return ()
     fast = network.hybrid_fast.path.fast
-    spent_s = sum(layer.spent_s for layer in _experts(network)) if fast else None
+    spent_s = sum(layer.spent_s for layer in experts_of(network)) if fast else None
     terms = [Term(PREFILL, WHOLE, found.ttft.value, times.ttft_s)]
     terms += [
         Term(PREFILL, name, estimate.value, spent_s if name == CPU else None)
