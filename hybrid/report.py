@@ -48,7 +48,7 @@ def run_report(
             terms = cpu_terms(network, times, threads)
         else:
             figures |= placement.figures()
-            terms = placement.terms()
+            terms = placement.terms(times)
     figures["peak_memory_bytes"] = Figure(
         host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
     )

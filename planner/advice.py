@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from planner.cost import BITS_PER_WEIGHT, CostModel
-from planner.outcome import CALL, CPU, DISK, GPU, HEAD, LINK, MIXER, Run
+from planner.outcome import CALL, CPU, DECIDING, DISK, GPU, HEAD, LINK, MIXER, Run
 
 if TYPE_CHECKING:
     from planner.request import Request
@@ -46,12 +46,17 @@ def binding_resource(cost: CostModel, terms: dict[str, float], tokens: int) -> s
         return "GPU compute (experts)" if bound else "VRAM bandwidth (experts on the GPU)"
     if term == CALL:
         return "the host (Python's work per step)"
+    if term == DECIDING:
+        return "the host (Python's work per layer)"
     side = "GPU" if cost.on_gpu else "CPU"
     memory = "VRAM" if cost.on_gpu else "RAM"
     if term == MIXER:
         layer = cost.model.layers[-1]
         work_s = cost.dense(layer.mixer.params, tokens).value
-        if work_s < hardware.cpu.layer_overhead_s.value:
+        host_s = hardware.cpu.layer_overhead_s.value
+        if cost.on_gpu and cost.knows():
+            host_s = cost.mixer(layer, tokens, tokens).value - work_s
+        if work_s < host_s:
             return "the host (Python's work per layer)"
     params = cost.model.head_params if term == HEAD else cost.model.layers[-1].mixer.params
     one, many = cost.dense(params, 1).value, cost.dense(params, tokens).value

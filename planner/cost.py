@@ -8,7 +8,8 @@ on either side: a floor while memory binds, a slope once compute does (the roofl
 arXiv 2504.09345). A CPU call adds a start cost once per layer; the GPU adds a launch per expert;
 a copy adds a latency. Calibration points, where the hardware description has them for this shape
 and format, replace the formula by interpolation over the load. So they do for attention, dense
-layers and the head of a model that runs on the CPU alone, whose family was calibrated.
+layers, the head and what surrounds them, of a model whose family was calibrated where its dense
+weights are: on the CPU alone, or on the GPU.
 """
 
 from __future__ import annotations
@@ -176,7 +177,9 @@ class CostModel:
         self.dense_format = dense_format
         self.kv_bytes = kv_bytes
         self.experts = ExpertCost(model, hardware, expert_format)
-        self._measured = MeasuredTerms(() if hardware.gpu else hardware.terms, model.family)
+        self._measured = MeasuredTerms(
+            hardware.terms, model.family, "gpu" if hardware.gpu else "cpu"
+        )
         self._tables: dict[float, DecodeTable] = {}
         self._ffns: dict[tuple[int, int], Estimate] = {}
         self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
@@ -231,6 +234,24 @@ class CostModel:
             self._ffns[key] = self.dense(*key) if found is None else found
         return self._ffns[key]
 
+    def deciding(self, tokens: int) -> Estimate:
+        """Time of the host in a layer, from the router's answer until the GPU has its work.
+
+        0 unless measured, and without a GPU.
+        """
+        found = None
+        if self.on_gpu:
+            params = self.model.experts.params_each
+            found = self._calibrated("deciding", params, tokens, tokens, fmt=self.expert_format)
+        return Estimate(0.0, Source.ASSUMED) if found is None else found
+
+    def knows(self) -> bool:
+        """Whether this model's dense layers were measured where they are, and not estimated."""
+        return all(
+            self._calibrated("attention", mixer.params, 1, 1, mixer.kind) is not None
+            for mixer in {layer.mixer for layer in self.model.layers}
+        )
+
     def call(self, tokens: int) -> Estimate:
         """Time of a step of ``tokens`` tokens around its layers and head."""
         found = self._calibrated("call", self.model.head_params, tokens, tokens)
@@ -246,10 +267,16 @@ class CostModel:
         return Estimate(0.0, Source.ASSUMED) if found is None else found
 
     def _calibrated(
-        self, term: str, params: int, tokens: int, context: int, kind: str = ""
+        self,
+        term: str,
+        params: int,
+        tokens: int,
+        context: int,
+        kind: str = "",
+        fmt: str | None = None,
     ) -> Estimate | None:
-        """What a calibration measured for a part of this model on the CPU; None if nothing."""
-        key = (term, kind, params, self.dense_format)
+        """What a calibration measured for a part of this model; None if nothing."""
+        key = (term, kind, params, fmt or self.dense_format)
         if tokens == 1:
             return self._measured.decode(*key, context)
         return self._measured.prompt(*key, tokens, context - tokens)

@@ -102,6 +102,8 @@ class Point:
         Tokens; 0 for a copy.
     seconds, error
         Median duration and its standard deviation.
+    disturbed
+        Part of the processors' time that other programs took meanwhile, where it was too much.
     """
 
     lane: str
@@ -111,11 +113,12 @@ class Point:
     load: int
     seconds: float
     error: float | None = None
+    disturbed: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TermPoint:
-    """One calibration measurement of what is no routed expert, in the CPU-only runtime.
+    """One calibration measurement of what is no routed expert.
 
     Parameters
     ----------
@@ -124,8 +127,9 @@ class TermPoint:
         ``feed_forward`` (shared experts, or the MLP of a layer without experts), ``head``,
         ``call`` (what a step costs around its layers and head), what comes on top of that where
         it is asked for, ``sampling`` (drawing a token instead of taking the likeliest one) and
-        ``text`` (writing it), and ``expert``: what one routed
-        expert adds to a single token's layer where all layers are one compiled call.
+        ``text`` (writing it), ``expert``: what one routed expert adds to a single token's layer
+        where all layers are one compiled call, and ``deciding``: what the host takes in a layer
+        from the router's answer until the device has its work.
     family
         The ``model_type`` whose code was measured.
     kind
@@ -141,6 +145,13 @@ class TermPoint:
         So many tokens of a prompt, at most, were computed at a time; 0 is all of them.
     seconds, error
         Median duration and its standard deviation.
+    lane
+        Where the dense weights were: ``cpu``, where the CPU-only runtime computes all, or ``gpu``,
+        where experts are shared. There ``attention`` is from one layer's end to the next router's
+        answer, whatever lies between, and ``feed_forward`` what the device computes beyond that:
+        shared experts while the host decides, dense layers before the next one with experts.
+    disturbed
+        As of :class:`Point`.
     """
 
     term: str
@@ -153,11 +164,14 @@ class TermPoint:
     piece: int = 0
     seconds: float
     error: float | None = None
+    lane: str = "cpu"
+    disturbed: float | None = None
 
 
 PANELS = "panels"
 LANES = ("cpu", "gpu", "copy", PANELS)
-TERMS = ("attention", "feed_forward", "head", "call", "sampling", "text", "expert")
+TERMS = ("attention", "feed_forward", "head", "call", "sampling", "text", "expert", "deciding")
+TERM_LANES = ("cpu", "gpu")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")
 _MAY_BE_ZERO = (
@@ -290,6 +304,7 @@ def _point(entry: Fields) -> Point:
         load=entry.count("load", default=0, least=0 if lane == "copy" else 1),
         seconds=entry.number("seconds"),
         error=entry.number("error") if entry.has("error") else None,
+        disturbed=entry.number("disturbed") if entry.has("disturbed") else None,
     )
 
 
@@ -299,6 +314,11 @@ def _term(entry: Fields) -> TermPoint:
     term = entry.text("term")
     if term not in TERMS:
         raise SpecError(f"{entry.where}: term is {term!r}", hint=f"use one of {', '.join(TERMS)}")
+    lane = entry.text("lane", "cpu")
+    if lane not in TERM_LANES:
+        raise SpecError(
+            f"{entry.where}: lane is {lane!r}", hint=f"use one of {', '.join(TERM_LANES)}"
+        )
     return TermPoint(
         term=term,
         family=entry.text("family"),
@@ -310,6 +330,8 @@ def _term(entry: Fields) -> TermPoint:
         piece=entry.count("piece", default=0, least=0),
         seconds=entry.number("seconds"),
         error=entry.number("error") if entry.has("error") else None,
+        disturbed=entry.number("disturbed") if entry.has("disturbed") else None,
+        lane=lane,
     )
 
 

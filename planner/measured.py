@@ -34,13 +34,15 @@ class MeasuredTerms:
         Of any families; those of others are left out.
     family
         The model's ``model_type``.
+    lane
+        Where dense weights are, ``cpu`` or ``gpu``. Text is written by the CPU in any case.
     """
 
-    def __init__(self, points: Iterable[TermPoint], family: str) -> None:
+    def __init__(self, points: Iterable[TermPoint], family: str, lane: str = "cpu") -> None:
         self._decode: defaultdict[_Key, list[TermPoint]] = defaultdict(list)
         self._prompt: defaultdict[_Key, list[TermPoint]] = defaultdict(list)
         for point in points:
-            if point.family == family:
+            if point.family == family and (point.lane == lane or point.term == "text"):
                 table = self._decode if point.tokens == 1 else self._prompt
                 table[point.term, point.kind, point.params, point.format].append(point)
         for found in self._decode.values():

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from planner.plan import LayerPlan
 
-MIXER, DENSE, CPU, GPU, LINK, DISK, HEAD, CALL = TERMS = (
+MIXER, DECIDING, DENSE, CPU, GPU, LINK, DISK, HEAD, CALL = TERMS = (
     "attention and router",
+    "deciding",
     "shared and dense layers",
     "experts on the CPU",
     "experts on the GPU",

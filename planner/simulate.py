@@ -16,7 +16,20 @@ from planner.cache import ExpertCache
 from planner.cost import CostModel
 from planner.director import Admission, Decision, Director, Fill, Scheduler, contended_s
 from planner.memory import Fit
-from planner.outcome import CALL, CPU, DENSE, DISK, GPU, HEAD, LINK, MIXER, Event, Run, Step
+from planner.outcome import (
+    CALL,
+    CPU,
+    DECIDING,
+    DENSE,
+    DISK,
+    GPU,
+    HEAD,
+    LINK,
+    MIXER,
+    Event,
+    Run,
+    Step,
+)
 from planner.plan import LayerPlan
 from planner.problem import Problem, timeline
 from planner.routing import RECALL, Choice, Routing
@@ -167,7 +180,7 @@ class Simulator:
         self, step: Step, choices: Sequence[Choice], tokens: int, context: int, batch: int
     ) -> None:
         """One forward pass over all layers and the head."""
-        moe = 0
+        moe, deciding_s = 0, self.cost.deciding(tokens).value
         for index, layer in enumerate(self.cost.model.layers):
             self._share = self._shares[index]
             if self._share:
@@ -175,6 +188,8 @@ class Simulator:
                 self._dense(step, MIXER, mixer_s, f"mixer {index}")
                 ffn_s = self.cost.ffn(layer, tokens).value
                 if layer.moe:
+                    if deciding_s:
+                        self._dense(step, DECIDING, deciding_s, f"deciding {moe}", "cpu")
                     self._experts(step, choices[moe], moe, ffn_s, mixer_s)
                 else:
                     self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
@@ -188,9 +203,11 @@ class Simulator:
             self._dense(step, CALL, call_s, "around the layers")
         return step
 
-    def _dense(self, step: Step, term: str, duration_s: float, name: str) -> None:
-        """Advance time by dense work, on the device that holds dense weights."""
-        lane = "gpu" if self.cost.on_gpu else "cpu"
+    def _dense(
+        self, step: Step, term: str, duration_s: float, name: str, lane: str | None = None
+    ) -> None:
+        """Advance time by what experts wait for; by default where dense weights are."""
+        lane = lane or ("gpu" if self.cost.on_gpu else "cpu")
         self._occupy(lane, name, self._now_s, self._now_s + duration_s)
         step.terms[term] += duration_s * self._share
         step.bound_s += duration_s * self._share

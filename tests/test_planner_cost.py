@@ -188,6 +188,44 @@ def test_measured_parts_replace_the_roofline_on_the_cpu() -> None:
     assert with_gpu.experts.cpu_set_s([1]) == CostModel(model, machine()).experts.cpu_set_s([1])
 
 
+def test_dense_parts_on_a_gpu_are_measured_there() -> None:
+    """Points of one lane never count for the other; text alone is written in the same place."""
+    model = small_model()
+    layer, head = model.layers[0], model.head_params
+    params = model.experts.params_each
+    points = tuple(
+        term(name, tokens, tokens, seconds * factor, lane=lane, **more)
+        for lane, factor in (("cpu", 1.0), ("gpu", 10.0))
+        for tokens, seconds in ((1, 1.0), (32, 2.0))
+        for name, more in (
+            ("attention", {"kind": "full", "params": layer.mixer.params}),
+            ("feed_forward", {"params": layer.ffn_params}),
+            ("head", {"params": head}),
+            ("call", {"params": head}),
+            ("deciding", {"params": params, "format": "q4_0"}),
+            ("sampling", {"params": head}),
+        )
+    )
+    points += (term("text", 1, 1, 7.0, params=head),)
+    for hardware, factor in ((bare_machine(), 1.0), (machine(), 10.0)):
+        cost = CostModel(model, replace(hardware, terms=points))
+        assert cost.knows()
+        for tokens, seconds in ((1, factor), (32, 2 * factor)):
+            assert cost.mixer(layer, tokens, tokens).value == seconds
+            assert cost.ffn(layer, tokens).value == seconds
+            assert cost.head(1, tokens).value == seconds
+            assert cost.call(tokens).value == seconds
+            assert cost.deciding(tokens).value == (seconds if hardware.gpu else 0.0)
+        assert (cost.aside("sampling").value, cost.aside("text").value) == (factor, 7.0)
+        # A prompt is computed at once there.
+        assert cost.pieces(2048) == [(2048, 2048)]
+    others = tuple(point for point in points if point.lane == "cpu")
+    unknown = CostModel(model, replace(machine(), terms=others))
+    assert not unknown.knows()
+    assert unknown.deciding(1) == Estimate(0.0, Source.ASSUMED)
+    assert unknown.mixer(layer, 1, 64) == CostModel(model, machine()).mixer(layer, 1, 64)
+
+
 def test_a_machine_states_what_surrounds_the_layers() -> None:
     """Without a measured family the machine's own figures count; without those nothing does."""
     model = small_model()

@@ -67,6 +67,7 @@ def test_shipped_machines_state_a_source_for_every_number() -> None:
         (("points",), 3, "points is not a list of tables"),
         (("terms",), [1], "terms is not a list of tables"),
         (("terms",), [{"term": "lunch"}], "term is 'lunch'"),
+        (("terms",), [{"term": "head", "lane": "link"}], "lane is 'link'"),
         (("terms",), [{"term": "head", "seconds": 1}], "terms[0] lacks family"),
     ],
 )
@@ -132,6 +133,7 @@ def test_what_is_written_reads_back_as_an_equal() -> None:
                     term="attention", kind="full", piece=512, seconds=0.1, error=0.01, **term
                 ),
                 TermPoint(term="feed_forward", seconds=0.0, **term),
+                TermPoint(term="deciding", seconds=1e-4, lane="gpu", **term),
             ),
         )
     )
@@ -147,3 +149,11 @@ def test_what_only_a_calibration_knows_may_be_absent() -> None:
     data["cpu"]["token_start"] = data["cpu"]["start_s"]
     with pytest.raises(SpecError, match="unknown field 'token_start'"):
         HardwareSpec.from_table(data, "laptop.toml")
+
+
+def test_a_calibration_of_old_says_nothing_of_the_device() -> None:
+    """Terms without a lane are the CPU's: that is all that was measured once."""
+    term = {"term": "head", "family": "x", "params": 7, "format": "bf16", "tokens": 1, "context": 1}
+    data = {**LAPTOP, "terms": [{**term, "seconds": 0.5}]}
+    (found,) = HardwareSpec.from_table(data, "laptop.toml").terms
+    assert found.lane == "cpu"

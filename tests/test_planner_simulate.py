@@ -12,9 +12,9 @@ import pytest
 from planner.baselines import all_cpu, on_demand, static_split
 from planner.cache import ExpertCache, Policy
 from planner.cost import CostModel
-from planner.hardware import HardwareSpec
+from planner.hardware import HardwareSpec, TermPoint
 from planner.memory import Fit
-from planner.outcome import CPU, DISK, HEAD, LINK, MIXER, Run
+from planner.outcome import CPU, DECIDING, DISK, HEAD, LINK, MIXER, Run
 from planner.policies import LRU, MRS, StaticPopularity
 from planner.routing import Routing, synthetic
 from planner.schedule import schedule
@@ -105,6 +105,22 @@ def test_terms_add_up() -> None:
         assert sum(terms.values()) == pytest.approx(found.tpot_s)
         assert terms[MIXER] > 0
         assert terms[HEAD] > 0
+
+
+def test_deciding_takes_its_time_where_it_was_measured() -> None:
+    """Every layer is that much longer, on the host's lane; without a measurement it is nothing."""
+    about = {"family": "qwen3_moe", "params": MODEL.experts.params_each, "format": "q4_0"}
+    points = tuple(
+        TermPoint(term="deciding", tokens=n, context=n, seconds=s, lane="gpu", **about)
+        for n, s in ((1, 0.25), (32, 0.5))
+    )
+    slow, fast = run(replace(machine(), terms=points), record=1), run()
+    assert fast.decode_terms()[DECIDING] == 0.0
+    assert slow.decode_terms()[DECIDING] == pytest.approx(6 * 0.25)
+    assert slow.prefill.terms[DECIDING] == pytest.approx(6 * 0.5)
+    assert slow.tpot_s == pytest.approx(sum(slow.decode_terms().values()))
+    spans = [event for event in slow.events if event.name.startswith("deciding")]
+    assert {event.lane for event in spans} == {"cpu"}
 
 
 def test_hits_and_places_are_counted_per_layer() -> None:

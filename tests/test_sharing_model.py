@@ -122,7 +122,7 @@ def test_the_report_says_what_was_predicted_and_measured(tiny_model: Path) -> No
     assert "predicted" in str(report)
 
 
-_TERMS = ("attention and router", "deciding", "experts", "output head")
+_TERMS = ("attention and router", "deciding", "experts", "output head", "around the layers")
 
 
 def test_a_batch_decodes_in_the_decode_phase_and_loading_counts_nothing(tiny_model: Path) -> None:

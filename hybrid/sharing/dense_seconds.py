@@ -39,21 +39,26 @@ class DenseSeconds:
         return self._both(layer, tokens)[1]
 
     def head(self, tokens: int) -> float:
-        """What follows the last MoE layer."""
-        return self._cost.head(1).value + sum(self._dense(i, tokens) for i in self._after)
+        """What follows the last MoE layer, in a step of so many tokens."""
+        return self._cost.head(1, tokens).value + sum(self._dense(i, tokens) for i in self._after)
 
     def _both(self, layer: int, tokens: int) -> tuple[float, float]:
         found = self._known.get((layer, tokens, self._context))
         if found is None:
             *before, index = self._groups[layer]
             own = self._cost.model.layers[index]
-            mixer_s = self._cost.mixer(own, tokens, max(tokens, self._context)).value
+            mixer_s = self._cost.mixer(own, tokens, self._seen(tokens)).value
             mixer_s += sum(self._dense(i, tokens) for i in before)
             found = mixer_s, self._cost.ffn(own, tokens).value
             self._known[layer, tokens, self._context] = found
         return found
 
+    def _seen(self, tokens: int) -> int:
+        """Context of a step; a prompt that is all of it, give or take a step, is just that."""
+        whole = tokens > 1 and self._context - tokens < CONTEXT_STEP
+        return tokens if whole else max(tokens, self._context)
+
     def _dense(self, index: int, tokens: int) -> float:
         layer = self._cost.model.layers[index]
-        mixer = self._cost.mixer(layer, tokens, max(tokens, self._context))
+        mixer = self._cost.mixer(layer, tokens, self._seen(tokens))
         return mixer.value + self._cost.ffn(layer, tokens).value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +13,17 @@ from gpu_experts.device import Device
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
-from hybrid.errors import UsageError, bare, first_line
-from hybrid.experts import LayerExperts
+from hybrid.errors import UsageError, first_line
+from hybrid.experts import LayerExperts, experts_of
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
-from hybrid.metrics import WHOLE, Figure, SlowPath, Term
+from hybrid.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.residents import Opened, Settle
 from hybrid.sharing.shared_first import SharedFirst
-from hybrid.sharing.timeline import DECODE, Timeline
+from hybrid.sharing.steps import watch_steps
+from hybrid.sharing.timeline import DECODE, PREFILL, Timeline
 from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
@@ -32,6 +32,7 @@ from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
 from planner.memory import STAGING, Fit, HostMemory, fit, in_words
 from planner.model import ModelSpec
+from planner.outcome import CALL
 from planner.popularity import Popularity, informed
 from planner.request import Request
 
@@ -88,8 +89,8 @@ class Placement:
         Its name.
     fit
         What takes memory where.
-    spec, hardware
-        What was placed, and on what: predictions come from these.
+    cost
+        What was placed, and on what: predictions come from it.
     executor
         Runs the experts; None when the device cannot run this model's.
     notes
@@ -100,11 +101,20 @@ class Placement:
 
     device: str
     fit: Fit
-    spec: ModelSpec
-    hardware: HardwareSpec
+    cost: CostModel
     executor: Executor | None
     notes: tuple[SlowPath, ...]
     popularity: Popularity | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.cost.model
+
+    @property
+    def hardware(self) -> HardwareSpec:
+        """The machine, with the memory that may be used."""
+        return self.cost.hardware
 
     def begin_run(self) -> None:
         """Forget what the last call of ``generate`` took."""
@@ -133,18 +143,45 @@ class Placement:
             "prefetch_wasted_bytes": Figure(fetched.wasted_bytes, "bytes", loaded),
         }
 
-    def terms(self) -> tuple[Term, ...]:
-        """Return what a step of the last call consisted of, predicted and measured."""
+    def terms(self, times: GenerationTimes) -> tuple[Term, ...]:
+        """Return what a step of the last call consisted of, predicted and measured.
+
+        What the steps' own clock does not see surrounds the layers: it is the rest of the time to
+        the first token, or from token to token.
+        """
         if self.executor is None:
             return ()
         timeline = self.executor.timeline
         timeline.finish()
         found = []
         for name, phase in timeline.phases.items():
-            if phase.measured.steps:
-                found.append(Term(name, WHOLE, phase.predicted.step_s, phase.measured.step_s))
-                found += [Term(name, *row) for row in phase.rows()]
+            if not phase.measured.steps:
+                continue
+            predicted_s, measured_s = phase.predicted.step_s, phase.measured.step_s
+            around = self._around(name, times, phase.measured.steps, measured_s)
+            if around is not None:
+                predicted_s, measured_s = predicted_s + around[0], measured_s + around[1]
+            found.append(Term(name, WHOLE, predicted_s, measured_s))
+            found += [Term(name, *row) for row in phase.rows()]
+            if around is not None:
+                found.append(Term(name, CALL, *around))
         return tuple(found)
+
+    def _around(
+        self, phase: str, times: GenerationTimes, steps: int, layers_s: float
+    ) -> tuple[float, float] | None:
+        """What surrounds the layers of a step, predicted and measured; None where nobody knows."""
+        steps_seen = 1 if phase == PREFILL else times.new_tokens - 1
+        if times.ttft_s is None or steps != steps_seen:
+            return None
+        whole_s = times.ttft_s if phase == PREFILL else times.decode_s / steps
+        tokens = times.sequences * (times.prompt_tokens if phase == PREFILL else 1)
+        predicted = self.cost.call(tokens)
+        for name in times.asides:
+            # The first token is there before it is written.
+            if phase == DECODE or name != "text":
+                predicted += self.cost.aside(name)
+        return predicted.value, max(0.0, whole_s - layers_s)
 
     def slow_paths(self) -> tuple[SlowPath, ...]:
         """Return what is slower or smaller than it could be, and what went wrong since."""
@@ -208,6 +245,44 @@ def place_model(
     UsageError
         When not even the dense weights and the cache fit; the message says what is needed.
     """
+    cost, placed = fitted(model, device, hardware, budget)
+    if not placed.fits:
+        raise UsageError(
+            f"{placed.shortage}: {in_words(placed.vram_bytes)} of {device.name} are not enough",
+            hint=f"give it {in_words(placed.used('vram'))} or more, a shorter context, or "
+            "vram=0 for the CPU alone",
+        )
+    nbytes = model.hybrid_store.index.nbytes
+    device.pin(nbytes if placed.host is HostMemory.PINNED else RING_BYTES)
+    try:
+        move_dense(model, device.torch_device)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device.name} has no room for the dense weights: {first_line(error)}",
+            hint="close what else uses it, or use vram=0 for the CPU alone",
+        ) from error
+    layers: list[LayerExperts] = experts_of(model)
+    for experts in layers:
+        if experts.own_gating:  # computed on the CPU, between projections that are
+            experts.spec.module.to("cpu")
+    notes = [SlowPath(*note) for note in device.notes]
+    reason = unfit(layers, cost.model)
+    executor = None
+    if reason is not None:
+        remedy = "none yet: attention and dense layers run on the device"
+        notes.append(SlowPath("all experts on the CPU", reason, remedy))
+    else:
+        executor = _share_experts(model, device, cost, placed, budget, threads, timeline)
+    return Placement(device.name, placed, cost, executor, tuple(notes), budget.popularity)
+
+
+def fitted(
+    model: Any, device: Device, hardware: HardwareSpec, budget: Budget
+) -> tuple[CostModel, Fit]:
+    """Return what a loaded model takes where on ``device``, and what predicts its durations.
+
+    Takes what :func:`place_model` takes.
+    """
     free = device.memory().free_bytes
     vram = free if budget.vram_bytes is None else budget.vram_bytes
     if vram > device.memory().total_bytes:
@@ -223,16 +298,14 @@ def place_model(
     hardware = hardware.with_values("gpu", vram_bytes=vram)
     if budget.ram_bytes is not None:
         hardware = hardware.with_values("cpu", ram_bytes=budget.ram_bytes)
-    modules = [module for module in model.modules() if hasattr(module, "hybrid_experts")]
-    layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
     index = model.hybrid_store.index
     spec = from_hf_config(model.config.to_dict(), index.source["name"])
     dense = index.dense_format
     if dense is None or device.torch_device.type != "cpu":  # quantized matrices are widened there
         dense = "f32" if model.dtype == torch.float32 else "bf16"
     cost = CostModel(spec, hardware, index.format, dense)
-    stride = layers[0].blocks.shape[1]
-    placed = fit(
+    stride = experts_of(model)[0].blocks.shape[1]
+    return cost, fit(
         cost,
         context=budget.context,
         prompt=budget.context,  # a prompt is computed at once
@@ -241,38 +314,10 @@ def place_model(
         staging=STAGING,
         popularity=budget.popularity,
     )
-    if not placed.fits:
-        raise UsageError(
-            f"{placed.shortage}: {in_words(vram)} of {device.name} are not enough",
-            hint=f"give it {in_words(placed.used('vram'))} or more, a shorter context, or "
-            "vram=0 for the CPU alone",
-        )
-    device.pin(index.nbytes if placed.host is HostMemory.PINNED else RING_BYTES)
-    try:
-        move_dense(model, device.torch_device)
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"{device.name} has no room for the dense weights: {first_line(error)}",
-            hint="close what else uses it, or use vram=0 for the CPU alone",
-        ) from error
-    for experts in layers:
-        if experts.own_gating:  # computed on the CPU, between projections that are
-            experts.spec.module.to("cpu")
-    notes = [SlowPath(*note) for note in device.notes]
-    reason = unfit(layers, spec)
-    executor = None
-    if reason is not None:
-        remedy = "none yet: attention and dense layers run on the device"
-        notes.append(SlowPath("all experts on the CPU", reason, remedy))
-    else:
-        executor = _share_experts(model, modules, device, cost, placed, budget, threads, timeline)
-    known = budget.popularity
-    return Placement(device.name, placed, spec, hardware, executor, tuple(notes), known)
 
 
 def _share_experts(
     model: Any,
-    modules: list[Any],
     device: Device,
     cost: CostModel,
     placed: Fit,
@@ -280,6 +325,7 @@ def _share_experts(
     threads: int,
     timeline: Timeline | None,
 ) -> Executor:
+    modules = [module for module in model.modules() if hasattr(module, "hybrid_experts")]
     layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
     layout = BlockLayout.of(layers[0].shape, layers[0].blocks.shape[1])
     seconds = DenseSeconds(cost, budget.context)
@@ -381,55 +427,3 @@ def _plain(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Parameter) -
     if isinstance(module, QuantizedLinear) and module.bias is not None:
         new.bias = module.bias
     return new
-
-
-def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
-    """Time every forward pass, and repeat one that the device had no memory for, with fewer slots.
-
-    The pass is repeated from the cache as it was before it; where a cache cannot be cut back, the
-    error is raised.
-    """
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        lengths = _lengths(kwargs.get("past_key_values"))
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        rows, new = (1, 1) if ids is None else ids.shape
-        context = new + max((n for n in lengths if n), default=0)
-        executor.begin_step(prompt=new > 1, context=context)
-        error = None
-        try:
-            output = inner(*args, **kwargs)
-        except torch.OutOfMemoryError as raised:
-            error = bare(raised)
-        if error is not None:  # what the broken pass held is free by now
-            executor.shrink(error)
-            _cut_back(kwargs.get("past_key_values"), lengths, error)
-            executor.begin_step(prompt=new > 1, context=context)
-            output = inner(*args, **kwargs)
-        executor.end_step(seconds.head(rows * new))
-        return output
-
-    model.forward = forward
-
-
-def _lengths(cache: Any) -> list[int | None]:
-    """Tokens in each layer of a cache; None where a state says nothing of its tokens."""
-    return [
-        layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
-        for layer in getattr(cache, "layers", ())
-    ]
-
-
-def _cut_back(cache: Any, before: list[int | None], error: Exception) -> None:
-    """Take back what a broken pass added to a cache, or raise its error where that cannot be."""
-    layers = getattr(cache, "layers", ())
-    for number, (layer, length) in enumerate(zip(layers, _lengths(cache), strict=True)):
-        was = before[number] if number < len(before) else 0
-        if was is None or length is None:
-            raise error
-        if length > was:
-            if getattr(layer, "is_sliding", False):
-                raise error
-            layer.crop(was - length)
