@@ -97,6 +97,8 @@ class Placement:
         What is slower or smaller than it could be.
     popularity
         What was known of the experts' use; None is nothing.
+    shared
+        Launches shared experts early, where they are launched.
     """
 
     device: str
@@ -105,6 +107,7 @@ class Placement:
     executor: Executor | None
     notes: tuple[SlowPath, ...]
     popularity: Popularity | None = None
+    shared: SharedFirst | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -267,13 +270,13 @@ def place_model(
             experts.spec.module.to("cpu")
     notes = [SlowPath(*note) for note in device.notes]
     reason = unfit(layers, cost.model)
-    executor = None
+    executor, shared = None, None
     if reason is not None:
         remedy = "none yet: attention and dense layers run on the device"
         notes.append(SlowPath("all experts on the CPU", reason, remedy))
     else:
-        executor = _share_experts(model, device, cost, placed, budget, threads, timeline)
-    return Placement(device.name, placed, cost, executor, tuple(notes), budget.popularity)
+        executor, shared = _share_experts(model, device, cost, placed, budget, threads, timeline)
+    return Placement(device.name, placed, cost, executor, tuple(notes), budget.popularity, shared)
 
 
 def fitted(
@@ -324,14 +327,14 @@ def _share_experts(
     budget: Budget,
     threads: int,
     timeline: Timeline | None,
-) -> Executor:
+) -> tuple[Executor, SharedFirst]:
     modules = [module for module in model.modules() if hasattr(module, "hybrid_experts")]
     layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
     layout = BlockLayout.of(layers[0].shape, layers[0].blocks.shape[1])
     seconds = DenseSeconds(cost, budget.context)
     specs = [experts.spec for experts in layers]
     views = survey(model, specs)
-    lookahead = Lookahead.discover(model, specs, views=views)
+    lookahead, shared = Lookahead.discover(model, specs, views=views), SharedFirst(views)
     executor = Executor(
         layers,
         device,
@@ -340,7 +343,7 @@ def _share_experts(
         seconds,
         threads=threads,
         lookahead=lookahead,
-        shared=SharedFirst(views),
+        shared=shared,
         read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
         timeline=timeline,
         record_routing=budget.record_routing,
@@ -353,7 +356,7 @@ def _share_experts(
     for number, module in enumerate(modules):
         module.hybrid_experts = PlacedExperts(executor, number, layers[number])
     watch_steps(model, executor, seconds)
-    return executor
+    return executor, shared
 
 
 def settler(

@@ -1,0 +1,230 @@
+"""What is measured of layers on a device: the executor's own terms, taken apart exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_experts.emulated import EmulatedDevice
+from hybrid.calibration import measure_placed
+from hybrid.calibration.measure_placed import LayerTimes, Placed, UnmeasuredError, parts_of
+from hybrid.calibration.parts import Part, Pass
+from hybrid.calibration.subject import subject
+from hybrid.experts import experts_of
+from hybrid.loading import load_fast_model
+from hybrid.planning import find_hardware
+from hybrid.sharing.devices import emulated_device
+from hybrid.sharing.timeline import DECIDING, EXPERTS, HEAD, ROUTER, Timeline
+from planner.model import ModelSpec
+from planner_examples import small_model
+from tiny_families import families, tiny_config
+
+ATTENTION_S, DENSE_S, DECIDING_S, EXPERTS_S, HEAD_S, CALL_S = 2.0, 8.0, 0.5, 4.0, 16.0, 32.0
+
+
+def record(layer: int, at_s: float, computed_until_s: float) -> Any:
+    """A layer that begins at an instant: a second each, and a device that may be late."""
+    span = (at_s + 1, computed_until_s)
+    return SimpleNamespace(
+        entered_s=at_s,
+        routed_s=at_s + 1,
+        decided_s=at_s + 2,
+        joined_s=at_s + 3,
+        computes=[SimpleNamespace(span=lambda: span)],
+        copies=[],
+    )
+
+
+def test_a_layer_ends_when_its_sum_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device computes beyond the host's join is the experts' time, not the next router's."""
+    monkeypatch.setattr(Timeline, "add", lambda *_: None)
+    times = LayerTimes()
+    cost: Any = None
+    for one in (record(0, 10.0, 12.5), record(1, 13.0, 16.5), record(2, 16.0, 19.25)):
+        times.add(one, cost)
+    times.step(False, 1.0, 0.0)
+    expected = {
+        (ROUTER, 0): 1.0,
+        (DECIDING, 0): 1.0,
+        (EXPERTS, 0): 1.0,
+        (ROUTER, 1): 1.0,
+        (DECIDING, 1): 1.0,
+        (EXPERTS, 1): 1.5,
+        (ROUTER, 2): 0.5,
+        (DECIDING, 2): 1.0,
+        (EXPERTS, 2): 1.25,
+        (HEAD, 0): 0.75,
+    }
+    assert times.take() == expected
+    assert sum(expected.values()) == 10.0  # from the first layer's beginning to the last step's end
+    assert times.take() == {(HEAD, 0): 1.0}
+
+
+def one_pass(model: ModelSpec) -> Pass:
+    """A pass in which every part takes what the constants say, as the executor sees it."""
+    spans: dict[tuple[str, int], float] = {}
+    before_s, moe = 0.0, 0
+    for layer in model.layers:
+        if layer.moe:
+            times = (before_s + ATTENTION_S, DECIDING_S, EXPERTS_S)
+            spans |= dict(zip(((n, moe) for n in (ROUTER, DECIDING, EXPERTS)), times, strict=True))
+            before_s, moe = 0.0, moe + 1
+        else:
+            before_s += ATTENTION_S + DENSE_S
+    spans[HEAD, 0] = before_s + HEAD_S
+    return Pass(sum(spans.values()) + CALL_S, spans)
+
+
+def taken_apart(model: ModelSpec) -> dict[tuple[str, int], tuple[float, ...]]:
+    beyond = {layer.ffn_params: [0.25, 0.5] for layer in model.layers if layer.moe}
+    step = one_pass(model)
+    found: list[Part] = [*parts_of(model, model.layers, [step] * 2, 1, 9, beyond, 100.0, 1000.0)]
+    assert {(part.tokens, part.context, part.piece) for part in found} == {(1, 9, 0)}
+    return {(part.term, part.params): part.samples for part in found}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mlp_only_layers": [0]}, {"mlp_only_layers": [0, 1, 4]}, {"mlp_only_layers": [0, 5]}],
+)
+def test_passes_are_taken_apart(changes: dict[str, Any]) -> None:
+    """Wherever dense layers stand, every part has its own time; a larger head's is added."""
+    model = small_model(decoder_sparse_step=1, **changes)
+    moe = next(layer for layer in model.layers if layer.moe)
+    expected = {
+        ("attention", moe.mixer.params): (ATTENTION_S,) * 2,
+        ("feed_forward", moe.ffn_params): (0.25, 0.5),
+        ("head", model.head_params): (HEAD_S + 100,) * 2,
+        ("call", model.head_params): (CALL_S + 1000,) * 2,
+        ("deciding", model.experts.params_each): (DECIDING_S,) * 2,
+    }
+    if changes:
+        expected["feed_forward", model.layers[0].ffn_params] = (DENSE_S,) * 2
+    assert taken_apart(model) == expected
+
+
+def test_where_nothing_tells_layers_apart_they_share_evenly() -> None:
+    """Dense layers before every layer with experts: the sum is right, whatever is whose."""
+    model = small_model(decoder_sparse_step=2)
+    found = taken_apart(model)
+    dense, moe = model.layers[0], model.layers[1]
+    attention_s, mlp_s = (
+        found["attention", moe.mixer.params][0],
+        found["feed_forward", dense.ffn_params][0],
+    )
+    assert 2 * attention_s + mlp_s == 2 * ATTENTION_S + DENSE_S
+
+
+def of_tiny(path: Path, context: int = 64) -> Placed:
+    """A tiny model, all of it, on an emulated device."""
+    layer = experts_of(load_fast_model(path, fast=False)[0])[0]
+    device = emulated_device(1 << 30, layer.shape, 1)
+    hardware = find_hardware("rtx4060-laptop-8gb")
+    return Placed(path, subject(path).model, device, hardware, context, 1)
+
+
+def test_a_model_is_measured_where_it_is_placed(tiny_model: Path) -> None:
+    """Half of the experts at most are resident; every term of prompts and tokens is there."""
+    placed = of_tiny(tiny_model)
+    executor = placed.placement.executor
+    assert executor is not None
+    device = executor.device
+    assert isinstance(device, EmulatedDevice)
+    assert executor.slot_count == 8  # of 2 layers of 8
+    runs = {prompt: [placed.generate(prompt, new) for _ in range(2)] for prompt, new in PROMPTS}
+    assert [len(passes) for passes in runs[8]] == [12, 12]
+    for step in runs[8][0]:
+        assert min(step.spans.values()) >= 0
+        assert sum(step.spans.values()) < step.whole_s
+    parts = [*placed.parts(runs), *placed.asides(4, 1)]
+    placed.close()
+    assert device.memory().free_bytes == device.memory().total_bytes
+    found = {(part.term, part.tokens, part.context) for part in parts}
+    terms = ("attention", "feed_forward", "head", "call", "deciding")
+    assert found == {(t, n, c) for t in terms for n, c in ((2, 2), (8, 8), (1, 16))} | {
+        ("sampling", 1, 1)
+    }
+    certain = [part for part in parts if part.term in ("attention", "head", "call", "deciding")]
+    assert all(min(part.samples) > 0 for part in certain)
+    decoded = next(part for part in parts if (part.term, part.tokens) == ("attention", 1))
+    assert len(decoded.samples) == 2 * (12 - 1 - measure_placed.SETTLING)
+
+
+PROMPTS = ((2, 1), (8, 12))
+
+
+def test_a_device_that_fails_measures_nothing(tiny_model: Path) -> None:
+    """Times of layers that the CPU computed in its place would be somebody else's."""
+    placed = of_tiny(tiny_model)
+    executor = placed.placement.executor
+    assert executor is not None
+    assert isinstance(executor.device, EmulatedDevice)
+    executor.device.fail("memory")
+    with pytest.raises(UnmeasuredError, match="injected"):
+        placed.generate(8, 4)
+
+
+@pytest.mark.parametrize(("kind", "launched"), [("qwen2_moe", False), ("deepseek_v2", True)])
+def test_shared_experts_count_beyond_the_router(
+    kind: str, launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the device still computes when the host has the router's answer, as it is launched.
+
+    Where a family computes them before its routed experts, they lie before that answer.
+    """
+    config_kind, model_kind = families()[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_kind(tiny_config(config_kind)).save_pretrained(tmp_path)
+    placed = of_tiny(tmp_path)
+    shared = placed.placement.shared
+    assert shared is not None
+    assert bool(shared.layers) is launched
+    calls: list[object] = []
+
+    def lasting(work: Callable[[], object]) -> tuple[float, float]:
+        calls.append(work())
+        return 1.0, 0.125
+
+    before = placed.generate(3, 2)
+    monkeypatch.setattr(placed, "_lasting", lasting)
+    # The head of as many tokens as there are takes no more; a larger one would, by `lasting`.
+    parts = {(p.term, p.params): p.samples for p in placed.parts({3: [before]}) if p.tokens == 3}
+    moe = {layer.ffn_params for layer in placed.layers if layer.moe}
+    for params in moe:
+        expected = (0.125,) * measure_placed.SAMPLES if launched else (0.0,)
+        assert parts["feed_forward", params] == expected
+    assert calls
+    assert placed.generate(3, 2)  # what was launched for measuring is forgotten
+    placed.close()
+
+
+def test_a_larger_head_takes_longer_where_it_is_computed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host's own time within the pass; on a device's after it, handing it over is alike."""
+    placed = of_tiny(tiny_model)
+    monkeypatch.setattr(placed, "_lasting", lambda _: (1.0, 0.25))
+    placed.vocab //= 4  # as if the replica had a quarter of the tokens
+    assert placed._larger_head() == (3.0, 0.75)
+    monkeypatch.setattr(placed, "_device", SimpleNamespace(torch_device=torch.device("cuda")))
+    assert placed._larger_head() == (0.0, 0.75)
+    placed.close()
+
+
+def test_what_the_device_cannot_run_is_named(tmp_path: Path) -> None:
+    """Experts whose activation the kernels do not know stay on the CPU, and nothing is measured."""
+    config_kind, model_kind = families()[OWN_GATING]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_kind(tiny_config(config_kind)).save_pretrained(tmp_path)
+    with pytest.raises(UnmeasuredError, match="activation"):
+        of_tiny(tmp_path)
+
+
+OWN_GATING = "inkling2_text"
