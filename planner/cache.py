@@ -74,6 +74,11 @@ class Policy:
         """
         return candidates[int(self.value_one(layer).take(candidates).argmin())]
 
+    @property
+    def evicts_least(self) -> bool:
+        """Whether the victim is always who has the least value, whoever comes."""
+        return type(self).victim is Policy.victim
+
     def admitted(self, layer: int, expert: int) -> None:
         """Learn that ``expert`` got a slot; most policies do not care."""
 
@@ -109,6 +114,8 @@ class ExpertCache:
         self._unlearned: tuple[int, Any, ArrayLike, int] | None = None
         self.capacities = self._checked(capacities)
         self._residents: list[set[int]] = [set() for _ in capacities]
+        # The same the other way round, [L, E]: who cannot be evicted, for want of a slot or pinned.
+        self._fixed = np.ones((policy.layers, policy.experts), np.bool_)
         self._pins: list[Counter[int]] = [Counter() for _ in capacities]
         self._in_use: tuple[int, frozenset[int]] = (-1, frozenset())
 
@@ -177,6 +184,7 @@ class ExpertCache:
         """Empty every slot and forget every pin; what the policy has learned stays."""
         self.release()
         for layer, pins in enumerate(self._pins):
+            self._fixed[layer, list(pins)] = False
             pins.clear()
             for expert in sorted(self._residents[layer]):
                 self.drop(layer, expert)
@@ -247,11 +255,14 @@ class ExpertCache:
 
     def _give(self, layer: int, expert: int, evicted: int | None) -> None:
         """Put ``expert`` in the slot of ``evicted``, or in a free one."""
+        policy, fixed = self._policy_of(layer), self._fixed[layer]
         if evicted is not None:
             self._residents[layer].remove(evicted)
-            self._policy_of(layer).evicted(layer, evicted)
+            fixed[evicted] = True
+            policy.evicted(layer, evicted)
         self._residents[layer].add(expert)
-        self._policy_of(layer).admitted(layer, expert)
+        fixed[expert] = False
+        policy.admitted(layer, expert)
 
     def drop(self, layer: int, expert: int) -> None:
         """Take a resident expert's slot back: what was to be in it never arrived.
@@ -268,12 +279,24 @@ class ExpertCache:
                 hint="drop what was admitted, and unpin it before",
             )
         self._residents[layer].remove(expert)
+        self._fixed[layer, expert] = True
         self._policy_of(layer).evicted(layer, expert)
 
     def victim(self, layer: int, incoming: int) -> int | None:
         """Return whom a full layer would evict for ``incoming``; None when it may evict no one."""
+        policy = self._policy_of(layer)
+        if policy.evicts_least:
+            fixed = self._fixed[layer]
+            stepping, chosen = self._in_use
+            if stepping == layer:
+                fixed = fixed.copy()
+                fixed[list(chosen)] = True
+            value = np.where(fixed, np.inf, policy.value_one(layer))
+            least = int(value.argmin())
+            if value[least] < np.inf:
+                return least
         candidates = self.evictable(layer)
-        return self._policy_of(layer).victim(layer, incoming, candidates) if candidates else None
+        return policy.victim(layer, incoming, candidates) if candidates else None
 
     def evictable(self, layer: int) -> list[int]:
         """Return the residents that are neither pinned nor part of the current step, ascending."""
@@ -329,6 +352,7 @@ class ExpertCache:
                 hint="admit it first",
             )
         self._pins[layer][expert] += 1
+        self._fixed[layer, expert] = True
 
     def unpin(self, layer: int, expert: int) -> None:
         """Take back one ``pin``.
@@ -346,6 +370,7 @@ class ExpertCache:
         pins[expert] -= 1
         if not pins[expert]:
             del pins[expert]
+            self._fixed[layer, expert] = False
 
     def pinned(self, layer: int, expert: int) -> bool:
         """Whether a pin holds the expert in its slot."""
@@ -360,6 +385,8 @@ class ExpertCache:
             Naming the layer.
         """
         for layer, held in enumerate(self._residents):
+            free = np.flatnonzero(~self._fixed[layer]).tolist()
+            assert free == sorted(held - self._pins[layer].keys()), (layer, free)
             lost = sorted(expert for expert in self._pins[layer] if expert not in held)
             if len(held) > self.capacities[layer] or lost:
                 raise CapacityError(

@@ -135,6 +135,7 @@ class Blend(Policy):
         self._means = np.zeros((layers, 2, experts))
         self._value = np.zeros((layers, experts))
         self._token = self._rates(1)
+        self._gains = self._token[1].ravel().tolist()
 
     def _rates(self, tokens: int) -> tuple[Values, Values]:
         """What is kept of both averages after ``tokens`` tokens and what is added, ``[2, 1]``."""
@@ -149,11 +150,21 @@ class Blend(Policy):
         self._value[layers] = self._means[layers].sum(axis=1)
 
     def observe_one(self, layer: int, ids: Ids, weights: Values, tokens: int) -> None:
-        # The same without a copy, for the one token that every layer of every step waits for.
-        keep, gain = self._token if tokens == 1 else self._rates(tokens)
         means = self._means[layer]
-        means *= keep
-        means[:, ids] += weights / max(np.add.reduce(weights), _TINY) * gain
+        if tokens == 1:  # every layer of every step waits for it
+            means *= self._token[0]
+            fast, slow = means
+            weight = weights.tolist()
+            total = max(sum(weight), _TINY)
+            fast_gain, slow_gain = self._gains
+            for expert, one in zip(ids.tolist(), weight, strict=True):
+                share = one / total
+                fast[expert] += share * fast_gain
+                slow[expert] += share * slow_gain
+        else:
+            keep, gain = self._rates(tokens)
+            means *= keep
+            means[:, ids] += weights / max(np.add.reduce(weights), _TINY) * gain
         np.add(means[0], means[1], out=self._value[layer])
 
     def value(self, layers: Ids) -> Values:

@@ -22,6 +22,7 @@ from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
 from planner.director import Director
+from planner.hardware import HardwareSpec
 from planner.memory import STAGING
 from planner.model import Experts, Layer, Mixer, ModelSpec
 from planner.policies import LRU
@@ -70,11 +71,12 @@ def shared_executor(
     device: Any = None,
     capacity_slots: int | None = None,
     policy: Callable[[int, int], Any] = LRU,
+    hardware: HardwareSpec | None = None,
     **options: Any,
 ) -> Executor:
     """Return an executor with an exact emulated device, unless another is given."""
     layout = BlockLayout.of(SHAPE, layers[0].blocks.shape[1])
-    cost = CostModel(SPEC, find_hardware("rtx4060-laptop-8gb"), "q4_0")
+    cost = CostModel(SPEC, hardware or find_hardware("rtx4060-laptop-8gb"), "q4_0")
     kept = policy(LAYERS, EXPERTS)
     if device is None:
         room = (slots if capacity_slots is None else capacity_slots) + STAGING

@@ -188,6 +188,7 @@ class Executor:
         """
         self._prompt = prompt
         self._seconds.at(context)
+        numba.set_num_threads(self._threads)  # of this thread: each has its own number
         self._before_s = time.perf_counter()
 
     def end_step(self, predicted_head_s: float) -> None:
@@ -293,7 +294,6 @@ class Executor:
         step.cpu_out = np.zeros(step.x.shape, np.float32)
         step.mixer_s = self._seconds.mixer(step.layer, step.tokens)
         step.shared_s = self._seconds.shared(step.layer, step.tokens)
-        numba.set_num_threads(self._threads)
         self.residents.land()
         self._catch_up()
 
@@ -323,25 +323,42 @@ class Executor:
     def _launch(self, step: _Step, choice: Choice, decision: Decision) -> None:
         """Give the device the plan's copies and experts, those that are resident in one call.
 
-        What is copied is computed in the order of arrival: then at most two are staged.
+        What is copied is computed in the order of arrival: then at most two are staged. A single
+        token's are computed with the residents where the CPU takes longer even so: a call less.
         """
         plan, residents = decision.plan, self.residents
         kept = {admission.expert: admission for admission in decision.admitted}
         copied = set(plan.copies)
         resident = [expert for expert in plan.gpu if expert not in copied]
+        together = step.tokens == 1 and self._can_wait(decision)
         for expert in plan.copies:
             if expert in kept:
                 step.copies.append(residents.admit(kept[expert]))
             else:
                 step.copies.append(residents.stage(step.layer, expert))
+            if together:
+                continue
             if resident:  # the link has begun: the GPU has something to compute meanwhile
                 self._compute(step, choice, resident, "resident")
                 resident = []
             self._compute(step, choice, [expert], "copied")
             if expert not in kept:
                 residents.unstage(step.layer, expert)
-        if resident:
+        if together:
+            self._compute(step, choice, [*plan.gpu], "resident and copied")
+            for expert in copied - kept.keys():
+                residents.unstage(step.layer, expert)
+        elif resident:
             self._compute(step, choice, resident, "resident")
+
+    def _can_wait(self, decision: Decision) -> bool:
+        """Whether the GPU may begin after the last copy and still be done before the CPU."""
+        plan = decision.plan
+        staged = len(plan.copies) - len(decision.admitted)
+        if not plan.copies or staged > self.residents.free_staging:
+            return False
+        begin_s = max(plan.link_end_s, decision.work.gpu_free_s)
+        return begin_s + len(plan.gpu) * self.director.cost.experts.gpu_s(1) <= plan.cpu_end_s
 
     def _compute(self, step: _Step, choice: Choice, experts: list[int], which: str) -> None:
         """Give the device experts to compute, once their copies have arrived."""

@@ -75,6 +75,11 @@ class Residents:
         """Return where resident or staged experts lie."""
         return self._slots.slots(layer, experts)
 
+    @property
+    def free_staging(self) -> int:
+        """How many experts can be staged at once."""
+        return self._slots.free_staging
+
     def link_free_s(self, now_s: float) -> float:
         """When the link is predicted to be free, in seconds from now."""
         return max(0.0, self._link_until_s - now_s) if self._flying else 0.0
@@ -117,12 +122,14 @@ class Residents:
         DeviceFailedError
             When one of them failed.
         """
-        for (layer, expert), event in list(self._flying.items()):
-            if event.done():
-                event.wait(0.0)
-                self._slots.ready(layer, expert)
-                self.director.cache.unpin(layer, expert)
-                del self._flying[layer, expert]
+        while self._flying:
+            (layer, expert), event = next(iter(self._flying.items()))
+            if not event.done():  # nor are those behind it on the link
+                break
+            event.wait(0.0)
+            self._slots.ready(layer, expert)
+            self.director.cache.unpin(layer, expert)
+            del self._flying[layer, expert]
 
     def settle(self, timeout_s: float) -> None:
         """Wait until everything that is on its way has arrived.

@@ -136,7 +136,11 @@ class Timeline:
         terms[DECIDING] += self._usually(record)
         terms[EXPERTS] += plan.makespan_s
         lanes[CPU] += plan.cpu_end_s if plan.cpu else 0.0
-        lanes[GPU] += sum([cost.gpu_s(load) for expert, load in work.loads if expert in plan.gpu])
+        if record.tokens == 1:
+            lanes[GPU] += len(plan.gpu) * cost.gpu_s(1)
+        else:
+            given = frozenset(plan.gpu)
+            lanes[GPU] += sum([cost.gpu_s(load) for expert, load in work.loads if expert in given])
         lanes[LINK] += len(record.copies) * cost.copy_s()
         self._open.append(record)
         while self._open and self._open[0].done():
