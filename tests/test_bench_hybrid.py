@@ -74,7 +74,13 @@ def check(result: dict[str, Any], moe_layers: int) -> None:
         assert len(row["prefill"]["samples_s"]) == len(row["decode"]["samples_s"]) == 1
         assert min(row["prefill"]["seconds_median"], row["decode"]["seconds_median"]) > 0
         assert 0 <= row["hit_rate"] <= 1
-    assert {row["rule"] for row in result["summary"]} == {rule.name for rule in RULES}
+    *rules, most = result["summary"]
+    assert [row["rule"] for row in rules] == [rule.name for rule in RULES]
+    static = next(row for row in rows if row["rule"] == bench.BASELINE)
+    terms = static["decode_terms_s"]
+    around_s = sum(terms[name]["predicted"] for name in ("attention and router", "output head"))
+    assert static["decode_least_s"] > around_s
+    assert most["decode_speedup"] > 0
 
 
 def check_gpu(result: dict[str, Any]) -> None:
