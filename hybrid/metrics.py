@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -90,23 +90,53 @@ CLOSE = 0.1
 
 
 class Term(NamedTuple):
-    """A part of a step's time: predicted, and measured; None where it cannot be told apart."""
+    """A part of a step's time: predicted, and measured; None where it cannot be told apart.
+
+    ``error`` is what the prediction's standard deviation is relative to it, where that is known.
+    """
 
     phase: str
     name: str
     predicted_s: float
     measured_s: float | None
+    error: float | None = None
 
     def __str__(self) -> str:
         predicted = f"predicted {_format(self.predicted_s * 1e3, 'ms')}"
+        if self.error:
+            predicted += f" \u00b1 {self.error:.0%}"
         if self.measured_s is None:
             return f"{predicted}, measured only as part of the whole"
-        return f"{predicted}, measured {_format(self.measured_s * 1e3, 'ms')}{self._residual()}"
+        off = "" if self.residual is None else f" (predicted {self.residual:+.0%})"
+        return f"{predicted}, measured {_format(self.measured_s * 1e3, 'ms')}{off}"
 
-    def _residual(self) -> str:
-        if self.measured_s is None or not self.predicted_s:
-            return ""
-        return f" ({self.measured_s / self.predicted_s - 1:+.0%})"
+    @property
+    def residual(self) -> float | None:
+        """Predicted over measured, less 1; None where nothing was measured."""
+        return self.predicted_s / self.measured_s - 1 if self.measured_s else None
+
+
+def most_off(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
+    """Name the term that a phase's prediction is off by most, where the whole is off."""
+    for whole in terms:
+        if whole.name != WHOLE or whole.measured_s is None or whole.residual is None:
+            continue
+        if abs(whole.residual) <= CLOSE:
+            continue
+        mine = [
+            term for term in terms if term.phase == whole.phase and term.name not in (WHOLE, *LANES)
+        ]
+        parts = [
+            (term.measured_s - term.predicted_s, term.name)
+            for term in mine
+            if term.measured_s is not None
+        ]
+        if unknown := [term.name for term in mine if term.measured_s is None]:
+            rest_s = whole.measured_s - whole.predicted_s - sum(off_s for off_s, _ in parts)
+            parts.append((rest_s, " and ".join(unknown) if len(unknown) < 3 else "the others"))
+        if parts:
+            off_s, name = max(parts, key=lambda part: abs(part[0]))
+            yield f"{whole.phase} is off", f"most by {name}: {off_s * 1e3:+.3g} ms"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +163,8 @@ class RunReport:
         How the model lies on a device; None on the CPU alone.
     terms
         What a step's time consists of, the whole first, predicted and measured.
+    predictions
+        What those are made from, or what would make some; None where there is nothing to predict.
     slow_paths
         Everything that ran slower than it could.
     """
@@ -149,6 +181,7 @@ class RunReport:
     placement: str | None = None
     figures: dict[str, Figure]
     terms: tuple[Term, ...] = ()
+    predictions: str | None = None
     slow_paths: tuple[SlowPath, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,30 +195,6 @@ class RunReport:
     def __str__(self) -> str:
         return "\n".join(f"{name:<20} {value}" for name, value in self._rows())
 
-    def _most_off(self) -> Iterator[tuple[str, str]]:
-        """Name the term that a phase's prediction is off by most, where the whole is off."""
-        for whole in self.terms:
-            if whole.name != WHOLE or whole.measured_s is None or not whole.predicted_s:
-                continue
-            if abs(whole.measured_s / whole.predicted_s - 1) <= CLOSE:
-                continue
-            terms = [
-                term
-                for term in self.terms
-                if term.phase == whole.phase and term.name not in (WHOLE, *LANES)
-            ]
-            parts = [
-                (term.measured_s - term.predicted_s, term.name)
-                for term in terms
-                if term.measured_s is not None
-            ]
-            if unknown := [term.name for term in terms if term.measured_s is None]:
-                rest_s = whole.measured_s - whole.predicted_s - sum(off_s for off_s, _ in parts)
-                parts.append((rest_s, " and ".join(unknown) if len(unknown) < 3 else "the others"))
-            if parts:
-                off_s, name = max(parts, key=lambda part: abs(part[0]))
-                yield f"{whole.phase} is off", f"most by {name}: {off_s * 1e3:+.3g} ms"
-
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "model", f"{self.model} ({self.family})"
         yield "experts", self.experts_format
@@ -198,9 +207,11 @@ class RunReport:
             yield "device", self.placement
         for name, figure in self.figures.items():
             yield _LABELS[name], str(figure)
+        if self.predictions is not None:
+            yield "predictions", self.predictions
         for term in self.terms:
             yield f"{term.phase}", f"{term.name}: {term}"
-        yield from self._most_off()
+        yield from most_off(self.terms)
         if not self.slow_paths:
             yield "slow paths", "none"
         for path in self.slow_paths:

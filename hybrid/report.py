@@ -42,13 +42,16 @@ def run_report(
         "load_s": Figure(load_s, "s", "measured"),
     }
     terms: tuple[Term, ...] = ()
+    predictions = None
     if times is not None:
         figures |= times.figures()
         if placement is None:
-            terms = cpu_terms(network, times, threads)
+            terms, predictions = cpu_terms(network, times, threads, name)
         else:
             figures |= placement.figures()
             terms = placement.terms(times)
+            hardware = placement.hardware
+            predictions = f"for {hardware.name}: {hardware.summary}"
     figures["peak_memory_bytes"] = Figure(
         host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
     )
@@ -65,6 +68,7 @@ def run_report(
         placement=None if placement is None else str(placement),
         figures=figures,
         terms=terms,
+        predictions=predictions,
         slow_paths=(
             *slow_paths(network),
             *(() if placement is None else placement.slow_paths()),

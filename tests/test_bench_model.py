@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +16,12 @@ from hybrid.bench.model import _start, read_spec, run
 from hybrid.bench.random_model import check_room
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.subject import subject
 from hybrid.cli.bench import bench_app
 from hybrid.errors import DiskSpaceError, UsageError
 from hybrid.store import ExpertStore
+from planner.hardware import Point, TermPoint
+from planner.outcome import CALL, CPU, HEAD, MIXER
 from planner_examples import bare_machine
 
 SPEC = """
@@ -56,6 +61,7 @@ def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little is read, and no other process is started."""
     monkeypatch.setattr("hybrid.bench.model._READ_BYTES", 1 << 20)
     monkeypatch.setattr("hybrid.bench.model._start", lambda *of: STARTED)
+    monkeypatch.setattr("hybrid.bench.model._calibrate", lambda *of: None)
 
 
 def test_a_fresh_process_is_timed(tiny_model: Path) -> None:
@@ -138,14 +144,76 @@ def test_bad_descriptions_are_refused(tmp_path: Path) -> None:
 def test_a_calibrated_machine_predicts_the_bench(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Predictions stand beside what was measured, made with the loads that the router chose."""
+    """Predictions stand beside what was measured, made with the loads that the router chose; so do
+    their terms, each with its residual, and the calibration that they come from."""
     _small_read(monkeypatch)
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     calibrated.save(bare_machine(), Identity.of_this_machine(1))
     options = ["--prompt", "4", "--generate", "3", "--repeat", "1", "--threads", "1"]
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), "--json", *options])
-    found = json.loads(done.stdout)["predicted"]
+    result = json.loads(done.stdout)
+    found = result["predicted"]
     assert sum(found["prompt_terms_s"].values()) == pytest.approx(found["ttft_s"])
     assert sum(found["token_terms_s"].values()) == pytest.approx(found["tpot_s"])
+    ratio = found["tpot_s"] / result["decode"]["seconds_median"]
+    assert result["residuals"]["tpot"] == pytest.approx(ratio - 1)
+    terms = {(term["phase"], term["name"]): term for term in result["terms"]}
+    for phase in ("prefill", "decode"):
+        for name in (MIXER, HEAD, CALL):  # experts as tiny as these may be lost in noise
+            term = terms[phase, name]
+            assert term["measured_s"] > 0
+            assert term["residual"] == pytest.approx(term["predicted_s"] / term["measured_s"] - 1)
+    assert terms["prefill", CPU]["predicted_s"] == found["prompt_terms_s"][CPU]
+    about = result["calibration"]
+    assert about["from"].startswith("rates of this machine for its experts and attention")
+    assert about["machine"] == bare_machine().summary
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), *options])
     assert "against measured)" in done.stdout
+    assert "from rates of this machine for its experts" in done.stdout
+    assert re.search(rf"^decode +{HEAD}: predicted .* measured .*\(predicted", done.stdout, re.M)
+    assert re.search(r"^decode is off +most by", done.stdout, re.M), "the machine is made up"
+
+
+def test_the_shape_and_formats_are_calibrated_first(
+    spec: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process of its own and once, again where it was disturbed; or not, if so asked."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    monkeypatch.setattr("hybrid.bench.model._measure", lambda *of: {})
+    asked: list[list[str]] = []
+
+    def calibrate(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command[2:])
+        return SimpleNamespace(returncode=code)
+
+    code = 0
+    monkeypatch.setattr("subprocess.run", calibrate)
+    run(spec=spec, dense="q8_0", threads=1)
+    (words,) = asked
+    assert words[:2] == ["hybrid", "calibrate"]
+    assert words[3:] == [
+        *("--device", "cpu", "--threads", "1", "--experts", "q4_0", "--dense", "q8_0")
+    ]
+    run(spec=spec, dense="q8_0", threads=1, calibrate=False)
+    assert len(asked) == 1
+    run(str(tiny_model), threads=1)
+    assert asked.pop()[2] == str(tiny_model)
+    wanted = subject(tiny_model)
+    shape = wanted.model.experts
+    about = {"family": wanted.model.family, "format": wanted.dense, "tokens": 1, "context": 1}
+    params = wanted.model.layers[0].mixer.params
+    sizes = {"hidden": shape.hidden, "intermediate": shape.intermediate, "format": "q4_0"}
+    known = replace(
+        bare_machine(),
+        points=(Point(lane="cpu", load=1, seconds=1.0, **sizes),),
+        terms=(TermPoint(term="attention", params=params, seconds=1.0, **about),),
+    )
+    calibrated.save(known, Identity.of_this_machine(1))
+    run(str(tiny_model), threads=1)
+    assert len(asked) == 1, "it is known"
+    disturbed = replace(known, points=(replace(known.points[0], disturbed=0.3),))
+    calibrated.save(disturbed, Identity.of_this_machine(1))
+    code = 2
+    with pytest.raises(UsageError, match="could not be calibrated") as caught:
+        run(str(tiny_model), threads=1)
+    assert "--no-calibrate" in str(caught.value.hint)

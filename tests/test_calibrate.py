@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from hybrid.calibration import calibrate as calibration
 from hybrid.calibration import calibrated, measure
 from hybrid.calibration.calibrate import covers, hardware_for
 from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.calibrated_spec import Measured, to_spec
+from hybrid.calibration.calibrated_spec import Measured, ModelParts, to_spec
 from hybrid.calibration.measure import (
     LOADS,
     Budget,
@@ -29,11 +31,13 @@ from hybrid.calibration.measure import (
     expert_times,
 )
 from hybrid.calibration.measure_device import DeviceTimes, device_times
+from hybrid.calibration.others import Others, Times
 from hybrid.calibration.parts import Part
 from hybrid.calibration.subject import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from planner.errors import SpecError
+from planner.hardware import HardwareSpec, to_toml
 from planner.spec import Source
 
 SHAPE = ExpertShape(hidden=64, intermediate=32, format="q4_0")
@@ -66,31 +70,113 @@ def test_repeating_ends_with_the_budget() -> None:
     assert Budget(10, clock).part(0.3).left_s() == pytest.approx(3.0)
 
 
+def calm() -> Times:
+    """A system that counts nothing."""
+    return Times(0.0, 0.0, 0.0)
+
+
+class FakeExperts:
+    """A machine with a known start of a call and known costs of experts.
+
+    While ``slow`` is above 1, other programs take half of the processors' time, and everything
+    takes as many times as long.
+    """
+
+    start_s = 0.5
+
+    def __init__(self) -> None:
+        self.clock, self.slow = Clock(), 1.0
+        self.busy_s = self.own_s = 0.0
+        self.widths: set[int] = set()
+
+    def cost(self, load: int) -> float:
+        return 0.01 + 0.002 * load
+
+    def __call__(self, x: Any, ids: Any, weights: Any) -> None:
+        assert ids.shape == weights.shape
+        assert len(ids) == len(x)
+        self.widths.add(ids.shape[1])
+        loads = np.bincount(np.asarray(ids).reshape(-1))
+        loads = loads[loads > 0]
+        assert len(set(loads.tolist())) == 1
+        took_s = self.slow * (self.start_s + sum(map(self.cost, loads.tolist())))
+        self.clock.now_s += took_s
+        self.own_s += took_s
+        self.busy_s += took_s * (1 if self.slow == 1.0 else 2)
+
+    def times(self) -> Times:
+        return Times(self.busy_s, self.own_s, 2 * self.clock.now_s)
+
+
 @pytest.mark.parametrize(("experts", "top_k"), [(16, 4), (128, 8), (8, 8), (5, 1)])
 def test_start_and_experts_are_told_apart(experts: int, top_k: int) -> None:
     """A machine with a known start and known costs is found again exactly, at every load."""
-    clock = Clock()
-
-    def cost(load: int) -> float:
-        return 0.01 + 0.002 * load
-
-    def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        loads = np.bincount(ids.reshape(-1).numpy())
-        loads = loads[loads > 0]
-        assert ids.shape == weights.shape == (len(x), top_k)
-        assert len(set(loads.tolist())) == 1
-        clock.now_s += 0.5 + sum(map(cost, loads.tolist()))
-
-    found = expert_times([run, run], SHAPE, experts, top_k, Budget(1e9, clock))
+    run = FakeExperts()
+    budget = Budget(1e9, run.clock)
+    found = expert_times(
+        [run, run], SHAPE, experts, top_k, budget, single=[run], others=Others(calm)
+    )
+    assert run.widths == {top_k, *(count for count in (1, 2, 4, 8) if count <= experts)}
     assert tuple(found.loads) == LOADS
-    start_s = 0.5 if experts > top_k else 0.0  # all experts in every call: they share the start
-    assert found.start_s == pytest.approx([start_s] * len(found.start_s))
+    assert found.start_s == pytest.approx([0.5] * 6)
+    assert found.disturbed == 0.0
     for load, samples in found.loads.items():
-        groups = max(1, min(experts // top_k, 512 // load))
-        shared_s = (0.5 - start_s) / (groups * top_k)
-        assert samples == pytest.approx([cost(load) + shared_s] * len(samples))
-    short = expert_times([run], SHAPE, experts, top_k, Budget(0, clock))
+        assert samples == pytest.approx([run.cost(load)] * 6)
+    short = expert_times([run], SHAPE, experts, top_k, Budget(0, run.clock), single=[run])
     assert tuple(short.loads) == (1,)
+
+
+def test_a_single_expert_has_no_start_of_its_own() -> None:
+    """Nothing tells a call from its only expert."""
+    run = FakeExperts()
+    found = expert_times([run], SHAPE, 1, 1, Budget(0, run.clock), single=[run])
+    assert found.start_s == [0.0]
+    assert found.loads[1] == pytest.approx([0.5 + run.cost(1)])
+
+
+def test_the_start_survives_noise() -> None:
+    """Every call off by up to a tenth leaves the start right to a tenth, however many experts
+    there are: a large difference of long calls would be off by more than all of it."""
+    run = FakeExperts()
+    run.start_s = run.cost(1)
+    rng = np.random.default_rng(1)
+
+    def noisy(x: Any, ids: Any, weights: Any) -> None:
+        run.slow = 1.0 + rng.uniform(-0.1, 0.1)
+        run(x, ids, weights)
+
+    budget = Budget(1e9, run.clock)
+    found = expert_times([noisy], SHAPE, 128, 8, budget, single=[noisy], others=Others(calm))
+    assert median(found.start_s) == pytest.approx(run.start_s, rel=0.1)
+    assert median(found.loads[1]) == pytest.approx(run.cost(1), rel=0.05)
+
+
+def test_disturbed_turns_are_taken_again() -> None:
+    """While others take half the machine nothing counts, as long as there is time for calm turns;
+    without any, the calibration says how disturbed it was."""
+    run = FakeExperts()
+    calls = 0
+
+    def disturbed_at_first(x: Any, ids: Any, weights: Any) -> None:
+        nonlocal calls
+        calls += 1
+        run.slow = 3.0 if calls < 300 else 1.0
+        run(x, ids, weights)
+
+    others = Others(run.times)
+    budget = Budget(1e9, run.clock)
+    runs: list[Any] = [disturbed_at_first]
+    found = expert_times(runs, SHAPE, 16, 4, budget, single=runs, others=others)
+    assert (found.disturbed, len(found.start_s)) == (0.0, 6)
+    assert median(found.loads[8]) == pytest.approx(run.cost(8))
+
+    def always_disturbed(x: Any, ids: Any, weights: Any) -> None:
+        run.slow = 3.0
+        run(x, ids, weights)
+
+    found = expert_times([always_disturbed], SHAPE, 16, 4, budget, single=runs, others=others)
+    assert found.disturbed > 0.2
+    assert len(found.start_s) == 3, "the least disturbed ones, and it ended"
 
 
 def measured() -> Measured:
@@ -112,7 +198,7 @@ def measured() -> Measured:
         reads=[9e9, 10e9, 11e9],
         disk=DiskTimes([1e9], [1e-4], cached=False),
         experts=[times],
-        parts=[("qwen3_moe", "q4_0", "bf16", parts)],
+        parts=[ModelParts("qwen3_moe", "q4_0", "bf16", parts)],
     )
 
 
@@ -158,12 +244,19 @@ def test_every_number_has_its_spread_and_origin() -> None:
 def test_what_went_wrong_is_remarked() -> None:
     """Points without time, other programs, and a disk that memory may have answered for."""
     found = measured()
-    found.left_out, found.disturbed = ["prompts of 2048"], 0.3
+    found.left_out = ["prompts of 2048"]
+    found.parts = [replace(found.parts[0], disturbed=0.3)]
     found.disk = DiskTimes([1e9], [1e-4], cached=True)
     spec = to_spec(found, Identity.of_this_machine(2), WHEN)
     assert "left out for lack of time: prompts of 2048" in spec.summary
     assert "other programs used 30% of the processors" in spec.summary
     assert "memory may have answered" in spec.disk.latency_s.origin
+    assert {term.disturbed for term in spec.terms} == {0.3}
+    assert {point.disturbed for point in spec.points} == {None}
+    assert HardwareSpec.from_table(tomllib.loads(to_toml(spec)), "x") == spec
+    told = dict(calibrated.main_numbers(spec))["disturbed"]
+    assert "other programs used 30%" in told
+    assert "'hybrid calibrate'" in told
 
 
 def test_the_disk_is_read_and_cleaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,3 +484,29 @@ def test_a_damaged_calibration_is_measured_again_by_force_only(
     other = replace(spec, terms=(replace(spec.terms[0], family="mixtral"),))
     monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: other)
     assert hardware_for("OLMoE", threads=2).terms == other.terms + spec.terms
+
+
+def test_a_disturbed_calibration_is_measured_again(
+    quick: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the next one that comes along, without --force; of two disturbed ones the better stays."""
+    calm_one = hardware_for(tiny_model, threads=1)
+    made: list[float] = []
+
+    def disturbed(share: float | None) -> HardwareSpec:
+        terms = tuple(replace(term, disturbed=share) for term in calm_one.terms)
+        return replace(calm_one, summary=f"{share}", terms=terms)
+
+    def calibrate(*_: Any, **__: Any) -> HardwareSpec:
+        made.append(left.pop(0))
+        return disturbed(made[-1] or None)
+
+    left = [0.3, 0.5, 0.1, 0.0]
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    calibrated.save(disturbed(0.4), Identity.of_this_machine(1))
+    assert hardware_for(tiny_model, threads=1).summary == "0.3"
+    assert hardware_for(tiny_model, threads=1).summary == "0.3", "the new one was worse"
+    assert hardware_for(threads=1).summary == "0.1"
+    assert hardware_for(tiny_model, threads=1).summary == "None"
+    assert hardware_for(tiny_model, threads=1).summary == "None"
+    assert made == [0.3, 0.5, 0.1, 0.0]

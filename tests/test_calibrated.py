@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,78 @@ def test_identity_is_this_machine_and_these_kernels(
             "ram_bytes": 1,
             "device": "a GPU",
             "kernels": "changed",
+            "versions": "torch 9",
         }.items()
     ]
-    assert len({here.path, *(other.path for other in others)}) == 8
+    assert len({here.path, *(other.path for other in others)}) == 9
     monkeypatch.setenv("HYBRID_SIMD", "portable")
     assert Identity.of_this_machine(2).path != here.path
 
 
-def test_kernels_are_told_by_their_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One changed letter is another hash; the device's sources count with a device only."""
-    for package in ("cpu_experts", "gpu_experts"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "kernels.py").write_text("a = 1")
-    place = str(tmp_path / "cpu_experts" / "hostcpu.py")
-    monkeypatch.setattr(calibrated.hostcpu, "__file__", place)
+@pytest.mark.parametrize(
+    ("source", "alone", "shared"),
+    [
+        ("cpu_experts/kernels.py", True, True),
+        ("hybrid/fast/decode.py", True, True),
+        ("hybrid/experts.py", True, True),
+        ("hybrid/panels.py", True, True),
+        ("hybrid/dense.py", True, True),
+        ("hybrid/calibration/measure.py", True, True),
+        ("gpu_experts/kernels.py", False, True),
+        ("hybrid/sharing/executor.py", False, True),
+        ("hybrid/lookahead/predictor.py", False, True),
+        ("planner/director.py", False, True),
+        ("hybrid/cli/env.py", False, False),
+        ("hybrid/report.py", False, False),
+    ],
+)
+def test_software_is_told_by_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, alone: bool, shared: bool
+) -> None:
+    """One changed letter of what is timed is another hash; of what runs beside a device, with a
+    device only; of all else, never. Each of these files exists."""
+    assert (Path(calibrated.__file__).parents[2] / source).is_file()
+    file = tmp_path / source
+    file.parent.mkdir(parents=True)
+    file.write_text("a = 1")
+    monkeypatch.setattr(calibrated.hostcpu, "__file__", str(tmp_path / "cpu_experts/hostcpu.py"))
     digest = calibrated._kernels.__wrapped__
     before = digest(False), digest(True)
-    (tmp_path / "gpu_experts" / "kernels.py").write_text("a = 2")
-    assert digest(False) == before[0]
-    assert digest(True) != before[1]
-    (tmp_path / "cpu_experts" / "kernels.py").write_text("a = 2")
-    assert digest(False) != before[0]
+    file.write_text("a = 2")
+    assert (digest(False) != before[0], digest(True) != before[1]) == (alone, shared)
+
+
+def test_libraries_are_told_by_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As installed, without importing them; one that is missing is left out."""
+    found = calibrated._versions()
+    for name in ("torch", "numba", "transformers"):
+        assert f"{name} {metadata.version(name)}" in found
+    known = {"torch": "3.0", "numba": "1.0"}
+
+    def version(name: str) -> str:
+        if name not in known:
+            raise metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr(calibrated.metadata, "version", version)
+    assert calibrated._versions.__wrapped__() == "torch 3.0, numba 1.0"
+
+
+def test_an_update_is_told_from_a_new_machine(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After 'pip install -U' the old calibration is no longer in force, and the user hears why."""
+    here = Identity.of_this_machine()
+    assert "not calibrated yet" in calibrated.missing()
+    save(bare_machine(), replace(here, cpu="another", versions="torch 1"))
+    assert "not calibrated yet" in calibrated.missing()
+    save(bare_machine(), replace(here, versions="torch 1", kernels="old"))
+    assert "before hybrid or its libraries were updated" in calibrated.missing()
+    with pytest.raises(UsageError, match="were updated") as caught:
+        require()
+    assert "hybrid calibrate" in str(caught.value.hint)
+    assert main(["env"]) == 0
+    assert "none: this machine was calibrated before hybrid" in capsys.readouterr().out
 
 
 def test_what_is_saved_is_in_force(home: Path) -> None:
@@ -144,6 +196,20 @@ def test_another_model_is_added() -> None:
     assert both.terms == (term(5, 3.0), term(5, 1.0, "mixtral"), term(6, 1.0))
     assert (both.cpu, both.gpu) == (new.cpu, new.gpu)
     assert added(None, new) == new
+
+
+def test_what_was_disturbed_is_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The worst of it, with the remedy; env shows it, a calm calibration says nothing."""
+    calm = replace(bare_machine(), points=(point(1, 1.0),), terms=(term(1, 1.0),))
+    assert "disturbed" not in dict(calibrated.main_numbers(calm))
+    points = (replace(point(1, 1.0), disturbed=0.1),)
+    save(
+        replace(calm, points=points, terms=(replace(term(1, 1.0), disturbed=0.25),)),
+        Identity.of_this_machine(),
+    )
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert "other programs used 25% of the processors; measure this machine with" in shown
 
 
 def test_plan_uses_it_and_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

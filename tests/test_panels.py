@@ -196,7 +196,8 @@ def test_calibrating_measures_both(units: None, monkeypatch: pytest.MonkeyPatch)
     """Where it is offered, every load is measured in both ways, else in one."""
     shape, blocks = _experts(4, hidden=32, intermediate=32)
     both = layer_times([blocks], shape, 2, Budget(math.inf))
-    assert both.panels.keys() == both.loads.keys() >= {1, 2, 512}
+    assert {1, *both.panels} == both.loads.keys() >= {1, 2, 512}
+    assert 1 not in both.panels, "a single token never takes them"
     monkeypatch.setattr(hybrid.calibration.measure, "offered", lambda shape: False)
     one = layer_times([blocks], shape, 2, Budget(math.inf))
     assert one.panels == {}

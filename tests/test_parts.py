@@ -9,6 +9,7 @@ import pytest
 
 from hybrid.calibration.parts import (
     ALONE,
+    HEAD_ALONE,
     NO_HEAD,
     NO_SHARED,
     OTHER_TOP_K,
@@ -18,10 +19,12 @@ from hybrid.calibration.parts import (
     aside,
     compiled,
     in_modules,
+    totals,
 )
 from hybrid.calibration.replica import ROWS, shortened
 from planner.families import from_hf_config
 from planner.model import ModelSpec
+from planner.outcome import CALL, CPU, DENSE, HEAD, MIXER
 from planner_examples import SMALL, small_model
 
 ATTENTION_S, EXPERT_S, SHARED_S, HEAD_S, CALL_S, DENSE_S = 0.5, 0.125, 0.25, 2.0, 1.0, 4.0
@@ -94,7 +97,7 @@ def compiled_steps(model: ModelSpec, attention_s: float) -> list[Pass]:
     alone = {(ALONE, i): 2 * layer_s(i, 4) for i in every}
     return [
         Pass(whole_s + CALL_S, {(WHOLE, 0): whole_s}),
-        Pass(9.0, {(NO_HEAD, 0): whole_s - HEAD_S} | alone),
+        Pass(9.0, {(NO_HEAD, 0): whole_s - HEAD_S, (HEAD_ALONE, 0): HEAD_S} | alone),
         Pass(9.0, {(OTHER_TOP_K, 0): sum(layer_s(i, 2) for i in every) + HEAD_S}),
         Pass(9.0, {(NO_SHARED, 0): sum(layer_s(i, 4, False) for i in every) + HEAD_S}),
     ]
@@ -107,11 +110,11 @@ def test_parts_of_compiled_steps() -> None:
         found = by_term(compiled(model, model.layers, 2.0, steps, 2))
         sparse = model.layers[-1]
         expected = {
-            ("expert", model.experts.params_each, 1): (EXPERT_S,),
-            ("head", model.head_params, 1): (2 * HEAD_S,),
+            ("expert", model.experts.params_each, 1): (EXPERT_S,) * 2,
+            ("head", model.head_params, 1): (2 * HEAD_S,) * 2,
             ("call", model.head_params, 1): (CALL_S,) * 2,
-            ("attention", sparse.mixer.params, 100): (ATTENTION_S,),
-            ("attention", sparse.mixer.params, 900): (3.0,),
+            ("attention", sparse.mixer.params, 100): (ATTENTION_S,) * 2,
+            ("attention", sparse.mixer.params, 900): (3.0,) * 2,
             ("feed_forward", sparse.ffn_params, 1): (SHARED_S,),
         }
         if not model.layers[0].moe:
@@ -121,12 +124,45 @@ def test_parts_of_compiled_steps() -> None:
             assert found[key] == pytest.approx(samples), key
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_totals_are_those_of_all_layers(fast: bool) -> None:
+    """What the parts of a step add up to, by the planner's names: in kernels and in modules."""
+    model = mixed_model()
+    if fast:
+        steps = compiled_steps(model, ATTENTION_S)
+        parts = list(compiled(model, model.layers, 1.0, {100: steps}, 2))
+    else:
+        spans = {("head", 0): HEAD_S}
+        for index, layer in enumerate(model.layers):
+            beside_s = SHARED_S if layer.moe else DENSE_S
+            experts_s = 4 * EXPERT_S if layer.moe else 0.0
+            spans |= {
+                ("layer", index): ATTENTION_S + beside_s + experts_s,
+                ("feed_forward", index): beside_s,
+                ("experts", index): experts_s,
+            }
+        layers_s = sum(s for (name, _), s in spans.items() if name == "layer")
+        steps = [Pass(layers_s + HEAD_S + CALL_S, spans)]
+        parts = list(in_modules(model, model.layers, 1.0, steps, 8, 8))
+        single = by_term(in_modules(model, model.layers, 1.0, steps, 1, 8))
+        assert single["expert", model.experts.params_each, 8] == (EXPERT_S,)
+    assert totals(model, model.layers, steps, parts) == pytest.approx(
+        {
+            MIXER: 4 * ATTENTION_S,
+            DENSE: DENSE_S + 3 * SHARED_S,
+            CPU: 3 * 4 * EXPERT_S,
+            HEAD: HEAD_S,
+            CALL: CALL_S,
+        }
+    )
+
+
 def test_noise_never_makes_a_part_negative() -> None:
     """A variant that happened to be slower than the whole leaves a part of nothing."""
     model = small_model()
     steps = [
         Pass(1.0, {(WHOLE, 0): 2.0}),
-        Pass(1.0, {(NO_HEAD, 0): 3.0}),
+        Pass(1.0, {(NO_HEAD, 0): 3.0, (HEAD_ALONE, 0): 2.5}),
         Pass(1.0, {(OTHER_TOP_K, 0): 3.0}),
     ]
     parts: list[Part] = list(compiled(model, model.layers, 1.0, {1: steps}, 2))

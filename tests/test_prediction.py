@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hybrid.bench.model import generate_once
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.prediction import begin_run, predict, prompt_loads
+from hybrid.calibration.coverage import Coverage
+from hybrid.calibration.prediction import begin_run, calibrating, predict, prompt_loads
 from hybrid.calibration.subject import subject
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.metrics import RunReport, Term
 from hybrid.model import HybridModel
 from planner.cost import CostModel
 from planner.hardware import Point, TermPoint
+from planner.model import ModelSpec
 from planner.outcome import CALL, CPU, HEAD, MIXER
+from planner.spec import Source
 from planner_examples import bare_machine, machine, small_model
 
 FORMATS = {"experts": "q4_0", "dense": "bf16"}
@@ -32,7 +36,7 @@ def test_a_prediction_is_the_planners() -> None:
     mixer_s = cost.mixer(model.layers[0], 16, 16).value
     assert found.prompt[MIXER].value == pytest.approx(6 * mixer_s)
     assert found.token[CPU].value == pytest.approx(6 * cost.experts.cpu_set_s([1] * 4))
-    assert found.token[HEAD] == cost.head(1)
+    assert found.token[HEAD].value == cost.head(1).value
     assert found.tpot.value == pytest.approx(sum(e.value for e in found.token.values()))
     assert found.ttft.value == pytest.approx(sum(e.value for e in found.prompt.values()))
     assert predict(model, machine(), **FORMATS, prompt=16, tokens=1).token == {}
@@ -126,6 +130,87 @@ def test_a_report_predicts_the_experts_that_ran(
     terms = {(term.phase, term.name): term for term in model.report().terms}
     assert terms["prefill", CPU].predicted_s == expected.prompt[CPU].value
     assert terms["prefill", "a step"].predicted_s == expected.ttft.value
+
+
+def parts_of(model: ModelSpec, fmt: str) -> tuple[TermPoint, ...]:
+    """Attention as measured in a format."""
+    about = {"family": model.family, "format": fmt, "tokens": 1, "context": 1, "seconds": 1.0}
+    params = model.layers[0].mixer.params
+    return (TermPoint(term="attention", kind="full", params=params, error=0.01, **about),)
+
+
+def test_nothing_is_predicted_silently_from_another_format() -> None:
+    """What was not measured in these formats says so, with a larger error and the remedy."""
+    model = small_model()
+    shape = {"hidden": 1024, "intermediate": 512, "format": "q4_0"}
+    points = tuple(
+        Point(lane="cpu", load=load, seconds=load / 1e3, error=1e-6, **shape) for load in (1, 9)
+    )
+    spec = replace(bare_machine(), points=points, terms=parts_of(model, "bf16"))
+    options: dict[str, Any] = {"experts": "q4_0", "prompt": 16, "tokens": 3}
+    own = predict(model, spec, dense="bf16", **options)
+    assert own.coverage == Coverage(True, True, ("bf16",), 0.0)
+    assert own.coverage.advice("X") == "from a calibration of this shape in these formats"
+    assert own.token[MIXER].error == pytest.approx(6 * 0.01)
+    other = predict(model, spec, dense="q4_0", **options)
+    assert (other.coverage.whole, other.coverage.like) == (False, ("bf16",))
+    assert other.token[MIXER].source is Source.ANALYTIC
+    for terms in (other.prompt, other.token):
+        for name in (MIXER, HEAD):
+            assert terms[name].error >= 0.3 * terms[name].value
+        assert terms[CPU].error < 0.1 * terms[CPU].value
+    assert other.coverage.advice("'hybrid calibrate M'") == (
+        "from rates of this machine for attention and dense layers (measured in bf16 only), "
+        "± 30%, as they were not measured; 'hybrid calibrate M' measures them"
+    )
+    bare = predict(model, bare_machine(), dense="q4_0", **options)
+    assert "for its experts and attention and dense layers, ± 30%" in str(bare.coverage)
+    assert bare.token[CPU].error >= 0.3 * bare.token[CPU].value
+
+
+def test_what_was_disturbed_says_so() -> None:
+    """With how much, and that measuring again is the remedy."""
+    model = small_model()
+    shape = {"hidden": 1024, "intermediate": 512, "format": "q4_0"}
+    points = (Point(lane="cpu", load=1, seconds=1.0, disturbed=0.25, **shape),)
+    spec = replace(bare_machine(), points=points, terms=parts_of(model, "bf16"))
+    found = Coverage.of(spec, model, "q4_0", "bf16")
+    assert found.whole
+    assert found.advice("X") == (
+        "from a calibration of this shape in these formats, while other programs used 25% of the "
+        "processors; X measures again"
+    )
+    others = replace(spec, points=(), terms=(replace(spec.terms[0], family="x", disturbed=0.5),))
+    assert Coverage.of(others, model, "q4_0", "bf16").disturbed == 0.0
+
+
+def test_a_report_says_what_it_predicts_from(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a calibration the command that makes one, formats included; errors with one. The
+    time around the kernels is a term that is measured."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    model = HybridModel.from_pretrained(tiny_model, dense="q8_0", threads=1)
+    assert model.report().predictions is None, "nothing ran yet"
+    model.generate(model.encode("abcdefgh"), max_new_tokens=4)
+    report = model.report()
+    assert report.predictions is not None
+    assert report.predictions.startswith("none: this machine was not calibrated yet; ")
+    assert f"'hybrid calibrate {report.model} --dense q8_0' measures it" in report.predictions
+    assert f"predictions          {report.predictions}" in str(report).splitlines()
+    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    report = model.report()
+    assert report.predictions is not None
+    assert report.predictions.startswith("from rates of this machine for its experts")
+    assert report.to_dict()["predictions"] == report.predictions
+    terms = {(term.phase, term.name): term for term in report.terms}
+    assert terms["decode", MIXER].error is not None
+    assert terms["decode", MIXER].error >= 0.3
+    assert "±" in str(terms["decode", MIXER])
+    whole = terms["decode", "a step"].measured_s
+    assert whole is not None
+    assert model.model.hybrid_fast.decoder.spent_s > 0
+    assert calibrating(model.model, "M") == "'hybrid calibrate M --dense q8_0'"
 
 
 def test_the_report_blames_what_it_did_not_measure() -> None:

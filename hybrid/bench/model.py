@@ -24,14 +24,24 @@ from numpy.typing import NDArray
 from hybrid import host
 from hybrid.bench.kernels import read_seconds
 from hybrid.bench.record import provenance, spread
-from hybrid.calibration.prediction import begin_run, predicted, prompt_loads
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.coverage import Coverage
+from hybrid.calibration.prediction import Prediction, begin_run, predicted, prompt_loads
+from hybrid.calibration.subject import subject
+from hybrid.calibration.timed import Timed
+from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.metrics import Term
+from hybrid.sharing.timeline import DECODE, PREFILL
 from planner.families import settings_of
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
 _HALF_BYTES = 2  # of a key or value in the cache
+#: New tokens, and generations, of those whose parts are timed.
+_TIMED_TOKENS, _TIMED_RUNS = 51, 2
 
 
 class _Clock:
@@ -82,6 +92,7 @@ def run(
     generate: int = 64,
     repeat: int = 5,
     threads: int | None = None,
+    calibrate: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure a model directory, or random weights of a described shape.
@@ -89,13 +100,16 @@ def run(
     Parameters
     ----------
     model
-        A directory; exclusive with ``spec``.
+        A directory, or ``"demo"``; exclusive with ``spec``.
     spec, layers, vocabulary
         A file of ``configs/models``, and how many layers and tokens instead of its own.
     experts, dense
         Formats of the random weights; a directory that is converted first takes them too.
     prompt, generate
         Tokens of the prompt, and tokens generated after it.
+    calibrate
+        Whether to measure this machine with the model's shape and formats first, unless it was
+        before, undisturbed; otherwise predictions come from what is there.
     progress
         Called with a line about what is done next.
 
@@ -103,7 +117,9 @@ def run(
     -------
     One record: prefill and decode (median, quartiles and samples), ``bytes_per_token`` of weights
     and cache, ``read_fraction`` of the bandwidth read beside each repeat, peak memory, how single
-    tokens were computed, and what was ``predicted`` (None when this machine was not calibrated).
+    tokens were computed, and what was ``predicted`` from which ``calibration``, with predicted
+    over measured less 1 as ``residuals``, of the whole and of the ``terms``, which are measured
+    by themselves after the repeats (all None when this machine was not calibrated).
     ``start`` is of a fresh process on the store, whose pages are in memory by then: seconds to
     import, to load and to the first token, and the most memory in use that no file backs, all the
     way to the end of a text of the same length.
@@ -113,14 +129,20 @@ def run(
     if (model is None) == (spec is None):
         raise UsageError("give either a model directory or --spec", hint="one of the two")
     if spec is None:
-        assert model is not None
-        return _measure(model, prompt, generate, repeat, threads, progress)
+        path = demo_path() if model == "demo" else Path(str(model))
+        if calibrate:
+            _calibrate(path, None, None, threads, progress)
+        return _measure(str(path), prompt, generate, repeat, threads, progress)
     settings = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
     from hybrid.bench.random_model import check_room, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
+        if calibrate:  # before the disk is busy with the weights
+            described = Path(folder) / "config.json"
+            described.write_text(json.dumps(settings))
+            _calibrate(described, experts, dense, threads, progress)
         needed = check_room(settings, Path(folder), experts, dense)
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
         write_random_model(settings, Path(folder), experts=experts, dense=dense)
@@ -155,6 +177,12 @@ def _measure(
     per_token = bytes_per_token(model, prompt + generate / 2)
     rates = [None if per_token is None else per_token / seconds for seconds in decodes]
     fractions = [rate / read for rate, read in zip(rates, reads, strict=True) if rate is not None]
+    peak_bytes = host.peak_memory_bytes()
+    found = predicted(model, prompt, generate, threads=threads, loads=loads if prompt > 1 else None)
+    about: dict[str, Any] = dict.fromkeys(("predicted", "calibration", "residuals", "terms"))
+    if found is not None:
+        progress("timing its parts")
+        about = _compared(model, found, prompt, median(prefills), median(decodes), threads)
     progress("starting anew")
     return provenance("hybrid bench model", threads) | {
         "family": type(model).__name__,
@@ -169,10 +197,39 @@ def _measure(
         "read_bandwidth_bytes_per_s": median(reads),
         "read_fraction": median(fractions) if fractions else None,
         "store_bytes": model.hybrid_store.index.nbytes,
-        "peak_memory_bytes": host.peak_memory_bytes(),
-        "predicted": _predicted(model, prompt, generate, threads, loads),
+        "peak_memory_bytes": peak_bytes,
+        **about,
         "start": _start(directory, threads, prompt, generate),
     }
+
+
+def _calibrate(
+    model: Path,
+    experts: str | None,
+    dense: str | None,
+    threads: int,
+    progress: Callable[[str], None],
+) -> None:
+    """Measure this machine with a model's shape, unless it was, in a process of its own.
+
+    The replica's memory is no part of what is measured here.
+    """
+    wanted = subject(model, experts, dense)
+    known = calibrated.load(Identity.of_this_machine(threads))
+    if known is not None:
+        found = Coverage.of(known, wanted.model, wanted.experts, wanted.dense)
+        if found.whole and not found.disturbed:
+            return
+    progress("calibrating this machine")
+    words = ["calibrate", str(model), "--device", "cpu", "--threads", str(threads)]
+    for option, value in (("--experts", experts), ("--dense", dense)):
+        words += [] if value is None else [option, value]
+    command = [sys.executable, "-m", "hybrid", *words]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise UsageError(
+            f"this machine could not be calibrated for {wanted.model.name}",
+            hint="--no-calibrate takes the calibration that is there",
+        )
 
 
 def _start(directory: str, threads: int, prompt: int, generate: int) -> dict[str, Any]:
@@ -188,19 +245,44 @@ def _start(directory: str, threads: int, prompt: int, generate: int) -> dict[str
     return found
 
 
-def _predicted(
-    model: Any, prompt: int, generate: int, threads: int, loads: list[list[int]]
-) -> dict[str, Any] | None:
-    """What the calibration makes of the same run; None when this machine has none."""
-    known = loads if prompt > 1 else None
-    found = predicted(model, prompt, generate, threads=threads, loads=known)
-    if found is None:
-        return None
+def _compared(
+    model: Any, found: Prediction, prompt: int, ttft_s: float, tpot_s: float, threads: int
+) -> dict[str, Any]:
+    """Set what the calibration made of the same run beside what was measured.
+
+    From here on the model is good for nothing else: its parts are timed.
+    """
+    hardware = calibrated.require(Identity.of_this_machine(threads))
+    timed = Timed(model, subject(model.hybrid_store.path).model)
+    runs = [timed.generate(prompt, _TIMED_TOKENS) for _ in range(_TIMED_RUNS)]
+    measured = timed.terms(runs, prompt) if prompt > 1 else ({}, {})
+    terms = [
+        Term(phase, name, term.value, parts.get(name))
+        for phase, predicted, parts in (
+            (PREFILL, found.prompt, measured[0]),
+            (DECODE, found.token, measured[1]),
+        )
+        for name, term in predicted.items()
+        if term.value or parts.get(name)
+    ]
     return {
-        "ttft_s": found.ttft.value,
-        "tpot_s": found.tpot.value,
-        "prompt_terms_s": {name: term.value for name, term in found.prompt.items()},
-        "token_terms_s": {name: term.value for name, term in found.token.items()},
+        "predicted": {
+            "ttft_s": found.ttft.value,
+            "tpot_s": found.tpot.value,
+            "prompt_terms_s": {name: term.value for name, term in found.prompt.items()},
+            "token_terms_s": {name: term.value for name, term in found.token.items()},
+        },
+        "calibration": {
+            "machine": hardware.summary,
+            "read_bandwidth_bytes_per_s": hardware.cpu.memory_bytes_per_s.value,
+            "from": str(found.coverage),
+            "disturbed": found.coverage.disturbed,
+        },
+        "residuals": {
+            "ttft": found.ttft.value / ttft_s - 1,
+            "tpot": found.tpot.value / tpot_s - 1,
+        },
+        "terms": [term._asdict() | {"residual": term.residual} for term in terms],
     }
 
 

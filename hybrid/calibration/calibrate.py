@@ -10,9 +10,11 @@ named.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
@@ -21,20 +23,22 @@ from cpu_experts.experts import ExpertShape
 from hybrid import host
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.calibrated_spec import Measured, to_spec
+from hybrid.calibration.calibrated_spec import Measured, ModelParts, to_spec
+from hybrid.calibration.coverage import Coverage
 from hybrid.calibration.measure import (
     Budget,
-    Others,
     bare_layers,
     disk_times,
     layer_times,
     read_rates,
 )
+from hybrid.calibration.others import Others, Turns
 from hybrid.calibration.parts import Pass
 from hybrid.calibration.prediction import predicted
 from hybrid.calibration.replica import Replica, shortened
 from hybrid.calibration.subject import Subject, subject
 from hybrid.errors import UsageError
+from hybrid.experts import experts_of
 from hybrid.loading import set_threads
 from hybrid.paths import cache_dir
 from planner.hardware import HardwareSpec
@@ -109,9 +113,9 @@ def calibrate(
         progress(f"making some layers of {wanted.model.name} with random weights")
         replica = _replica(wanted, Path(folder))
         replica.generate(8, 8)
-        budget, others = Budget(limit_s), Others()
+        budget = Budget(limit_s)
         progress("reading from memory")
-        reads = read_rates(threads, budget)
+        reads = read_rates(threads, budget.part(0.1))
         progress("reading from disk")
         found = Measured(reads, disk_times(home, budget.part(0.1)))
         top_k = wanted.model.experts.top_k
@@ -119,21 +123,29 @@ def calibrate(
             from hybrid.calibration.measure_device import device_times
 
             progress(f"measuring {device.name}")
-            found.device = device_times(device, replica.runners(), top_k, budget.part(0.3))
-        shape = replica.runners()[0].shape
+            found.device = device_times(
+                device, experts_of(replica.network), top_k, budget.part(0.3)
+            )
+        shape = experts_of(replica.network)[0].shape
         progress("running experts")
-        runners = replica.runners()
+        runners = experts_of(replica.network)
         for runner in runners:
             runner.panels_from = None
         layers = [runner.blocks for runner in runners]
         found.experts.append(layer_times(layers, shape, top_k, budget.part(0.3), runners))
         for runner in runners:
             runner.panels_from = found.experts[0].panels_from()
-        runs, missing = _run(replica, budget.part(1.0 if model else 0.8), progress)
+        runs = _run(replica, budget.part(0.95 if model else 0.8), progress)
         progress("drawing and writing tokens")
-        parts = [*replica.parts(runs), *replica.asides(DRAWN, 2)]
-        found.parts.append((wanted.model.family, wanted.experts, wanted.dense, parts))
-        if missing:
+        parts = [
+            *replica.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
+            *replica.asides(DRAWN, 2),
+        ]
+        disturbed = fmean(turns.disturbed() for turns in runs.values())
+        found.parts.append(
+            ModelParts(wanted.model.family, wanted.experts, wanted.dense, parts, disturbed)
+        )
+        if missing := [prompt for prompt in _prompts(replica.model.context) if prompt not in runs]:
             found.left_out.append(f"prompts of {', '.join(map(str, missing))}")
         del replica
         for hidden, intermediate, count, top_k in OTHER_SHAPES if model is None else ():
@@ -144,7 +156,6 @@ def calibrate(
             shape = ExpertShape(hidden=hidden, intermediate=intermediate, format=wanted.experts)
             layers = bare_layers(shape, count)
             found.experts.append(layer_times(layers, shape, top_k, budget.part(0.5)))
-    found.disturbed = others.share()
     identity = Identity.of_this_machine(threads, device.name if device else "")
     return to_spec(found, identity, datetime.now(UTC))
 
@@ -153,6 +164,8 @@ def hardware_for(
     model: str | Path | None = None, *, force: bool = False, **options: Any
 ) -> HardwareSpec:
     """Return this machine with ``model``'s shape measured, now if it was not before.
+
+    What was disturbed by other programs is measured again, and the less disturbed one kept.
 
     Parameters
     ----------
@@ -177,26 +190,33 @@ def hardware_for(
         if not force:
             raise
         old = None
-    formats = options.get("experts"), options.get("dense")
-    known = old is not None and (model is None or covers(old, subject(model, *formats)))
-    if old is not None and known and not force:
+    known = old is not None and (model is None or covers(old, _wanted(model, options)))
+    if old is None or not known or force:
+        spec = calibrated.added(old, calibrate(model, **options))
+    elif not (before := _disturbed(old, model, options)):
         return old
-    spec = calibrated.added(old, calibrate(model, **options))
+    else:
+        new = calibrate(model, **options)
+        better = _disturbed(new, model, options) < before
+        spec = calibrated.added(old, new) if better else calibrated.added(new, old)
     calibrated.save(spec, identity)
     return spec
 
 
 def covers(spec: HardwareSpec, wanted: Subject) -> bool:
     """Whether a calibration has measured this model's shape and formats."""
-    shape = wanted.model.experts
-    measured = {(p.hidden, p.intermediate, p.format) for p in spec.points}
-    mixers = {layer.mixer.params for layer in wanted.model.layers}
-    known = {
-        term.params
-        for term in spec.terms
-        if (term.term, term.family, term.format) == ("attention", wanted.model.family, wanted.dense)
-    }
-    return (shape.hidden, shape.intermediate, wanted.experts) in measured and mixers <= known
+    return Coverage.of(spec, wanted.model, wanted.experts, wanted.dense).whole
+
+
+def _wanted(model: str | Path, options: Mapping[str, Any]) -> Subject:
+    return subject(model, options.get("experts"), options.get("dense"))
+
+
+def _disturbed(spec: HardwareSpec, model: str | Path | None, options: Mapping[str, Any]) -> float:
+    if model is None:
+        return calibrated.disturbed([*spec.points, *spec.terms])
+    wanted = _wanted(model, options)
+    return Coverage.of(spec, wanted.model, wanted.experts, wanted.dense).disturbed
 
 
 def _replica(wanted: Subject, folder: Path) -> Replica:
@@ -233,28 +253,29 @@ def _prompts(context: int | None) -> dict[int, int]:
 
 def _run(
     replica: Replica, budget: Budget, progress: Progress
-) -> tuple[dict[int, list[list[Pass]]], list[int]]:
+) -> dict[int, Turns[list[Pass]]]:
     """Generate after prompts of all lengths, several times while time allows.
 
-    The shortest prompts, up to the first that tokens are decoded after, are run anyway. Returns
-    every prompt's generations, the first left out where there are more (it allocates),
-    and the prompts that there was no time for.
+    The shortest prompts, up to the first that tokens are decoded after, are run anyway, and none
+    for which there is no time. What other programs disturbed is run again while there is.
     """
     prompts = _prompts(replica.model.context)
-    runs: dict[int, list[list[Pass]]] = {}
+    others = Others()
+    runs: dict[int, Turns[list[Pass]]] = {}
     took_s: dict[int, float] = {}
     last_s = 0.0
     begun_s = budget.left_s()
     for turn in range(TURNS[1]):
-        if turn >= TURNS[0] and begun_s - budget.left_s() > QUICK_S:
-            break
+        enough = turn >= TURNS[0] and begun_s - budget.left_s() > QUICK_S
         for prompt in prompts:
+            if enough and not (prompt in runs and runs[prompt].wanting(TURNS[0] - 1)):
+                continue
             expected_s = took_s.get(prompt, 2.5 * last_s)
             if expected_s > budget.left_s() and prompt > DECODED_AFTER[0]:
                 break
             progress(f"prompts of {prompt} tokens, turn {turn + 1}")
             before_s = budget.left_s()
-            runs.setdefault(prompt, []).append(replica.generate(prompt, prompts[prompt]))
+            turns = runs.setdefault(prompt, Turns(others))
+            turns.measure(partial(replica.generate, prompt, prompts[prompt]))
             last_s = took_s[prompt] = before_s - budget.left_s()
-    kept = {prompt: found[1:] or found for prompt, found in runs.items()}
-    return kept, [prompt for prompt in prompts if prompt not in runs]
+    return runs

@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,17 @@ from planner.hardware import HardwareSpec, Point, TermPoint, to_toml
 REMEDY = "measure this machine with 'hybrid calibrate'"
 _RAM_STEP = 1 << 28
 """The same machine's RAM differs by a few pages from start to start."""
+_TIMED = (
+    *("cpu_experts/*.py", "hybrid/fast/*.py", "hybrid/calibration/*.py"),
+    *("hybrid/experts.py", "hybrid/panels.py", "hybrid/dense.py"),
+)
+"""Sources that what is measured depends on: the kernels, the one-token path, experts and panels,
+dense layers, and how all that is measured."""
+_SHARED = ("gpu_experts/*.py", "hybrid/sharing/*.py", "hybrid/lookahead/*.py", "planner/*.py")
+"""And those that only count where experts are shared with a device, deciding included."""
+_LIBRARIES = ("torch", "numba", "llvmlite", "numpy", "transformers")
+_SOFTWARE = ("kernels", "versions")
+"""Parts of an identity that an update changes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,9 @@ class Identity:
     device
         The accelerator's name; empty without one.
     kernels
-        A hash of the kernels' sources.
+        A hash of the sources that compute and that measure.
+    versions
+        Of the libraries that compute: a newer one has other kernels and other overheads.
     """
 
     cpu: str
@@ -52,6 +67,7 @@ class Identity:
     ram_bytes: int
     device: str
     kernels: str
+    versions: str
 
     @classmethod
     def of_this_machine(cls, threads: int | None = None, device: str = "") -> Identity:
@@ -64,6 +80,7 @@ class Identity:
             ram_bytes=round(psutil.virtual_memory().total / _RAM_STEP) * _RAM_STEP,
             device=device,
             kernels=_kernels(bool(device)),
+            versions=_versions(),
         )
 
     @property
@@ -80,10 +97,21 @@ class Identity:
 @cache
 def _kernels(on_device: bool) -> str:
     digest = hashlib.sha256()
-    for package in ("cpu_experts", "gpu_experts") if on_device else ("cpu_experts",):
-        for source in sorted((Path(hostcpu.__file__).parents[1] / package).glob("*.py")):
+    root = Path(hostcpu.__file__).parents[1]
+    for place in (*_TIMED, *(_SHARED if on_device else ())):
+        for source in sorted(root.glob(place)):
             digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _versions() -> str:
+    """The libraries' versions as they are installed; importing them would take seconds."""
+    found = []
+    for name in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def load(identity: Identity | None = None) -> HardwareSpec | None:
@@ -106,6 +134,23 @@ def load(identity: Identity | None = None) -> HardwareSpec | None:
         ) from error
 
 
+def missing(identity: Identity | None = None) -> str:
+    """Say why there is no calibration: never made, or of software that was replaced since."""
+    here = identity or Identity.of_this_machine()
+    mine = _machine(here.comment())
+    for path in sorted(here.path.parent.glob("*.toml")):
+        with suppress(OSError, UnicodeDecodeError):
+            if _machine(path.read_text()) == mine:
+                return "this machine was calibrated before hybrid or its libraries were updated"
+    return "this machine was not calibrated yet"
+
+
+def _machine(text: str) -> list[str]:
+    """The comments that tell a machine, without those that tell its software."""
+    comments = [line for line in text.splitlines() if line.startswith("# ")]
+    return [line for line in comments if line[2:].partition(":")[0] not in _SOFTWARE]
+
+
 def require(identity: Identity | None = None) -> HardwareSpec:
     """Return the calibration of this machine.
 
@@ -116,7 +161,7 @@ def require(identity: Identity | None = None) -> HardwareSpec:
     """
     found = load(identity)
     if found is None:
-        raise UsageError("this machine was not calibrated yet", hint=REMEDY)
+        raise UsageError(missing(identity), hint=REMEDY)
     return found
 
 
@@ -152,7 +197,15 @@ def _point_key(point: Point) -> tuple[object, ...]:
 
 
 def _term_key(term: TermPoint) -> tuple[object, ...]:
-    return term.term, term.family, term.kind, term.params, term.format
+    return term.term, term.family, term.kind, term.params, term.format, term.lane
+
+
+def disturbed(measured: Iterable[Point | TermPoint]) -> float:
+    """Part of the processors' time that other programs took while the worst of it was measured.
+
+    0 where that was too little to matter.
+    """
+    return max((entry.disturbed or 0.0 for entry in measured), default=0.0)
 
 
 def main_numbers(spec: HardwareSpec) -> Iterable[tuple[str, str]]:
@@ -177,3 +230,8 @@ def main_numbers(spec: HardwareSpec) -> Iterable[tuple[str, str]]:
     yield "expert shapes", ", ".join(sorted(shapes))
     families = {f"{t.family} with {t.format}" for t in spec.terms if t.term == "attention"}
     yield "models", ", ".join(sorted(families)) or "none"
+    if taken := disturbed([*spec.points, *spec.terms]):
+        yield (
+            "disturbed",
+            f"other programs used {taken:.0%} of the processors; {REMEDY} when they are closed",
+        )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.measure import DiskTimes, ExpertTimes
+from hybrid.calibration.others import DISTURBED
 from hybrid.calibration.parts import Part
 from planner.cost import weight_bytes
 from planner.hardware import PANELS, Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
@@ -19,8 +20,27 @@ if TYPE_CHECKING:
     from hybrid.calibration.measure_device import DeviceTimes
 
 COMMAND = "hybrid calibrate"
-DISTURBED = 0.05
-"""Part of the processors' time from which on other programs' use of it is worth a remark."""
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The parts of one model.
+
+    Attributes
+    ----------
+    family, experts, dense
+        Its ``model_type``, and the formats of its experts and of its dense weights.
+    parts
+        What they took.
+    disturbed
+        Part of the processors' time that other programs took meanwhile.
+    """
+
+    family: str
+    experts: str
+    dense: str
+    parts: list[Part]
+    disturbed: float = 0.0
 
 
 @dataclass
@@ -36,31 +56,29 @@ class Measured:
     experts
         Of every shape, the wanted model's first.
     parts
-        Of every model: its family, the experts' and the dense weights' formats, its parts.
+        Of every model.
     device
         The device's times, where there is one.
     left_out
         What there was no time for.
-    disturbed
-        Part of the processors' time that other programs took meanwhile.
     """
 
     reads: list[float]
     disk: DiskTimes
     experts: list[ExpertTimes] = field(default_factory=list)
-    parts: list[tuple[str, str, str, list[Part]]] = field(default_factory=list)
+    parts: list[ModelParts] = field(default_factory=list)
     device: DeviceTimes | None = None
     left_out: list[str] = field(default_factory=list)
-    disturbed: float = 0.0
+
+    def disturbed(self) -> float:
+        """Part of the processors' time that other programs took during the worst of it."""
+        experts = [times.disturbed for times in self.experts]
+        return max(*experts, *(model.disturbed for model in self.parts), 0.0)
 
 
 def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec:
     """Describe the machine that was measured."""
-    terms = [
-        term
-        for family, experts, dense, parts in found.parts
-        for term in _terms(family, experts, dense, parts)
-    ]
+    terms = [term for model in found.parts for term in _terms(model)]
     points = [point for times in found.experts for point in _cpu_points(times)]
     gpu, link = None, None
     if found.device is not None:
@@ -69,8 +87,8 @@ def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec
     remarks = ""
     if found.left_out:
         remarks += f"; left out for lack of time: {', '.join(found.left_out)}"
-    if found.disturbed >= DISTURBED:
-        remarks += f"; other programs used {found.disturbed:.0%} of the processors meanwhile"
+    if (disturbed := found.disturbed()) >= DISTURBED:
+        remarks += f"; other programs used {disturbed:.0%} of the processors meanwhile"
     return HardwareSpec(
         name="this-machine",
         summary=f"{identity.cpu}, {identity.threads} threads, {identity.simd_level}; "
@@ -166,30 +184,36 @@ def _cpu_points(times: ExpertTimes) -> Iterator[Point]:
                 load=load,
                 seconds=float(median(samples)),
                 error=_spread(samples),
+                disturbed=_worth_telling(times.disturbed),
             )
 
 
-def _terms(family: str, experts: str, dense: str, parts: Sequence[Part]) -> Iterator[TermPoint]:
+def _terms(model: ModelParts) -> Iterator[TermPoint]:
     """Points of a model's parts; only attention depends on the context of a single token."""
     merged: dict[tuple[str, str, int, int, int, int], list[float]] = {}
-    for part in parts:
+    for part in model.parts:
         context = part.context if part.term == "attention" else part.tokens
         key = (part.term, part.kind, part.params, part.tokens, context, part.piece)
         merged.setdefault(key, []).extend(part.samples)
     for (term, kind, params, tokens, context, piece), samples in merged.items():
         yield TermPoint(
             term=term,
-            family=family,
+            family=model.family,
             kind=kind,
             params=params,
-            format=experts if term == "expert" else dense,
+            format=model.experts if term == "expert" else model.dense,
             tokens=tokens,
             context=context,
             piece=piece,
             seconds=float(median(samples)),
             error=_spread(samples) if any(samples) else None,
+            disturbed=_worth_telling(model.disturbed),
         )
 
 
 def _spread(samples: Sequence[float]) -> float | None:
     return float(pstdev(samples)) if len(samples) > 1 else None
+
+
+def _worth_telling(disturbed: float) -> float | None:
+    return disturbed if disturbed >= DISTURBED else None

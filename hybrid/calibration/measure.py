@@ -8,33 +8,44 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
-import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cpu_experts.experts import ExpertShape
+from cpu_experts.ffn import run_experts
+from cpu_experts.formats import F32
 from hybrid.bench.kernels import fill, read_seconds
+from hybrid.calibration.others import Others, Turns
 from hybrid.errors import UsageError
-from hybrid.experts import compute_on_cpu
+from hybrid.experts import LayerExperts, compute_on_cpu
 from hybrid.panels import least_load, offered
 from hybrid.store import U8
 
 Run = Callable[[Tensor, Tensor, Tensor], object]
 """Computes one layer's experts: hidden states ``[T, D]``, ids and routing weights ``[T, A]``."""
 
+RunSingle = Callable[[F32, NDArray[np.int64], F32], object]
+"""The same of arrays, as whatever places experts calls them."""
+
 LOADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 _MOST_TOKENS = 512
-_TURNS = 7
-_SHORT_CALLS = 8
-"""Calls of a single token in each turn."""
+_TURNS = 6
+"""Turns that nobody disturbed, and a third of all at most."""
+_COUNTS = (1, 2, 4, 8)
+"""Experts in calls of a single token."""
+_SHORT_CALLS = 12
+"""Calls of each of those in every turn."""
 _READ_BYTES = 1 << 30
+_READS = 8
+"""Reads that nobody disturbed."""
 _DISK_BYTES = 1 << 28
 _DISK_BLOCK = 1 << 22
 _DISK_PAGE = 4096
@@ -74,28 +85,6 @@ class Budget:
         return found[1:] or found
 
 
-class Others:
-    """How much of the processors other programs use while this one measures."""
-
-    def __init__(self) -> None:
-        self._start = self._times()
-
-    def share(self) -> float:
-        """Part of all processors' time since construction that went to others, 0 to 1."""
-        busy_s, own_s, all_s = (
-            now - before for now, before in zip(self._times(), self._start, strict=True)
-        )
-        return min(1.0, max(0.0, (busy_s - own_s) / all_s)) if all_s > 0 else 0.0
-
-    @staticmethod
-    def _times() -> tuple[float, float, float]:
-        times, mine = psutil.cpu_times(), psutil.Process().cpu_times()
-        waiting = times.idle + getattr(times, "iowait", 0.0)
-        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # count as user
-        total = sum(times) - guests
-        return total - waiting, mine.user + mine.system, total
-
-
 @dataclass
 class ExpertTimes:
     """What a layer's routed experts took on the CPU.
@@ -110,12 +99,15 @@ class ExpertTimes:
         Load to samples of the seconds that one expert with so many tokens adds.
     panels
         The same by torch's bfloat16 products, where the processor has instructions for them.
+    disturbed
+        Part of the processors' time that other programs took meanwhile.
     """
 
     shape: ExpertShape
     start_s: list[float] = field(default_factory=list)
     loads: dict[int, list[float]] = field(default_factory=dict)
     panels: dict[int, list[float]] = field(default_factory=dict)
+    disturbed: float = 0.0
 
     def panels_from(self) -> int | None:
         """The load from which those are faster; None is never."""
@@ -127,7 +119,14 @@ class ExpertTimes:
 
 
 def expert_times(
-    runs: Sequence[Run], shape: ExpertShape, experts: int, top_k: int, budget: Budget
+    runs: Sequence[Run],
+    shape: ExpertShape,
+    experts: int,
+    top_k: int,
+    budget: Budget,
+    *,
+    single: Sequence[RunSingle],
+    others: Others | None = None,
 ) -> ExpertTimes:
     """Measure calls with equal loads, on ever other layers and experts.
 
@@ -139,62 +138,90 @@ def expert_times(
         Of every layer.
     budget
         Larger loads are left out when it is used up; the first always is measured.
+    single
+        Each layer's experts as they are called for a single token.
+    others
+        Tells which turns to leave out.
 
     Notes
     -----
-    A call of m experts takes ``start + m * each``: a call of a single token and one of as many
-    experts as possible, each with one token, tell the two apart. The other loads follow from the
-    start that is known then. Loads take turns, so that a moment's disturbance is one sample of
-    many loads and not all of one's.
+    A call of n experts of a single token takes ``start + n * each``: calls of 1, 2, 4 and 8, one
+    right after the other, tell the two apart, for the start is a large part of the shortest. The
+    other loads follow from the start that is known then. Loads take turns, so that a moment's
+    disturbance is one sample of many loads and not all of one's; turns that other programs
+    disturbed are taken again while there is time.
     """
     rng = np.random.default_rng(0)
-    turn = 0
+    calls = 0
 
-    def measure(load: int, most: int) -> float:
-        nonlocal turn
-        groups = max(1, min(experts // top_k, most))
+    def timed(run: Callable[[], object]) -> float:
+        start_s = budget.now_s()
+        run()
+        return budget.now_s() - start_s
+
+    def one_token(count: int) -> float:
+        nonlocal calls
+        calls += 1
+        ids = rng.permutation(experts)[:count].reshape(1, count)
+        x = rng.standard_normal((1, shape.hidden), dtype=np.float32)
+        weights = np.full(ids.shape, 1 / count, np.float32)
+        return timed(partial(single[calls % len(single)], x, ids, weights))
+
+    def many_tokens(load: int, groups: int) -> float:
+        nonlocal calls
+        calls += 1
         chosen = rng.permutation(experts)[: groups * top_k].reshape(groups, top_k)
         ids = torch.from_numpy(np.tile(chosen, (load, 1)))
         x = torch.from_numpy(rng.standard_normal((len(ids), shape.hidden), dtype=np.float32))
         weights = torch.full(ids.shape, 1 / top_k)
-        turn += 1
-        start_s = budget.now_s()
-        runs[turn % len(runs)](x, ids, weights)
-        return budget.now_s() - start_s
+        return timed(partial(runs[calls % len(runs)], x, ids, weights))
 
-    many = max(1, min(experts // top_k, _MOST_TOKENS))
-    kinds = [(1, 1)] * _SHORT_CALLS + [(1, many)] * 3
-    kinds += [(load, max(1, min(many, _MOST_TOKENS // load))) for load in LOADS[1:]]
-    turns: list[dict[tuple[int, int], list[float]]] = []
+    counts = [count for count in _COUNTS if count <= experts]
+    groups = {load: max(1, min(experts // top_k, _MOST_TOKENS // load)) for load in LOADS[1:]}
     took_s: dict[int, float] = {}
-    last_s = 0.0
-    while len(turns) < _TURNS and (not turns or budget.left_s() > 0):
-        turns.append({})
-        for load, groups in kinds:
-            if load > 1 and took_s.get(load, 2.5 * last_s) > budget.left_s():
+
+    def turn() -> tuple[dict[int, list[float]], dict[int, float]]:
+        short: dict[int, list[float]] = {count: [] for count in counts}
+        for _ in range(_SHORT_CALLS):
+            for count in counts:
+                short[count].append(one_token(count))
+        loads: dict[int, float] = {}
+        last_s = 0.0
+        for load, most in groups.items():
+            if took_s.get(load, 2.5 * last_s) > budget.left_s():
                 break
-            last_s = took_s[load] = measure(load, groups)
-            turns[-1].setdefault((load, groups), []).append(last_s)
-    found = ExpertTimes(shape)
-    # The first turn allocates: it counts only for what no other turn had time for.
-    later = [turn for turn in turns[1:] if turn] or turns
+            last_s = took_s[load] = loads[load] = many_tokens(load, most)
+        return short, loads
 
-    def of(kind: tuple[int, int]) -> list[float]:
-        return [s for turn in later for s in turn.get(kind, ())] or turns[0].get(kind, [])
-
-    one, all_s = of((1, 1)), of((1, many))
-    if many == 1:  # every call uses as many experts: nothing tells start and experts apart
-        found.start_s, found.loads[1] = [0.0], [seconds / top_k for seconds in one]
-    else:
-        each_s = (median(all_s) - median(one)) / (many * top_k - top_k)
-        found.start_s = [max(0.0, seconds - top_k * each_s) for seconds in one]
-        start_s = median(found.start_s)
-        found.loads[1] = [max(0.0, s - start_s) / (many * top_k) for s in all_s]
+    turns: Turns[tuple[dict[int, list[float]], dict[int, float]]] = Turns(others or Others())
+    while not turns or (budget.left_s() > 0 and turns.wanting(_TURNS)):
+        turns.measure(turn)
+    found = ExpertTimes(shape, disturbed=turns.disturbed())
+    kept = turns.kept()
+    fits = [_line({n: median(samples) for n, samples in short.items()}) for short, _ in kept]
+    found.start_s = [start_s for start_s, _ in fits]
+    found.loads[1] = [each_s for _, each_s in fits]
     start_s = median(found.start_s)
-    for load, groups in kinds[_SHORT_CALLS + 3 :]:
-        if samples := of((load, groups)):
-            found.loads[load] = [max(0.0, s - start_s) / (groups * top_k) for s in samples]
+    _, first = turns.first()
+    for load, most in groups.items():
+        samples = [loads[load] for _, loads in kept if load in loads]
+        if not samples and load in first:  # no other turn had time for it
+            samples = [first[load]]
+        if samples:
+            found.loads[load] = [max(0.0, s - start_s) / (most * top_k) for s in samples]
     return found
+
+
+def _line(seconds: Mapping[int, float]) -> tuple[float, float]:
+    """Fit ``start + n * each`` to seconds by n, all of them as good in proportion."""
+    if len(seconds) == 1:  # nothing tells the two apart
+        ((count, value),) = seconds.items()
+        return 0.0, value / count
+    values = list(seconds.values())
+    each_s, start_s = np.polyfit(list(seconds), values, 1, w=[1 / max(s, 1e-12) for s in values])
+    if start_s < 0:
+        return 0.0, fmean(s / count for count, s in seconds.items())
+    return float(start_s), max(0.0, float(each_s))
 
 
 def bare_layers(shape: ExpertShape, experts: int) -> list[U8]:
@@ -208,7 +235,7 @@ def layer_times(
     shape: ExpertShape,
     top_k: int,
     budget: Budget,
-    runs: Sequence[Run] | None = None,
+    runs: Sequence[LayerExperts] | None = None,
 ) -> ExpertTimes:
     """Measure layers of experts in our kernels, and in torch's products where those are offered.
 
@@ -216,19 +243,35 @@ def layer_times(
     """
     count = len(layers[0])
     computed = partial(compute_on_cpu, shape=shape)
-    kernels = runs or [partial(computed, blocks=layer) for layer in layers]
+    kernels: Sequence[Run] = runs or [partial(computed, blocks=layer) for layer in layers]
+    out = np.zeros((1, shape.hidden), np.float32)
+    single: list[RunSingle] = [
+        partial(run_experts, blocks=layer, shape=shape, out=out) for layer in layers
+    ]
+    if runs and runs[0].own_gating:  # whose projections the kernels alone do not join
+        single = [partial(_from_arrays, run) for run in runs]
     if not offered(shape):
-        return expert_times(kernels, shape, count, top_k, budget)
-    times = expert_times(kernels, shape, count, top_k, budget.part(0.5))
+        return expert_times(kernels, shape, count, top_k, budget, single=single)
+    times = expert_times(kernels, shape, count, top_k, budget.part(0.5), single=single)
     panels = [partial(computed, blocks=layer, panels_from=1) for layer in layers]
-    times.panels = expert_times(panels, shape, count, top_k, budget).loads
+    more = expert_times(panels, shape, count, top_k, budget, single=single)
+    # A single token never takes them.
+    times.panels = {load: samples for load, samples in more.loads.items() if load > 1}
+    times.disturbed = max(times.disturbed, more.disturbed)
     return times
+
+
+def _from_arrays(run: Run, x: F32, ids: NDArray[np.int64], weights: F32) -> object:
+    return run(torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(weights))
 
 
 def read_rates(threads: int, budget: Budget) -> list[float]:
     """Bytes a second that all threads together read from memory, in samples."""
     words = np.ones(_READ_BYTES // 8, np.uint64)
-    return [words.nbytes / s for s in budget.repeat(lambda: read_seconds(words, threads), 3, 8)]
+    turns: Turns[float] = Turns(Others())
+    while len(turns) < 3 or (budget.left_s() > 0 and turns.wanting(_READS)):
+        turns.measure(lambda: read_seconds(words, threads))
+    return [words.nbytes / seconds for seconds in turns.kept()]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from planner.model import Layer, ModelSpec
+from planner.outcome import CALL, CPU, DENSE, HEAD, MIXER
 
 WHOLE, OTHER_TOP_K, NO_HEAD, NO_SHARED = "whole", "other top_k", "no head", "no shared expert"
 """Variants of a single token's call."""
-ALONE = "layer alone"
+ALONE, HEAD_ALONE = "layer alone", "head alone"
+"""What runs by itself after the variant without a head."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ def in_modules(
         found["head", "", model.head_params].append(head_s * scale)
         around_s = max(0.0, step.whole_s - layers_s - head_s)
         found["call", "", model.head_params].append(around_s)
+        if tokens == 1:
+            experts_s = sum(s for (name, _), s in step.spans.items() if name == "experts")
+            moe = sum(layer.moe for layer in layers)
+            each_s = experts_s / moe / model.experts.top_k
+            found["expert", "", model.experts.params_each].append(each_s)
         for key, values in found.items():
             samples[key].append(fmean(values))
     for (term, kind, params), seconds in samples.items():
@@ -106,36 +113,40 @@ def compiled(
     model, layers, scale
         As of :func:`in_modules`.
     steps
-        Context to steps; each has a span of one variant, and some of every layer ``ALONE``.
+        Context to steps; each has a span of one variant. Those without a head have one of
+        ``HEAD_ALONE``, and where there are several kinds of layers, of every layer ``ALONE``.
     other_top_k
         Experts of a token in the variant with another number of them.
     """
     times = {context: _by_variant(decoded) for context, decoded in steps.items()}
 
-    def saved_s(variant: str) -> float:
+    def saved(variant: str) -> list[float]:
         """What leaving out the variant's part saves, which is negative where it adds."""
-        return median(median(by[WHOLE]) - median(by[variant]) for by in times.values())
+        return [median(by[WHOLE]) - median(by[variant]) for by in times.values()]
 
     moe = [index for index, layer in enumerate(layers) if layer.moe]
     top_k = model.experts.top_k
-    expert_s = max(0.0, saved_s(OTHER_TOP_K) / len(moe) / (top_k - other_top_k))
+    fewer = len(moe) * (top_k - other_top_k)
+    each = tuple(max(0.0, seconds / fewer) for seconds in saved(OTHER_TOP_K))
+    expert_s = median(each)
     has_shared = all(NO_SHARED in by for by in times.values())
-    shared_s = max(0.0, saved_s(NO_SHARED) / len(moe)) if has_shared else 0.0
-    head_s = max(0.0, saved_s(NO_HEAD))
+    shared_s = max(0.0, median(saved(NO_SHARED)) / len(moe)) if has_shared else 0.0
+    head = tuple(median(by[HEAD_ALONE]) for by in times.values())
+    head_s = median(head)
     around = [
         max(0.0, step.whole_s - step.spans[WHOLE, 0])
         for decoded in steps.values()
         for step in decoded
         if (WHOLE, 0) in step.spans
     ]
-    yield Part("expert", "", model.experts.params_each, 1, 1, (expert_s,))
-    yield Part("head", "", model.head_params, 1, 1, (head_s * scale,))
+    yield Part("expert", "", model.experts.params_each, 1, 1, each)
+    yield Part("head", "", model.head_params, 1, 1, tuple(scale * s for s in head))
     yield Part("call", "", model.head_params, 1, 1, tuple(around))
     beside = {layers[index].ffn_params: shared_s for index in moe}
     rest_s = top_k * expert_s + shared_s
     for context, by in times.items():
         share = _layer_shares(layers, steps[context])
-        layers_s = [max(0.0, seconds - head_s) for seconds in by[WHOLE]]
+        layers_s = [*by[NO_HEAD], *(max(0.0, seconds - head_s) for seconds in by[WHOLE])]
         for mixer in dict.fromkeys(layers[index].mixer for index in moe):
             mine = fmean(share[index] for index in moe if layers[index].mixer == mixer)
             samples = tuple(max(0.0, seconds * mine - rest_s) for seconds in layers_s)
@@ -146,6 +157,38 @@ def compiled(
                     beside[layer.ffn_params] = max(0.0, whole_s - median(samples))
     for params, seconds in beside.items():
         yield Part("feed_forward", "", params, 1, 1, (seconds,))
+
+
+def totals(
+    model: ModelSpec, layers: Sequence[Layer], passes: Sequence[Pass], parts: Sequence[Part]
+) -> dict[str, float]:
+    """Return what a step of all ``layers`` consists of, by the names that the planner predicts.
+
+    Parameters
+    ----------
+    model, layers
+        As of :func:`in_modules`.
+    passes
+        Steps; in transformers' code with spans of ``experts``.
+    parts
+        Of those steps.
+    """
+    seconds = {(part.term, part.kind, part.params): median(part.samples) for part in parts}
+    expert_s = seconds.get(("expert", "", model.experts.params_each))
+    if expert_s is None:
+        experts_s = median(
+            sum(s for (name, _), s in step.spans.items() if name == "experts") for step in passes
+        )
+    else:
+        experts_s = expert_s * model.experts.top_k * sum(layer.moe for layer in layers)
+    mixers = [layer.mixer for layer in layers]
+    return {
+        MIXER: sum(seconds["attention", mixer.kind, mixer.params] for mixer in mixers),
+        DENSE: sum(seconds["feed_forward", "", layer.ffn_params] for layer in layers),
+        CPU: experts_s,
+        HEAD: seconds["head", "", model.head_params],
+        CALL: seconds["call", "", model.head_params],
+    }
 
 
 def aside(

@@ -10,7 +10,9 @@ import numpy as np
 
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.coverage import UNMEASURED, Coverage
 from hybrid.calibration.subject import subject
+from hybrid.config import DEFAULT_EXPERTS
 from hybrid.experts import experts_of
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.sharing.timeline import DECODE, PREFILL
@@ -19,7 +21,7 @@ from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
 from planner.outcome import CALL, CPU
 from planner.request import Request
-from planner.spec import Estimate, Source
+from planner.spec import Estimate, Source, weakest
 
 _MOST_STEPS = 128
 """Decode steps that are simulated; the time per token of more is that of these."""
@@ -35,10 +37,13 @@ class Prediction:
         Terms of the time to the first token; they add up to ``ttft``.
     token
         Mean terms of a decode step; they add up to ``tpot``. Empty when no step was asked for.
+    coverage
+        Which of them a measurement of this model's shape and formats tells.
     """
 
     prompt: dict[str, Estimate]
     token: dict[str, Estimate]
+    coverage: Coverage
 
     @property
     def ttft(self) -> Estimate:
@@ -112,9 +117,13 @@ def predict(
             origin="as it was routed",
         )
     run = OURS.run(request, request.fit(), routing)
+    coverage = Coverage.of(machine, model, experts, dense)
     found = Prediction(
-        prompt=estimates(request.cost, run.prefill.terms, prompt),
-        token=estimates(request.cost, run.decode_terms(), 1) if tokens > 1 else {},
+        prompt=_doubted(estimates(request.cost, run.prefill.terms, prompt), coverage),
+        token=_doubted(estimates(request.cost, run.decode_terms(), 1), coverage)
+        if tokens > 1
+        else {},
+        coverage=coverage,
     )
     for name in asides:
         more = request.cost.aside(name)
@@ -123,6 +132,18 @@ def predict(
             if terms and more.value:
                 terms[CALL] += more
     return found
+
+
+def _doubted(terms: dict[str, Estimate], coverage: Coverage) -> dict[str, Estimate]:
+    """State the larger error of terms that were not measured for this model."""
+
+    def doubted(name: str, term: Estimate) -> Estimate:
+        if not term.value or (coverage.experts if name == CPU else coverage.parts):
+            return term
+        error = max(term.error or 0.0, UNMEASURED * term.value)
+        return Estimate(term.value, weakest(term.source, Source.FITTED), error)
+
+    return {name: doubted(name, term) for name, term in terms.items()}
 
 
 def predicted(
@@ -173,6 +194,8 @@ def begin_run(network: Any, prompt_tokens: int) -> None:
     """Forget the last run of a model on the CPU; a prompt of so many tokens comes next."""
     for experts in experts_of(network):
         experts.begin_run(prompt_tokens)
+    if network.hybrid_fast.decoder is not None:
+        network.hybrid_fast.decoder.spent_s = 0.0
 
 
 def prompt_loads(network: Any) -> list[list[int]]:
@@ -185,10 +208,25 @@ def prompt_loads(network: Any) -> list[list[int]]:
     return [loads for piece in zip(*layers, strict=True) for loads in piece]
 
 
-def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term, ...]:
+def calibrating(network: Any, name: str) -> str:
+    """Return the command that measures this machine with a loaded model, called ``name``."""
+    index = network.hybrid_store.index
+    words = ["hybrid calibrate", name]
+    if index.format != DEFAULT_EXPERTS:
+        words += ["--experts", index.format]
+    if index.dense_format is not None:
+        words += ["--dense", index.dense_format]
+    return f"'{' '.join(words)}'"
+
+
+def cpu_terms(
+    network: Any, times: GenerationTimes, threads: int, name: str
+) -> tuple[tuple[Term, ...], str | None]:
     """Return what a run on the CPU alone consisted of, predicted and as far as it was measured.
 
-    The one-token kernels compute a step in one call, so only the whole of it is measured.
+    Beside that, what was predicted from and what would make it better; None for a batch, which is
+    not predicted. The one-token kernels compute a step in one call, so only that and what
+    surrounds it are measured.
 
     Parameters
     ----------
@@ -196,9 +234,11 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
         As for :func:`predicted`; :func:`begin_run` was called before the run.
     times
         Of the run.
+    name
+        What the user calls the model.
     """
     if times.sequences != 1 or times.ttft_s is None:
-        return ()
+        return (), None
     loads = prompt_loads(network) if times.prompt_tokens > 1 else None
     found = predicted(
         network,
@@ -208,18 +248,33 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int) -> tuple[Term,
         loads=loads or None,
         asides=times.asides,
     )
+    command = calibrating(network, name)
     if found is None:
-        return ()
-    fast = network.hybrid_fast.path.fast
+        return (
+            (),
+            f"none: {calibrated.missing(Identity.of_this_machine(threads))}; {command} measures it",
+        )
+    fast = network.hybrid_fast.decoder is not None
     spent_s = sum(layer.spent_s for layer in experts_of(network)) if fast else None
-    terms = [Term(PREFILL, WHOLE, found.ttft.value, times.ttft_s)]
+
+    def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
+        error = estimate.error / estimate.value if estimate.error and estimate.value else None
+        return Term(phase, name, estimate.value, measured_s, error)
+
+    terms = [term(PREFILL, WHOLE, found.ttft, times.ttft_s)]
     terms += [
-        Term(PREFILL, name, estimate.value, spent_s if name == CPU else None)
+        term(PREFILL, name, estimate, spent_s if name == CPU else None)
         for name, estimate in found.prompt.items()
         if estimate.value
     ]
     if times.new_tokens > 1:
-        token_s = times.decode_s / (times.new_tokens - 1)
-        terms.append(Term(DECODE, WHOLE, found.tpot.value, token_s))
-        terms += [Term(DECODE, n, e.value, None) for n, e in found.token.items() if e.value]
-    return tuple(terms)
+        steps = times.new_tokens - 1
+        token_s = times.decode_s / steps
+        around_s = token_s - network.hybrid_fast.decoder.spent_s / steps if fast else None
+        terms.append(term(DECODE, WHOLE, found.tpot, token_s))
+        terms += [
+            term(DECODE, name, estimate, around_s if name == CALL else None)
+            for name, estimate in found.token.items()
+            if estimate.value
+        ]
+    return tuple(terms), found.coverage.advice(command)

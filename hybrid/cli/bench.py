@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,8 @@ def kernels(
 @bench_app.command()
 def model(
     directory: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A model directory; or use --spec.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A model directory, or demo; or use --spec."),
     ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="Random weights of this shape (configs/models/X.toml).")
@@ -75,10 +77,17 @@ def model(
     generate: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="First measure this machine with the model's shape and formats, unless it was.",
+        ),
+    ] = True,
     as_json: _JSON = False,
     record: _RECORD = None,
 ) -> None:
-    """A whole model: load, prefill and decode beside the machine's read bandwidth."""
+    """A whole model: load, prefill and decode, beside what was predicted and the bandwidth."""
     from hybrid.bench import model as bench
     from hybrid.config import check_formats
 
@@ -94,6 +103,7 @@ def model(
         generate=generate,
         repeat=repeat,
         threads=threads,
+        calibrate=calibrate,
         progress=_say,
     )
     _deliver(result, as_json, record, _model_table(result))
@@ -245,7 +255,7 @@ def _model_table(result: dict[str, Any]) -> str:
         ("start", _started(result["start"])),
         ("prefill", f"{prefill['tokens_per_s']:.1f} tokens/s, {_range(prefill)}"),
         ("decode", f"{decode['tokens_per_s']:.1f} tokens/s, {_range(decode)} a token"),
-        ("predicted", _prediction(result)),
+        *_prediction(result),
         ("read bandwidth", f"{result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB, mapped files included"),
         ("anonymous", f"{_mib(result['start'], 'peak_anonymous_bytes')} at most"),
@@ -267,19 +277,31 @@ def _mib(values: dict[str, Any], name: str) -> str:
     return f"{values[name] / 2**20:,.0f} MiB"
 
 
-def _prediction(result: dict[str, Any]) -> str:
-    """Prefill and a token as they were predicted, and by how much that is off."""
+def _prediction(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Prefill and a token as they were predicted, from what, and by which terms they are off."""
     found = result["predicted"]
     if found is None:
         from hybrid.calibration.calibrated import REMEDY
 
-        return f"nothing: {REMEDY}"
-    texts = []
-    for name, key in (("prefill", "ttft_s"), ("decode", "tpot_s")):
-        measured_s = result[name]["seconds_median"]
-        off = found[key] / measured_s - 1
-        texts.append(f"{name} {found[key] * 1e3:.1f} ms ({off:+.0%} against measured)")
-    return ", ".join(texts)
+        yield "predicted", f"nothing: {REMEDY}"
+        return
+    from hybrid.metrics import WHOLE, Term, most_off
+
+    residuals = result["residuals"]
+    yield (
+        "predicted",
+        f"prefill {found['ttft_s'] * 1e3:.1f} ms ({residuals['ttft']:+.0%} against measured), "
+        f"decode {found['tpot_s'] * 1e3:.1f} ms ({residuals['tpot']:+.0%} against measured)",
+    )
+    yield "", f"from {result['calibration']['from']}; {result['calibration']['machine']}"
+    terms = []
+    for phase, key in (("prefill", "ttft_s"), ("decode", "tpot_s")):
+        terms.append(Term(phase, WHOLE, found[key], result[phase]["seconds_median"]))
+        for term in result["terms"]:
+            if term["phase"] == phase:
+                terms.append(Term(phase, term["name"], term["predicted_s"], term["measured_s"]))
+                yield phase, f"{term['name']}: {terms[-1]}"
+    yield from most_off(terms)
 
 
 def _range(times: dict[str, Any]) -> str:

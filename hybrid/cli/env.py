@@ -101,7 +101,7 @@ def _calibration() -> dict[str, str]:
     except UsageError as error:
         return {"calibration": f"damaged: {error.message}; {error.hint}"}
     if spec is None:
-        return {"calibration": f"none for this machine: {calibrated.REMEDY}"}
+        return {"calibration": f"none: {calibrated.missing(identity)}; {calibrated.REMEDY}"}
     return {"calibration": f"{identity.path}: {spec.summary}"} | {
         f"  {name}": text for name, text in calibrated.main_numbers(spec)
     }

@@ -1,0 +1,274 @@
+"""A loaded model whose parts are timed whenever it generates.
+
+In transformers' code hooks tell the parts apart. Where the fast path fits, a single token's layers
+are one compiled call; there the parts are the differences between that call and others that leave
+something out, all of them in the same generation, taking turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from cpu_experts.decoder import Decoder
+from cpu_experts.formats import TILE, packed_bytes
+from cpu_experts.layers import Matrix
+from hybrid.calibration.parts import (
+    ALONE,
+    HEAD_ALONE,
+    NO_HEAD,
+    NO_SHARED,
+    OTHER_TOP_K,
+    WHOLE,
+    Part,
+    Pass,
+    compiled,
+    in_modules,
+    totals,
+)
+from hybrid.experts import experts_of
+from hybrid.fast.decoder_parts import read_norm
+from hybrid.fast.prompt import PIECE
+from planner.model import Layer, ModelSpec
+
+_PAGE = 4096
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
+_PLAIN = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_NEVER = -1e30
+"""The logit of tokens that the head does not have: never chosen."""
+SETTLING = 2
+"""Steps after a prompt that are not counted: the cache changes its layout in the first."""
+
+
+class Recorder:
+    """A streamer that cuts a generation into passes; others note what their parts took."""
+
+    def __init__(self, write: Callable[[], object] = lambda: None) -> None:
+        self.passes: list[Pass] = []
+        self._write = write
+        self.spans: defaultdict[tuple[str, int], float] = defaultdict(float)
+        self._prompted = False
+        self._last_s = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        """Note that a pass has ended; what comes first is the prompt itself."""
+        if not self._prompted:
+            self._prompted = True
+            self.spans.clear()
+            return
+        self._write()
+        self.passes.append(Pass(time.perf_counter() - self._last_s, dict(self.spans)))
+        self.spans.clear()
+        self._last_s = time.perf_counter()
+
+    def end(self) -> None:
+        """Do nothing: the last token was put."""
+
+
+class Timed:
+    """A loaded model whose parts are timed whenever it generates; for nothing else from then on.
+
+    Parameters
+    ----------
+    network
+        A transformers model of this package, on the CPU.
+    model
+        What it is, or what it is the first layers of.
+
+    Attributes
+    ----------
+    layers
+        Those of ``model`` that are there.
+    scale
+        How many times as large the head of ``model`` is.
+    """
+
+    def __init__(self, network: Any, model: ModelSpec) -> None:
+        self.network, self.model = network, model
+        network.hybrid_fast.past_hooks = True
+        network.generation_config.eos_token_id = None
+        network.generation_config.pad_token_id = 0
+        self.vocab = int(network.config.get_text_config().vocab_size)
+        self.scale = model.vocab / self.vocab
+        modules = network.get_decoder().layers
+        self.layers: tuple[Layer, ...] = model.layers[: len(modules)]
+        self._recorder = Recorder()
+        for index, module in enumerate(modules):
+            self._watch(module, ("layer", index))
+            for part in _beside_attention(module):
+                experts_too = hasattr(part, "hybrid_experts")
+                self._watch(part, ("experts" if experts_too else "feed_forward", index))
+        self._watch(network.get_output_embeddings(), ("head", 0))
+        for runner in experts_of(network):  # so that no call is the first to use a page
+            runner.blocks[:, ::_PAGE].sum()
+        self.fast = network.hybrid_fast.decoder
+        if self.fast is not None:
+            self.fast.decoder = _Turns(self.fast.decoder, network, self)
+
+    def note(self, key: tuple[str, int], seconds: float) -> None:
+        """Add to a part's time in the present pass."""
+        self._recorder.spans[key] += seconds
+
+    def generate(self, prompt: int, new_tokens: int, **options: Any) -> list[Pass]:
+        """Generate after a random prompt; the first pass is the prompt's.
+
+        ``options`` go to ``generate()``.
+        """
+        return self._record(Recorder(), prompt, new_tokens, **options)
+
+    def _record(
+        self, recorder: Recorder, prompt: int, new_tokens: int, **options: Any
+    ) -> list[Pass]:
+        ids = torch.randint(0, self.vocab, (1, prompt), generator=torch.Generator().manual_seed(1))
+        self._recorder = recorder
+        self.network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            streamer=recorder,
+            **{"do_sample": False, **options},
+        )
+        return recorder.passes
+
+    def parts(self, runs: Mapping[int, list[list[Pass]]]) -> Iterator[Part]:
+        """Turn generations into parts.
+
+        Parameters
+        ----------
+        runs
+            For every length of the prompt what :meth:`generate` returned, once or repeatedly.
+        """
+        steps: dict[int, list[Pass]] = {}
+        for prompt, passes in runs.items():
+            prompts = [run[0] for run in passes]
+            piece = PIECE if self.fast else 0
+            yield from in_modules(
+                self.model, self.layers, self.scale, prompts, prompt, prompt, piece
+            )
+            # The steps' contexts differ by a few tokens; their middle stands for all.
+            context = prompt + 1 + (SETTLING + len(passes[0])) // 2
+            if decoded := [step for run in passes for step in run[1 + SETTLING :]]:
+                steps[context] = decoded
+        if self.fast is not None and steps:
+            top_k = self.fast.decoder.top_k
+            yield from compiled(self.model, self.layers, self.scale, steps, top_k)
+        else:
+            for context, decoded in steps.items():
+                yield from in_modules(self.model, self.layers, self.scale, decoded, 1, context)
+
+    def terms(self, runs: Sequence[list[Pass]], prompt: int) -> tuple[dict[str, float], ...]:
+        """Return what the prompt and what a single token consisted of, by the planner's names.
+
+        Parameters
+        ----------
+        runs
+            What :meth:`generate` returned for a ``prompt`` of several tokens.
+        """
+        parts = list(self.parts({prompt: list(runs)}))
+        first = [run[0] for run in runs]
+        later = [step for run in runs for step in run[1 + SETTLING :]]
+        return tuple(
+            totals(self.model, self.layers, passes, [p for p in parts if p.tokens == tokens])
+            for passes, tokens in ((first, prompt), (later, 1))
+        )
+
+    def _watch(self, module: Any, key: tuple[str, int]) -> None:
+        """Note what a module takes whenever transformers' code calls it."""
+        started_s: list[float] = []
+
+        def before(*_: Any) -> None:
+            started_s.append(time.perf_counter())
+
+        def after(*_: Any) -> None:
+            self.note(key, time.perf_counter() - started_s.pop())
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+
+def _beside_attention(layer: Any) -> Iterator[Any]:
+    """The modules of a decoder layer that are experts, shared experts or a dense MLP."""
+    experts = [name for name, part in layer.named_modules() if hasattr(part, "hybrid_experts")]
+    if not experts:
+        yield from (getattr(layer, name) for name in _PLAIN if hasattr(layer, name))
+        return
+    for path in experts:
+        yield layer.get_submodule(path)
+    blocks = {layer, *(layer.get_submodule(path.rpartition(".")[0]) for path in experts)}
+    for block in blocks:
+        for name in _SHARED:
+            if isinstance(getattr(block, name, None), torch.nn.Module):
+                yield getattr(block, name)
+
+
+class _Turns:
+    """Stands in for a decoder: its steps take turns among the whole and what leaves something out.
+
+    Attributes
+    ----------
+    vocabulary
+        Tokens of the model that is stood for: choosing among them takes as long as there are many.
+    top_k
+        Experts a token has in the variant with another number of them.
+    """
+
+    def __init__(self, decoder: Decoder, network: Any, timed: Timed) -> None:
+        self._decoder, self._timed = decoder, timed
+        self.vocabulary = timed.model.vocab
+        top_k = timed.model.experts.top_k
+        variants = {WHOLE: decoder, NO_HEAD: _variant(decoder, network, rows=TILE)}
+        self.top_k = max(1, top_k // 2) if top_k > 1 else 2
+        variants[OTHER_TOP_K] = _variant(decoder, network, top_k=self.top_k)
+        if any(layer.shared is not None and layer.router for layer in decoder.layers):
+            variants[NO_SHARED] = _variant(decoder, network, shared=False)
+        self._several_kinds = len(set(timed.layers)) > 1
+        self._next = cycle(variants.items())
+
+    def step(self, x: Any, cos: Any, sin: Any, cache: Any, logits: Any) -> None:
+        """Compute a token with the variant whose turn it is."""
+        name, decoder = next(self._next)
+        logits.fill(_NEVER)
+        self._time(name, 0, decoder.step, x, cos, sin, cache, logits[: decoder.vocabulary])
+        if name == NO_HEAD:
+            own = logits[: self._decoder.vocabulary]
+            self._time(HEAD_ALONE, 0, self._decoder.head_step, x, own)
+            if self._several_kinds:
+                for index in range(len(decoder.layers)):
+                    self._time(ALONE, index, decoder.layer_step, index, x, cos, sin, cache)
+
+    def _time(self, name: str, index: int, run: Callable[..., object], *args: Any) -> None:
+        start_s = time.perf_counter()
+        run(*args)
+        self._timed.note((name, index), time.perf_counter() - start_s)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+
+def _variant(
+    decoder: Decoder,
+    network: Any,
+    *,
+    top_k: int | None = None,
+    shared: bool = True,
+    rows: int | None = None,
+) -> Decoder:
+    """The same decoder with another ``top_k``, without shared experts, or with a shorter head."""
+    head = network.get_output_embeddings()
+    rows = head.rows if rows is None else rows
+    weight = head.packed.numpy()[: packed_bytes(rows, head.cols, head.weight_format)]
+    layers = []
+    for layer in decoder.layers:
+        if layer.router is not None and top_k is not None:
+            layer = replace(layer, router=replace(layer.router, top_k=top_k))
+        if layer.router is not None and not shared:
+            layer = replace(layer, shared=None)
+        layers.append(layer)
+    matrix = Matrix(weight=weight, rows=rows, cols=head.cols, format=head.weight_format)
+    return Decoder(layers, norm=read_norm(network.get_decoder().norm), lm_head=matrix)
