@@ -396,10 +396,11 @@ def test_subjects_are_found_with_their_formats(tmp_path: Path, tiny_model: Path)
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Little memory, a short file, short prompts, a cache folder of its own."""
+    """Little memory, a short file, short prompts, a cache folder of its own, nobody else."""
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     monkeypatch.setattr(measure, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(measure, "_DISK_BYTES", 1 << 22)
+    monkeypatch.setattr("hybrid.calibration.others.system_times", calm)
     monkeypatch.setattr(measure, "LOADS", (1, 2, 4))
     monkeypatch.setattr(calibration, "PROMPTS", (2, 8))
     monkeypatch.setattr(calibration, "DECODED_AFTER", (8,))

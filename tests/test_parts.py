@@ -20,6 +20,7 @@ from hybrid.calibration.parts import (
     compiled,
     in_modules,
     totals,
+    typical,
 )
 from hybrid.calibration.replica import ROWS, shortened
 from planner.families import from_hf_config
@@ -155,6 +156,14 @@ def test_totals_are_those_of_all_layers(fast: bool) -> None:
             CALL: CALL_S,
         }
     )
+
+
+def test_what_is_typical() -> None:
+    """The mean, for slower steps are a part of every run, without those that were interrupted."""
+    assert typical([1.0, 1.0, 1.0, 1.6]) == pytest.approx(1.15)
+    assert typical([1.0, 1.0, 1.0, 2.5]) == 1.0
+    assert typical([3.0]) == 3.0
+    assert typical([0.0, 0.0, 3.0]) == 1.0
 
 
 def test_noise_never_makes_a_part_negative() -> None:

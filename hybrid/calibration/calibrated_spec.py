@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.measure import DiskTimes, ExpertTimes
 from hybrid.calibration.others import DISTURBED
-from hybrid.calibration.parts import Part
+from hybrid.calibration.parts import Part, typical
 from planner.cost import weight_bytes
 from planner.hardware import PANELS, Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
 from planner.spec import Source
@@ -182,7 +182,7 @@ def _cpu_points(times: ExpertTimes) -> Iterator[Point]:
                 intermediate=times.shape.intermediate,
                 format=times.shape.format,
                 load=load,
-                seconds=float(median(samples)),
+                seconds=typical(samples),
                 error=_spread(samples),
                 disturbed=_worth_telling(times.disturbed),
             )
@@ -205,7 +205,7 @@ def _terms(model: ModelParts) -> Iterator[TermPoint]:
             tokens=tokens,
             context=context,
             piece=piece,
-            seconds=float(median(samples)),
+            seconds=typical(samples),
             error=_spread(samples) if any(samples) else None,
             disturbed=_worth_telling(model.disturbed),
         )

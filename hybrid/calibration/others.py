@@ -42,12 +42,12 @@ class Others:
     Parameters
     ----------
     ask
-        Returns what the system has counted so far.
+        Returns what was counted so far; by the system unless given.
     """
 
-    def __init__(self, ask: Callable[[], Times] = system_times) -> None:
-        self._ask = ask
-        self._last = ask()
+    def __init__(self, ask: Callable[[], Times] | None = None) -> None:
+        self._ask = system_times if ask is None else ask
+        self._last = self._ask()
 
     def lap(self) -> float:
         """Part of all processors' time since the last call that went to others, 0 to 1."""

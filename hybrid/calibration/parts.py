@@ -21,6 +21,19 @@ ALONE, HEAD_ALONE = "layer alone", "head alone"
 """What runs by itself after the variant without a head."""
 
 
+_INTERRUPTED = 2
+"""A sample of so many times the median: something else had the processor meanwhile."""
+
+
+def typical(samples: Sequence[float]) -> float:
+    """Return what a step takes on average: a run is the sum of its steps, slower ones included.
+
+    Interrupted ones are not; where a machine is calm the median would be the same.
+    """
+    most = _INTERRUPTED * median(samples)
+    return fmean(s for s in samples if s <= most) if most > 0 else fmean(samples)
+
+
 @dataclass(frozen=True)
 class Part:
     """What a part of the model took: seconds of single steps, of one layer where it is a layer's.
@@ -173,11 +186,11 @@ def totals(
     parts
         Of those steps.
     """
-    seconds = {(part.term, part.kind, part.params): median(part.samples) for part in parts}
+    seconds = {(part.term, part.kind, part.params): typical(part.samples) for part in parts}
     expert_s = seconds.get(("expert", "", model.experts.params_each))
     if expert_s is None:
-        experts_s = median(
-            sum(s for (name, _), s in step.spans.items() if name == "experts") for step in passes
+        experts_s = typical(
+            [sum(s for (name, _), s in step.spans.items() if name == "experts") for step in passes]
         )
     else:
         experts_s = expert_s * model.experts.top_k * sum(layer.moe for layer in layers)
