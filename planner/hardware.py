@@ -101,7 +101,7 @@ class Point:
     load
         Tokens; 0 for a copy.
     seconds, error
-        Median duration and its standard deviation.
+        What it typically took, and the standard deviation of that.
     disturbed
         Part of the processors' time that other programs took meanwhile, where it was too much.
     """
@@ -128,7 +128,7 @@ class TermPoint:
         ``call`` (what a step costs around its layers and head), what comes on top of that where
         it is asked for, ``sampling`` (drawing a token instead of taking the likeliest one) and
         ``text`` (writing it), ``expert``: what one routed expert adds to a single token's layer
-        where all layers are one compiled call, and ``deciding``: what the host takes in a layer
+        on the CPU, and ``deciding``: what the host takes in a layer
         from the router's answer until the device has its work.
     family
         The ``model_type`` whose code was measured.
@@ -144,7 +144,7 @@ class TermPoint:
     piece
         So many tokens of a prompt, at most, were computed at a time; 0 is all of them.
     seconds, error
-        Median duration and its standard deviation.
+        What it typically took, and the standard deviation of that.
     lane
         Where the dense weights were: ``cpu``, where the CPU-only runtime computes all, or ``gpu``,
         where experts are shared. There ``attention`` is from one layer's end to the next router's
