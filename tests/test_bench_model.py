@@ -87,6 +87,7 @@ def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.Mon
     assert result["bytes_per_token"] == 2 * per_layer + 96 * 64 * 18 // 32
     assert len(result["decode"]["samples_s"]) == len(result["prefill"]["samples_s"]) == 3
     assert result["read_fraction"] > 0
+    assert 0 <= result["disturbed"] <= 1
     assert result["predicted"] is None
     assert result["peak_memory_bytes"] > 0
     json.dumps(result)
@@ -107,6 +108,7 @@ def test_the_command_prints_one_json_object(
 ) -> None:
     """A directory instead of a description; talk goes to stderr."""
     _small_read(monkeypatch)
+    monkeypatch.setattr("hybrid.bench.model.Others", lambda: SimpleNamespace(lap=lambda: 0.25))
     options = ["--prompt", "4", "--generate", "3", "--repeat", "1"]
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), "--json", *options])
     result: dict[str, Any] = json.loads(done.stdout)
@@ -118,6 +120,7 @@ def test_the_command_prints_one_json_object(
     assert "first token after 1.50 s (4.50 s with 3.00 s of imports)" in done.stdout
     assert "anonymous       300 MiB at most" in done.stdout
     assert "hybrid calibrate" in done.stdout
+    assert "disturbed       other programs used 25% of the processors" in done.stdout
 
 
 def test_a_full_disk_is_told_before_anything_is_written(

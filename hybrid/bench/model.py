@@ -27,6 +27,7 @@ from hybrid.bench.record import provenance, spread
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import Coverage
+from hybrid.calibration.others import Others
 from hybrid.calibration.prediction import Prediction, begin_run, predicted, prompt_loads
 from hybrid.calibration.subject import subject
 from hybrid.calibration.timed import Timed
@@ -117,7 +118,8 @@ def run(
     -------
     One record: prefill and decode (median, quartiles and samples), ``bytes_per_token`` of weights
     and cache, ``read_fraction`` of the bandwidth read beside each repeat, peak memory, how single
-    tokens were computed, and what was ``predicted`` from which ``calibration``, with predicted
+    tokens were computed, which part of the processors' time other programs took meanwhile
+    (``disturbed``), and what was ``predicted`` from which ``calibration``, with predicted
     over measured less 1 as ``residuals``, of the whole and of the ``terms``, which are measured
     by themselves after the repeats (all None when this machine was not calibrated).
     ``start`` is of a fresh process on the store, whose pages are in memory by then: seconds to
@@ -168,6 +170,7 @@ def _measure(
     generate_once(model, prompt, 2)
     loads = prompt_loads(model)
     read_seconds(words, threads)
+    others = Others()
     for turn in range(repeat):
         progress(f"run {turn + 1} of {repeat}")
         reads.append(words.nbytes / read_seconds(words, threads))
@@ -177,6 +180,7 @@ def _measure(
     per_token = bytes_per_token(model, prompt + generate / 2)
     rates = [None if per_token is None else per_token / seconds for seconds in decodes]
     fractions = [rate / read for rate, read in zip(rates, reads, strict=True) if rate is not None]
+    disturbed = others.lap()
     peak_bytes = host.peak_memory_bytes()
     found = predicted(model, prompt, generate, threads=threads, loads=loads if prompt > 1 else None)
     about: dict[str, Any] = dict.fromkeys(("predicted", "calibration", "residuals", "terms"))
@@ -194,6 +198,7 @@ def _measure(
         "prefill": spread(prefills) | {"tokens_per_s": prompt / median(prefills)},
         "decode": spread(decodes) | {"tokens_per_s": 1 / median(decodes)},
         "bytes_per_token": per_token,
+        "disturbed": disturbed,
         "read_bandwidth_bytes_per_s": median(reads),
         "read_fraction": median(fractions) if fractions else None,
         "store_bytes": model.hybrid_store.index.nbytes,

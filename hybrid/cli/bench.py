@@ -248,6 +248,8 @@ def _say(text: str) -> None:
 
 
 def _model_table(result: dict[str, Any]) -> str:
+    from hybrid.calibration.others import DISTURBED
+
     prefill, decode = result["prefill"], result["decode"]
     rows = [
         ("family", f"{result['family']}, experts {result['experts']}, dense {result['dense']}"),
@@ -260,6 +262,10 @@ def _model_table(result: dict[str, Any]) -> str:
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB, mapped files included"),
         ("anonymous", f"{_mib(result['start'], 'peak_anonymous_bytes')} at most"),
     ]
+    if result["disturbed"] >= DISTURBED:
+        rows.append(
+            ("disturbed", f"other programs used {result['disturbed']:.0%} of the processors")
+        )
     if result["read_fraction"] is not None:
         share = f"{result['bytes_per_token'] / 1e6:.1f} MB, {result['read_fraction']:.2f} of"
         rows.append(("read a token", f"{share} the bandwidth"))
