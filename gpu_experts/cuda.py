@@ -32,16 +32,19 @@ from gpu_experts.checks import (
     require_content,
 )
 from gpu_experts.cuda_events import ANCHOR_S, Anchor, CudaEvent
-from gpu_experts.cuda_runtime import CudaRuntime, Runtime
+from gpu_experts.cuda_runtime import CudaRuntime, Runtime, ran_out_of_memory
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
 from gpu_experts.errors import DeviceError, DeviceMemoryError, ShapeError
 from gpu_experts.events import DoneEvent, failed, poll
 from gpu_experts.feeder import Feeder, HostBlocks
 from gpu_experts.layout import BlockLayout
-from gpu_experts.routing import Routing, sort_by_slot
+from gpu_experts.routing import sort_by_slot
 
 #: How long closing waits for what still runs.
 CLOSE_S = 5.0
+#: What is no larger than this is read by kernels from pinned memory: as a copy it would wait for
+#: the copy of an expert that is on the link, which takes longer than reading it does.
+LENT_BYTES = 64 << 10
 
 
 class CudaDevice:
@@ -88,7 +91,10 @@ class CudaDevice:
         self._slots: Tensor | None = None
         self._host: HostBlocks | None = None
         self._feeder: Feeder | None = None
-        self._implementation: kernels.Implementation = "torch"
+        # By the activations' type: every type has kernels of its own.
+        self._implementations: dict[torch.dtype, kernels.Implementation] = {}
+        self._tried: BlockLayout | None = None
+        self._lent: list[Tensor] = []
         self._written: dict[int, CudaEvent] = {}
         self._read: dict[int, CudaEvent] = {}
         self._last: dict[str, CudaEvent] = {}
@@ -110,15 +116,17 @@ class CudaDevice:
         asked = slots * layout.stride
         what = f"{slots} slots of {layout.stride} bytes"
         with self._guard(what, asked):
+            if layout != self._tried:
+                self._implementations.clear()
+                self._tried = layout
+            self._implementation(layout, self._runtime.dtype)
             self._runtime.release_cached()
-            self._implementation, note = kernels.choose(layout)
-            if self._implementation == "triton":
-                with self._runtime.on(self._runtime.current()):
-                    note = kernels.probe(layout, self.torch_device)
-                self._implementation = "triton" if note is None else "torch"
-            self._note(note)
             shape = (slots, layout.stride)
             self._slots = torch.empty(shape, dtype=torch.uint8, device=self.torch_device)
+            # What the memory was used for before may not be over on the model's stream.
+            free = self._runtime.event()
+            free.record(self._runtime.current())
+            self._link.wait_event(free)
         self._layout = layout
         self._host = host or self._host_blocks(layout)
         self._feeder = Feeder("copies")
@@ -138,6 +146,7 @@ class CudaDevice:
             except DeviceError:
                 continue
         self._layout = self._slots = self._host = self._feeder = None
+        self._lent.clear()
         self._written.clear()
         self._read.clear()
         self._last.clear()
@@ -188,16 +197,22 @@ class CudaDevice:
         require_content(used, self._written)
         needs = [need for need in (*after, *(self._written[s] for s in used)) if not _over(need)]
         event, stream, inputs = self._event(what), self._runtime.current(), x.detach()
+        with self._guard(what):
+            implementation = self._implementation(layout, x.dtype)
 
         def issue() -> None:
             _require(needs, what)
             with self._runtime.on(stream):
+                # Before it waits: behind an expert's copy comes the next one's.
+                tables = [self._send(routing.table, implementation) for _, routing in parts]
                 for need in needs:
                     if isinstance(need, CudaEvent):
                         stream.wait_event(need.end)
                 event.start.record(stream)
-                for at, routing in parts:
-                    self._run(inputs[at : at + step], routing, slots, layout, out[at : at + step])
+                for (at, routing), table in zip(parts, tables, strict=True):
+                    part = slice(at, at + step)
+                    rows = inputs[part].contiguous()
+                    kernels.run(rows, routing, table, slots, layout, out[part], implementation)
                 event.end.record(stream)
 
         before = self._last.get("compute")
@@ -220,10 +235,12 @@ class CudaDevice:
         with self._guard("bringing results to the host"):
             copies = tuple(self._fetch(tensor.detach()) for tensor in tensors)
             reached.record(self._runtime.current())
+        lent = len(self._lent)
         if meanwhile is not None:
             meanwhile()
         with self._guard("bringing results to the host"):
             poll(reached.query, self._timeout_s, "the device's work so far")
+            del self._lent[:lent]  # whoever reads those has done so
             if time.perf_counter() - self._anchor.time > ANCHOR_S:
                 self._anchor = Anchor(self._runtime, self._timeout_s)
         return tuple(map(on_host, copies))
@@ -246,8 +263,16 @@ class CudaDevice:
             if not event.done():
                 stream.wait_event(event.end)
         with self._guard("the join", 4 * out.numel()):
-            total = out if cpu_out is None else out + self._send(cpu_out)
-            return total.to(dtype)
+            if cpu_out is None:
+                return out.to(dtype)
+            implementation = self._implementations.get(dtype, "torch")
+            share = self._send(cpu_out, implementation)
+            if implementation == "torch":
+                return (out + share).to(dtype)
+            total = torch.empty_like(out, dtype=dtype)
+            with self._runtime.on(stream):
+                kernels.add_host(out, share, total)
+            return total
 
     def occupy(self, seconds: float, what: str) -> Event:
         return DoneEvent(what, time.perf_counter())
@@ -296,35 +321,53 @@ class CudaDevice:
         def job() -> None:
             event.settle(attempt())
 
-        self._last[lane] = event
+        # In this order: Ctrl-C between the two must not leave an event that nobody settles.
         feeder.submit(job, lambda: event.settle(failed(event.what, "the device was closed")))
+        self._last[lane] = event
 
-    def _run(
-        self, x: Tensor, routing: Routing, slots: Tensor, layout: BlockLayout, out: Tensor
-    ) -> None:
-        table = self._send(routing.table)
-        kernels.run(x.contiguous(), routing, table, slots, layout, out, self._implementation)
+    def _implementation(self, layout: BlockLayout, dtype: torch.dtype) -> kernels.Implementation:
+        """What runs experts on activations of this type, tried out when it is first needed."""
+        known = self._implementations.get(dtype)
+        if known is not None:
+            return known
+        found, note = kernels.choose(layout)
+        if found == "triton":
+            with self._runtime.on(self._runtime.current()):
+                note = kernels.probe(
+                    layout, dtype, self.torch_device, lambda array: self._send(array, "triton")
+                )
+            if note is not None:
+                found = "torch"
+            elif self._runtime.dtype is torch.float16:
+                note = kernels.NO_TENSOR_CORES
+        self._note(note)
+        self._implementations[dtype] = found
+        return found
 
-    def _send(self, array: NDArray[Any]) -> Tensor:
-        """A copy of ``array`` on the device; the array is free for reuse at once."""
+    def _send(self, array: NDArray[Any], reader: kernels.Implementation) -> Tensor:
+        """``array`` where ``reader``'s kernels can read it; it is free for reuse at once."""
         host = torch.from_numpy(array)
-        staged = self._staging(tuple(host.shape), host.dtype).copy_(host)
+        staged, pinned = self._staging(tuple(host.shape), host.dtype)
+        staged.copy_(host)
+        if reader == "triton" and pinned and array.nbytes <= LENT_BYTES:
+            self._lent.append(staged)
+            return staged
         return staged.to(self.torch_device, non_blocking=True)
 
     def _fetch(self, tensor: Tensor) -> Tensor:
         """Enqueue a copy of ``tensor`` to host memory of its own."""
         if tensor.device != self.torch_device:
             return tensor
-        staged = self._staging(tuple(tensor.shape), tensor.dtype)
+        staged, _ = self._staging(tuple(tensor.shape), tensor.dtype)
         return staged.copy_(tensor, non_blocking=True)
 
-    def _staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Pinned host memory, or ordinary memory when the system refuses to pin."""
+    def _staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """Pinned host memory, or ordinary memory when the system refuses to pin; and which."""
         try:
-            return self._runtime.pinned(shape, dtype)
+            return self._runtime.pinned(shape, dtype), True
         except RuntimeError as error:
             self._note(_refused(str(error)))
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype), False
 
     def _host_blocks(self, layout: BlockLayout) -> HostBlocks:
         def wait(event: Event) -> None:
@@ -351,7 +394,10 @@ class CudaDevice:
         """Turn torch's errors into this package's."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                said = next(iter(str(error).splitlines()), type(error).__name__)
+                raise failed(what, said) from error
             free = self._runtime.memory().free_bytes
             asked = "" if asked_bytes is None else f"{asked_bytes} bytes asked for, "
             raise DeviceMemoryError(
@@ -360,8 +406,6 @@ class CudaDevice:
                 free_bytes=free,
                 hint="use fewer slots, a shorter context, or close what else uses the device",
             ) from error
-        except RuntimeError as error:
-            raise failed(what, str(error).splitlines()[0]) from error
 
 
 def _over(event: Event) -> bool:

@@ -12,6 +12,20 @@ from torch import Tensor
 from gpu_experts.device import Memory
 from gpu_experts.errors import DeviceFailedError
 
+#: Compute capability from which on a GPU multiplies bfloat16, and Triton uses tensor cores at all.
+AMPERE = 8
+
+#: How errors say that memory ran out which torch's own allocator does not hand out: kernels being
+#: loaded, cuBLAS's handles, the driver's buffers.
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, Triton, cuBLAS or the driver says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
+
 
 class RawEvent(Protocol):
     """A timed event as torch.cuda has it."""
@@ -28,10 +42,19 @@ class Stream(Protocol):
 
 
 class Runtime(Protocol):
-    """One GPU."""
+    """One GPU.
+
+    Attributes
+    ----------
+    device, name
+        What torch calls it, and what people call it.
+    dtype
+        The half-precision type that it multiplies natively.
+    """
 
     device: torch.device
     name: str
+    dtype: torch.dtype
 
     def memory(self) -> Memory: ...
     def stream(self) -> Stream: ...
@@ -68,6 +91,8 @@ class CudaRuntime:
             )
         self.device = torch.device("cuda", index)
         self.name = f"{torch.cuda.get_device_name(index)} (cuda:{index})"
+        major, _ = torch.cuda.get_device_capability(index)
+        self.dtype = torch.bfloat16 if major >= AMPERE else torch.float16
 
     def memory(self) -> Memory:
         """What the driver says, and what torch holds and does not use."""
@@ -89,10 +114,16 @@ class CudaRuntime:
         """Enqueue what follows on ``stream``, from whichever thread.
 
         Work here writes tensors that were made under inference mode: torch allows that only
-        to code that is in it, and whether it is belongs to the thread.
+        to code that is in it, and whether it is belongs to the thread. So does the current
+        device, which Triton launches on; leaving a stream of another device than that would
+        make a context there, which takes hundreds of megabytes of its memory.
         """
-        with torch.inference_mode(), torch.cuda.stream(stream):  # type: ignore[arg-type]
-            yield
+        with torch.inference_mode():
+            if torch.cuda.current_device() == self.device.index and stream == self.current():
+                yield  # nothing to switch, and switching takes longer than a launch
+                return
+            with torch.cuda.device(self.device), torch.cuda.stream(stream):  # type: ignore[arg-type]
+                yield
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Host memory that the device can fetch from and write to; RuntimeError when refused."""

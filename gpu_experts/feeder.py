@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 #: Buffers of the ring: one is filled while others are on their way.
 RING_BUFFERS = 4
-#: Pinned copies are allocated in slabs of about this size: an allocation of pinned memory is slow.
+#: Pinned copies are allocated in slabs of this size, or of eight blocks if that is more: an
+#: allocation of pinned memory is slow, and torch makes every one a power of two.
 SLAB_BYTES = 64 << 20
+_SLAB_BLOCKS = 8
 
 #: Allocate so many bytes of host memory that the device can fetch from; MemoryError when refused.
 Allocate = Callable[[int], "Tensor"]
@@ -34,26 +36,26 @@ class Feeder:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None]
-        self._queue = SimpleQueue()
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        # Each counter has one writer, so that no lock is needed to compare them.
-        self._submitted = 0
-        self._finished = 0
+        self._last: _Job | None = None
 
     @property
     def idle(self) -> bool:
         """Whether every job submitted so far is over."""
-        return self._submitted == self._finished
+        return self._last is None or self._last.over
 
     def submit(self, job: Callable[[], None], abandon: Callable[[], None]) -> None:
         """Run ``job``, which must not raise, or ``abandon`` when closed before its turn."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-            self._thread.start()
-        self._submitted += 1
-        self._queue.put((job, abandon))
+            thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
+        # In this order: Ctrl-C between the two leaves a job that never runs, and the next one
+        # puts that right.
+        self._last = _Job(job, abandon)
+        self._queue.put(self._last)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Abandon what waits; give the job that runs this long to end."""
@@ -63,11 +65,26 @@ class Feeder:
             self._thread.join(timeout_s)
 
     def _serve(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            job, abandon = entry
-            (abandon if self._closed.is_set() else job)()
-            self._finished += 1
-            del entry, job, abandon  # what they hold is large, and the next may be long in coming
+        while (job := self._queue.get()) is not None:
+            work = job.abandon if self._closed.is_set() else job.work
+            work()
+            # What they hold is large, and the next may be long in coming.
+            job.work = job.abandon = _nothing
+            job.over = True
+            del job, work
+
+
+class _Job:
+    """What the thread does, or does instead when it is closed before."""
+
+    __slots__ = ("abandon", "over", "work")
+
+    def __init__(self, work: Callable[[], None], abandon: Callable[[], None]) -> None:
+        self.work, self.abandon, self.over = work, abandon, False
+
+
+def _nothing() -> None:
+    """What is left of a job that is over."""
 
 
 class HostBlocks:
@@ -78,8 +95,8 @@ class HostBlocks:
     block_bytes
         Bytes of every block.
     budget_bytes
-        Host memory for the ring and for pinned copies together. The ring takes at least one
-        buffer, however small the budget.
+        Host memory for the ring and for pinned copies together, in allocations of whole powers
+        of two. The ring takes at least one buffer, however small the budget.
     allocate
         Where host memory comes from.
     wait
@@ -104,11 +121,10 @@ class HostBlocks:
         self._pitch = -(-block_bytes // 64) * 64
         self._allocate = allocate
         self._wait = wait
-        buffers = max(1, min(RING_BUFFERS, budget_bytes // self._pitch))
-        self._ring: list[Tensor] = list(allocate(buffers * self._pitch).view(buffers, self._pitch))
-        self._busy: list[Event | None] = [None] * buffers
+        self._budget_bytes = max(budget_bytes, _power_from(self._pitch))
+        self._ring = self._slab(RING_BUFFERS * self._pitch)
+        self._busy: list[Event | None] = [None] * len(self._ring)
         self._next = 0
-        self._budget_bytes = max(0, budget_bytes - buffers * self._pitch)
         self._free: list[Tensor] = []
         self._kept: dict[int, tuple[Tensor, U8]] = {}
         self.refused: str | None = None
@@ -149,19 +165,22 @@ class HostBlocks:
 
     def _room(self) -> bool:
         """Whether a pinned copy can be made, after allocating another slab where need be."""
-        if self._free:
-            return True
-        count = min(max(1, SLAB_BYTES // self._pitch), self._budget_bytes // self._pitch)
+        if not self._free:
+            try:
+                self._free = self._slab(max(SLAB_BYTES, _SLAB_BLOCKS * self._pitch))
+            except (MemoryError, RuntimeError) as error:
+                self.refused, self._budget_bytes = str(error), 0
+        return bool(self._free)
+
+    def _slab(self, nbytes: int) -> list[Tensor]:
+        """Allocate so many bytes, rounded to a power of two within the budget, as buffers."""
+        size = min(_power_from(nbytes), _power_to(self._budget_bytes))
+        count = size // self._pitch
         if not count:
-            return False
-        try:
-            slab = self._allocate(count * self._pitch)
-        except (MemoryError, RuntimeError) as error:
-            self.refused, self._budget_bytes = str(error), 0
-            return False
-        self._budget_bytes -= count * self._pitch
-        self._free = list(slab.view(count, self._pitch))
-        return True
+            return []
+        buffers = self._allocate(count * self._pitch).view(count, self._pitch)
+        self._budget_bytes -= size
+        return list(buffers)
 
     def _buffer(self, event: Event) -> Tensor:
         at = self._next
@@ -171,6 +190,16 @@ class HostBlocks:
             self._wait(busy)
         self._busy[at] = event
         return self._ring[at]
+
+
+def _power_from(nbytes: int) -> int:
+    """The least power of two that holds ``nbytes``."""
+    return 1 << max(0, nbytes - 1).bit_length()
+
+
+def _power_to(nbytes: int) -> int:
+    """The largest power of two in ``nbytes``; 0 where there is none."""
+    return 1 << nbytes.bit_length() - 1 if nbytes else 0
 
 
 def _address(block: U8) -> int:

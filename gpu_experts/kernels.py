@@ -7,26 +7,46 @@ any half-precision matrix product does; those for a token or a few do not.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_experts import reference
+from gpu_experts.cuda_runtime import ran_out_of_memory
 from gpu_experts.device import Note
-from gpu_experts.layout import GROUP, TILE, BlockLayout, pad
+from gpu_experts.layout import GROUP, TILE, UNITS, BlockLayout, pad, strip_bytes
 from gpu_experts.routing import TILE_ROWS, VECTOR_LOAD, Routing, sort_by_slot
 
 Implementation = Literal["torch", "triton"]
+#: Brings an array to where kernels can read it: to the device, or to pinned memory.
+Send = Callable[[NDArray[Any]], Tensor]
 
 #: Inputs whose order the matrix kernels permute together.
 SPAN = 128
 #: The most that intermediate results of one pass may take; longer calls are cut by tokens.
 WORKSPACE_BYTES = 128 << 20
+#: How far the Triton kernels may be off plain torch, in the largest output: several times what
+#: rounding to half precision does, and far less than any mistake.
+AGREES = 0.05
+#: What Triton needs of the system before it can start a kernel.
+COMPILER = "a C compiler and Python's headers (on Debian gcc and python3-dev)"
+
+NO_TENSOR_CORES = Note(
+    "prompts' experts on the GPU without tensor cores",
+    "triton uses them from compute capability 8.0 (Ampere) on, this GPU is older",
+    "none yet: single tokens do not need them",
+)
+
+_log = logging.getLogger("gpu_experts")
 
 
 @cache
@@ -48,33 +68,85 @@ def choose(layout: BlockLayout) -> tuple[Implementation, Note | None]:
     return "triton", None
 
 
-def probe(layout: BlockLayout, device: torch.device) -> Note | None:
+def probe(layout: BlockLayout, dtype: torch.dtype, device: torch.device, send: Send) -> Note | None:
     """Run each kind of Triton kernel once, so that they are compiled before they are needed.
+
+    What they compute must be what plain torch computes: on a GPU of another kind than those where
+    they were tried, nobody else would notice.
+
+    Parameters
+    ----------
+    dtype
+        Of the activations; every type has kernels of its own.
+    device
+        Where the slots are.
+    send
+        Brings a call's table, or the CPU's share, to where kernels can read it.
 
     Returns
     -------
-    None, or what to say when they cannot be compiled or started here: Triton needs a C compiler
-    and a GPU that it knows.
+    None, or what to say when they cannot be compiled or started here, or compute something else:
+    Triton needs a C compiler and a GPU that it knows.
     """
-    slots = torch.zeros(1, layout.stride, dtype=torch.uint8, device=device)
+    remedy = f"install {COMPILER}, and a triton that fits torch and the GPU"
     try:
-        for tokens in (1, VECTOR_LOAD + 1, *TILE_ROWS):
-            x = torch.zeros(tokens, layout.hidden, dtype=torch.bfloat16, device=device)
-            routing = sort_by_slot(
-                np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32)
-            )
-            out = torch.zeros(x.shape, device=device)
-            table = torch.from_numpy(routing.table).to(device)
-            run(x, routing, table, slots, layout, out, "triton")
-            out.cpu()
-    except torch.OutOfMemoryError:
-        raise
+        wrong = _differing(layout, dtype, device, send)
+    except CalledProcessError as error:  # its message is a compiler's command line
+        reason = f"triton cannot run here: {error.cmd[0]} failed to compile what starts kernels"
     except Exception as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        reason = f"triton cannot run here: {said[0]}"
-        remedy = "install a C compiler, and a triton that fits torch and the GPU"
-        return Note("experts on the GPU in plain torch", reason, remedy)
+        if ran_out_of_memory(error):
+            raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = f"triton cannot run here: {said}"
+    else:
+        if wrong is None:
+            return None
+        reason = f"triton's kernels are wrong here: {wrong}"
+        remedy = "use another version of triton, and please report it"
+    return Note("experts on the GPU in plain torch", reason, remedy)
+
+
+def _differing(
+    layout: BlockLayout, dtype: torch.dtype, device: torch.device, send: Send
+) -> str | None:
+    """Compare the Triton kernels with plain torch at every kind of load; None when they agree."""
+    _log.info("compiling GPU kernels for this model: seconds now, kept for the next time")
+    slots = torch.from_numpy(_sample_block(layout)[None]).to(device)
+    for tokens in (1, VECTOR_LOAD + 1, *TILE_ROWS):
+        x = np.random.default_rng(tokens).standard_normal((tokens, layout.hidden), np.float32)
+        hidden, share = torch.from_numpy(x).to(device, dtype), (0.01 * x).astype(np.float32)
+        ids, ones = np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32)
+        routing = sort_by_slot(ids, ones)
+        want, got = torch.zeros(2, *x.shape, device=device)
+        table, total = torch.from_numpy(routing.table).to(device), torch.empty_like(hidden)
+        run(hidden, routing, table, slots, layout, want, "torch")
+        run(hidden, routing, send(routing.table), slots, layout, got, "triton")
+        add_host(got, send(share), total)
+        wrong = total.float().cpu() - torch.from_numpy(share) - want.cpu()
+        off = float(wrong.abs().max() / want.abs().max())
+        if not off <= AGREES:
+            return f"{off:.2g} of the largest output off at {tokens} tokens"
     return None
+
+
+def _sample_block(layout: BlockLayout) -> NDArray[np.uint8]:
+    """A quantized expert of random weights, of a size that keeps outputs near one."""
+    draw = np.random.default_rng(0)
+    block = draw.integers(0, 256, layout.stride, np.uint8)
+    spread = 4.6 if layout.format == "q4_0" else 74.0  # of the codes
+    unit, _ = UNITS[layout.format]
+    sides = (
+        (0, layout.up_rows, layout.hidden),
+        (layout.down_offset, layout.hidden, layout.intermediate),
+    )
+    for start, rows, cols in sides:
+        size = pad(rows, TILE) // TILE * strip_bytes(cols, layout.format)
+        scales = block[start : start + size].reshape(-1, unit)[:, -2 * TILE :]
+        scales[:] = np.full(TILE, 1 / (spread * cols**0.5), np.float16).view(np.uint8)
+    if layout.bias:
+        biases = block[layout.bias_offset : layout.block_bytes].view(np.float32)
+        biases[:] = draw.standard_normal(biases.size)
+    return block
 
 
 def workspace_bytes(layout: BlockLayout, tokens: int, choices: int) -> int:
@@ -130,12 +202,6 @@ def run(
         _run_matrix(x, routing, table, slots, layout, out)
 
 
-def _views(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The slots as words, as float16 and as float32."""
-    flat = slots.view(-1)
-    return flat.view(torch.int32), flat.view(torch.float16), flat.view(torch.float32)
-
-
 def _up_constants(layout: BlockLayout) -> dict[str, Any]:
     return {
         "Q4": layout.format == "q4_0",
@@ -158,15 +224,14 @@ def _run_vector(
 
     fp, strips = layout.padded_intermediate, pad(layout.hidden, TILE) // TILE
     h = torch.empty(routing.pairs, fp, dtype=torch.float32, device=x.device)
-    views, slot_of, token_of = _views(slots), routing.slot_of(table), routing.token_of(table)
-    common = {"GROUPS": 8, "num_warps": 4}
+    common = {"STRIPS": 1, "GROUPS": 8, "num_warps": 4}
     kernels.up_vector[(routing.pairs, fp // TILE)](
         x,
-        *views,
-        routing.user_of(table),
-        slot_of,
-        token_of,
+        slots,
+        table,
         h,
+        routing.pairs,
+        routing.users,
         layout.hidden,
         pad(layout.hidden, GROUP) // GROUP,
         fp // TILE,
@@ -174,18 +239,15 @@ def _run_vector(
         layout.bias_offset // 16,
         *_arithmetic(layout),
         **_up_constants(layout),
-        STRIPS=1,
         **common,
     )
     kernels.down_vector[(routing.users, strips)](
         h,
-        *views,
-        slot_of,
-        routing.weight_of(table),
-        routing.by_user(table),
-        token_of,
-        routing.begin_of(table),
+        slots,
+        table,
         out,
+        routing.pairs,
+        routing.users,
         fp,
         layout.hidden,
         fp // GROUP,
@@ -195,7 +257,6 @@ def _run_vector(
         (layout.bias_offset + 4 * layout.up_rows) // 16,
         Q4=layout.format == "q4_0",
         BIAS=layout.bias,
-        STRIPS=1,
         **common,
     )
 
@@ -222,20 +283,22 @@ def _run_matrix(
     from gpu_experts import triton_kernels as kernels
 
     fp, strips = layout.padded_intermediate, pad(layout.hidden, TILE) // TILE
-    token_of = routing.token_of(table)
-    inputs = permute_inputs(x if routing.users == len(x) else x[token_of], layout.format)
+    inputs = x
+    if routing.users < len(x):
+        inputs = x[routing.token_of(table).to(x.device, non_blocking=True)]
+    inputs = permute_inputs(inputs, layout.format)
     h = torch.empty(routing.pairs, pad(fp, SPAN), dtype=x.dtype, device=x.device)
     y = torch.empty(routing.pairs, layout.hidden, dtype=torch.float32, device=x.device)
-    views, tiles = _views(slots), routing.tile_table(table)
     # Gate and up are two accumulators: half as many rows of each as of down.
     across = 2
     common = {"ROWS": routing.tile_rows, "num_warps": 4, "num_stages": 2}
     kernels.up_matrix[(routing.tiles, -(-fp // (TILE * across)))](
         inputs,
-        *views,
-        routing.user_of(table),
-        tiles,
+        slots,
+        table,
         h,
+        routing.pairs,
+        routing.users,
         inputs.shape[1],
         h.shape[1],
         pad(layout.hidden, GROUP) // GROUP,
@@ -249,9 +312,11 @@ def _run_matrix(
     )
     kernels.down_matrix[(routing.tiles, -(-strips // (2 * across)))](
         h,
-        *views,
-        tiles,
+        slots,
+        table,
         y,
+        routing.pairs,
+        routing.users,
         h.shape[1],
         layout.hidden,
         fp // GROUP,
@@ -267,11 +332,22 @@ def _run_matrix(
     block = 256
     kernels.add_pairs[(routing.users, -(-layout.hidden // block))](
         y,
-        routing.weight_of(table),
-        routing.by_user(table),
-        token_of,
-        routing.begin_of(table),
+        table,
         out,
+        routing.pairs,
+        routing.users,
         layout.hidden,
         BLOCK=block,
     )
+
+
+def add_host(out: Tensor, host: Tensor, total: Tensor) -> None:
+    """Write ``out + host``, both float32, into ``total`` of any type; Triton's.
+
+    ``host`` may be pinned: a kernel reads that by itself, without waiting for the engine that
+    copies.
+    """
+    from gpu_experts import triton_kernels as kernels
+
+    block = 512
+    kernels.add_host[(-(-out.numel() // block),)](out, host, total, out.numel(), BLOCK=block)

@@ -7,6 +7,7 @@ activations are not rounded to int8 and that sums run in another order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from gpu_experts.errors import ShapeError
 from gpu_experts.layout import GROUP, TILE, UNITS, BlockLayout, pad, strip_bytes
 from gpu_experts.routing import Routing
 
-#: Widened weights that :func:`dequantize` makes at a time, so that its own memory is bounded.
-_SLICE_BYTES = 64 << 20
+#: Weights that are widened at a time: what that takes beside them is about twice as much again.
+_SLICE_BYTES = 16 << 20
 
 
 def dequantize(
@@ -52,12 +53,27 @@ def dequantize(
             f" got {packed.dtype} {list(packed.shape)}"
         )
     out = torch.empty(strips * TILE, cols, dtype=dtype, device=packed.device)
-    step = max(1, _SLICE_BYTES // max(1, 4 * TILE * cols))
-    for first in range(0, strips, step):
-        part = packed[first * size : (first + step) * size]
-        values = _widen(part.view(-1, size), fmt)
-        out[first * TILE : (first + step) * TILE] = values[:, :cols]
+    for rows_here, values in _slices(packed, cols, fmt):
+        out[rows_here] = values
     return out[:rows]
+
+
+def _slices(packed: Tensor, cols: int, fmt: str) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of a packed matrix after the other, as float32 ``[n, cols]``."""
+    strips = packed.view(-1, strip_bytes(cols, fmt))
+    step = max(1, _SLICE_BYTES // max(1, 4 * TILE * cols))
+    for first in range(0, len(strips), step):
+        values = _widen(strips[first : first + step], fmt)
+        yield slice(first * TILE, first * TILE + len(values)), values[:, :cols]
+
+
+def _multiply(x: Tensor, packed: Tensor, cols: int, fmt: str) -> Tensor:
+    """Products of ``x`` ``[n, cols]`` with a packed matrix, rows of whole strips included."""
+    rows = len(packed) // strip_bytes(cols, fmt) * TILE
+    y = torch.empty(len(x), rows, device=x.device)
+    for rows_here, values in _slices(packed, cols, fmt):
+        y[:, rows_here] = functional.linear(x, values)
+    return y
 
 
 def _widen(strips: Tensor, fmt: str) -> Tensor:
@@ -112,16 +128,14 @@ def gated(layout: BlockLayout, y: Tensor) -> Tensor:
 def expert(layout: BlockLayout, block: Tensor, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
     d, strips = layout.hidden, layout.up_rows // TILE
-    up_side = dequantize(block[: strips * layout.up_strip_bytes], layout.up_rows, d, layout.format)
-    y = functional.linear(x, up_side)
+    y = _multiply(x, block[: strips * layout.up_strip_bytes], d, layout.format)
     floats = block[layout.bias_offset :].view(torch.float32) if layout.bias else None
     if floats is not None:
         y = y + floats[: layout.up_rows]
     h = gated(layout, y)
     size = pad(d, TILE) // TILE * layout.down_strip_bytes
     packed = block[layout.down_offset : layout.down_offset + size]
-    down = dequantize(packed, d, layout.intermediate, layout.format)
-    y = functional.linear(h, down)
+    y = _multiply(h, packed, layout.intermediate, layout.format)[:, :d]
     return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
 
 

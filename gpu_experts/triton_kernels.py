@@ -10,6 +10,11 @@ are float32. The four-byte words of a strip hold inputs that are apart by 1 and 
 4, 8 ... bits brings the weights out: inputs are permuted in spans of 128, see :func:`_permuted`.
 
 All offsets into slots are in words of four bytes and 64 bits wide; slots are 16-byte aligned.
+
+A call's routing comes as one table (see :class:`gpu_experts.routing.Routing`), cut apart here:
+fewer arguments are launched faster, and where its parts begin depends on the numbers of pairs and
+users. Triton would compile a kernel anew for every way in which those, or pointers made of
+them, are multiples of 16: they are declared as numbers to make nothing of.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -18,6 +23,12 @@ from __future__ import annotations
 
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+
+@triton.jit
+def _as(pointer, TYPE: tl.constexpr):
+    """The same address as a pointer to another type."""
+    return pointer.to(tl.pointer_type(TYPE), bitcast=True)
 
 
 @triton.jit
@@ -122,16 +133,14 @@ def _dot_vector(
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "users"])
 def up_vector(
     x_ptr,
-    words_ptr,
-    scales_ptr,
-    floats_ptr,
-    user_ptr,
-    slot_ptr,
-    token_ptr,
+    slots_ptr,
+    table_ptr,
     h_ptr,
+    pairs,
+    users,
     inputs,
     groups,
     strips,
@@ -149,9 +158,10 @@ def up_vector(
     GROUPS: tl.constexpr,
 ):
     """h[pair] = act(gate(x)) * up(x), float32 ``[N, 16 strips]``; a pair and rows a program."""
+    words_ptr, scales_ptr = _as(slots_ptr, tl.int32), _as(slots_ptr, tl.float16)
     pair = tl.program_id(0)
-    slot = tl.load(slot_ptr + pair)
-    token = tl.load(token_ptr + tl.load(user_ptr + pair))
+    slot = tl.load(table_ptr + pairs + pair)
+    token = tl.load(table_ptr + 4 * pairs + tl.load(table_ptr + pair))
     SIDES: tl.constexpr = 2 if GATED else 1
     UNIT: tl.constexpr = 72 if Q4 else 136
     strip, lane, live = _strip_rows(tl.program_id(1) * STRIPS, strips, STRIPS)
@@ -167,7 +177,7 @@ def up_vector(
             x_row, inputs, words_ptr, scales_ptr, at, groups, strip, lane, live, SIDES, Q4, GROUPS
         )
     if BIAS:
-        bias = floats_ptr + base + bias_quads * 4 + strip * (16 * SIDES) + lane
+        bias = _as(slots_ptr, tl.float32) + base + bias_quads * 4 + strip * (16 * SIDES) + lane
         gate += tl.load(bias, live, other=0.0)
         up += tl.load(bias + 16 * (SIDES - 1), live, other=0.0)
     h = _combine(gate, up, alpha, limit, up_offset, GATED, CLAMPED, ACTIVATION)
@@ -175,17 +185,27 @@ def up_vector(
 
 
 @triton.jit
+def _choices(table_ptr, pairs, users, user):
+    """A user's token, and where its choices begin and end among the pairs by user."""
+    at = table_ptr + 4 * pairs + user
+    return tl.load(at), tl.load(at + users), tl.load(at + users + 1)
+
+
+@triton.jit
+def _choice(table_ptr, pairs, at):
+    """A pair, by its place among the pairs by user, and its routing weight."""
+    pair = tl.load(table_ptr + 3 * pairs + at)
+    return pair, tl.load(_as(table_ptr, tl.float32) + 2 * pairs + pair)
+
+
+@triton.jit(do_not_specialize=["pairs", "users"])
 def down_vector(
     h_ptr,
-    words_ptr,
-    scales_ptr,
-    floats_ptr,
-    slot_ptr,
-    weight_ptr,
-    pairs_ptr,
-    token_ptr,
-    begin_ptr,
+    slots_ptr,
+    table_ptr,
     out_ptr,
+    pairs,
+    users,
     inputs,
     rows,
     groups,
@@ -199,24 +219,24 @@ def down_vector(
     GROUPS: tl.constexpr,
 ):
     """out[token] += routing weight * down(h) over the token's choices, in their order."""
-    user = tl.program_id(0)
-    token = tl.load(token_ptr + user)
+    words_ptr, scales_ptr = _as(slots_ptr, tl.int32), _as(slots_ptr, tl.float16)
+    token, first, end = _choices(table_ptr, pairs, users, tl.program_id(0))
     strip, lane, live = _strip_rows(tl.program_id(1) * STRIPS, strips, STRIPS)
     row = strip * 16 + lane
     live = live & (row < rows)
     to = out_ptr + token.to(tl.int64) * rows + row
     total = tl.load(to, live, other=0.0)
-    for at in range(tl.load(begin_ptr + user), tl.load(begin_ptr + user + 1)):
-        pair = tl.load(pairs_ptr + at)
-        base = tl.load(slot_ptr + pair).to(tl.int64) * slot_quads * 4
+    for at in range(first, end):
+        pair, weight = _choice(table_ptr, pairs, at)
+        base = tl.load(table_ptr + pairs + pair).to(tl.int64) * slot_quads * 4
         h_row = h_ptr + pair.to(tl.int64) * inputs
         down = base + down_quads * 4
         y = _dot_vector(
             h_row, inputs, words_ptr, scales_ptr, down, groups, strip, lane, live, 1, Q4, GROUPS
         )
         if BIAS:
-            y += tl.load(floats_ptr + base + bias_quads * 4 + row, live, other=0.0)
-        total += tl.load(weight_ptr + pair) * y
+            y += tl.load(_as(slots_ptr, tl.float32) + base + bias_quads * 4 + row, live, other=0.0)
+        total += weight * y
     tl.store(to, total, live)
 
 
@@ -248,14 +268,20 @@ def _weights(words, scales, POSITION: tl.constexpr, Q4: tl.constexpr, like):
 
 
 @triton.jit
+def _tile(table_ptr, pairs, users):
+    """A program's tile: slot, first pair, pairs."""
+    at = table_ptr + 4 * pairs + 2 * users + 1 + 3 * tl.program_id(0)
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit(do_not_specialize=["pairs", "users"])
 def up_matrix(
     x_ptr,
-    words_ptr,
-    scales_ptr,
-    floats_ptr,
-    user_ptr,
-    tile_ptr,
+    slots_ptr,
+    table_ptr,
     h_ptr,
+    pairs,
+    users,
     x_stride,
     h_stride,
     groups,
@@ -274,9 +300,8 @@ def up_matrix(
     STRIPS: tl.constexpr,
 ):
     """h[pair] = act(gate(x)) * up(x), x by user; both permuted; a tile and rows a program."""
-    slot = tl.load(tile_ptr + 3 * tl.program_id(0))
-    first = tl.load(tile_ptr + 3 * tl.program_id(0) + 1)
-    count = tl.load(tile_ptr + 3 * tl.program_id(0) + 2)
+    words_ptr, scales_ptr = _as(slots_ptr, tl.int32), _as(slots_ptr, tl.float16)
+    slot, first, count = _tile(table_ptr, pairs, users)
     SIDES: tl.constexpr = 2 if GATED else 1
     UNIT: tl.constexpr = 72 if Q4 else 136
     CHUNKS: tl.constexpr = 4 if Q4 else 8
@@ -286,7 +311,7 @@ def up_matrix(
     start = base + strip.to(tl.int64) * (groups * (UNIT * SIDES))
     pair = first + tl.arange(0, ROWS)
     mine = tl.arange(0, ROWS) < count
-    user = tl.load(user_ptr + pair, mine, other=0)
+    user = tl.load(table_ptr + pair, mine, other=0)
     x_rows = x_ptr + user.to(tl.int64) * x_stride
     place = tl.arange(0, PLACES)
     chunk = place % CHUNKS
@@ -311,7 +336,7 @@ def up_matrix(
     if not GATED:
         up = gate
     if BIAS:
-        bias = floats_ptr + base + bias_quads * 4 + strip * (16 * SIDES) + lane
+        bias = _as(slots_ptr, tl.float32) + base + bias_quads * 4 + strip * (16 * SIDES) + lane
         gate += tl.load(bias, live, other=0.0)[None, :]
         up += tl.load(bias + 16 * (SIDES - 1), live, other=0.0)[None, :]
     h = _combine(gate, up, alpha, limit, up_offset, GATED, CLAMPED, ACTIVATION)
@@ -320,14 +345,14 @@ def up_matrix(
     tl.store(to, h.to(h_ptr.dtype.element_ty), mine[:, None] & live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "users"])
 def down_matrix(
     h_ptr,
-    words_ptr,
-    scales_ptr,
-    floats_ptr,
-    tile_ptr,
+    slots_ptr,
+    table_ptr,
     y_ptr,
+    pairs,
+    users,
     h_stride,
     rows,
     groups,
@@ -341,9 +366,8 @@ def down_matrix(
     STRIPS: tl.constexpr,
 ):
     """y[pair] = down(h), float32 ``[N, D]``, h permuted; a tile of pairs and rows a program."""
-    slot = tl.load(tile_ptr + 3 * tl.program_id(0))
-    first = tl.load(tile_ptr + 3 * tl.program_id(0) + 1)
-    count = tl.load(tile_ptr + 3 * tl.program_id(0) + 2)
+    words_ptr, scales_ptr = _as(slots_ptr, tl.int32), _as(slots_ptr, tl.float16)
+    slot, first, count = _tile(table_ptr, pairs, users)
     UNIT: tl.constexpr = 72 if Q4 else 136
     CHUNKS: tl.constexpr = 4 if Q4 else 8
     PLACES: tl.constexpr = 4 * CHUNKS
@@ -369,30 +393,38 @@ def down_matrix(
             y = tl.dot(h, _weights(words, scales, position, Q4, h), y, input_precision="ieee")
     live = live & (row < rows)
     if BIAS:
-        y += tl.load(floats_ptr + base + bias_quads * 4 + row, live, other=0.0)[None, :]
+        bias = _as(slots_ptr, tl.float32) + base + bias_quads * 4 + row
+        y += tl.load(bias, live, other=0.0)[None, :]
     tl.store(y_ptr + pair[:, None] * rows + row[None, :], y, mine[:, None] & live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "users"])
 def add_pairs(
     y_ptr,
-    weight_ptr,
-    pairs_ptr,
-    token_ptr,
-    begin_ptr,
+    table_ptr,
     out_ptr,
+    pairs,
+    users,
     rows,
     BLOCK: tl.constexpr,
 ):
     """out[token] += routing weight * y[pair] over the token's choices, in their order."""
-    user = tl.program_id(0)
-    token = tl.load(token_ptr + user)
+    token, first, end = _choices(table_ptr, pairs, users, tl.program_id(0))
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = row < rows
     to = out_ptr + token.to(tl.int64) * rows + row
     total = tl.load(to, live, other=0.0)
-    for at in range(tl.load(begin_ptr + user), tl.load(begin_ptr + user + 1)):
-        pair = tl.load(pairs_ptr + at)
+    for at in range(first, end):
+        pair, weight = _choice(table_ptr, pairs, at)
         y = tl.load(y_ptr + pair.to(tl.int64) * rows + row, live, other=0.0)
-        total += tl.load(weight_ptr + pair) * y
+        total += weight * y
     tl.store(to, total, live)
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def add_host(out_ptr, host_ptr, total_ptr, numbers, BLOCK: tl.constexpr):
+    """total = out + host, rounded to total's type; ``host`` may be pinned host memory."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < numbers
+    total = tl.load(out_ptr + at, live, other=0.0) + tl.load(host_ptr + at, live, other=0.0)
+    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), live)

@@ -51,6 +51,7 @@ class FakeRuntime:
     def __init__(self, total_bytes: int = 1 << 20) -> None:
         self.device = torch.device("cpu")
         self.name = "fake (cuda:0)"
+        self.dtype = torch.float32
         self.total_bytes = total_bytes
         self.log: list[tuple[FakeStream, str, FakeRaw]] = []
         self.held: set[FakeStream] = set()

@@ -293,25 +293,6 @@ def test_a_missing_triton_is_said_once() -> None:
     target.close()
 
 
-def test_a_triton_that_cannot_run_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed but without a C compiler, say: found out at open, and plain torch runs instead."""
-
-    def run(*arguments) -> None:
-        assert arguments[-1] == "triton"
-        raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "has_triton", lambda: True)
-        patch.setattr(kernels, "run", run)
-        target = device()
-    (note,) = target.notes
-    assert note.reason == "triton cannot run here: Failed to find C compiler."
-    target.copy(stamp(7), 0, "copy")
-    out, event = call(target, [0])
-    target.join(out, None, [event], torch.float32, 20)
-    target.close()
-
-
 def test_closing_fails_what_waits_and_pinned_copies_outlive_opening_again() -> None:
     """After open() with fewer slots the blocks need not be read again; after close() they must."""
     target = device()
