@@ -142,7 +142,7 @@ def plan(
         A shipped name (``Qwen3-30B-A3B``), a ``config.json``, or a ``ModelSpec``.
     hardware
         A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``; this machine, as
-        ``hybrid calibrate`` measured it, by default.
+        ``hybrid calibrate`` measured it, with its GPU if that was measured, by default.
     vram, ram
         Use this much instead: bytes, or a text such as ``"6GiB"``.
     context
@@ -158,7 +158,7 @@ def plan(
     """
     spec = model if isinstance(model, ModelSpec) else find_model(model)
     if hardware is None:
-        machine = calibrated.require()
+        machine = calibrated.in_force()[0] or calibrated.require()
     else:
         machine = hardware if isinstance(hardware, HardwareSpec) else find_hardware(hardware)
     if vram is not None:

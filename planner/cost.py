@@ -115,8 +115,8 @@ class ExpertCost:
 
     def cpu_estimate(self, load: int) -> Estimate:
         """``cpu_s`` with its source and error."""
-        if self._points["cpu"]:
-            return interpolate(self._points["cpu"], load)
+        if (found := self._calibrated("cpu", load)) is not None:
+            return found
         cpu = self._hardware.cpu
         memory = rate_time(self.bytes, cpu.memory_bytes_per_s, cpu.memory_efficiency)
         compute = rate_time(load * self.flop_per_token, cpu.flop_per_s, cpu.flop_efficiency)
@@ -124,8 +124,8 @@ class ExpertCost:
 
     def gpu_estimate(self, load: int) -> Estimate:
         """``gpu_s`` with its source and error."""
-        if self._points["gpu"]:
-            return interpolate(self._points["gpu"], load)
+        if (found := self._calibrated("gpu", load)) is not None:
+            return found
         gpu = self._hardware.gpu
         if gpu is None:
             raise self._missing("gpu")
@@ -142,6 +142,13 @@ class ExpertCost:
         if link is None:
             raise self._missing("copy")
         return rate_time(self.bytes, link.bytes_per_s) + constant(link.latency_s)
+
+    def _calibrated(self, lane: str, load: int) -> Estimate | None:
+        """What was measured; None where nothing was, or one load only, and less than this."""
+        points = self._points[lane]
+        if not points or (len(points) == 1 and load > points[0].load):
+            return None
+        return interpolate(points, load)
 
     def _missing(self, lane: str) -> CostError:
         return CostError(

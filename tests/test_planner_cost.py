@@ -64,6 +64,15 @@ def test_calibration_points_replace_the_formula() -> None:
     assert other.cpu_estimate(1).source is Source.ANALYTIC
 
 
+def test_a_single_point_says_nothing_of_larger_loads() -> None:
+    """A calibration that had time for one load only leaves the others to the machine's rates."""
+    points = [point("cpu", 1, 1e-3), point("gpu", 1, 2e-3)]
+    cost = ExpertCost(small_model(), machine(points=points), "q4_0")
+    plain = ExpertCost(small_model(), machine(), "q4_0")
+    assert (cost.cpu_s(1), cost.gpu_s(1)) == (1e-3, 2e-3)
+    assert (cost.cpu_s(40), cost.gpu_s(40)) == (plain.cpu_s(40), plain.gpu_s(40))
+
+
 def test_missing_data_raises() -> None:
     """No number is invented: below the first point, beyond a single one, without a GPU."""
     single = [Point(lane="cpu", hidden=1, intermediate=1, format="q4_0", load=4, seconds=1.0)]

@@ -17,9 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from cpu_experts.experts import ExpertShape
+from gpu_experts.errors import GpuExpertsError
 from hybrid import host
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
@@ -37,14 +39,16 @@ from hybrid.calibration.parts import Pass
 from hybrid.calibration.prediction import predicted
 from hybrid.calibration.replica import Replica, shortened
 from hybrid.calibration.subject import Subject, subject
-from hybrid.errors import UsageError
+from hybrid.errors import UsageError, first_line
 from hybrid.experts import experts_of
 from hybrid.loading import set_threads
 from hybrid.paths import cache_dir
+from hybrid.sharing.devices import ToEmulate
 from planner.hardware import HardwareSpec
 
 if TYPE_CHECKING:
     from gpu_experts.device import Device
+    from hybrid.calibration.measure_placed import Placed
 
 __all__ = ["calibrate", "covers", "hardware_for", "predicted"]
 
@@ -75,7 +79,7 @@ def calibrate(
     *,
     experts: str | None = None,
     dense: str | None = None,
-    device: Device | None = None,
+    device: Device | ToEmulate | None = None,
     threads: int | None = None,
     progress: Progress = lambda what: None,
     limit_s: float = LIMIT_S,
@@ -91,7 +95,7 @@ def calibrate(
         Weight formats: those of a converted directory; ``"q4_0"`` and what the checkpoint has
         for anything else.
     device
-        An accelerator to measure, too; opened and closed here.
+        An accelerator to measure, too, or one to emulate; opened and closed here.
     threads
         For torch and the kernels, as the runtime chooses them unless given.
     progress
@@ -123,6 +127,8 @@ def calibrate(
             from hybrid.calibration.measure_device import device_times
 
             progress(f"measuring {device.name}")
+            if isinstance(device, ToEmulate):
+                device = device.open(experts_of(replica.network)[0].shape, threads)
             found.device = device_times(
                 device, experts_of(replica.network), top_k, budget.part(0.3)
             )
@@ -135,7 +141,8 @@ def calibrate(
         found.experts.append(layer_times(layers, shape, top_k, budget.part(0.3), runners))
         for runner in runners:
             runner.panels_from = found.experts[0].panels_from()
-        runs = _run(replica, budget.part(0.95 if model else 0.8), progress)
+        share = (0.95 if model else 0.8) * (0.5 if device else 1.0)
+        runs = _run(replica, budget.part(share), progress)
         progress("drawing and writing tokens")
         parts = [
             *replica.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
@@ -148,6 +155,11 @@ def calibrate(
         if missing := [prompt for prompt in _prompts(replica.model.context) if prompt not in runs]:
             found.left_out.append(f"prompts of {', '.join(map(str, missing))}")
         del replica
+        identity = Identity.of_this_machine(threads, device.name if device else "")
+        if device is not None:
+            so_far = to_spec(found, identity, datetime.now(UTC))
+            part = budget.part(0.9 if model else 0.75)
+            _measure_placed(found, Path(folder), wanted, device, so_far, threads, part, progress)
         for hidden, intermediate, count, top_k in OTHER_SHAPES if model is None else ():
             if budget.left_s() < 4:
                 found.left_out.append(f"experts of {hidden} x {intermediate}")
@@ -156,7 +168,6 @@ def calibrate(
             shape = ExpertShape(hidden=hidden, intermediate=intermediate, format=wanted.experts)
             layers = bare_layers(shape, count)
             found.experts.append(layer_times(layers, shape, top_k, budget.part(0.5)))
-    identity = Identity.of_this_machine(threads, device.name if device else "")
     return to_spec(found, identity, datetime.now(UTC))
 
 
@@ -251,8 +262,50 @@ def _prompts(context: int | None) -> dict[int, int]:
     return fitting
 
 
+def _measure_placed(
+    found: Measured,
+    folder: Path,
+    wanted: Subject,
+    device: Device,
+    hardware: HardwareSpec,
+    threads: int,
+    budget: Budget,
+    progress: Progress,
+) -> None:
+    """Measure the replica in ``folder`` where it shares its experts with ``device``.
+
+    What cannot be is noted in ``found``, with the reason.
+    """
+    from hybrid.calibration.measure_placed import Placed, UnmeasuredError
+
+    progress(f"putting the layers on {device.name}")
+    prompts = _prompts(wanted.model.context)
+    context = max(prompt + new for prompt, new in prompts.items())
+    try:
+        placed = Placed(folder, wanted.model, device, hardware, context, threads)
+        try:
+            runs = _run(placed, budget, progress)
+            parts = [
+                *placed.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
+                *placed.asides(DRAWN, 2),
+            ]
+        finally:
+            placed.close()
+    except (UnmeasuredError, UsageError, GpuExpertsError, torch.OutOfMemoryError) as error:
+        what = f"attention and dense layers on {device.name}"
+        found.refused.append(f"{what} ({first_line(error)})")
+        device.close()
+        return
+    disturbed = fmean(turns.disturbed() for turns in runs.values())
+    found.placed.append(
+        ModelParts(placed.family, wanted.experts, placed.dense_format, parts, disturbed)
+    )
+    if missing := [prompt for prompt in prompts if prompt not in runs]:
+        found.left_out.append(f"prompts of {', '.join(map(str, missing))} on {device.name}")
+
+
 def _run(
-    replica: Replica, budget: Budget, progress: Progress
+    replica: Replica | Placed, budget: Budget, progress: Progress
 ) -> dict[int, Turns[list[Pass]]]:
     """Generate after prompts of all lengths, several times while time allows.
 

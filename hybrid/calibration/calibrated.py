@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,7 @@ dense layers, and how all that is measured."""
 _SHARED = ("gpu_experts/*.py", "hybrid/sharing/*.py", "hybrid/lookahead/*.py", "planner/*.py")
 """And those that only count where experts are shared with a device, deciding included."""
 _LIBRARIES = ("torch", "numba", "llvmlite", "numpy", "transformers")
+_DEVICE = re.compile(r"^# device: (.+)$", re.MULTILINE)
 _SOFTWARE = ("kernels", "versions")
 """Parts of an identity that an update changes."""
 
@@ -134,6 +136,34 @@ def load(identity: Identity | None = None) -> HardwareSpec | None:
         ) from error
 
 
+def with_devices(threads: int | None = None) -> list[Identity]:
+    """Return as whom this machine was measured together with a device, the first GPU first."""
+    found = []
+    for path in sorted(Identity.of_this_machine(threads).path.parent.glob("*.toml")):
+        with suppress(OSError, UnicodeDecodeError):
+            named = _DEVICE.search(path.read_text(encoding="utf-8"))
+            if named and (here := Identity.of_this_machine(threads, named[1])).path == path:
+                found.append(here)
+    return sorted(found, key=lambda identity: identity.device.rpartition("(")[::-1])
+
+
+def in_force(threads: int | None = None) -> tuple[HardwareSpec | None, str]:
+    """Return this machine as a model runs on it unless told otherwise, and its GPU's name.
+
+    That is with its first GPU where one was measured. An emulated one is only used where it is
+    asked for.
+
+    Raises
+    ------
+    UsageError
+        When the file is damaged.
+    """
+    for identity in with_devices(threads):
+        if not identity.device.startswith("emulated"):
+            return load(identity), identity.device
+    return load(Identity.of_this_machine(threads)), ""
+
+
 def missing(identity: Identity | None = None) -> str:
     """Say why there is no calibration: never made, or of software that was replaced since."""
     here = identity or Identity.of_this_machine()
@@ -228,8 +258,11 @@ def main_numbers(spec: HardwareSpec) -> Iterable[tuple[str, str]]:
         yield "device", f"{spec.gpu.name}, link {spec.link.bytes_per_s.value / 1e9:.1f} GB/s"
     shapes = {f"{p.hidden} x {p.intermediate} {p.format}" for p in spec.points if p.lane == "cpu"}
     yield "expert shapes", ", ".join(sorted(shapes))
-    families = {f"{t.family} with {t.format}" for t in spec.terms if t.term == "attention"}
-    yield "models", ", ".join(sorted(families)) or "none"
+    for lane, name in (("cpu", "models"), ("gpu", "on the device")):
+        mine = [t for t in spec.terms if (t.term, t.lane) == ("attention", lane)]
+        families = {f"{t.family} with {t.format}" for t in mine}
+        if families or lane == "cpu" or spec.gpu:
+            yield name, ", ".join(sorted(families)) or "none"
     if taken := disturbed([*spec.points, *spec.terms]):
         yield (
             "disturbed",

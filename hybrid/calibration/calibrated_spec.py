@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from statistics import median, pstdev
 from typing import TYPE_CHECKING
@@ -59,8 +59,12 @@ class Measured:
         Of every model.
     device
         The device's times, where there is one.
+    placed
+        Of every model where its experts were shared with the device.
     left_out
         What there was no time for.
+    refused
+        What could not be measured, and why.
     """
 
     reads: list[float]
@@ -68,17 +72,20 @@ class Measured:
     experts: list[ExpertTimes] = field(default_factory=list)
     parts: list[ModelParts] = field(default_factory=list)
     device: DeviceTimes | None = None
+    placed: list[ModelParts] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     def disturbed(self) -> float:
         """Part of the processors' time that other programs took during the worst of it."""
         experts = [times.disturbed for times in self.experts]
-        return max(*experts, *(model.disturbed for model in self.parts), 0.0)
+        return max(*experts, *(model.disturbed for model in [*self.parts, *self.placed]), 0.0)
 
 
 def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec:
     """Describe the machine that was measured."""
     terms = [term for model in found.parts for term in _terms(model)]
+    shared = [replace(term, lane="gpu") for model in found.placed for term in _terms(model)]
     points = [point for times in found.experts for point in _cpu_points(times)]
     gpu, link = None, None
     if found.device is not None:
@@ -87,18 +94,19 @@ def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec
     remarks = ""
     if found.left_out:
         remarks += f"; left out for lack of time: {', '.join(found.left_out)}"
+    remarks += "".join(f"; not measured: {what}" for what in found.refused)
     if (disturbed := found.disturbed()) >= DISTURBED:
         remarks += f"; other programs used {disturbed:.0%} of the processors meanwhile"
     return HardwareSpec(
         name="this-machine",
         summary=f"{identity.cpu}, {identity.threads} threads, {identity.simd_level}; "
         f"calibrated {when:%Y-%m-%d %H:%M} UTC{remarks}",
-        cpu=_cpu(found, identity, terms),
+        cpu=_cpu(found, identity, terms, shared),
         disk=_disk(found.disk),
         gpu=gpu,
         link=link,
         points=tuple(points),
-        terms=tuple(terms),
+        terms=(*terms, *shared),
     )
 
 
@@ -110,7 +118,9 @@ def _quantity(samples: Sequence[float], what: str, source: Source = Source.MEASU
     return Quantity(value, source, f"{COMMAND}: {what}, {count}", error)
 
 
-def _cpu(found: Measured, identity: Identity, terms: list[TermPoint]) -> Cpu:
+def _cpu(
+    found: Measured, identity: Identity, terms: list[TermPoint], shared: list[TermPoint]
+) -> Cpu:
     rate = _quantity(found.reads, f"{identity.threads} threads reading 1 GiB")
     times = found.experts[0]
     shape, fmt = times.shape, times.shape.format
@@ -121,7 +131,15 @@ def _cpu(found: Measured, identity: Identity, terms: list[TermPoint]) -> Cpu:
     rates = [2 * params * most / max(s, 1e-12) for s in times.loads[most]]
 
     def overhead(single: bool) -> Quantity:
-        """What the smallest step's attention takes beyond reading its weights."""
+        """What the smallest step's attention takes beyond reading its weights.
+
+        Where a device reads them meanwhile, all that a single token's takes there.
+        """
+        tokens = [t for t in shared if t.term == "attention" and t.tokens == 1]
+        if single and tokens:
+            first = min(tokens, key=lambda term: term.context)
+            origin = f"{COMMAND}: a single token's attention and router, on the device"
+            return Quantity(first.seconds, Source.FITTED, origin)
         mine = [t for t in terms if t.term == "attention" and (t.tokens == 1) == single]
         first = min(mine, key=lambda term: (term.tokens, term.context))
         rest_s = first.seconds - weight_bytes(first.params, first.format) / rate.value
@@ -148,7 +166,7 @@ def _cpu(found: Measured, identity: Identity, terms: list[TermPoint]) -> Cpu:
             1.0, Source.MEASURED, f"{COMMAND}: flop_per_s is what the kernels reach", 0.0
         ),
         start_s=_quantity(times.start_s, f"{name}, a call besides its experts"),
-        layer_overhead_s=overhead(single=found.device is None),
+        layer_overhead_s=overhead(single=found.device is None or bool(shared)),
         prompt_layer_overhead_s=overhead(single=False),
         token_start_s=around(single=True),
         prompt_start_s=around(single=False),
@@ -201,7 +219,7 @@ def _terms(model: ModelParts) -> Iterator[TermPoint]:
             family=model.family,
             kind=kind,
             params=params,
-            format=model.experts if term == "expert" else model.dense,
+            format=model.experts if term in ("expert", "deciding") else model.dense,
             tokens=tokens,
             context=context,
             piece=piece,

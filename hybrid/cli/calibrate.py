@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from gpu_experts.device import Device
+    from hybrid.sharing.devices import ToEmulate
 
 
 def calibrate(
@@ -37,7 +38,8 @@ def calibrate(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cuda or cuda:N to measure it, too; cpu for the CPU alone.",
+            help="cuda or cuda:N to measure it, too, emulated for what stands in for a GPU where "
+            "there is none; cpu for the CPU alone.",
             show_default="the GPU if there is one",
         ),
     ] = None,
@@ -119,16 +121,13 @@ class _Progress:
         self.used = True
 
 
-def _gpu(name: str | None) -> Device | None:
-    """Return the GPU to measure; None for the CPU alone."""
-    from hybrid.errors import UsageError
-    from hybrid.sharing.devices import choose_device
+def _gpu(name: str | None) -> Device | ToEmulate | None:
+    """Return the GPU to measure, or what stands in for it; None for the CPU alone."""
+    from hybrid.sharing.devices import ToEmulate, choose_device
 
     chosen = choose_device(name, None)
     if chosen == "emulated":
-        raise UsageError(
-            "an emulated device has no speed of its own to measure", hint="choose cuda or cpu"
-        )
+        return ToEmulate()
     if chosen is None:
         return None
     from gpu_experts.cuda import CudaDevice

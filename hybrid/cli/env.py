@@ -89,7 +89,7 @@ def collect() -> Environment:
             "cache": str(cache_dir()),
         },
         variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        calibration=_calibration(),
+        calibration=_calibration() | _device_calibrations(),
     )
 
 
@@ -105,6 +105,23 @@ def _calibration() -> dict[str, str]:
     return {"calibration": f"{identity.path}: {spec.summary}"} | {
         f"  {name}": text for name, text in calibrated.main_numbers(spec)
     }
+
+
+def _device_calibrations() -> dict[str, str]:
+    """Tell the calibrations with a device, a damaged one, too."""
+    found: dict[str, str] = {}
+    for identity in calibrated.with_devices():
+        name = f"with {identity.device}"
+        try:
+            spec = calibrated.load(identity)
+        except UsageError as error:
+            found[name] = f"damaged: {error.message}; {error.hint}"
+            continue
+        if spec is not None:
+            found[name] = f"{identity.path}: {spec.summary}"
+            numbers = dict(calibrated.main_numbers(spec))
+            found |= {f"  {key} ": numbers[key] for key in ("device", "on the device")}
+    return found
 
 
 def _version(package: str) -> str:

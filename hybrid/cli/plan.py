@@ -98,14 +98,15 @@ def plan(
     if experiment is not None:
         _experiment(experiment, as_json=as_json, markdown=markdown)
         return
-    machine = None if hardware or not model else calibrated.load()
+    machine, gpu = (None, "") if hardware or not model else calibrated.in_force()
     if not model or not (hardware or machine):
         _missing(model)
     for path in (html, perfetto):
         if path is not None and path.exists() and not force:
             raise UsageError(f"{path} exists", hint="choose another name, or add --force")
     if machine is not None:
-        print("no --hardware given: this machine, as it was calibrated", file=sys.stderr)
+        with_gpu = f" with {gpu}" if gpu else ""
+        print(f"no --hardware given: this machine, as it was calibrated{with_gpu}", file=sys.stderr)
     result = make_plan(
         model,
         machine or hardware,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numba
@@ -15,6 +15,7 @@ from gpu_experts.device import F32, I32, U8, Device
 from gpu_experts.emulated import EmulatedDevice
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.subject import subject
 from hybrid.errors import UsageError
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware, parse_bytes
@@ -114,6 +115,17 @@ def open_device(name: str, vram_bytes: int | None, shape: ExpertShape, threads: 
     return emulated_device(vram_bytes, shape, threads)
 
 
+@dataclass(frozen=True)
+class ToEmulate:
+    """A device that is emulated once it is known what experts it computes."""
+
+    name = "emulated, exact"
+
+    def open(self, shape: ExpertShape, threads: int) -> Device:
+        """Return it, with as much memory as the GPU that it is planned as."""
+        return open_device("emulated", None, shape, threads)
+
+
 def emulated_device(capacity_bytes: int, shape: ExpertShape, threads: int) -> EmulatedDevice:
     """Return a device that computes with the CPU's kernels, in ``capacity_bytes`` of its own."""
 
@@ -128,10 +140,15 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
     """Return what this machine does how fast, with ``device`` as its GPU.
 
     A real device is measured with the model's shape when it is used for the first time, which
-    takes under a minute. An emulated one is taken for that of ``EMULATED_AS``, beside this
-    machine's CPU where that was calibrated.
+    takes under a minute. So may an emulated one be, by ``hybrid calibrate``; else it is taken for
+    that of ``EMULATED_AS``, beside this machine's CPU where that was calibrated.
     """
     if isinstance(device, EmulatedDevice):
+        from hybrid.calibration.calibrate import covers
+
+        own = calibrated.load(Identity.of_this_machine(threads, device.name))
+        if own is not None and covers(own, subject(directory)):
+            return own
         cpu = calibrated.load(Identity.of_this_machine(threads))
         like = find_hardware(EMULATED_AS)
         return like if cpu is None else emulated_hardware(cpu, like)
@@ -159,6 +176,7 @@ def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
         gpu=like.gpu,
         link=like.link,
         points=tuple(point for point in cpu.points if point.lane == "cpu"),
+        terms=tuple(term for term in cpu.terms if term.lane == "cpu"),
     )
 
 

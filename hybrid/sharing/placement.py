@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
@@ -304,7 +305,8 @@ def fitted(
     index = model.hybrid_store.index
     spec = from_hf_config(model.config.to_dict(), index.source["name"])
     dense = index.dense_format
-    if dense is None or device.torch_device.type != "cpu":  # quantized matrices are widened there
+    # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
+    if dense is None or not is_quantized(dense) or device.torch_device.type != "cpu":
         dense = "f32" if model.dtype == torch.float32 else "bf16"
     cost = CostModel(spec, hardware, index.format, dense)
     stride = experts_of(model)[0].blocks.shape[1]
@@ -348,6 +350,8 @@ def _share_experts(
         timeline=timeline,
         record_routing=budget.record_routing,
     )
+    if cost.knows():
+        executor.timeline.deciding = seconds.deciding
     if budget.popularity is not None:
         executor.warm()
     if lookahead.reason is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from gpu_experts.device import Event as DeviceEvent
@@ -102,10 +102,16 @@ class Timeline:
     ----------
     keep
         Whether single spans are kept for a trace viewer; sums always are.
+
+    Attributes
+    ----------
+    deciding
+        Predicts what deciding takes in a layer of so many tokens, where that was measured.
     """
 
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
+        self.deciding: Callable[[int], float] | None = None
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
         self.events: list[Event] = []
         self._usual: dict[bool, float] = {}
@@ -147,10 +153,12 @@ class Timeline:
             self._close(self._open.popleft())
 
     def _usually(self, record: LayerRecord) -> float:
-        """Predict what deciding takes: what it took lately, for nothing else tells.
+        """Predict what deciding takes: what it took lately where it was not measured before.
 
-        The very first layer has nothing to go by.
+        The very first layer has nothing to go by then.
         """
+        if self.deciding is not None:
+            return self.deciding(record.tokens)
         prompt, took_s = record.prompt, record.decided_s - record.routed_s
         usual_s = self._usual.get(prompt)
         self._usual[prompt] = took_s if usual_s is None else usual_s + RECENT * (took_s - usual_s)
@@ -170,8 +178,13 @@ class Timeline:
             self._close(self._open.popleft())
 
     def _close(self, record: LayerRecord) -> None:
-        """Add the device's lanes, whose spans are known now, and keep single spans if wanted."""
-        lanes = self.phase(record.prompt).measured.lanes
+        """Add the device's lanes, whose spans are known now, and keep single spans if wanted.
+
+        A device may still compute the layer's experts when the host has gone on to the next
+        router, which waits for them: that time is the experts'.
+        """
+        measured = self.phase(record.prompt).measured
+        lanes, ends_s = measured.lanes, [record.joined_s]
         keep = self.keep and len(self.events) < RECORDED_EVENTS
         if self._start_s is None:
             self._start_s = record.entered_s
@@ -182,8 +195,13 @@ class Timeline:
                 if span is None:
                     continue
                 lanes[lane] += span[1] - span[0]
+                if lane == GPU:
+                    ends_s.append(span[1])
                 if keep:
                     self.events.append(Event(lane, event.what, span[0] - zero_s, span[1] - zero_s))
+        late_s = max(ends_s) - record.joined_s
+        measured.terms[EXPERTS] += late_s
+        measured.terms[ROUTER] -= late_s
         if not keep:
             return
         name = f"layer {record.decision.plan.layer}"

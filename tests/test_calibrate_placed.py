@@ -1,0 +1,172 @@
+"""A calibration that puts its layers on a device: what is kept, who uses it, what went wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_experts.emulated import EmulatedDevice
+from hybrid.calibration import calibrate as calibration
+from hybrid.calibration import calibrated, measure_placed
+from hybrid.calibration.calibrate import hardware_for
+from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.measure_placed import UnmeasuredError
+from hybrid.cli import main
+from hybrid.demo import demo_path
+from hybrid.model import HybridModel
+from hybrid.planning import plan
+from hybrid.sharing.devices import ToEmulate, hardware_with
+from planner.hardware import HardwareSpec
+from planner.spec import Source
+from planner_examples import machine, save_config
+from test_calibrate import quick  # noqa: F401
+
+EMULATED = ToEmulate.name
+TERMS = {"attention", "feed_forward", "head", "call", "deciding", "sampling"}
+
+
+@pytest.fixture
+def home(quick: Path) -> Path:  # noqa: F811
+    """A cache folder of its own, and little to measure."""
+    return quick
+
+
+@pytest.fixture
+def measured(home: Path, tiny_model: Path) -> HardwareSpec:
+    """The tiny model on an emulated device, as the command measures it."""
+    words = ["calibrate", str(tiny_model), "--device", "emulated", "--threads", "1"]
+    assert main(words) == 0
+    spec = calibrated.load(Identity.of_this_machine(1, EMULATED))
+    assert spec is not None
+    return spec
+
+
+def test_the_devices_terms_are_kept_apart(measured: HardwareSpec) -> None:
+    """Each term of a run on the device is measured there, in prompts and tokens, with its spread.
+
+    Nothing of it counts for the CPU alone, whose own calibration is another file.
+    """
+    on_device = [term for term in measured.terms if term.lane == "gpu"]
+    assert {term.term for term in on_device} == TERMS
+    assert {(t.tokens, t.context) for t in on_device if t.term == "attention"} >= {(2, 2), (8, 8)}
+    assert sum(t.tokens == 1 for t in on_device if t.term == "attention") == 1
+    # The emulated device's dense layers are torch's, in the type that it computes in.
+    assert {t.format for t in on_device if t.term not in ("deciding",)} <= {"f32", "bf16"}
+    assert {t.format for t in on_device if t.term == "deciding"} == {"q4_0"}
+    spread = [t for t in on_device if t.term in ("attention", "head", "call", "deciding")]
+    assert all(t.error is not None and t.seconds > 0 for t in spread if t.tokens == 1)
+    assert {point.lane for point in measured.points} == {"cpu", "gpu", "copy"}
+    assert "not measured" not in measured.summary
+    overhead = measured.cpu.layer_overhead_s
+    assert (overhead.source, "on the device" in overhead.origin) == (Source.FITTED, True)
+    assert "qwen3_moe with" in dict(calibrated.main_numbers(measured))["on the device"]
+    assert calibrated.load(Identity.of_this_machine(1)) is None
+
+
+def test_a_run_is_predicted_from_what_was_measured(
+    measured: HardwareSpec, tiny_model: Path
+) -> None:
+    """The runtime finds the calibration, and the dry run on it says the same of every term."""
+    model = HybridModel.from_pretrained(tiny_model, vram="640MiB", threads=1, context=64)
+    placement = model.placement
+    assert placement is not None
+    assert placement.hardware.terms == measured.terms
+    assert placement.cost.knows()
+    model.generate([1, 2, 3], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    terms = {term.name: term for term in model.report().terms if term.phase == "decode"}
+    dry = plan(placement.spec, placement.hardware, context=64, prompt=8, tokens=5, dense=DENSE)
+    assert dry.prediction is not None
+    for name in ("attention and router", "deciding", "output head", "around the layers"):
+        assert terms[name].predicted_s == pytest.approx(
+            dry.prediction.terms[name].value, rel=1e-6
+        ), name
+        assert (terms[name].measured_s or 0) > 0
+    whole = terms["a step"]
+    parts = ("attention and router", "deciding", "experts", "output head", "around the layers")
+    assert sum(terms[name].predicted_s for name in parts) == pytest.approx(whole.predicted_s)
+
+
+DENSE = "bf16" if measure_placed.torch.cpu._is_avx512_bf16_supported() else "f32"
+
+
+def test_another_model_is_still_planned_as_a_gpus(measured: HardwareSpec) -> None:
+    """An emulated device that was measured with other experts stands for the GPU as before."""
+    device = EmulatedDevice(1 << 30, run=lambda *_: None)
+    assert device.name == EMULATED
+    found = hardware_with(device, demo_path(), 1)
+    assert found.gpu is not None
+    assert "RTX 4060" in found.gpu.name
+
+
+@pytest.mark.parametrize("error", [UnmeasuredError("it is too small"), MemoryError])
+def test_what_cannot_be_measured_is_said(
+    error: Any,
+    home: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rest is kept, and the reason stands where everybody reads it; defects are raised."""
+
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(measure_placed, "Placed", refuse)
+    options: dict[str, Any] = {"device": ToEmulate(), "threads": 1}
+    if error is MemoryError:
+        with pytest.raises(MemoryError):
+            hardware_for(tiny_model, **options)
+        return
+    spec = hardware_for(tiny_model, **options)
+    assert f"attention and dense layers on {EMULATED} (it is too small)" in spec.summary
+    assert {term.lane for term in spec.terms} == {"cpu"}
+    assert spec.gpu is not None
+    assert hardware_for(tiny_model, **options) == spec  # it is not tried again and again
+
+
+def test_what_there_was_no_time_for_is_named(
+    home: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without time the shortest prompt and its tokens are measured, and the rest is told."""
+    monkeypatch.setattr(calibration, "PROMPTS", (2, 8, 64))
+    told: list[str] = []
+    spec = hardware_for(
+        tiny_model, device=ToEmulate(), threads=1, limit_s=0.1, progress=told.append
+    )
+    assert f"prompts of 64 on {EMULATED}" in spec.summary
+    assert f"putting the layers on {EMULATED}" in told
+    assert {t.tokens for t in spec.terms if t.lane == "gpu"} == {1, 2, 8}
+
+
+def test_a_gpu_that_was_measured_is_planned_with(
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without --hardware plans are about this machine with its first GPU, as runs are."""
+    words = ["plan", str(save_config(home / "model")), "--tokens", "2", "--prompt", "8", "--json"]
+    for name, device in (
+        ("alone", ""),
+        ("emulated", EMULATED),
+        ("second", "Big (cuda:1)"),
+        ("first", "Wide (cuda:0)"),
+    ):
+        spec = machine() if device else machine(gpu=None, link=None)
+        calibrated.save(replace(spec, name=name), Identity.of_this_machine(device=device))
+        assert main(words) == 0
+        out, err = capsys.readouterr()
+        expected = "alone" if device in ("", EMULATED) else name
+        assert json.loads(out)["hardware"]["name"] == expected
+        assert err.strip().endswith("as it was calibrated") is (expected == "alone")
+    assert "Wide (cuda:0)" in err
+    stale = Identity.of_this_machine(device="Old (cuda:0)")
+    calibrated.save(replace(machine(), name="stale"), replace(stale, kernels="older"))
+    assert calibrated.in_force()[1] == "Wide (cuda:0)"
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert "with Big (cuda:1)" in shown
+    assert "Old" not in shown
