@@ -16,6 +16,9 @@ import torch
 from fake_cuda import FakeRuntime
 from gpu_experts import cuda, kernels
 from gpu_experts.cuda import CudaDevice
+from gpu_experts.device import Note
+from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
+from hybrid import loading
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
@@ -139,6 +142,89 @@ def test_memory_that_runs_out_shrinks_the_slots(
     assert [note.what for note in executor.notes] == ["72 expert slots instead of 96"]
     assert distance(logits(model, ids), logits(demo(), ids)) < ROUNDING
     executor.close()
+
+
+def breaking(model: Any, error: Callable[[], BaseException], times: int) -> list[int]:
+    """Let the model's output head fail so often; the list grows with every time it does."""
+    struck: list[int] = []
+
+    def strike(*_: Any) -> None:
+        if len(struck) < times:
+            struck.append(1)
+            raise error()
+
+    model.get_output_embeddings().register_forward_pre_hook(strike)
+    return struck
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_dense_layer_without_memory_takes_slots_until_it_has_enough(
+    device: Open, error: RuntimeError
+) -> None:
+    """Twice is not the end: slots are given up step by step, and the logits stay the CPU's."""
+    model, placement = placed(device(), 96)
+    executor = placement.executor
+    assert executor is not None
+    struck = breaking(model, lambda: type(error)(*error.args), 2)
+    ids = prompts(2)[1]
+    assert distance(logits(model, ids), logits(demo(), ids)) < ROUNDING
+    assert len(struck) == 2
+    assert executor.slot_count == 54
+    executor.close()
+
+
+def test_memory_that_no_slot_can_make_up_for_is_one_clear_error(device: Open) -> None:
+    """When all slots are gone, the error says so and what to do, and is no framework's."""
+    model, placement = placed(device(), 3)
+    breaking(model, lambda: torch.OutOfMemoryError("CUDA out of memory."), 100)
+    with pytest.raises(DeviceMemoryError, match="although no expert is there") as caught:
+        logits(model, prompts(1)[0])
+    assert "shorter prompt" in caught.value.hint
+    assert placement.executor is not None
+    placement.executor.close()
+
+
+def test_a_gpu_that_fails_under_dense_layers_is_one_clear_error(device: Open) -> None:
+    """They run nowhere else; an error that is the model's own stays what it is."""
+    model, placement = placed(device(), 3)
+    said = "CUDA error: an illegal memory access was encountered"
+    breaking(model, lambda: torch.AcceleratorError(said), 1)
+    with pytest.raises(DeviceFailedError, match="failed: CUDA error: an illegal") as caught:
+        logits(model, prompts(1)[0])
+    assert "start again" in caught.value.hint
+    breaking(model, lambda: RuntimeError("The size of tensor a must match"), 1)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        logits(model, prompts(1)[0])
+    assert placement.executor is not None
+    placement.executor.close()
+
+
+def test_what_the_device_says_is_in_the_report(
+    device: Open,
+    quick: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is found out when slots are opened is said at once, and all of it in every report."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(loading, "choose_device", lambda name, vram: "cuda:0")
+        monkeypatch.setattr(loading, "dtype_on", lambda where: torch.float32)
+    for calibrated_by_now in (False, True):
+        model = HybridModel.from_pretrained(device="cuda", threads=1, context=256)
+        said, executor = capsys.readouterr().err, model.placement.executor
+        assert ("measuring" in said) != calibrated_by_now
+        if not torch.cuda.is_available():
+            assert "experts on the GPU in plain torch: triton is not installed" in said
+        executor.device.notes.append(Note("copies from ordinary memory", "refused", "ulimit"))
+        paths = {path.what for path in model.report().slow_paths}
+        assert {note.what for note in executor.device.notes} <= paths
+        model.close()
 
 
 def test_calibrating_a_gpu_from_the_command_line(

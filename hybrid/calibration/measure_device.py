@@ -19,6 +19,7 @@ import torch
 from cpu_experts.experts import ExpertShape
 from gpu_experts.layout import BlockLayout
 from hybrid.calibration.measure import LOADS, Budget
+from hybrid.sharing.devices import dtype_on
 from planner.cost import weight_bytes
 from planner.hardware import Gpu, Link, Point, Quantity
 from planner.spec import Source
@@ -230,7 +231,7 @@ def _experts(
     def call(load: int, experts: int) -> float:
         """Every one of ``load`` tokens uses the same experts."""
         # As a model computes on such a device: float32 would leave its tensor cores idle.
-        dtype = torch.float32 if device.torch_device.type == "cpu" else torch.bfloat16
+        dtype = dtype_on(device.torch_device) or torch.float32
         x = torch.randn(load, found.shape.hidden).to(device.torch_device, dtype)
         ids = np.tile(np.arange(experts, dtype=np.int32), (load, 1))
         weights = np.full(ids.shape, 1 / experts, np.float32)

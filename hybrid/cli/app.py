@@ -130,13 +130,16 @@ def main(args: Sequence[str] | None = None) -> int:
 @contextmanager
 def _engine_notices() -> Iterator[None]:
     """Let the engines' notices, such as that kernels are being compiled, through to stderr."""
-    logger, handler = logging.getLogger("cpu_experts"), logging.StreamHandler()
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("cpu_experts", "gpu_experts")]
+    handler = logging.StreamHandler()
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _describe_usage_error(error: Any) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cpu_experts.formats import is_quantized
-from gpu_experts.device import Device
+from gpu_experts.device import Device, Note
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
@@ -100,6 +100,8 @@ class Placement:
         What was known of the experts' use; None is nothing.
     shared
         Launches shared experts early, where they are launched.
+    told
+        What the device says of itself, which may become more as it runs.
     """
 
     device: str
@@ -109,6 +111,12 @@ class Placement:
     notes: tuple[SlowPath, ...]
     popularity: Popularity | None = None
     shared: SharedFirst | None = None
+    told: Sequence[Note] = ()
+
+    @property
+    def known(self) -> tuple[SlowPath, ...]:
+        """What is slower or smaller than it could be, as far as that is known by now."""
+        return (*self.notes, *(SlowPath(*note) for note in self.told))
 
     @property
     def spec(self) -> ModelSpec:
@@ -190,8 +198,8 @@ class Placement:
     def slow_paths(self) -> tuple[SlowPath, ...]:
         """Return what is slower or smaller than it could be, and what went wrong since."""
         if self.executor is None:
-            return self.notes
-        director, found = self.executor.director, [*self.notes, *self.executor.notes]
+            return self.known
+        director, found = self.executor.director, [*self.known, *self.executor.notes]
         if not director.looks_ahead:
             saved = director.most_saved_s * REALISED * 1e6
             reason = f"it takes {director.deciding_s * 1e6:.0f} us a layer to save {saved:.0f} us"
@@ -269,7 +277,7 @@ def place_model(
     for experts in layers:
         if experts.own_gating:  # computed on the CPU, between projections that are
             experts.spec.module.to("cpu")
-    notes = [SlowPath(*note) for note in device.notes]
+    notes = []
     reason = unfit(layers, cost.model)
     executor, shared = None, None
     if reason is not None:
@@ -277,7 +285,8 @@ def place_model(
         notes.append(SlowPath("all experts on the CPU", reason, remedy))
     else:
         executor, shared = _share_experts(model, device, cost, placed, budget, threads, timeline)
-    return Placement(device.name, placed, cost, executor, tuple(notes), budget.popularity, shared)
+    known = budget.popularity
+    return Placement(device.name, placed, cost, executor, tuple(notes), known, shared, device.notes)
 
 
 def fitted(

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from hybrid.errors import bare
+from gpu_experts.cuda_runtime import ran_out_of_memory
+from gpu_experts.device import Device
+from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
+from hybrid.errors import bare, first_line
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.executor import Executor
 
@@ -17,9 +20,10 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
 
     The clock starts at the first decoder layer: what comes before it belongs to what surrounds
     the layers. The pass is repeated from the cache as it was before it; where a cache cannot be
-    cut back, the error is raised.
+    cut back, the error is raised. So it is when there is no slot left to give up, or when the
+    device failed: dense layers run nowhere else.
     """
-    inner = model.forward
+    inner, device = model.forward, executor.device
     first = next(iter(getattr(model.get_decoder(), "layers", ())), None)
     prompt, context = False, 1
 
@@ -36,21 +40,41 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         rows, new = (1, 1) if ids is None else ids.shape
         prompt, context = new > 1, new + max((n for n in lengths if n), default=0)
-        begin()
-        error = None
-        try:
-            output = inner(*args, **kwargs)
-        except torch.OutOfMemoryError as raised:
-            error = bare(raised)
-        if error is not None:  # what the broken pass held is free by now
+        while True:
+            begin()
+            try:
+                output = inner(*args, **kwargs)
+                break
+            except RuntimeError as raised:
+                if not (ran_out_of_memory(raised) or isinstance(raised, torch.AcceleratorError)):
+                    raise
+                error = bare(raised)
+            # What the broken pass held is free by now.
+            _check_going_on(device, executor, error)
             executor.shrink(error)
             _cut_back(kwargs.get("past_key_values"), lengths, error)
-            begin()
-            output = inner(*args, **kwargs)
         executor.end_step(seconds.head(rows * new))
         return output
 
     model.forward = forward
+
+
+def _check_going_on(device: Device | None, executor: Executor, error: RuntimeError) -> None:
+    """Raise ``error`` under its own name unless fewer slots may help."""
+    if device is None:
+        raise error
+    if not ran_out_of_memory(error):
+        raise DeviceFailedError(
+            f"{device.name} failed: {first_line(error)}",
+            hint="start again: what this process has on the device is lost",
+        ) from error
+    if executor.device is None:
+        raise DeviceMemoryError(
+            f"no memory on {device.name}, although no expert is there: {first_line(error)}",
+            asked_bytes=None,
+            free_bytes=device.memory().free_bytes,
+            hint="use a shorter prompt, close what else uses the device, or use vram=0",
+        ) from error
 
 
 def _lengths(cache: Any) -> list[int | None]:
