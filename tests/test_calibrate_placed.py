@@ -134,6 +134,7 @@ def test_what_there_was_no_time_for_is_named(
 ) -> None:
     """Without time the shortest prompt and its tokens are measured, and the rest is told."""
     monkeypatch.setattr(calibration, "PROMPTS", (2, 8, 64))
+    monkeypatch.setattr(calibration, "DECODED_AFTER", (8, 64))
     told: list[str] = []
     spec = hardware_for(
         tiny_model, device=ToEmulate(), threads=1, limit_s=0.1, progress=told.append

@@ -29,6 +29,7 @@ from hybrid.calibration.calibrated_spec import Measured, ModelParts, to_spec
 from hybrid.calibration.coverage import Coverage
 from hybrid.calibration.measure import (
     Budget,
+    ExpertTimes,
     bare_layers,
     disk_times,
     layer_times,
@@ -130,19 +131,27 @@ def calibrate(
             if isinstance(device, ToEmulate):
                 device = device.open(experts_of(replica.network)[0].shape, threads)
             found.device = device_times(
-                device, experts_of(replica.network), top_k, budget.part(0.3)
+                device, experts_of(replica.network), top_k, budget.part(0.2)
             )
         shape = experts_of(replica.network)[0].shape
         progress("running experts")
         runners = experts_of(replica.network)
-        for runner in runners:
-            runner.panels_from = None
-        layers = [runner.blocks for runner in runners]
-        found.experts.append(layer_times(layers, shape, top_k, budget.part(0.3), runners))
+
+        def experts(share: float) -> ExpertTimes:
+            for runner in runners:
+                runner.panels_from = None
+            layers = [runner.blocks for runner in runners]
+            return layer_times(
+                layers, shape, wanted.model.experts.top_k, budget.part(share), runners
+            )
+
+        found.experts.append(experts(0.15))
         for runner in runners:
             runner.panels_from = found.experts[0].panels_from()
-        share = (0.95 if model else 0.8) * (0.5 if device else 1.0)
-        runs = _run(replica, budget.part(share), progress)
+        share = (0.8 if model else 0.7) * (0.25 if device else 1.0)  # the rest is the device's
+        runs = _run(replica, _prompts(replica.model.context), budget.part(share), progress)
+        progress("running experts again, for a machine's speed drifts")
+        found.experts[0] = found.experts[0].joined(experts(0.1 if device or not model else 0.8))
         progress("drawing and writing tokens")
         parts = [
             *replica.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
@@ -279,12 +288,14 @@ def _measure_placed(
     from hybrid.calibration.measure_placed import Placed, UnmeasuredError
 
     progress(f"putting the layers on {device.name}")
-    prompts = _prompts(wanted.model.context)
+    every = _prompts(wanted.model.context)
+    # Few lengths, so that there is time for long ones: what a device takes grows evenly.
+    prompts = {prompt: new for prompt, new in every.items() if new > 1 or prompt == PROMPTS[0]}
     context = max(prompt + new for prompt, new in prompts.items())
     try:
         placed = Placed(folder, wanted.model, device, hardware, context, threads)
         try:
-            runs = _run(placed, budget, progress)
+            runs = _run(placed, prompts, budget, progress)
             parts = [
                 *placed.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
                 *placed.asides(DRAWN, 2),
@@ -305,14 +316,14 @@ def _measure_placed(
 
 
 def _run(
-    replica: Replica | Placed, budget: Budget, progress: Progress
+    replica: Replica | Placed, prompts: Mapping[int, int], budget: Budget, progress: Progress
 ) -> dict[int, Turns[list[Pass]]]:
     """Generate after prompts of all lengths, several times while time allows.
 
     The shortest prompts, up to the first that tokens are decoded after, are run anyway, and none
     for which there is no time. What other programs disturbed is run again while there is.
+    ``prompts`` says how many new tokens come after each.
     """
-    prompts = _prompts(replica.model.context)
     others = Others()
     runs: dict[int, Turns[list[Pass]]] = {}
     took_s: dict[int, float] = {}
