@@ -179,6 +179,15 @@ def test_disturbed_turns_are_taken_again() -> None:
     assert len(found.start_s) == 3, "the least disturbed ones, and it ended"
 
 
+def test_two_measurements_are_joined() -> None:
+    """Samples of both, also of loads that one had no time for; as disturbed as both on average."""
+    early = ExpertTimes(SHAPE, [1.0], {1: [1.0], 2: [2.0]}, {2: [3.0]}, 0.2)
+    late = ExpertTimes(SHAPE, [2.0], {1: [3.0], 4: [5.0]}, {}, 0.0)
+    assert early.joined(late) == ExpertTimes(
+        SHAPE, [1.0, 2.0], {1: [1.0, 3.0], 2: [2.0], 4: [5.0]}, {2: [3.0]}, 0.1
+    )
+
+
 def measured() -> Measured:
     """A machine of round numbers: 10 GB/s, experts at half of it."""
     times = ExpertTimes(

@@ -117,6 +117,23 @@ class ExpertTimes:
         )
         return least_load(kernels, panels)
 
+    def joined(self, later: ExpertTimes) -> ExpertTimes:
+        """Return both measurements' samples."""
+
+        def both(
+            mine: Mapping[int, list[float]], theirs: Mapping[int, list[float]]
+        ) -> dict[int, list[float]]:
+            loads = sorted({*mine, *theirs})
+            return {load: [*mine.get(load, ()), *theirs.get(load, ())] for load in loads}
+
+        return ExpertTimes(
+            self.shape,
+            [*self.start_s, *later.start_s],
+            both(self.loads, later.loads),
+            both(self.panels, later.panels),
+            fmean((self.disturbed, later.disturbed)),
+        )
+
 
 def expert_times(
     runs: Sequence[Run],
