@@ -6,7 +6,7 @@ from typing import Any
 
 from cpu_experts import simd
 from hybrid import host
-from hybrid.calibration.prediction import cpu_terms
+from hybrid.calibration.prediction import calibrating, cpu_terms
 from hybrid.experts import experts_of
 from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.panels import accelerated
@@ -50,8 +50,7 @@ def run_report(
         else:
             figures |= placement.figures()
             terms = placement.terms(times)
-            hardware = placement.hardware
-            predictions = f"for {hardware.name}: {hardware.summary}"
+            predictions = _predicted_from(network, placement, name)
     figures["peak_memory_bytes"] = Figure(
         host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
     )
@@ -74,6 +73,17 @@ def run_report(
             *(() if placement is None else placement.slow_paths()),
         ),
     )
+
+
+def _predicted_from(network: Any, placement: Placement, name: str) -> str:
+    """Say what the predictions of a placed model are made of, and what would make them better."""
+    hardware = placement.hardware
+    found = f"for {hardware.name}: {hardware.summary}"
+    if placement.cost.knows():
+        return found
+    option = "emulated" if placement.device.startswith("emulated") else "cuda --force"
+    command = f"{calibrating(network, name)[:-1]} --device {option}'"
+    return f"{found}; attention and dense layers from its rates only, {command} measures them"
 
 
 def many_tokens(network: Any) -> str:

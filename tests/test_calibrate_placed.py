@@ -77,6 +77,8 @@ def test_a_run_is_predicted_from_what_was_measured(
     assert placement.hardware.terms == measured.terms
     assert placement.cost.knows()
     model.generate([1, 2, 3], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert str(model.report().predictions).startswith("for this-machine: ")
+    assert "rates only" not in str(model.report().predictions)
     terms = {term.name: term for term in model.report().terms if term.phase == "decode"}
     dry = plan(placement.spec, placement.hardware, context=64, prompt=8, tokens=5, dense=DENSE)
     assert dry.prediction is not None
@@ -91,6 +93,15 @@ def test_a_run_is_predicted_from_what_was_measured(
 
 
 DENSE = "bf16" if measure_placed.torch.cpu._is_avx512_bf16_supported() else "f32"
+
+
+def test_a_report_says_that_nothing_was_measured(home: Path, tiny_model: Path) -> None:
+    """Whose numbers the predictions are made of, and the command that makes them this machine's."""
+    model = HybridModel.from_pretrained(tiny_model, vram="640MiB", threads=1, context=64)
+    model.generate([1, 2, 3], max_new_tokens=2, do_sample=False)
+    told = str(model.report().predictions)
+    assert "RTX 4060" in told
+    assert f"'hybrid calibrate {tiny_model} --device emulated' measures them" in told
 
 
 def test_another_model_is_still_planned_as_a_gpus(measured: HardwareSpec) -> None:

@@ -243,6 +243,7 @@ def test_calibrating_a_gpu_from_the_command_line(
     assert spec.gpu.name == name
     assert {point.lane for point in spec.points} == {"cpu", "gpu", "copy"}
     assert all(point.seconds > 0 for point in spec.points)
+    assert {term.lane for term in spec.terms} == {"cpu", "gpu"}, spec.summary
     assert f"{name}, link " in capsys.readouterr().out
     assert calibrated.load(Identity.of_this_machine(1)) is None
 
