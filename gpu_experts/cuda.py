@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -191,7 +190,7 @@ class CudaDevice:
         step = kernels.tokens_a_pass(layout, ids.shape[1])
         parts = [
             (at, sort_by_slot(ids[at : at + step], weights[at : at + step]))
-            for at in range(0, len(x), step)
+            for at in range(0, len(ids), step)
         ]
         used = {slot for _, routing in parts for slot, _, _ in routing.runs}
         require_content(used, self._written)
@@ -389,23 +388,35 @@ class CudaDevice:
         if note is not None and note not in self.notes:
             self.notes.append(note)
 
-    @contextmanager
-    def _guard(self, what: str, asked_bytes: int | None = None) -> Iterator[None]:
-        """Turn torch's errors into this package's."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                said = next(iter(str(error).splitlines()), type(error).__name__)
-                raise failed(what, said) from error
-            free = self._runtime.memory().free_bytes
-            asked = "" if asked_bytes is None else f"{asked_bytes} bytes asked for, "
-            raise DeviceMemoryError(
-                f"no memory on {self.name} for {what}: {asked}{free} free",
-                asked_bytes=asked_bytes,
-                free_bytes=free,
-                hint="use fewer slots, a shorter context, or close what else uses the device",
-            ) from error
+    def _guard(self, what: str, asked_bytes: int | None = None) -> _Guard:
+        return _Guard(self._runtime, what, asked_bytes)
+
+
+class _Guard:
+    """Turns torch's errors into this package's; entered several times a layer, so no generator."""
+
+    __slots__ = ("_asked_bytes", "_runtime", "_what")
+
+    def __init__(self, runtime: Runtime, what: str, asked_bytes: int | None) -> None:
+        self._runtime, self._what, self._asked_bytes = runtime, what, asked_bytes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, RuntimeError):
+            return
+        if not ran_out_of_memory(error):
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise failed(self._what, said) from error
+        asked, free = self._asked_bytes, self._runtime.memory().free_bytes
+        words = "" if asked is None else f"{asked} bytes asked for, "
+        raise DeviceMemoryError(
+            f"no memory on {self._runtime.name} for {self._what}: {words}{free} free",
+            asked_bytes=asked,
+            free_bytes=free,
+            hint="use fewer slots, a shorter context, or close what else uses the device",
+        ) from error
 
 
 def _over(event: Event) -> bool:

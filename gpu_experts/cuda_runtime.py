@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,6 +26,24 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
+
+
+def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether a GPU runs code for one of ``built_for``, such as ``sm_86`` and ``compute_90``.
+
+    Machine code runs on the same generation from its own minor version on, the intermediate code
+    on all that came later. Where torch names neither, nothing is known against it.
+    """
+
+    def runs(kind: str, version: tuple[int, int], special: str) -> bool:
+        if special == "a":
+            return version == capability
+        newer = kind == "compute" and not special
+        return version <= capability and (newer or version[0] == capability[0])
+
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name) for name in built_for]
+    known = [(m[1], (int(m[2]), int(m[3])), m[4]) for m in found if m]
+    return not known or any(runs(*one) for one in known)
 
 
 class RawEvent(Protocol):
@@ -91,8 +110,15 @@ class CudaRuntime:
             )
         self.device = torch.device("cuda", index)
         self.name = f"{torch.cuda.get_device_name(index)} (cuda:{index})"
-        major, _ = torch.cuda.get_device_capability(index)
-        self.dtype = torch.bfloat16 if major >= AMPERE else torch.float16
+        capability = torch.cuda.get_device_capability(index)
+        built_for = torch.cuda.get_arch_list()
+        if not runs_on(capability, built_for):
+            raise DeviceFailedError(
+                f"torch {torch.__version__} has no code for {self.name} of compute capability "
+                f"{capability[0]}.{capability[1]}: it is built for {', '.join(built_for)}",
+                hint="install a torch that is built for it, or use the CPU alone (vram=0)",
+            )
+        self.dtype = torch.bfloat16 if capability[0] >= AMPERE else torch.float16
 
     def memory(self) -> Memory:
         """What the driver says, and what torch holds and does not use."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from gpu_experts.errors import DeviceFailedError, DeviceTimeoutError
 
 _SUSPENDED = "the machine may have been suspended, or the device hangs: load the model again"
-#: A poll looks without a pause for this long, then pauses between looks.
-_EAGER_S = 500e-6
+#: A poll looks without a pause for this long, then pauses between looks: longer than a layer of a
+#: token takes on a GPU, as a pause may end late (on Windows by half a millisecond).
+_EAGER_S = 2e-3
 _PAUSE_S = 50e-6
 
 

@@ -10,7 +10,9 @@ import torch
 
 from fake_cuda import FakeRuntime
 from gpu_experts import kernels
-from gpu_experts.errors import DeviceMemoryError
+from gpu_experts.cuda import CudaDevice
+from gpu_experts.cuda_runtime import runs_on
+from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from naive_gpu import small_layout
 from test_device import call, stamp
 from test_gpu_cuda import device
@@ -116,3 +118,36 @@ def test_compiling_is_announced(
     assert [line.getMessage()[:21] for line in caplog.records] == ["compiling GPU kernels"]
     assert not target.notes
     target.close()
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((8, 6), ["sm_75", "sm_80", "sm_90"], True),
+        ((8, 6), ["sm_75", "sm_89", "sm_90"], False),
+        ((6, 1), ["sm_75", "sm_80", "compute_90"], False),
+        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),
+        ((12, 1), ["sm_120f"], True),
+        ((12, 1), ["sm_120a"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 0), ["gfx1100"], True),
+        ((9, 0), [], True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for(capability, built_for, runs: bool) -> None:
+    """Machine code serves its own generation, intermediate code all later ones."""
+    assert runs_on(capability, built_for) is runs
+
+
+def test_a_gpu_that_torch_has_no_code_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, before its first kernel fails somewhere in a model."""
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "GTX 1060",
+        "get_device_capability": (6, 1),
+        "get_arch_list": ["sm_75", "sm_86"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(DeviceFailedError, match=r"GTX 1060 \(cuda:0\) of compute .* 6\.1: it is"):
+        CudaDevice()

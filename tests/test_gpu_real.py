@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 import naive_gpu
 from cpu_experts.experts import ExpertShape
@@ -26,28 +27,38 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def _stamps() -> Iterator[None]:
+    """Kernels of plain torch that add what slots hold, instead of experts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "has_triton", lambda: False)
+        patch.setattr(kernels, "run", run_stamps)
+        yield
+
+
+@pytest.mark.usefixtures("_stamps")
 @given(program=programs())
-@settings(max_examples=20, deadline=None)
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_slots_behave_as_if_everything_ran_in_order_on_a_gpu(program) -> None:
     """The emulated device's law, on the real one: stamps read by real kernels on real streams."""
     target = CudaDevice(pinned_bytes=3 * small_layout().block_bytes)
     target.open(small_layout(), SLOTS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "run", run_stamps)
-        outs = []
-        for step in program:
-            if isinstance(step, Copy):
-                target.copy(stamp(step.block), step.slot, "copy")
-                continue
-            out, ids = target.new_output(1), np.array([step.slots], np.int32)
-            weights = (256.0 ** np.arange(ids.size, dtype=np.float32))[None]
-            x = torch.zeros(1, 4, device=target.torch_device)
-            event = target.compute(x, ids, weights, out, [], "compute")
-            outs.append((target.join(out, None, [event], torch.float32, 20), ids.size))
-        seen = [
-            [int(out[0, 0]) // 256**n % 256 for n in range(count)]
-            for out, count in ((target.to_host(out)[0], count) for out, count in outs)
-        ]
+    outs = []
+    for step in program:
+        if isinstance(step, Copy):
+            target.copy(stamp(step.block), step.slot, "copy")
+            continue
+        out, ids = target.new_output(1), np.array([step.slots], np.int32)
+        weights = (256.0 ** np.arange(ids.size, dtype=np.float32))[None]
+        x = torch.zeros(1, 4, device=target.torch_device)
+        event = target.compute(x, ids, weights, out, [], "compute")
+        outs.append((target.join(out, None, [event], torch.float32, 20), ids.size))
+    seen = [
+        [int(out[0, 0]) // 256**n % 256 for n in range(count)]
+        for out, count in ((target.to_host(out)[0], count) for out, count in outs)
+    ]
     assert seen == contents(program)
     target.close()
 
@@ -88,6 +99,7 @@ def test_more_slots_than_the_gpu_has_memory_for() -> None:
     target.close()
 
 
+@pytest.mark.usefixtures("_stamps")
 def test_memory_that_runs_out_between_two_steps() -> None:
     """An output that cannot be had is refused with both numbers; what was there goes on."""
     target = CudaDevice()
@@ -100,14 +112,13 @@ def test_memory_that_runs_out_between_two_steps() -> None:
     x = torch.zeros(1, 4, device=target.torch_device)
     ids, ones = np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)
     out = target.new_output(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "run", run_stamps)
-        event = target.compute(x, ids, ones, out, [], "compute")
-        (got,) = target.to_host(target.join(out, None, [event], torch.float32, 20))
+    event = target.compute(x, ids, ones, out, [], "compute")
+    (got,) = target.to_host(target.join(out, None, [event], torch.float32, 20))
     assert got[0, 0] == 7
     target.close()
 
 
+@pytest.mark.usefixtures("_stamps")
 def test_copies_do_not_wait_for_the_models_stream() -> None:
     """A copy arrives while the stream that computes is busy; what reads the slot comes after."""
     target = CudaDevice()
@@ -121,10 +132,67 @@ def test_copies_do_not_wait_for_the_models_stream() -> None:
     x = torch.zeros(1, 4, device=target.torch_device)
     ids, ones = np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)
     out = target.new_output(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "run", run_stamps)
-        event = target.compute(x, ids, ones, out, [], "compute")
-        (got,) = target.to_host(target.join(out, None, [event], torch.float32, 20))
+    event = target.compute(x, ids, ones, out, [], "compute")
+    (got,) = target.to_host(target.join(out, None, [event], torch.float32, 20))
     assert busy.query()
     assert got[0, 0] == 2
+    target.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("fmt", ["q4_0", "q8_0"])
+def test_triton_is_what_runs(fmt: str, dtype: torch.dtype) -> None:
+    """Where it is installed, its kernels compile, agree with plain torch, and are used."""
+    if not kernels.has_triton():
+        pytest.skip("needs triton")
+    shape = ExpertShape(hidden=256, intermediate=192, format=fmt, bias=True)
+    target, layout = CudaDevice(), BlockLayout.of(shape, 1 << 18)
+    target.open(layout, 1)
+    assert target._implementation(layout, target._runtime.dtype) == "triton", target.notes
+    assert target._implementation(layout, dtype) == "triton", target.notes
+    target.close()
+
+
+def test_a_small_call_does_not_wait_for_the_link() -> None:
+    """A token's table and the CPU's share do not queue behind large copies of experts."""
+    if not kernels.has_triton():
+        pytest.skip("needs triton")
+    shape = ExpertShape(hidden=4096, intermediate=14336, format="q8_0")
+    layout = BlockLayout.of(shape, shape.block_bytes)
+    target = CudaDevice(pinned_bytes=4 << 30)
+    target.open(layout, 9)
+    blocks = np.zeros((9, layout.block_bytes), np.uint8)
+    blocks.flags.writeable = False
+    for _ in range(2):  # the first time they get their pinned copies
+        for slot, block in enumerate(blocks):
+            arrived = target.copy(block, slot, "copy")
+        arrived.wait(60)
+    x = torch.zeros(1, 4096, device=target.torch_device, dtype=target._runtime.dtype)
+    for busy in (False, True):
+        copies = [target.copy(block, 1 + n, "copy") for n, block in enumerate(blocks[1:]) if busy]
+        out = target.new_output(1)
+        event = target.compute(x, [0], [1.0], out, (), "compute")
+        target.to_host(target.join(out, np.ones((1, 4096), np.float32), [event], x.dtype, 20))
+        assert not copies or not copies[-1].done(), "it waited for eight experts"
+    copies[-1].wait(60)
+    target.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_current_one() -> None:
+    """Streams, events, pinned memory and kernels are the chosen GPU's, in both threads."""
+    shape = ExpertShape(hidden=256, intermediate=192, format="q4_0")
+    blocks, weights = _layer(shape, 4)
+    target = CudaDevice(1)
+    target.open(BlockLayout.of(shape, blocks.shape[1]), 4)
+    for expert in range(4):
+        target.copy(blocks[expert], expert, "copy")
+    _, ids, factors = _routing(1, 4, 2)
+    x = torch.ones(1, 256, device="cuda:1")
+    out = target.new_output(1)
+    event = target.compute(x, ids.astype(np.int32), factors, out, (), "compute")
+    (got,) = target.to_host(target.join(out, None, [event], torch.float32, 60))
+    want = naive_gpu.experts(shape, weights, np.ones((1, 256), np.float32), ids, factors)
+    assert np.abs(got - want).max() <= 2e-2 * np.abs(want).max()
+    assert torch.cuda.current_device() == 0
     target.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import torch
 
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
+from gpu_experts.cuda_runtime import ran_out_of_memory
 from gpu_experts.device import F32, I32, U8, Device
 from gpu_experts.emulated import EmulatedDevice
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.subject import subject
-from hybrid.errors import UsageError
+from hybrid.errors import UsageError, first_line
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware, parse_bytes
 from planner.hardware import HardwareSpec
@@ -182,6 +185,20 @@ def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
 
 def _say(text: str) -> None:
     print(f"hybrid: {text}", file=sys.stderr)
+
+
+@contextmanager
+def room_told(device: Device) -> Iterator[None]:
+    """Say what to do when not even the dense layers have the memory that they need."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{device.name} has no room for the dense weights: {first_line(error)}",
+            hint="close what else uses it, or use vram=0 for the CPU alone",
+        ) from error
 
 
 def emulation_note(*, by_name: bool) -> SlowPath:

@@ -14,12 +14,13 @@ from gpu_experts.device import Device, Note
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.dense import QuantizedEmbedding, QuantizedLinear
-from hybrid.errors import UsageError, first_line
+from hybrid.errors import UsageError
 from hybrid.experts import LayerExperts, experts_of
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
 from hybrid.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
 from hybrid.sharing.dense_seconds import DenseSeconds
+from hybrid.sharing.devices import room_told
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.residents import Opened, Settle
 from hybrid.sharing.shared_first import SharedFirst
@@ -266,13 +267,8 @@ def place_model(
         )
     nbytes = model.hybrid_store.index.nbytes
     device.pin(nbytes if placed.host is HostMemory.PINNED else RING_BYTES)
-    try:
+    with room_told(device):
         move_dense(model, device.torch_device)
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"{device.name} has no room for the dense weights: {first_line(error)}",
-            hint="close what else uses it, or use vram=0 for the CPU alone",
-        ) from error
     layers: list[LayerExperts] = experts_of(model)
     for experts in layers:
         if experts.own_gating:  # computed on the CPU, between projections that are
@@ -284,7 +280,10 @@ def place_model(
         remedy = "none yet: attention and dense layers run on the device"
         notes.append(SlowPath("all experts on the CPU", reason, remedy))
     else:
-        executor, shared = _share_experts(model, device, cost, placed, budget, threads, timeline)
+        with room_told(device):
+            executor, shared = _share_experts(
+                model, device, cost, placed, budget, threads, timeline
+            )
     known = budget.popularity
     return Placement(device.name, placed, cost, executor, tuple(notes), known, shared, device.notes)
 
