@@ -137,7 +137,7 @@ def calibrate(
         progress("running experts")
         runners = experts_of(replica.network)
 
-        def experts(share: float) -> ExpertTimes:
+        def time_experts(share: float) -> ExpertTimes:
             for runner in runners:
                 runner.panels_from = None
             layers = [runner.blocks for runner in runners]
@@ -145,13 +145,15 @@ def calibrate(
                 layers, shape, wanted.model.experts.top_k, budget.part(share), runners
             )
 
-        found.experts.append(experts(0.15))
+        found.experts.append(time_experts(0.15))
         for runner in runners:
             runner.panels_from = found.experts[0].panels_from()
         share = (0.8 if model else 0.7) * (0.25 if device else 1.0)  # the rest is the device's
         runs = _run(replica, _prompts(replica.model.context), budget.part(share), progress)
         progress("running experts again, for a machine's speed drifts")
-        found.experts[0] = found.experts[0].joined(experts(0.1 if device or not model else 0.8))
+        found.experts[0] = found.experts[0].joined(
+            time_experts(0.1 if device or not model else 0.8)
+        )
         progress("drawing and writing tokens")
         parts = [
             *replica.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
