@@ -55,7 +55,8 @@ def calibrate(
     """Measure how fast this machine runs experts, attention and all the rest.
 
     Takes about a minute. The result is kept for this machine, and 'hybrid plan' uses it when no
-    --hardware is given; measuring another model's shape adds to it.
+    --hardware is given; measuring another model's shape adds to it. What other programs disturbed
+    is said, and measured again by the next calibration.
     """
     from hybrid.errors import UsageError
 
