@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
@@ -129,6 +130,17 @@ class _OnDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _FromNumbers(TorchFunctionMode):
+    """Makes tensors of Python's numbers in ordinary memory first, which torch does elsewhere."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        where = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and where is not None:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(where)
+        return func(*args, **kwargs)
+
+
 class StrictRuntime:
     """One "GPU".
 
@@ -137,12 +149,18 @@ class StrictRuntime:
     seed
         Chooses among the orders that are allowed; None is the laziest: nothing is done before
         somebody waits for it, and then nothing else.
+
+    Attributes
+    ----------
+    host_waits
+        How often an operation held the host up, such as asking for a number.
     """
 
     def __init__(self, seed: int | None = None, total_bytes: int = 1 << 30) -> None:
         self.device, self.name, self.dtype = DEVICE, "strict (cuda:0)", torch.float32
         self.total_bytes = total_bytes
         self.faults: list[BaseException] = []
+        self.host_waits = 0
         self.main = StrictStream("model", self)
         self._random = None if seed is None else random.Random(seed)
         self._streams = [self.main]
@@ -186,9 +204,11 @@ class StrictRuntime:
 
     # What tests ask for.
 
-    def here(self) -> _OnDevice:
+    @contextmanager
+    def here(self):
         """Where tensors of the device can be made and used by the model's own thread."""
-        return _OnDevice(self)
+        with _FromNumbers(), _OnDevice(self):
+            yield
 
     def launch(self, kernel: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Enqueue ``kernel(*memory)``, which may read pinned memory where it lies."""
@@ -239,14 +259,14 @@ class StrictRuntime:
             if found is not NotImplemented:
                 return found
         with _disable_current_modes():
-            return self._operate(func, args, kwargs)
+            return self._operate(func, tree_map(self._adopt, args), kwargs)
 
     def _operate(self, func, args, kwargs):
         schema = func._schema
         if func in (aten.copy_.default, aten._to_copy.default):
             return self._copy(func, args, kwargs)
-        if func is aten._local_scalar_dense.default:
-            self._drain()
+        if not any("Tensor" in str(returned.type) for returned in schema.returns):
+            self._drain()  # the host asks for a number
             return func(*tree_map(_memory, args))
         returned = schema.returns[0].alias_info if schema.returns else None
         if func is aten._unsafe_view.default or (returned is not None and not returned.is_write):
@@ -278,6 +298,11 @@ class StrictRuntime:
         made_memory = tree_map(_memory, made)
         self._enqueue_run(run)
         return made
+
+    def _adopt(self, value: Any) -> Any:
+        """Make an empty tensor that torch made on the device by itself one of ours."""
+        ours = isinstance(value, DeviceTensor) or not isinstance(value, torch.Tensor)
+        return value if ours or value.device != DEVICE or value.numel() else self._allocate(value)
 
     def _copy(self, func, args, kwargs):
         """Between host and device, or between types."""
@@ -322,6 +347,8 @@ class StrictRuntime:
         return tensor.untyped_storage().data_ptr() in self._pinned
 
     def _drain(self) -> None:
+        """Hold the host up until the stream is through."""
+        self.host_waits += 1
         event = self.event()
         event.record(self.current())
         with self._lock:

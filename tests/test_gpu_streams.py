@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,15 @@ from hypothesis import strategies as st
 from gpu_experts import kernels
 from gpu_experts.cuda import CudaDevice
 from gpu_experts.events import poll
+from hybrid.model import HybridModel
+from hybrid.sharing.executor import Executor
 from naive_gpu import Compute, Copy, contents, small_layout
 from sharing import EXPERTS, LAYERS, on_cpu, random_layers, random_step, shared_executor
 from strict_cuda import DEVICE, StrictRuntime, StrictStream
 from test_device import SLOTS, programs, stamp
 from test_gpu_cuda import run_stamps
+from test_gpu_model import ROUNDING, demo, distance, logits, placed, prompts
+from test_sharing_model import PROMPT
 
 #: The laziest order, and any that is allowed.
 SEEDS = st.none() | st.integers(0, 2**32)
@@ -175,3 +181,73 @@ def test_layers_shared_with_the_cpu(slots: int, seed: int | None) -> None:
 
 def _sent(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(DEVICE)
+
+
+def placed_on(runtime: StrictRuntime, slots: int) -> tuple[Any, Executor]:
+    """The demo model on such a device, with room for ``slots`` resident experts."""
+    model, placement = placed(CudaDevice(runtime=runtime), slots)
+    assert placement.executor is not None
+    return model, placement.executor
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_a_model_whose_streams_are_late(seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention, routers, lookahead, prefetches, memory that runs out once: the CPU's logits.
+
+    No operation mixes tensors of the device and of the host, which only a GPU would refuse.
+    """
+    runtime, inner, calls = StrictRuntime(seed, total_bytes=4 << 30), kernels.run, []
+
+    def run(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        inner(*arguments)
+
+    monkeypatch.setattr(kernels, "run", run)
+    alone = demo()
+    with runtime.here():
+        model, executor = placed_on(runtime, 40)
+        device = executor.device
+        for ids in prompts(4):
+            with torch.no_grad():
+                found = model(ids.to(DEVICE)).logits.cpu()
+            assert distance(found, logits(alone, ids)) < ROUNDING
+        assert executor.device is device
+        assert [note.what for note in executor.notes] == ["30 expert slots instead of 40"]
+        executor.residents.settle(20)
+        executor.residents.check_integrity()
+        executor.close()
+    runtime.finish()
+
+
+def test_generating_holds_the_host_up_twice_a_token() -> None:
+    """Transformers looks at each token and at whether all are done; no layer waits but to decide.
+
+    Its waits are polls that other threads run beside; a small copy from ordinary memory, or a
+    number asked for, would be counted here.
+    """
+    runtime = StrictRuntime(total_bytes=4 << 30)
+    text, waits = HybridModel.from_pretrained(device="cpu", threads=1), []
+    ids = text.encode(PROMPT)
+
+    class Count:
+        def put(self, value: torch.Tensor) -> None:
+            waits.append(runtime.host_waits)
+
+        def end(self) -> None:
+            pass
+
+    with runtime.here():
+        model, executor = placed_on(runtime, 40)
+        options = {"do_sample": False, "max_new_tokens": 6}
+        found = model.generate(
+            ids.to(DEVICE),
+            attention_mask=torch.ones_like(ids).to(DEVICE),
+            streamer=Count(),
+            **options,
+        ).cpu()
+        executor.close()
+    runtime.finish()
+    assert text.tokenizer.decode(found[0, ids.shape[1] :]) == text.generate(PROMPT, **options)
+    assert set(np.diff(waits[2:])) == {2}
