@@ -85,6 +85,8 @@ WHOLE = "a step"
 """The name of the term that is all of a phase."""
 LANES = ("cpu", "gpu", "link")
 """Who works while the experts run; lanes overlap, so they are no parts of the whole."""
+_A_LINE = 6
+"""Layers in a line of the report."""
 CLOSE = 0.1
 """Share that a prediction may be off by before the report says which term is to blame."""
 
@@ -92,7 +94,8 @@ CLOSE = 0.1
 class Term(NamedTuple):
     """A part of a step's time: predicted, and measured; None where it cannot be told apart.
 
-    ``error`` is what the prediction's standard deviation is relative to it, where that is known.
+    ``error`` is what the prediction's standard deviation is relative to it, where that is known;
+    ``layer`` the MoE layer whose share it is, None for all of them.
     """
 
     phase: str
@@ -100,6 +103,7 @@ class Term(NamedTuple):
     predicted_s: float
     measured_s: float | None
     error: float | None = None
+    layer: int | None = None
 
     def __str__(self) -> str:
         predicted = f"predicted {_format(self.predicted_s * 1e3, 'ms')}"
@@ -139,6 +143,25 @@ def most_off(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
             yield f"{whole.phase} is off", f"most by {name}: {off_s * 1e3:+.3g} ms"
 
 
+def by_layer(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
+    """Put every layer's share of a step in a few lines a phase."""
+    sums: dict[tuple[str, int], list[float]] = {}
+    for term in terms:
+        if term.layer is not None and term.name not in LANES:
+            both = sums.setdefault((term.phase, term.layer), [0.0, 0.0])
+            both[0] += term.predicted_s
+            both[1] += term.measured_s or 0.0
+    for phase in dict.fromkeys(phase for phase, _ in sums):
+        shares = [
+            f"{layer}: {predicted_s * 1e3:.3g} | {measured_s * 1e3:.3g}"
+            for (owner, layer), (predicted_s, measured_s) in sums.items()
+            if owner == phase
+        ]
+        for first in range(0, len(shares), _A_LINE):
+            line = ", ".join(shares[first : first + _A_LINE])
+            yield f"{phase} layers", f"{line} ms predicted | measured"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What ran, how, and how fast. ``str()`` gives the text, ``to_dict()`` the JSON value.
@@ -163,6 +186,8 @@ class RunReport:
         How the model lies on a device; None on the CPU alone.
     terms
         What a step's time consists of, the whole first, predicted and measured.
+    layers
+        The same of every MoE layer, where that was measured.
     predictions
         What those are made from, or what would make some; None where there is nothing to predict.
     slow_paths
@@ -181,6 +206,7 @@ class RunReport:
     placement: str | None = None
     figures: dict[str, Figure]
     terms: tuple[Term, ...] = ()
+    layers: tuple[Term, ...] = ()
     predictions: str | None = None
     slow_paths: tuple[SlowPath, ...]
 
@@ -189,6 +215,7 @@ class RunReport:
         return asdict(self) | {
             "figures": {name: figure._asdict() for name, figure in self.figures.items()},
             "terms": [term._asdict() for term in self.terms],
+            "layers": [term._asdict() for term in self.layers],
             "slow_paths": [path._asdict() for path in self.slow_paths],
         }
 
@@ -211,6 +238,7 @@ class RunReport:
             yield "predictions", self.predictions
         for term in self.terms:
             yield f"{term.phase}", f"{term.name}: {term}"
+        yield from by_layer(self.layers)
         yield from most_off(self.terms)
         if not self.slow_paths:
             yield "slow paths", "none"

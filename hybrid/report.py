@@ -42,6 +42,7 @@ def run_report(
         "load_s": Figure(load_s, "s", "measured"),
     }
     terms: tuple[Term, ...] = ()
+    layers: tuple[Term, ...] = ()
     predictions = None
     if times is not None:
         figures |= times.figures()
@@ -49,7 +50,7 @@ def run_report(
             terms, predictions = cpu_terms(network, times, threads, name)
         else:
             figures |= placement.figures()
-            terms = placement.terms(times)
+            terms, layers = placement.terms(times), placement.by_layer()
             predictions = _predicted_from(network, placement, name)
     figures["peak_memory_bytes"] = Figure(
         host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
@@ -67,6 +68,7 @@ def run_report(
         placement=None if placement is None else str(placement),
         figures=figures,
         terms=terms,
+        layers=layers,
         predictions=predictions,
         slow_paths=(
             *slow_paths(network),

@@ -24,12 +24,16 @@ ends last."""
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something on a lane (``cpu``, ``gpu``, ``link``, ``disk``), or an instant of the cache."""
+    """Something on a lane (``cpu``, ``gpu``, ``link``, ``disk``), or an instant of the cache.
+
+    ``predicted_s`` is how long it was to take, where it was measured.
+    """
 
     lane: str
     name: str
     start_s: float
     end_s: float
+    predicted_s: float | None = None
 
 
 @dataclass

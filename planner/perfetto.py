@@ -21,15 +21,15 @@ def to_perfetto(result: PlanResult) -> str:
     return trace_events(title, result.prediction.run.events if result.prediction else ())
 
 
-def trace_events(title: str, events: Iterable[Event]) -> str:
-    """Return ``events`` as JSON under one process called ``title``.
+def trace_events(title: str, events: Iterable[Event], lanes: Iterable[str] = LANES) -> str:
+    """Return ``events``, all of ``lanes``, as JSON under one process called ``title``.
 
     Notes
     -----
     The format's timestamps are microseconds; "X" is a span, "i" an instant (what the cache does
     takes no time), "M" metadata.
     """
-    thread = {lane: number for number, lane in enumerate(LANES, start=1)}
+    thread = {lane: number for number, lane in enumerate(lanes, start=1)}
     rows: list[dict[str, object]] = [
         {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": title}}
     ]
@@ -58,5 +58,7 @@ def trace_events(title: str, events: Iterable[Event]) -> str:
             row |= {"ph": "i", "s": "t"}
         else:
             row |= {"ph": "X", "dur": round((event.end_s - event.start_s) * 1e6, 3)}
+        if event.predicted_s is not None:
+            row["args"] = {"predicted ms": round(event.predicted_s * 1e3, 6)}
         rows.append(row)
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": rows}, separators=(",", ":"))

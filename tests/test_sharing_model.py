@@ -120,6 +120,13 @@ def test_the_report_says_what_was_predicted_and_measured(tiny_model: Path) -> No
     values = report.to_dict()
     assert json.loads(json.dumps(values))["terms"][0]["phase"] == "prefill"
     assert "predicted" in str(report)
+    executor = placement_of(model).executor
+    assert executor is not None
+    shares = [t for t in report.layers if (t.phase, t.name) == ("decode", "experts")]
+    assert [share.layer for share in shares] == list(range(len(executor.layers)))
+    experts = next(t for t in report.terms if (t.phase, t.name) == ("decode", "experts"))
+    assert sum(share.measured_s or 0 for share in shares) == pytest.approx(experts.measured_s)
+    assert "ms predicted | measured" in str(report)
 
 
 _TERMS = ("attention and router", "deciding", "experts", "output head", "around the layers")

@@ -11,6 +11,8 @@ from hybrid.sharing.timeline import (
     DECIDING,
     DECODE,
     EXPERTS,
+    GPU,
+    HEAD,
     PREFILL,
     ROUTER,
     LayerRecord,
@@ -20,11 +22,11 @@ from hybrid.sharing.timeline import (
 COST: Any = SimpleNamespace(gpu_s=lambda load: 0.1, copy_s=lambda: 0.2)
 
 
-def record(at_s: float, computed_until_s: float, tokens: int = 1) -> LayerRecord:
+def record(at_s: float, computed_until_s: float, tokens: int = 1, layer: int = 0) -> LayerRecord:
     """A layer on the device, a second for each of the host's terms."""
     span = (at_s + 1, computed_until_s)
     event: Any = SimpleNamespace(span=lambda: span, done=lambda: True, what="resident")
-    plan = SimpleNamespace(layer=0, cpu=(), gpu=(3,), copies=(), makespan_s=0.5, cpu_end_s=0.0)
+    plan = SimpleNamespace(layer=layer, cpu=(), gpu=(3,), copies=(), makespan_s=0.5, cpu_end_s=0.0)
     work = SimpleNamespace(loads=((3, tokens),))
     decision: Any = SimpleNamespace(plan=plan, work=work, hits=1)
     return LayerRecord(
@@ -49,18 +51,59 @@ def test_a_device_that_ends_after_the_join_computes_experts(
     """The next router waits for it: that is no time of attention's. The sum stays what it is."""
     timeline = Timeline()
     timeline.add(record(10.0, 13.0 + late_s), COST)
-    timeline.add(record(13.0, 15.5), COST)
+    timeline.add(record(13.0, 15.5, layer=1), COST)
     timeline.step(False, 4.0, 0.0)
     measured = timeline.phases[DECODE].measured
     assert measured.terms[EXPERTS] == experts_s + 1.0
     assert measured.terms[ROUTER] == 3.0 - experts_s
     assert measured.step_s == 10.0
+    routers = {
+        layer: seconds
+        for layer, name, _, seconds in timeline.phases[DECODE].by_layer()
+        if name == ROUTER
+    }
+    assert routers == {0: 1.0, 1: 2.0 - experts_s}
+
+
+def test_the_head_waits_for_the_last_layer_of_a_device_that_is_late() -> None:
+    """The next step's first router does not: the head came between."""
+    timeline = Timeline()
+    timeline.add(record(10.0, 13.75), COST)
+    timeline.step(False, 4.0, 0.0)
+    timeline.add(record(17.0, 19.5), COST)
+    timeline.step(False, 4.0, 0.0)
+    measured = timeline.phases[DECODE].measured
+    assert (measured.terms[EXPERTS], measured.terms[ROUTER]) == (2.75, 2.0)
+    assert measured.terms[HEAD] == 2 * 4.0 - 0.75
+
+
+def test_spans_say_what_was_predicted_and_lie_behind_each_other() -> None:
+    """From the first layer on; on the device attention begins when the layer before is done."""
+    timeline = Timeline(keep=True)
+    timeline.add(record(5.0, 8.0), COST)
+    timeline.forget()
+    timeline.add(record(10.0, 13.25), COST)
+    timeline.add(record(13.0, 15.5, layer=1), COST)
+    timeline.step(False, 4.0, 3.0)
+    timeline.finish()
+    gpu = sorted(
+        (event.start_s, event.end_s, event.name, event.predicted_s)
+        for event in timeline.events
+        if event.lane == GPU
+    )
+    assert gpu == [
+        (0.0, 1.0, "layer 0: attention and router", 0.25),
+        (1.0, 3.25, "resident", None),
+        (3.25, 4.0, "layer 1: attention and router", 0.25),
+        (4.0, 5.5, "resident", None),
+        (6.0, 10.0, "output head", 3.0),
+    ]
 
 
 def test_deciding_is_predicted_from_a_calibration_or_from_before() -> None:
     """Where it was measured for so many tokens, that; else what it took lately, 0 at first."""
     known, unknown = Timeline(), Timeline()
-    known.deciding = lambda tokens: 0.125 * tokens
+    known.deciding = lambda tokens, copies: 0.125 * tokens + copies
     for timeline in (known, unknown):
         for at_s, tokens in ((0.0, 1), (3.0, 1), (6.0, 4)):
             timeline.add(record(at_s, at_s + 3, tokens), COST)

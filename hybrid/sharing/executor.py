@@ -172,9 +172,7 @@ class Executor:
         """Begin anew with what is counted, recorded and timed: a warm-up is nobody's session."""
         self._catch_up()
         self.usage.forget()
-        self.timeline.finish()
-        self.timeline.events.clear()
-        self.timeline.restart()
+        self.timeline.forget()
 
     def begin_step(self, *, prompt: bool, context: int) -> None:
         """Start the clock of a forward pass.

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from hybrid.errors import UsageError
+from hybrid.metrics import LANES
 from hybrid.paths import write_whole
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import Placement
@@ -83,4 +84,5 @@ class Keepsakes:
         if not timeline.keep:
             raise UsageError("no timeline was kept", hint="load the model with keep_timeline=True")
         timeline.finish()
-        return trace_events(f"{self._name} on {self.placement.device}", timeline.events)  # type: ignore[union-attr]
+        title = f"{self._name} on {self.placement.device}"  # type: ignore[union-attr]
+        return trace_events(title, timeline.events, LANES)

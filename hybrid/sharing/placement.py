@@ -180,6 +180,19 @@ class Placement:
                 found.append(Term(name, CALL, *around))
         return tuple(found)
 
+    def by_layer(self) -> tuple[Term, ...]:
+        """Return what every layer's part of a step of the last call consisted of."""
+        if self.executor is None:
+            return ()
+        timeline = self.executor.timeline
+        timeline.finish()
+        return tuple(
+            Term(name, what, predicted_s, measured_s, layer=layer)
+            for name, phase in timeline.phases.items()
+            if phase.steps
+            for layer, what, predicted_s, measured_s in phase.by_layer()
+        )
+
     def _around(
         self, phase: str, times: GenerationTimes, steps: int, layers_s: float
     ) -> tuple[float, float] | None:

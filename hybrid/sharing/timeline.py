@@ -76,15 +76,20 @@ class Sums:
         """Mean time of a step."""
         return sum(self.terms.values()) / self.steps if self.steps else 0.0
 
+    def add(self, other: Sums) -> None:
+        """Add another's seconds."""
+        for name, seconds in other.terms.items():
+            self.terms[name] += seconds
+        for name, seconds in other.lanes.items():
+            self.lanes[name] += seconds
+
 
 @dataclass
-class Phase:
-    """Prefill or decode: predicted and measured side by side, over the same layers."""
+class Both:
+    """Predicted and measured side by side."""
 
     predicted: Sums = field(default_factory=Sums)
     measured: Sums = field(default_factory=Sums)
-    activated: int = 0
-    hits: int = 0
 
     def rows(self) -> Iterator[tuple[str, float, float]]:
         """Yield each term and lane with its predicted and measured mean seconds a step."""
@@ -93,6 +98,63 @@ class Phase:
             predicted, measured = getattr(self.predicted, kind), getattr(self.measured, kind)
             for name in predicted:
                 yield name, predicted[name] / steps, measured[name] / steps
+
+
+class Phase:
+    """Prefill or decode, over the same layers.
+
+    Attributes
+    ----------
+    layers
+        Of every MoE layer; the output head is no layer's.
+    activated, hits
+        Experts that routers chose, and how many of them were resident.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Both] = []
+        self.activated = self.hits = 0
+        self.steps = 0
+        self.head_s = [0.0, 0.0]
+        """Of all steps, predicted and measured."""
+
+    def layer(self, index: int) -> Both:
+        """One layer's share."""
+        while len(self.layers) <= index:
+            self.layers.append(Both())
+        return self.layers[index]
+
+    def whole(self) -> Both:
+        """Return what whole steps took."""
+        found = Both()
+        for sums, head_s in zip((found.predicted, found.measured), self.head_s, strict=True):
+            sums.steps, sums.terms[HEAD] = self.steps, head_s
+        for layer in self.layers:
+            found.predicted.add(layer.predicted)
+            found.measured.add(layer.measured)
+        return found
+
+    @property
+    def predicted(self) -> Sums:
+        """Of whole steps."""
+        return self.whole().predicted
+
+    @property
+    def measured(self) -> Sums:
+        """Of whole steps."""
+        return self.whole().measured
+
+    def rows(self) -> Iterator[tuple[str, float, float]]:
+        """Yield each term and lane of whole steps: :meth:`Both.rows`."""
+        return self.whole().rows()
+
+    def by_layer(self) -> Iterator[tuple[int, str, float, float]]:
+        """Yield the layer before every row of its own."""
+        for index, layer in enumerate(self.layers):
+            layer.measured.steps = self.steps
+            for name, predicted_s, measured_s in layer.rows():
+                if name != HEAD:
+                    yield index, name, predicted_s, measured_s
 
 
 class Timeline:
@@ -106,22 +168,33 @@ class Timeline:
     Attributes
     ----------
     deciding
-        Predicts what deciding takes in a layer of so many tokens, where that was measured.
+        Predicts what deciding takes in a layer of so many tokens that copies so many experts,
+        where that was measured.
     """
 
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
-        self.deciding: Callable[[int], float] | None = None
+        self.deciding: Callable[[int, int], float] | None = None
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
         self.events: list[Event] = []
         self._usual: dict[bool, float] = {}
         self._open: deque[LayerRecord] = deque()
         self._start_s: float | None = None
+        self._joined_s = 0.0
+        # How long the device still computed a layer's experts when the host had gone on.
+        self._late: tuple[Phase, float] | None = None
 
     def restart(self) -> None:
         """Begin new sums; single spans stay."""
         self.finish()
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
+
+    def forget(self) -> None:
+        """Begin anew with sums and spans: a warm-up is nobody's session."""
+        self.restart()
+        self.events.clear()
+        self._start_s = None
+        self._usual.clear()
 
     def phase(self, prompt: bool) -> Phase:
         """Return the phase of a prompt's steps or of the others."""
@@ -132,12 +205,13 @@ class Timeline:
         phase, plan, work = self.phase(record.prompt), record.decision.plan, record.decision.work
         phase.activated += len(work.loads)
         phase.hits += record.decision.hits
-        terms, lanes = phase.measured.terms, phase.measured.lanes
+        layer = phase.layer(plan.layer)
+        terms, lanes = layer.measured.terms, layer.measured.lanes
         terms[ROUTER] += record.routed_s - record.entered_s
         terms[DECIDING] += record.decided_s - record.routed_s
         terms[EXPERTS] += record.joined_s - record.decided_s
         lanes[CPU] += record.cpu_end_s - record.decided_s if plan.cpu else 0.0
-        terms, lanes = phase.predicted.terms, phase.predicted.lanes
+        terms, lanes = layer.predicted.terms, layer.predicted.lanes
         terms[ROUTER] += record.dense_s
         terms[DECIDING] += self._usually(record)
         terms[EXPERTS] += plan.makespan_s
@@ -148,6 +222,9 @@ class Timeline:
             given = frozenset(plan.gpu)
             lanes[GPU] += sum([cost.gpu_s(load) for expert, load in work.loads if expert in given])
         lanes[LINK] += len(record.copies) * cost.copy_s()
+        self._joined_s = record.joined_s
+        if self._start_s is None:
+            self._start_s = record.entered_s
         self._open.append(record)
         while self._open and self._open[0].done():
             self._close(self._open.popleft())
@@ -158,7 +235,7 @@ class Timeline:
         The very first layer has nothing to go by then.
         """
         if self.deciding is not None:
-            return self.deciding(record.tokens)
+            return self.deciding(record.tokens, len(record.decision.plan.copies))
         prompt, took_s = record.prompt, record.decided_s - record.routed_s
         usual_s = self._usual.get(prompt)
         self._usual[prompt] = took_s if usual_s is None else usual_s + RECENT * (took_s - usual_s)
@@ -167,15 +244,30 @@ class Timeline:
     def step(self, prompt: bool, head_s: float, predicted_head_s: float) -> None:
         """End a step; the time after its last layer was ``head_s``."""
         phase = self.phase(prompt)
-        phase.predicted.steps += 1
-        phase.measured.steps += 1
-        phase.measured.terms[HEAD] += head_s
-        phase.predicted.terms[HEAD] += predicted_head_s
+        phase.steps += 1
+        phase.head_s[0] += predicted_head_s
+        phase.head_s[1] += head_s
+        if self._keeps():
+            end_s = self._joined_s + head_s
+            self._show(GPU, HEAD, self._joined_s, end_s, predicted_head_s)
 
     def finish(self) -> None:
         """Take what the device has finished by now; what it lost is left out."""
         while self._open:
             self._close(self._open.popleft())
+        self._next_waits(None)
+
+    def _next_waits(self, router: Sums | None) -> None:
+        """Take what the host waited for a layer's experts off what came next.
+
+        That is the next layer's router, or the output head.
+        """
+        if self._late is not None:
+            (phase, late_s), self._late = self._late, None
+            if router is None:
+                phase.head_s[1] -= late_s
+            else:
+                router.terms[ROUTER] -= late_s
 
     def _close(self, record: LayerRecord) -> None:
         """Add the device's lanes, whose spans are known now, and keep single spans if wanted.
@@ -183,36 +275,43 @@ class Timeline:
         A device may still compute the layer's experts when the host has gone on to the next
         router, which waits for them: that time is the experts'.
         """
-        measured = self.phase(record.prompt).measured
-        lanes, ends_s = measured.lanes, [record.joined_s]
-        keep = self.keep and len(self.events) < RECORDED_EVENTS
-        if self._start_s is None:
-            self._start_s = record.entered_s
-        zero_s = self._start_s
+        phase, index = self.phase(record.prompt), record.decision.plan.layer
+        measured = phase.layer(index).measured
+        # The host sees attention begin when it has joined: it does when the device is done.
+        began_s = record.entered_s + (self._late[1] if self._late else 0.0)
+        self._next_waits(measured if index else None)
+        plan, keeps, last_s = record.decision.plan, self._keeps(), record.joined_s
         for lane, events in ((GPU, record.computes), (LINK, record.copies)):
             for event in events:
                 span = event.span()
                 if span is None:
                     continue
-                lanes[lane] += span[1] - span[0]
+                measured.lanes[lane] += span[1] - span[0]
                 if lane == GPU:
-                    ends_s.append(span[1])
-                if keep:
-                    self.events.append(Event(lane, event.what, span[0] - zero_s, span[1] - zero_s))
-        late_s = max(ends_s) - record.joined_s
+                    last_s = max(last_s, span[1])
+                if keeps:
+                    self._show(lane, event.what, *span)
+        late_s = last_s - record.joined_s
         measured.terms[EXPERTS] += late_s
-        measured.terms[ROUTER] -= late_s
-        if not keep:
+        self._late = phase, late_s
+        if not keeps:
             return
-        name = f"layer {record.decision.plan.layer}"
-        spans = [
-            (GPU, f"{name}: attention and router", record.entered_s, record.routed_s),
-            (CPU, f"{name}: deciding", record.routed_s, record.decided_s),
-        ]
-        if record.decision.plan.cpu:
-            experts = ", ".join(map(str, record.decision.plan.cpu))
-            spans.append((CPU, f"{name}: experts {experts}", record.decided_s, record.cpu_end_s))
+        name = f"layer {index}"
+        self._show(GPU, f"{name}: {ROUTER}", began_s, record.routed_s, record.dense_s)
+        self._show(CPU, f"{name}: deciding", record.routed_s, record.decided_s)
+        if plan.cpu:
+            what = f"{name}: experts {', '.join(map(str, plan.cpu))}"
+            self._show(CPU, what, record.decided_s, record.cpu_end_s, plan.cpu_end_s)
         if record.joined_s > record.cpu_end_s:
-            spans.append((CPU, f"{name}: join", record.cpu_end_s, record.joined_s))
-        for lane, what, start_s, end_s in spans:
-            self.events.append(Event(lane, what, start_s - zero_s, end_s - zero_s))
+            self._show(CPU, f"{name}: join", record.cpu_end_s, record.joined_s)
+
+    def _keeps(self) -> bool:
+        """Whether there is room for more spans, and a wish."""
+        return self.keep and len(self.events) < RECORDED_EVENTS
+
+    def _show(
+        self, lane: str, what: str, start_s: float, end_s: float, predicted_s: float | None = None
+    ) -> None:
+        """Keep a span for a trace viewer."""
+        zero_s = self._start_s or 0.0
+        self.events.append(Event(lane, what, start_s - zero_s, end_s - zero_s, predicted_s))
