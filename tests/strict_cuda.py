@@ -285,7 +285,11 @@ class StrictRuntime:
         if returned is not None:  # in place
             self._enqueue_run(lambda: func(*real_args, **real_kwargs))
             return args[0]
-        like = func(*tree_map(_shape, args), **{**tree_map(_shape, kwargs), **_meta(kwargs)})
+        try:
+            like = func(*tree_map(_shape, args), **{**tree_map(_shape, kwargs), **_meta(kwargs)})
+        except NotImplementedError:  # the shape of the result depends on numbers
+            self._drain()
+            like = func(*real_args, **real_kwargs)
         made = tree_map(lambda t: self._allocate(t) if isinstance(t, torch.Tensor) else t, like)
         if func.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided):
             return made

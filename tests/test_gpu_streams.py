@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,20 @@ from hypothesis import strategies as st
 from gpu_experts import kernels
 from gpu_experts.cuda import CudaDevice
 from gpu_experts.events import poll
+from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
+from hybrid.planning import find_hardware
 from hybrid.sharing.executor import Executor
+from hybrid.sharing.placement import Budget, place_model
 from naive_gpu import Compute, Copy, contents, small_layout
 from sharing import EXPERTS, LAYERS, on_cpu, random_layers, random_step, shared_executor
 from strict_cuda import DEVICE, StrictRuntime, StrictStream
 from test_device import SLOTS, programs, stamp
 from test_gpu_cuda import run_stamps
 from test_gpu_model import ROUNDING, demo, distance, logits, placed, prompts
+from test_sharing_families import FAMILIES
 from test_sharing_model import PROMPT
+from tiny_families import tiny_config
 
 #: The laziest order, and any that is allowed.
 SEEDS = st.none() | st.integers(0, 2**32)
@@ -219,6 +225,44 @@ def test_a_model_whose_streams_are_late(seed: int | None, monkeypatch: pytest.Mo
         executor.residents.check_integrity()
         executor.close()
     runtime.finish()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "deepseek_v3",
+        "gemma4_text",
+        "gpt_oss",
+        "jamba",
+        "llama4_text",
+        "longcat_flash",
+        "qwen3_next",
+    ],
+)
+def test_families_keep_to_the_device(kind: str, tmp_path: Path) -> None:
+    """Shared experts, recurrent states, sinks, identity experts: nothing stays on the host.
+
+    An operation on tensors of both is refused here as on a GPU.
+    """
+    config_kind, model_kind = FAMILIES[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_kind(tiny_config(config_kind)).save_pretrained(tmp_path)
+    model, _ = load_fast_model(tmp_path, fast=False, dtype=torch.float32)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        expected = model(ids).logits, model.generate(ids, **options)
+    runtime = StrictRuntime()
+    with runtime.here(), torch.no_grad():
+        hardware = find_hardware("rtx4060-laptop-8gb")
+        device = CudaDevice(runtime=runtime)
+        place_model(model, device, hardware, Budget(None, None, 64), threads=1)
+        found = model(ids.to(DEVICE)).logits.cpu(), model.generate(ids.to(DEVICE), **options).cpu()
+        device.close()
+    runtime.finish()
+    assert distance(found[0], expected[0]) < ROUNDING
+    assert found[1].shape == expected[1].shape
 
 
 def test_generating_holds_the_host_up_twice_a_token() -> None:
