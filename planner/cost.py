@@ -188,6 +188,7 @@ class CostModel:
             hardware.terms, model.family, "gpu" if hardware.gpu else "cpu"
         )
         self._tables: dict[float, DecodeTable] = {}
+        self._deciding: dict[tuple[int, int], Estimate] = {}
         self._ffns: dict[tuple[int, int], Estimate] = {}
         self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
 
@@ -241,16 +242,22 @@ class CostModel:
             self._ffns[key] = self.dense(*key) if found is None else found
         return self._ffns[key]
 
-    def deciding(self, tokens: int) -> Estimate:
+    def deciding(self, tokens: int, copies: int = 0) -> Estimate:
         """Time of the host in a layer, from the router's answer until the GPU has its work.
 
-        0 unless measured, and without a GPU.
+        ``copies`` experts are copied to it. 0 unless measured, and without a GPU.
         """
-        found = None
-        if self.on_gpu:
-            params = self.model.experts.params_each
-            found = self._calibrated("deciding", params, tokens, tokens, fmt=self.expert_format)
-        return Estimate(0.0, Source.ASSUMED) if found is None else found
+        key = (tokens, copies)
+        if key not in self._deciding:
+            params, fmt = self.model.experts.params_each, self.expert_format
+            found, each = (
+                self._calibrated(term, params, tokens, tokens, fmt=fmt) if self.on_gpu else None
+                for term in ("deciding", "handing")
+            )
+            if found is not None and each is not None:
+                found += each * copies
+            self._deciding[key] = Estimate(0.0, Source.ASSUMED) if found is None else found
+        return self._deciding[key]
 
     def knows(self) -> bool:
         """Whether this model's dense layers were measured where they are, and not estimated."""

@@ -128,8 +128,8 @@ class TermPoint:
         ``call`` (what a step costs around its layers and head), what comes on top of that where
         it is asked for, ``sampling`` (drawing a token instead of taking the likeliest one) and
         ``text`` (writing it), ``expert``: what one routed expert adds to a single token's layer
-        on the CPU, and ``deciding``: what the host takes in a layer
-        from the router's answer until the device has its work.
+        on the CPU, ``deciding``: what the host takes in a layer from the router's answer until the
+        device has its work, and ``handing``: by how much every expert to copy makes that longer.
     family
         The ``model_type`` whose code was measured.
     kind
@@ -170,7 +170,10 @@ class TermPoint:
 
 PANELS = "panels"
 LANES = ("cpu", "gpu", "copy", PANELS)
-TERMS = ("attention", "feed_forward", "head", "call", "sampling", "text", "expert", "deciding")
+TERMS = (
+    *("attention", "feed_forward", "head", "call", "sampling", "text", "expert"),
+    *("deciding", "handing"),
+)
 TERM_LANES = ("cpu", "gpu")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")

@@ -180,7 +180,7 @@ class Simulator:
         self, step: Step, choices: Sequence[Choice], tokens: int, context: int, batch: int
     ) -> None:
         """One forward pass over all layers and the head."""
-        moe, deciding_s = 0, self.cost.deciding(tokens).value
+        moe = 0
         for index, layer in enumerate(self.cost.model.layers):
             self._share = self._shares[index]
             if self._share:
@@ -188,9 +188,7 @@ class Simulator:
                 self._dense(step, MIXER, mixer_s, f"mixer {index}")
                 ffn_s = self.cost.ffn(layer, tokens).value
                 if layer.moe:
-                    if deciding_s:
-                        self._dense(step, DECIDING, deciding_s, f"deciding {moe}", "cpu")
-                    self._experts(step, choices[moe], moe, ffn_s, mixer_s)
+                    self._experts(step, choices[moe], moe, tokens, ffn_s, mixer_s)
                 else:
                     self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
             moe += layer.moe
@@ -220,7 +218,13 @@ class Simulator:
             self._events.append(Event(lane, name, start_s, end_s))
 
     def _experts(
-        self, step: Step, choice: Choice, layer: int, shared_s: float, mixer_s: float
+        self,
+        step: Step,
+        choice: Choice,
+        layer: int,
+        tokens: int,
+        shared_s: float,
+        mixer_s: float,
     ) -> None:
         """Run one layer's routed experts; its shared one goes first, where dense weights are."""
         link_free_s = max(0.0, self._link_free_s - self._now_s)
@@ -236,6 +240,8 @@ class Simulator:
         else:
             decision = self._cpu_only(LayerWork(layer, choice.loads, shared_s, link_free_s))
         plan = decision.plan
+        if deciding_s := self.cost.deciding(tokens, len(plan.copies)).value:
+            self._dense(step, DECIDING, deciding_s, f"deciding {layer}", "cpu")
         self._note_admissions(decision.admitted)
         read = self._ram.read(layer, plan.cpu + plan.copies)
         link_end_s = max(plan.link_end_s, link_free_s)

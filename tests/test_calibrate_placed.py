@@ -26,7 +26,7 @@ from planner_examples import machine, save_config
 from test_calibrate import quick  # noqa: F401
 
 EMULATED = ToEmulate.name
-TERMS = {"attention", "feed_forward", "head", "call", "deciding", "sampling"}
+TERMS = {"attention", "feed_forward", "head", "call", "deciding", "handing", "sampling"}
 
 
 @pytest.fixture
@@ -55,9 +55,10 @@ def test_the_devices_terms_are_kept_apart(measured: HardwareSpec) -> None:
     assert {(t.tokens, t.context) for t in on_device if t.term == "attention"} >= {(2, 2), (8, 8)}
     assert sum(t.tokens == 1 for t in on_device if t.term == "attention") == 1
     # The emulated device's dense layers are torch's, in the type that it computes in.
-    assert {t.format for t in on_device if t.term not in ("deciding",)} <= {"f32", "bf16"}
+    assert {t.format for t in on_device if t.term not in ("deciding", "handing")} <= {"f32", "bf16"}
     assert {t.format for t in on_device if t.term == "deciding"} == {"q4_0"}
     spread = [t for t in on_device if t.term in ("attention", "head", "call", "deciding")]
+    assert all(t.error is not None for t in on_device if t.term == "handing" and t.seconds)
     assert all(t.error is not None and t.seconds > 0 for t in spread if t.tokens == 1)
     assert {point.lane for point in measured.points} == {"cpu", "gpu", "copy"}
     assert "not measured" not in measured.summary
@@ -82,7 +83,7 @@ def test_a_run_is_predicted_from_what_was_measured(
     terms = {term.name: term for term in model.report().terms if term.phase == "decode"}
     dry = plan(placement.spec, placement.hardware, context=64, prompt=8, tokens=5, dense=DENSE)
     assert dry.prediction is not None
-    for name in ("attention and router", "deciding", "output head", "around the layers"):
+    for name in ("attention and router", "output head", "around the layers"):
         assert terms[name].predicted_s == pytest.approx(
             dry.prediction.terms[name].value, rel=1e-6
         ), name

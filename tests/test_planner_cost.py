@@ -212,6 +212,7 @@ def test_dense_parts_on_a_gpu_are_measured_there() -> None:
             ("head", {"params": head}),
             ("call", {"params": head}),
             ("deciding", {"params": params, "format": "q4_0"}),
+            ("handing", {"params": params, "format": "q4_0"}),
             ("sampling", {"params": head}),
         )
     )
@@ -225,6 +226,7 @@ def test_dense_parts_on_a_gpu_are_measured_there() -> None:
             assert cost.head(1, tokens).value == seconds
             assert cost.call(tokens).value == seconds
             assert cost.deciding(tokens).value == (seconds if hardware.gpu else 0.0)
+            assert cost.deciding(tokens, 3).value == (4 * seconds if hardware.gpu else 0.0)
         assert (cost.aside("sampling").value, cost.aside("text").value) == (factor, 7.0)
         # A prompt is computed at once there.
         assert cost.pieces(2048) == [(2048, 2048)]

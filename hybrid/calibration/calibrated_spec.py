@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hybrid.calibration.measure_device import DeviceTimes
 
 COMMAND = "hybrid calibrate"
+_OF_EXPERTS = ("expert", "deciding", "handing")
+"""Terms that depend on the experts' format and not on the dense weights'."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def _terms(model: ModelParts) -> Iterator[TermPoint]:
             family=model.family,
             kind=kind,
             params=params,
-            format=model.experts if term in ("expert", "deciding") else model.dense,
+            format=model.experts if term in _OF_EXPERTS else model.dense,
             tokens=tokens,
             context=context,
             piece=piece,

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpu_experts.device import Device
@@ -37,6 +38,8 @@ SAMPLES = 5
 DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 """How tokens are drawn: with all that most models' settings ask for."""
 
+COPIES = "copies"
+"""Number of experts that a layer copies, beside its terms."""
 Spans = dict[tuple[str, int], float]
 _Key = tuple[str, str, int]
 
@@ -66,13 +69,15 @@ class LayerTimes(Timeline):
     def take(self) -> Spans:
         """Return the terms since the last call, by (term, MoE layer), and forget them.
 
-        A layer ends when its sum is there: a device may get there after the host.
+        Beside them is the number of copies of each layer. A layer ends when its sum is there: a
+        device may get there after the host.
         """
         found: Spans = {}
         ended_s = late_s = 0.0
         for layer, record in enumerate(self._records):
             found[ROUTER, layer] = max(0.0, record.routed_s - max(record.entered_s, ended_s))
             found[DECIDING, layer] = record.decided_s - record.routed_s
+            found[COPIES, layer] = len(record.decision.plan.copies)
             ends_s = [span[1] for event in record.computes if (span := event.span())]
             ended_s = max([record.joined_s, *ends_s])
             late_s = ended_s - record.joined_s
@@ -196,7 +201,7 @@ class Placed:
         if executor.device is None:
             raise UnmeasuredError(executor.notes[-1].reason)
         moe = sum(layer.moe for layer in self.layers)
-        if any(len(one.spans) != 3 * moe + 1 for one in passes.found):  # a pass was repeated
+        if any(len(one.spans) != 4 * moe + 1 for one in passes.found):  # a pass was repeated
             raise UnmeasuredError(executor.notes[-1].reason)
         return passes.found
 
@@ -336,8 +341,8 @@ def parts_of(
         own_s = max(0.0, step.spans[HEAD, 0] - late_s)
         samples["head", "", model.head_params].append(own_s + head_s)
         samples["call", "", model.head_params].append(_around_s(step) + around_s)
-        deciding = [s for (name, _), s in step.spans.items() if name == DECIDING]
-        samples["deciding", "", model.experts.params_each].append(fmean(deciding))
+    params = model.experts.params_each
+    samples["deciding", "", params], samples["handing", "", params] = _deciding(steps)
     for params, more in beyond.items():
         samples.setdefault(("feed_forward", "", params), list(more))
     for (term, kind, params), values in samples.items():
@@ -346,7 +351,40 @@ def parts_of(
 
 def _around_s(step: Pass) -> float:
     """A pass without its layers and head."""
-    return max(0.0, step.whole_s - sum(step.spans.values()))
+    return max(0.0, step.whole_s - sum(_all(step, ROUTER, DECIDING, EXPERTS, HEAD)))
+
+
+def _all(step: Pass, *terms: str) -> list[float]:
+    return [value for (name, _), value in step.spans.items() if name in terms]
+
+
+def _deciding(steps: Sequence[Pass]) -> tuple[list[float], list[float]]:
+    """What a layer takes to decide without copies, pass by pass, and what a copy adds, in samples.
+
+    Those are of every third pass, so that they have a spread.
+    """
+    slopes = [_per_copy(steps[at::3]) for at in range(min(3, len(steps)))]
+    each_s = median(slopes)
+    without = [
+        max(0.0, fmean(_all(step, DECIDING)) - each_s * fmean(_all(step, COPIES))) for step in steps
+    ]
+    return without, slopes
+
+
+def _per_copy(steps: Sequence[Pass]) -> float:
+    """What a copy adds: the slope through the medians of layers with as many copies.
+
+    By how many such layers there are; 0 where all have as many.
+    """
+    by_copies = defaultdict[float, list[float]](list)
+    for step in steps:
+        for copies, seconds in zip(_all(step, COPIES), _all(step, DECIDING), strict=True):
+            by_copies[copies].append(seconds)
+    if len(by_copies) < 2:
+        return 0.0
+    medians = [median(found) for found in by_copies.values()]
+    weights = [len(found) ** 0.5 for found in by_copies.values()]
+    return max(0.0, float(np.polyfit(list(by_copies), medians, 1, w=weights)[0]))
 
 
 def _keys(layer: Layer) -> tuple[_Key, _Key]:

@@ -24,7 +24,6 @@ class DenseSeconds:
                 self._groups.append(group)
                 group = []
         self._after = group
-        self._deciding: dict[int, float] = {}
         self._known: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     def at(self, context: int) -> None:
@@ -39,12 +38,9 @@ class DenseSeconds:
         """The shared expert."""
         return self._both(layer, tokens)[1]
 
-    def deciding(self, tokens: int) -> float:
-        """From a router's answer until the device has its work."""
-        found = self._deciding.get(tokens)
-        if found is None:
-            found = self._deciding[tokens] = self._cost.deciding(tokens).value
-        return found
+    def deciding(self, tokens: int, copies: int = 0) -> float:
+        """From a router's answer until the device has its work, so many copies among it."""
+        return self._cost.deciding(tokens, copies).value
 
     def head(self, tokens: int) -> float:
         """What follows the last MoE layer, in a step of so many tokens."""
