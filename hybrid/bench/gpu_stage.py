@@ -26,9 +26,10 @@ from hybrid.errors import UsageError, first_line
 from hybrid.loading import load_fast_model
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
+from hybrid.sharing.dense_move import move_dense
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.devices import dtype_on
-from hybrid.sharing.placement import RING_BYTES, move_dense, unfit
+from hybrid.sharing.placement import RING_BYTES, unfit
 from hybrid.sharing.shared_first import SharedFirst
 from planner.cost import CostModel
 from planner.memory import STAGING, HostMemory, fit, in_words

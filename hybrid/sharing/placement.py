@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device, Note
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
-from hybrid.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.errors import UsageError
 from hybrid.experts import LayerExperts, experts_of
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
 from hybrid.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
+from hybrid.sharing.dense_move import move_dense
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.devices import room_told
 from hybrid.sharing.executor import Executor
@@ -426,32 +426,3 @@ def unfit(layers: list[LayerExperts], spec: ModelSpec) -> str | None:
     if len(layers) != spec.moe_layers:
         return f"{len(layers)} layers have experts, its config.json says {spec.moe_layers}"
     return None
-
-
-def move_dense(model: Any, where: torch.device) -> None:
-    """Move everything but the experts to a device; quantized matrices in the model's dtype."""
-    if where.type == "cpu":
-        return
-    widened: dict[int, nn.Parameter] = {}  # tied matrices stay one
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            owner, _, leaf = name.rpartition(".")
-            key = id(module.packed)
-            if key not in widened:
-                widened[key] = nn.Parameter(module.weight.to(where, model.dtype), False)
-            setattr(model.get_submodule(owner), leaf, _plain(module, widened[key]))
-    model.to(where)
-
-
-def _plain(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Parameter) -> nn.Module:
-    """Return an ordinary layer with a quantized one's weights, widened."""
-    new: nn.Linear | nn.Embedding
-    with torch.device("meta"):
-        if isinstance(module, QuantizedEmbedding):
-            new = nn.Embedding(module.rows, module.cols)
-        else:
-            new = nn.Linear(module.cols, module.rows, bias=module.bias is not None)
-    new.weight = weight
-    if isinstance(module, QuantizedLinear) and module.bias is not None:
-        new.bias = module.bias
-    return new
