@@ -8,20 +8,64 @@ from pathlib import Path
 
 from hybrid.errors import UsageError
 
+_ELSEWHERE = "set HYBRID_CACHE to a folder that can be written"
+
 
 def cache_dir() -> Path:
     """Return the folder for things that can be made again.
 
-    ``HYBRID_CACHE`` when set, else the platform's own cache folder; not created here.
+    ``HYBRID_CACHE`` when set, else the platform's own cache folder; not made here.
+
+    Raises
+    ------
+    UsageError
+        When it begins with somebody's home folder and there is none.
     """
     chosen = os.environ.get("HYBRID_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser() if chosen else _platform_cache()
+    except RuntimeError as error:
+        raise UsageError(
+            f"the cache folder {chosen or '~/.cache'} cannot be found: {error}", hint=_ELSEWHERE
+        ) from error
+
+
+def _platform_cache() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "hybrid"
     if sys.platform == "darwin":
         return Path.home() / "Library/Caches/hybrid"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
+
+
+def make_cache_folder(*parts: str) -> Path:
+    """Return a folder of the cache, made if need be.
+
+    Raises
+    ------
+    UsageError
+        When it cannot be made or nothing can be written there.
+    """
+    return make_folder(cache_dir().joinpath(*parts), hint=_ELSEWHERE)
+
+
+def make_folder(folder: Path, *, hint: str) -> Path:
+    """Make ``folder`` and those above it, unless they exist, and return it.
+
+    Raises
+    ------
+    UsageError
+        When it cannot be made or nothing can be written there, with ``hint``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {folder}: {error.strerror or error}", hint=hint
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to the folder {folder}", hint=hint)
+    return folder
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -43,7 +43,7 @@ from hybrid.calibration.subject import Subject, subject
 from hybrid.errors import UsageError, first_line
 from hybrid.experts import experts_of
 from hybrid.loading import set_threads
-from hybrid.paths import cache_dir
+from hybrid.paths import make_cache_folder
 from hybrid.sharing.devices import ToEmulate
 from planner.hardware import HardwareSpec
 
@@ -112,8 +112,7 @@ def calibrate(
     wanted = subject(STANDARD if model is None else model, experts, dense)
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
-    home = cache_dir()
-    home.mkdir(parents=True, exist_ok=True)
+    home = make_cache_folder()
     with tempfile.TemporaryDirectory(prefix="hybrid-calibrate-") as folder:
         progress(f"making some layers of {wanted.model.name} with random weights")
         replica = _replica(wanted, Path(folder))

@@ -21,7 +21,7 @@ import psutil
 from cpu_experts import hostcpu
 from hybrid import host
 from hybrid.errors import UsageError
-from hybrid.paths import cache_dir, write_whole
+from hybrid.paths import cache_dir, make_cache_folder, write_whole
 from planner.errors import SpecError
 from planner.fields import read_table
 from planner.hardware import HardwareSpec, Point, TermPoint, to_toml
@@ -198,13 +198,7 @@ def require(identity: Identity | None = None) -> HardwareSpec:
 def save(spec: HardwareSpec, identity: Identity) -> Path:
     """Keep ``spec`` as this machine's calibration, and return where."""
     path = identity.path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"cannot make {path.parent}: {error.strerror or error}",
-            hint="set HYBRID_CACHE to a folder that can be written",
-        ) from error
+    make_cache_folder(path.parent.name)
     write_whole(path, identity.comment() + to_toml(spec))
     return path
 

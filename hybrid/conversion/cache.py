@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from hybrid.conversion.checkpoint import Source, convert
 from hybrid.conversion.progress import conversion_progress
-from hybrid.paths import cache_dir
+from hybrid.paths import cache_dir, make_cache_folder, make_folder
 from hybrid.store import INDEX_NAME, StoreIndex
 
 
@@ -37,10 +37,14 @@ def converted_copy(
     times = [path.stat().st_mtime_ns for path in checkpoint.files]
     key = json.dumps([checkpoint.identity(), times, experts, dense]).encode()
     home = cache_dir() / "converted" if folder is None else Path(folder).expanduser()
-    name = f"{checkpoint.name}-{hashlib.sha256(key).hexdigest()[:16]}"
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(home / f"{name}.wait")):
-        if not (home / name).exists():
-            with conversion_progress(f"Converting {checkpoint.name}") as progress:
-                convert(source, home / name, experts=experts, dense=dense, progress=progress)
-    return home / name, StoreIndex.read(home / name / INDEX_NAME).id
+    copy = home / f"{checkpoint.name}-{hashlib.sha256(key).hexdigest()[:16]}"
+    if not copy.exists():  # a cache that is only read, such as one that many share, will do
+        if folder is None:
+            make_cache_folder(home.name)
+        else:
+            make_folder(home, hint="choose a cache_dir that can be written")
+        with FileLock(str(home / f"{copy.name}.wait")):
+            if not copy.exists():
+                with conversion_progress(f"Converting {checkpoint.name}") as progress:
+                    convert(source, copy, experts=experts, dense=dense, progress=progress)
+    return copy, StoreIndex.read(copy / INDEX_NAME).id

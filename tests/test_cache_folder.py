@@ -1,0 +1,61 @@
+"""The cache folder: one that cannot be used is named, with the variable that moves it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hybrid.cli import main
+from hybrid.conversion.cache import converted_copy
+from hybrid.errors import UsageError
+from hybrid.paths import cache_dir, make_cache_folder
+
+
+@pytest.mark.parametrize("place", ["{file}", "{file}/below", "~nobody-of-this-name/cache"])
+@pytest.mark.parametrize("command", [["run", "{model}", "-p", "x"], ["calibrate", "{model}"]])
+def test_a_cache_folder_that_cannot_be(
+    place: str,
+    command: list[str],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file in the way or nobody's home: exit code 2, one line, one hint, nothing measured."""
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("HYBRID_CACHE", place.format(file=file))
+    assert main([word.format(model=tiny_model) for word in command]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    error, hint = err.splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert place.format(file=file) in error
+    assert "HYBRID_CACHE" in hint
+    assert "Traceback" not in err
+
+
+def test_a_cache_folder_that_is_only_read(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was converted before is loaded from it; nothing else can be converted."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    copy, _ = converted_copy(tiny_model, "q4_0", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert converted_copy(tiny_model, "q4_0", None)[0] == copy
+    with pytest.raises(UsageError, match="cannot write to the folder") as caught:
+        converted_copy(tiny_model, "q8_0", None)
+    assert str(tmp_path) in caught.value.message
+    assert "HYBRID_CACHE" in str(caught.value.hint)
+    with pytest.raises(UsageError, match=str(tmp_path)) as caught:
+        converted_copy(tiny_model, "q8_0", None, tmp_path / "own")
+    assert "cache_dir" in str(caught.value.hint)
+
+
+def test_folders_of_the_cache_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that are above them."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "a" / "b"))
+    assert make_cache_folder("c") == cache_dir() / "c"
+    assert (tmp_path / "a" / "b" / "c").is_dir()
