@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from gpu_experts.cuda_runtime import ran_out_of_memory
 from gpu_experts.device import Device
 from hybrid import host
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
@@ -157,7 +158,9 @@ def _memory_told(device: Device) -> Iterator[None]:
     """Say what to do when the memory that is not for experts runs out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         raise UsageError(
             f"{device.name} ran out of memory: {first_line(error)}",
             hint="choose fewer layers with --layers, or smaller shares with --resident",
