@@ -1,4 +1,4 @@
-"""Counters that threads share: taking the next item, waiting for the last one."""
+"""Counters that threads share: taking the next item, waiting for the last one; and the time."""
 
 # numba calls the intrinsics with its own types and compiler state.
 # mypy: disable-error-code="no-untyped-def, misc"
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from typing import Any
 
 from llvmlite import ir
@@ -16,6 +17,13 @@ from cpu_experts.simd import _I32, _I64, Builder, Value, _call, _data, _gep
 
 #: Looks at a counter before the waiting thread offers its core to others.
 _SPINS = 2000
+
+
+#: What reads the processor's clock, which runs at one rate: an LLVM intrinsic, or one instruction.
+_CLOCKS = {
+    **dict.fromkeys(("x86_64", "AMD64", "i386", "i686", "x86"), "llvm.readcyclecounter"),
+    **dict.fromkeys(("aarch64", "arm64", "ARM64"), "mrs $0, cntvct_el0"),
+}
 
 
 def _counter(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
@@ -63,3 +71,18 @@ def wait_for(typingctx, counter, at, value):
         return context.get_dummy_value()
 
     return types.void(counter, types.int64, types.int64), codegen
+
+
+@intrinsic
+def ticks(typingctx):
+    """Return the processor's clock, int64, in units of its own; 0 where there is none to read."""
+
+    def codegen(context, b, signature, args):
+        clock = _CLOCKS.get(platform.machine())
+        if clock is None:
+            return ir.Constant(_I64, 0)
+        if clock.startswith("llvm."):
+            return _call(b, clock, _I64, [])
+        return b.asm(ir.FunctionType(_I64, []), clock, "=r", [], side_effect=True)
+
+    return types.int64(), codegen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ class Decoder:
         )
         self._table = np.zeros(len(self.layers), LAYER)
         self._threads = 0
+        self._spent = np.zeros((len(self.layers) + 1, 3), np.int64)
+        self._since = (0, 0.0)
         self._work: onetoken.Work | None = None
         self._rows: _Rows | None = None
 
@@ -118,6 +121,28 @@ class Decoder:
         check_floats("logits", logits, self.vocabulary)
         self._run(slice(None), self._head, x, cos, sin, cache, logits)
         cache.advance()
+
+    def begin_run(self) -> None:
+        """Count anew what steps take."""
+        self._spent[:] = 0
+        self._since = onetoken.clock(), time.perf_counter()
+
+    def spent_s(self) -> NDArray[np.float64] | None:
+        """Return the seconds that steps took since :meth:`begin_run`, by layer and part.
+
+        Returns
+        -------
+        ``[layers + 1, 3]``: attention and router, routed experts, shared experts or a dense layer;
+        of the last row only the first counts, the output head. As the first thread saw it, which
+        waits for the others; without what is done before and after. None where the processor has
+        no clock that the kernels can read.
+        """
+        clock, begun_s = self._since
+        passed = onetoken.clock() - clock
+        if passed <= 0:
+            return None
+        found: NDArray[np.float64] = self._spent * ((time.perf_counter() - begun_s) / passed)
+        return found
 
     def layer_step(self, index: int, x: F32, cos: F32, sin: F32, cache: KeyValues) -> F32:
         """Return what a single layer makes of the hidden state ``x``; the cache stays.
@@ -244,6 +269,7 @@ class Decoder:
             h=np.zeros(chosen * pad(int(max(h, default=0)), 64), np.uint8),
             h_shared=np.zeros(pad(int(max(shared, default=0)), 64), np.uint8),
             counters=np.zeros((len(layers) + 1, pad(counters, 8)), np.int64),
+            spent=self._spent,
             rows=np.arange(count, dtype=np.int32),
             zeros=np.zeros(count, np.int32),
             firsts=np.arange(count, dtype=np.int64),

@@ -36,6 +36,7 @@ else:
     from cpu_experts.simd import ROW_BLOCKS, quantize_group, strip_dot
     from cpu_experts.simd_dense import add_strip, copy_strip, multiply_strip, silu_strip
 from cpu_experts.portable import fetch_add as fetch_add
+from cpu_experts.portable import ticks as ticks
 from cpu_experts.portable import wait_for
 
 #: Formats and activations by the numbers that the loops switch on.

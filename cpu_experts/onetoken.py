@@ -28,7 +28,7 @@ from cpu_experts.dense import (
     route,
 )
 from cpu_experts.formats import GROUP, TILE
-from cpu_experts.kernels import _down_items, _up_items, wait_for
+from cpu_experts.kernels import _down_items, _up_items, ticks, wait_for
 from cpu_experts.latent import query_items, value_items
 
 #: Where a layer's counters start: whole cache lines apart, attention's last because it has
@@ -37,13 +37,15 @@ PROJECT, OUTPUT, ROUTE, EXPERTS, SHARED, QUERY, ABSORB, EXPAND, ATTEND = (
     np.int64(at) for at in range(0, 72, 8)
 )
 _ZERO, _ONE = np.int64(0), np.int64(1)
+#: Columns of ``Work.spent``; its last row is the output head's, in the first of them.
+ATTENTION, ROUTED, DENSE = range(3)
 
 
 class Work(NamedTuple):
     """Buffers of a decode step; those called ``my_`` have a row for every thread.
 
     ``x`` is the hidden state ``[D]`` and ``x_row`` the same memory as ``[1, D]``; ``rows`` and
-    ``firsts`` count up from 0.
+    ``firsts`` count up from 0. ``spent`` ``[layers + 1, 3]`` adds up the first thread's ticks.
     """
 
     x: Any
@@ -59,6 +61,7 @@ class Work(NamedTuple):
     h: Any
     h_shared: Any
     counters: Any
+    spent: Any
     rows: Any
     zeros: Any
     firsts: Any
@@ -155,7 +158,11 @@ def _attention(layer, state, counter, cos, sin, paired, work, w):
 
 
 @kernel()
-def _feed_forward(layer, counter, work, w):
+def _feed_forward(layer, counter, spent, since, work, w):
+    """Router, experts and shared experts, or a dense layer; returns when it ended.
+
+    ``spent`` gets the ticks from ``since`` on.
+    """
     router, experts, shared = layer["router"], layer["experts"], layer["shared"]
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
     ids, weights = work.my_ids[w], work.my_weights[w]
@@ -177,24 +184,41 @@ def _feed_forward(layer, counter, work, w):
             weights[k] *= layer["residual"]
         if router["gated_shared"]:
             share = layer["residual"] / (one + np.exp(-work.scores[count]))
+        since = _spend(spent, ATTENTION, since, w)
         act = activate(experts["format"], experts["offset"], normed, work.x.size, memory)
         _up(experts, counter[EXPERTS:], act, work, ids, top_k, work.h, buf)
+        since = _spend(spent, ROUTED, since, w)
     if shared["count"]:
         act = activate(shared["format"], shared["offset"], normed, work.x.size, memory)
         _up(shared, counter[SHARED:], act, work, work.firsts, _ONE, work.h_shared, buf)
+        since = _spend(spent, DENSE, since, w)
     if top_k:
         _down(experts, counter[EXPERTS:], work, ids, top_k, weights, work.h, buf)
+        since = _spend(spent, ROUTED, since, w)
     if shared["count"]:
         weights[0] = share
         _down(shared, counter[SHARED:], work, work.firsts, _ONE, weights, work.h_shared, buf)
+        since = _spend(spent, DENSE, since, w)
+    return since
+
+
+@kernel()
+def _spend(spent, column, since, w):
+    """Count the ticks since then in a column, if this is the first thread; return the time."""
+    now = ticks()
+    if w == 0:
+        spent[column] += now - since
+    return now
 
 
 @kernel()
 def _walk(layers, states, head, cos, sin, paired, work, logits, w):
+    since = ticks()
     for i in range(layers.size):
-        counter = work.counters[i]
+        counter, spent = work.counters[i], work.spent[i]
         _attention(layers[i], states[i], counter, cos, sin, paired, work, w)
-        _feed_forward(layers[i], counter, work, w)
+        since = _spend(spent, ATTENTION, since, w)
+        since = _feed_forward(layers[i], counter, spent, since, work, w)
     if head.size == 0:
         return
     last, normed = head[0], work.my_normed[w]
@@ -206,6 +230,13 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
         work.counters[layers.size], OUTPUT, matrix, act, work.rows, work.my_buf[w], scale,
         False, logits,
     )  # fmt: skip
+    _spend(work.spent[layers.size], ATTENTION, since, w)
+
+
+@kernel()
+def clock():
+    """Return the time that ``Work.spent`` is counted in."""
+    return ticks()
 
 
 @kernel(parallel=True)

@@ -9,6 +9,7 @@ Compiled by numba on machines without a vector level of ours, and run uncompiled
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +214,11 @@ if config.DISABLE_JIT:
         """See :func:`cpu_experts.atomics.wait_for`; one thread has nobody to wait for."""
         assert counter[at] >= value
 
+    def ticks() -> Any:
+        """See :func:`cpu_experts.atomics.ticks`."""
+        return time.perf_counter_ns()
+
 else:
     from cpu_experts.atomics import fetch_add as fetch_add
+    from cpu_experts.atomics import ticks as ticks
     from cpu_experts.atomics import wait_for as wait_for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -195,6 +196,36 @@ def test_the_result_does_not_depend_on_threads() -> None:
         found.append(logits)
     numba.set_num_threads(most)
     np.testing.assert_array_equal(*found)
+
+
+def test_what_a_step_takes_is_told_by_layer_and_part() -> None:
+    """Together not more than what passed; a part that a layer has not takes nothing."""
+    routed, dense = (
+        _layer("q4_0"),
+        _layer("q4_0", router=None, experts=None, shared=_experts(1, "q4_0")),
+    )
+    decoder = Decoder([routed, dense], norm=_norm(D), lm_head=_matrix(50, D, "q4_0"))
+    cache, logits = decoder.new_cache(), np.zeros(50, np.float32)
+    for index in range(2):
+        cache.store(index, _draw(2, 3, DIM), _draw(2, 3, DIM))
+    step = _draw(D), np.ones(PAIRS, np.float32), np.ones(PAIRS, np.float32), cache, logits
+    decoder.step(*step)  # compiles
+    decoder.begin_run()
+    begun_s = time.perf_counter()
+    for _ in range(3):
+        decoder.step(*step)
+    spent_s = decoder.spent_s()
+    passed_s = time.perf_counter() - begun_s
+    assert spent_s is not None
+    assert (spent_s > 0).tolist() == [
+        [True, True, False],
+        [True, False, True],
+        [True, False, False],
+    ]
+    assert spent_s.sum() < 1.1 * passed_s
+    decoder.begin_run()
+    again_s = decoder.spent_s()
+    assert again_s is None or not again_s.any()
 
 
 def _latent_layer(fmt: str = "f32", apart: bool = False, low_rank: bool = False) -> Layer:

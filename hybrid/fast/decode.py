@@ -59,7 +59,7 @@ class FastDecoder:
     Attributes
     ----------
     spent_s
-        Seconds that single tokens took in the kernels; whoever asks sets it to 0 before.
+        Seconds that single tokens took in the kernels since :meth:`begin_run`.
     """
 
     spent_s = 0.0
@@ -97,6 +97,11 @@ class FastDecoder:
         self.spent_s += time.perf_counter() - start_s
         sequence.advance()
         return MoeCausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
+
+    def begin_run(self) -> None:
+        """Count anew what single tokens take; the decoder counts it by layer and part."""
+        self.spent_s = 0.0
+        self.decoder.begin_run()
 
     def prompt(
         self, arguments: dict[str, Any], slow: Any, on_prompt: OnPrompt | None
