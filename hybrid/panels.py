@@ -45,7 +45,7 @@ def panels_from(shape: ExpertShape) -> int | None:
     """The load from which this machine's calibration found panels faster; None is never."""
     if not offered(shape):
         return None
-    spec = calibrated.load(Identity.of_this_machine(torch.get_num_threads()))
+    spec = calibrated.usable(Identity.of_this_machine(torch.get_num_threads()))
     return None if spec is None else faster_from(spec, shape)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from cpu_experts import simd
 from hybrid import host
+from hybrid.calibration.calibrated import Identity, damage
 from hybrid.calibration.prediction import calibrating, cpu_terms
 from hybrid.experts import experts_of
-from hybrid.metrics import Figure, GenerationTimes, RunReport, Term
+from hybrid.metrics import Figure, GenerationTimes, RunReport, SlowPath, Term
 from hybrid.panels import accelerated
 from hybrid.sharing.placement import Placement
 from hybrid.slow_paths import slow_paths
@@ -72,9 +74,18 @@ def run_report(
         predictions=predictions,
         slow_paths=(
             *slow_paths(network),
+            *_damaged(threads, placement),
             *(() if placement is None else placement.slow_paths()),
         ),
     )
+
+
+def _damaged(threads: int, placement: Placement | None) -> Iterator[SlowPath]:
+    """Name the calibrations that could not be used."""
+    for device in ("",) if placement is None else ("", placement.device):
+        found = damage(Identity.of_this_machine(threads, device))
+        if found is not None:
+            yield found
 
 
 def _predicted_from(network: Any, placement: Placement, name: str) -> str:

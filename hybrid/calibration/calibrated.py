@@ -21,6 +21,7 @@ import psutil
 from cpu_experts import hostcpu
 from hybrid import host
 from hybrid.errors import UsageError
+from hybrid.metrics import SlowPath
 from hybrid.paths import cache_dir, make_cache_folder, write_whole
 from planner.errors import SpecError
 from planner.fields import read_table
@@ -124,16 +125,46 @@ def load(identity: Identity | None = None) -> HardwareSpec | None:
     UsageError
         When the file is damaged; the hint says how to make it anew.
     """
-    path = (identity or Identity.of_this_machine()).path
-    if not path.exists():
+    here = identity or Identity.of_this_machine()
+    if not here.path.exists():
         return None
     try:
-        return HardwareSpec.from_table(read_table(path), str(path))
+        return HardwareSpec.from_table(read_table(here.path), str(here.path))
     except SpecError as error:
         raise UsageError(
             f"the calibration of this machine cannot be used: {error.message}",
-            hint="measure it again with 'hybrid calibrate --force'",
+            hint=f"measure it again with {_again(here)}",
         ) from error
+
+
+def _again(identity: Identity) -> str:
+    """The command that measures over a calibration."""
+    words = ["hybrid calibrate --force"]
+    if identity.device.startswith("emulated"):
+        words.append("--device emulated")
+    if identity.threads != host.default_threads():
+        words.append(f"--threads {identity.threads}")
+    return f"'{' '.join(words)}'"
+
+
+def usable(identity: Identity) -> HardwareSpec | None:
+    """Return the calibration of this machine, for what goes on without one.
+
+    None also where it is damaged, which :func:`damage` tells.
+    """
+    try:
+        return load(identity)
+    except UsageError:
+        return None
+
+
+def damage(identity: Identity) -> SlowPath | None:
+    """Say that a calibration is damaged, and what helps; None when it is not."""
+    try:
+        load(identity)
+    except UsageError as error:
+        return SlowPath("a damaged calibration", error.message, str(error.hint))
+    return None
 
 
 def with_devices(threads: int | None = None) -> list[Identity]:
@@ -165,8 +196,10 @@ def in_force(threads: int | None = None) -> tuple[HardwareSpec | None, str]:
 
 
 def missing(identity: Identity | None = None) -> str:
-    """Say why there is no calibration: never made, or of software that was replaced since."""
+    """Say why there is no calibration: damaged, never made, or of software replaced since."""
     here = identity or Identity.of_this_machine()
+    if here.path.exists():
+        return "the calibration of this machine is damaged"
     mine = _machine(here.comment())
     for path in sorted(here.path.parent.glob("*.toml")):
         with suppress(OSError, UnicodeDecodeError):

@@ -17,6 +17,7 @@ from hybrid.experts import experts_of
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.sharing.timeline import DECODE, PREFILL
 from planner.dryrun import OURS, estimates
+from planner.errors import PlannerError
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
 from planner.outcome import CALL, CPU
@@ -155,7 +156,7 @@ def predicted(
     loads: Sequence[Sequence[int]] | None = None,
     asides: Sequence[str] = (),
 ) -> Prediction | None:
-    """Predict a run of a loaded model on this machine; None when it was not calibrated.
+    """Predict a run of a loaded model on this machine; None when no calibration can be used.
 
     Parameters
     ----------
@@ -167,13 +168,8 @@ def predicted(
         That it runs on.
     loads, asides
         See :func:`predict`.
-
-    Raises
-    ------
-    UsageError
-        When the calibration is damaged.
     """
-    hardware = calibrated.load(Identity.of_this_machine(threads))
+    hardware = calibrated.usable(Identity.of_this_machine(threads))
     if hardware is None:
         return None
     # As calibrations name it: a loaded network's dtype is that of its arithmetic.
@@ -240,20 +236,23 @@ def cpu_terms(
     if times.sequences != 1 or times.ttft_s is None:
         return (), None
     loads = prompt_loads(network) if times.prompt_tokens > 1 else None
-    found = predicted(
-        network,
-        times.prompt_tokens,
-        times.new_tokens,
-        threads=threads,
-        loads=loads or None,
-        asides=times.asides,
-    )
     command = calibrating(network, name)
-    if found is None:
-        return (
-            (),
-            f"none: {calibrated.missing(Identity.of_this_machine(threads))}; {command} measures it",
+    try:
+        found = predicted(
+            network,
+            times.prompt_tokens,
+            times.new_tokens,
+            threads=threads,
+            loads=loads or None,
+            asides=times.asides,
         )
+    except PlannerError as error:  # no figure is worth a run
+        return (), f"none: {error.message}; {command[:-1]} --force' measures again"
+    if found is None:
+        here = Identity.of_this_machine(threads)
+        if calibrated.damage(here) is not None:
+            command = f"{command[:-1]} --force'"
+        return (), f"none: {calibrated.missing(here)}; {command} measures it"
     fast = network.hybrid_fast.decoder is not None
     spent_s = sum(layer.spent_s for layer in experts_of(network)) if fast else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,11 +111,12 @@ def _leave(
     popularity: Path | None,
     routing: Path | None,
 ) -> None:
-    """Tell how it went, and write what was asked for."""
-    cli.summarise(loaded, whole=report)
-    cli.write_timeline(loaded, perfetto)
-    cli.write_routing(loaded, routing)
-    cli.write_popularity(loaded, popularity)
+    """Tell how it went, and write what was asked for: each file, whatever becomes of the others."""
+    with ExitStack() as rest:
+        rest.callback(cli.write_popularity, loaded, popularity)
+        rest.callback(cli.write_routing, loaded, routing)
+        rest.callback(cli.write_timeline, loaded, perfetto)
+        cli.summarise(loaded, whole=report)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -142,22 +142,27 @@ def emulated_device(capacity_bytes: int, shape: ExpertShape, threads: int) -> Em
 def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec:
     """Return what this machine does how fast, with ``device`` as its GPU.
 
-    A real device is measured with the model's shape when it is used for the first time, which
-    takes under a minute. So may an emulated one be, by ``hybrid calibrate``; else it is taken for
-    that of ``EMULATED_AS``, beside this machine's CPU where that was calibrated.
+    A real device is measured with the model's shape when it is used for the first time, or what
+    was measured is damaged, which takes under a minute. So may an emulated one be, by ``hybrid
+    calibrate``; else it is taken for that of ``EMULATED_AS``, beside this machine's CPU where that
+    was calibrated.
     """
     if isinstance(device, EmulatedDevice):
         from hybrid.calibration.calibrate import covers
 
-        own = calibrated.load(Identity.of_this_machine(threads, device.name))
+        own = calibrated.usable(Identity.of_this_machine(threads, device.name))
         if own is not None and covers(own, subject(directory)):
             return own
-        cpu = calibrated.load(Identity.of_this_machine(threads))
+        cpu = calibrated.usable(Identity.of_this_machine(threads))
         like = find_hardware(EMULATED_AS)
         return like if cpu is None else emulated_hardware(cpu, like)
     from hybrid.calibration.calibrate import hardware_for
 
-    return hardware_for(directory, device=device, threads=threads, progress=_say)
+    damaged = calibrated.damage(Identity.of_this_machine(threads, device.name))
+    if damaged is not None:
+        _say(f"{damaged.reason}: measuring anew")
+    again = damaged is not None
+    return hardware_for(directory, force=again, device=device, threads=threads, progress=_say)
 
 
 def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
