@@ -18,6 +18,7 @@ from hybrid.config import DEFAULT_EXPERTS, HybridConfig
 from hybrid.conversion.cache import converted_copy
 from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.fast.attach import DecodePath, FastPath
+from hybrid.sharing.budget import Budget
 from hybrid.sharing.devices import (
     Size,
     choose_device,
@@ -28,7 +29,7 @@ from hybrid.sharing.devices import (
     size_in_bytes,
     wants_vram,
 )
-from hybrid.sharing.placement import Budget, Placement, place_model
+from hybrid.sharing.placement import Placement, place_model
 from hybrid.sharing.timeline import Timeline
 from hybrid.slow_paths import has_native_bf16
 from planner.popularity import Popularity, read_popularity

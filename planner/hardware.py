@@ -34,9 +34,18 @@ class Quantity:
     error: float | None = None
 
 
+CONTEXT_BYTES = 400 * 2**20
+"""The part of what a GPU's driver and kernels take that is gone once a process uses the GPU at
+all, and missing in the free memory that the GPU then tells: assumed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """The accelerator."""
+    """The accelerator.
+
+    ``reserve_bytes`` of its memory are no model's: the driver's context, compiled kernels and the
+    allocator's slack.
+    """
 
     name: str
     vram_bytes: Quantity
@@ -45,6 +54,9 @@ class Gpu:
     memory_efficiency: Quantity
     flop_efficiency: Quantity
     launch_s: Quantity
+    reserve_bytes: Quantity = Quantity(
+        600 * 2**20, Source.ASSUMED, "driver context, compiled kernels and allocator slack"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +190,7 @@ TERM_LANES = ("cpu", "gpu")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")
 _MAY_BE_ZERO = (
+    "reserve_bytes",
     "launch_s",
     "latency_s",
     "start_s",
@@ -251,6 +264,13 @@ class HardwareSpec:
                 )
         new = {name: Quantity(v, Source.ASSUMED, "set by the user") for name, v in values.items()}
         return replace(self, **{part: replace(old, **new)})
+
+    def emulated(self) -> HardwareSpec:
+        """Return this machine with its GPU emulated, which reserves nothing of its memory."""
+        if self.gpu is None:
+            return self
+        none = Quantity(0, Source.ANALYTIC, "an emulated device has no driver")
+        return replace(self, gpu=replace(self.gpu, reserve_bytes=none))
 
 
 def _part(kind: type, table: Fields) -> Any:

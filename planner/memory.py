@@ -10,8 +10,6 @@ from planner.cost import CostModel, weight_bytes
 from planner.errors import SpecError
 from planner.popularity import Popularity
 
-VRAM_RESERVE_BYTES = 600 * 2**20
-"""Driver context, compiled kernels and allocator slack: assumed."""
 RAM_RESERVE_BYTES = 2 * 2**30
 """The operating system and Python with torch: assumed."""
 
@@ -145,7 +143,8 @@ def fit(
     slots = 0
     slot_bytes = slot_bytes or cost.experts.bytes
     if hardware.gpu:
-        items.append(Item("driver and kernels", "vram", VRAM_RESERVE_BYTES))
+        if reserve := int(hardware.gpu.reserve_bytes.value):
+            items.append(Item("driver and kernels", "vram", reserve))
         free = vram - _sum(items, "vram")
         if free < 0:
             shortage = (

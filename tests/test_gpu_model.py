@@ -27,7 +27,8 @@ from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.planning import find_hardware
 from hybrid.sharing import devices
-from hybrid.sharing.placement import Budget, Placement, place_model
+from hybrid.sharing.budget import Budget
+from hybrid.sharing.placement import Placement, place_model
 from planner.memory import STAGING
 from test_calibrate import quick  # noqa: F401
 from test_sharing_model import GREEDY, PROMPT, _dense_bytes
@@ -66,6 +67,9 @@ def placed(target: CudaDevice, slots: int) -> tuple[Any, Placement]:
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
     vram = _dense_bytes(demo()) + (slots + STAGING) * layer.blocks.shape[1]
     hardware = find_hardware("rtx4060-laptop-8gb")
+    if target.torch_device.type != "cpu":
+        assert hardware.gpu is not None
+        vram += int(hardware.gpu.reserve_bytes.value)
     placement = place_model(model, target, hardware, Budget(vram, None, 256), threads=1)
     assert placement.executor is not None
     assert placement.executor.slot_count == slots

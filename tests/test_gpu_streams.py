@@ -17,8 +17,9 @@ from gpu_experts.events import poll
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.planning import find_hardware
+from hybrid.sharing.budget import Budget
 from hybrid.sharing.executor import Executor
-from hybrid.sharing.placement import Budget, place_model
+from hybrid.sharing.placement import place_model
 from naive_gpu import Compute, Copy, contents, small_layout
 from sharing import EXPERTS, LAYERS, on_cpu, random_layers, random_step, shared_executor
 from strict_cuda import DEVICE, StrictRuntime, StrictStream

@@ -10,8 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.loading import load_fast_model
 from hybrid.planning import find_hardware
+from hybrid.sharing.budget import Budget
 from hybrid.sharing.devices import emulated_device
-from hybrid.sharing.placement import Budget, place_model
+from hybrid.sharing.placement import place_model
 from tiny_families import families, tiny_config
 
 #: Attention of jetmoe is routed through experts too, which is refused; what transformers does not

@@ -22,6 +22,7 @@ from hybrid.errors import UsageError
 from hybrid.loading import set_threads
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware
+from hybrid.sharing.budget import Budget, usable_vram
 from hybrid.sharing.devices import EMULATED_AS, choose_device, emulated_hardware
 from hybrid.sharing.timeline import DECODE, HEAD, ROUTER
 from planner.cost import CostModel, weight_bytes
@@ -135,8 +136,8 @@ def _on_gpu(
     opened = CudaDevice(int(device.partition(":")[2]))
     about = {"device": of_gpu(opened)}
     hardware = hardware_for(name, device=opened, **options)
-    free = opened.memory().free_bytes
-    hardware = hardware.with_values("gpu", vram_bytes=free)
+    usable = usable_vram(opened, hardware, Budget(None, None, context))
+    hardware = hardware.with_values("gpu", vram_bytes=usable)
     fitting = _layers_that_fit(wanted.model, hardware, share)
     cost = CostModel(_cut(wanted.model, layers or fitting), hardware, FORMAT)
     return OnGpu(wanted, cost, opened, context, options["progress"]), about

@@ -23,8 +23,9 @@ from gpu_experts.device import Device
 from hybrid.calibration.parts import Part, Pass
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.loading import load_fast_model
+from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.devices import dtype_on
-from hybrid.sharing.placement import Budget, Placement, fitted, place_model
+from hybrid.sharing.placement import Placement, place_model
 from hybrid.sharing.timeline import DECIDING, EXPERTS, HEAD, ROUTER, LayerRecord, Timeline
 from planner.hardware import HardwareSpec
 from planner.model import Layer, ModelSpec

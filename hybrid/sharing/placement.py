@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device, Note
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
@@ -18,6 +16,7 @@ from hybrid.experts import LayerExperts, experts_of
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
 from hybrid.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
+from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.dense_move import move_dense
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.devices import room_told
@@ -30,13 +29,11 @@ from planner.cache import ExpertCache
 from planner.capacity import equal_capacities
 from planner.cost import CostModel
 from planner.director import REALISED, Director
-from planner.families import from_hf_config
 from planner.hardware import HardwareSpec
-from planner.memory import STAGING, Fit, HostMemory, fit, in_words
+from planner.memory import STAGING, Fit, HostMemory, in_words
 from planner.model import ModelSpec
 from planner.outcome import CALL
 from planner.popularity import Popularity, informed
-from planner.request import Request
 
 
 class PlacedExperts:
@@ -54,31 +51,6 @@ class PlacedExperts:
 
 RING_BYTES = 256 << 20
 """Pinned where the experts do not fit: enough to hide what fills it."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a model may use.
-
-    Parameters
-    ----------
-    vram_bytes
-        Of the device; None is all that is free there.
-    ram_bytes
-        Of the host; None is all it has.
-    context
-        Tokens of cache to keep room for.
-    popularity
-        What is known of the experts' use; None is nothing.
-    record_routing
-        Whether to keep what the routers choose.
-    """
-
-    vram_bytes: int | None
-    ram_bytes: int | None
-    context: int
-    popularity: Popularity | None = None
-    record_routing: bool = False
 
 
 @dataclass(frozen=True)
@@ -299,47 +271,6 @@ def place_model(
             )
     known = budget.popularity
     return Placement(device.name, placed, cost, executor, tuple(notes), known, shared, device.notes)
-
-
-def fitted(
-    model: Any, device: Device, hardware: HardwareSpec, budget: Budget
-) -> tuple[CostModel, Fit]:
-    """Return what a loaded model takes where on ``device``, and what predicts its durations.
-
-    Takes what :func:`place_model` takes.
-    """
-    free = device.memory().free_bytes
-    vram = free if budget.vram_bytes is None else budget.vram_bytes
-    if vram > device.memory().total_bytes:
-        raise UsageError(
-            f"vram is {in_words(vram)}, {device.name} has {in_words(device.memory().total_bytes)}",
-            hint="give it less, or leave vram out to use what is free",
-        )
-    if vram > free:
-        raise UsageError(
-            f"vram is {in_words(vram)}, {device.name} has {in_words(free)} free",
-            hint="close what else uses the device, or leave vram out to use what is free",
-        )
-    hardware = hardware.with_values("gpu", vram_bytes=vram)
-    if budget.ram_bytes is not None:
-        hardware = hardware.with_values("cpu", ram_bytes=budget.ram_bytes)
-    index = model.hybrid_store.index
-    spec = from_hf_config(model.config.to_dict(), index.source["name"])
-    dense = index.dense_format
-    # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
-    if dense is None or not is_quantized(dense) or device.torch_device.type != "cpu":
-        dense = "f32" if model.dtype == torch.float32 else "bf16"
-    cost = CostModel(spec, hardware, index.format, dense)
-    stride = experts_of(model)[0].blocks.shape[1]
-    return cost, fit(
-        cost,
-        context=budget.context,
-        prompt=budget.context,  # a prompt is computed at once
-        batch=Request.batch,
-        slot_bytes=stride,
-        staging=STAGING,
-        popularity=budget.popularity,
-    )
 
 
 def _share_experts(

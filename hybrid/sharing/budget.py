@@ -1,0 +1,108 @@
+"""What a model may use of a device and of this machine, and what lies where within that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpu_experts.formats import is_quantized
+from gpu_experts.device import Device
+from hybrid.errors import UsageError
+from hybrid.experts import experts_of
+from planner.cost import CostModel
+from planner.families import from_hf_config
+from planner.hardware import CONTEXT_BYTES, HardwareSpec
+from planner.memory import STAGING, Fit, fit, in_words
+from planner.popularity import Popularity
+from planner.request import Request
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may use.
+
+    Parameters
+    ----------
+    vram_bytes
+        Of the device; None is all that is free there.
+    ram_bytes
+        Of the host; None is all it has.
+    context
+        Tokens of cache to keep room for.
+    popularity
+        What is known of the experts' use; None is nothing.
+    record_routing
+        Whether to keep what the routers choose.
+    """
+
+    vram_bytes: int | None
+    ram_bytes: int | None
+    context: int
+    popularity: Popularity | None = None
+    record_routing: bool = False
+
+
+def fitted(
+    model: Any, device: Device, hardware: HardwareSpec, budget: Budget
+) -> tuple[CostModel, Fit]:
+    """Return what a loaded model takes where on ``device``, and what predicts its durations.
+
+    Takes what :func:`place_model` takes.
+    """
+    if device.torch_device.type == "cpu":
+        hardware = hardware.emulated()
+    hardware = hardware.with_values("gpu", vram_bytes=usable_vram(device, hardware, budget))
+    if budget.ram_bytes is not None:
+        hardware = hardware.with_values("cpu", ram_bytes=budget.ram_bytes)
+    index = model.hybrid_store.index
+    spec = from_hf_config(model.config.to_dict(), index.source["name"])
+    dense = index.dense_format
+    # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
+    if dense is None or not is_quantized(dense) or device.torch_device.type != "cpu":
+        dense = "f32" if model.dtype == torch.float32 else "bf16"
+    cost = CostModel(spec, hardware, index.format, dense)
+    stride = experts_of(model)[0].blocks.shape[1]
+    return cost, fit(
+        cost,
+        context=budget.context,
+        prompt=budget.context,  # a prompt is computed at once
+        batch=Request.batch,
+        slot_bytes=stride,
+        staging=STAGING,
+        popularity=budget.popularity,
+    )
+
+
+def usable_vram(device: Device, hardware: HardwareSpec, budget: Budget) -> int:
+    """Return how much of ``device`` this program may use, its driver's context included.
+
+    A context that is there already is missing in what the device tells to be free, and counts as
+    ours: whoever asks for all of a card gets all of it.
+
+    Raises
+    ------
+    UsageError
+        When more is asked for than the device has, or than others leave.
+    """
+    assert hardware.gpu is not None
+    total, free = device.memory()
+    reserve = int(hardware.gpu.reserve_bytes.value)
+    usable = min(total, free + min(reserve, CONTEXT_BYTES))
+    asked = budget.vram_bytes
+    if asked is None:
+        return usable
+    if asked > -(-total // GIB) * GIB:  # a card of 24 GiB tells a little less of itself
+        raise UsageError(
+            f"vram is {in_words(asked)}, {device.name} has {in_words(total)}",
+            hint="give it less, or leave vram out to use what is free",
+        )
+    if min(asked, total) > free + reserve:
+        raise UsageError(
+            f"vram is {in_words(asked)}, {device.name} has {in_words(free)} free",
+            hint="close what else uses the device, or leave vram out to use what is free",
+        )
+    return min(asked, usable)
