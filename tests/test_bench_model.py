@@ -173,6 +173,7 @@ def test_a_calibrated_machine_predicts_the_bench(
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), *options])
     assert "against measured)" in done.stdout
     assert "from rates of this machine for its experts" in done.stdout
+    assert re.search(r"^read bandwidth .*, 10\.0 GB/s when calibrated", done.stdout, re.M)
     assert re.search(rf"^decode +{HEAD}: predicted .* measured .*\(predicted", done.stdout, re.M)
     assert re.search(r"^decode is off +most by", done.stdout, re.M), "the machine is made up"
 

@@ -258,7 +258,7 @@ def _model_table(result: dict[str, Any]) -> str:
         ("prefill", f"{prefill['tokens_per_s']:.1f} tokens/s, {_range(prefill)}"),
         ("decode", f"{decode['tokens_per_s']:.1f} tokens/s, {_range(decode)} a token"),
         *_prediction(result),
-        ("read bandwidth", f"{result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
+        ("read bandwidth", _bandwidth(result)),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB, mapped files included"),
         ("anonymous", f"{_mib(result['start'], 'peak_anonymous_bytes')} at most"),
     ]
@@ -270,6 +270,15 @@ def _model_table(result: dict[str, Any]) -> str:
         share = f"{result['bytes_per_token'] / 1e6:.1f} MB, {result['read_fraction']:.2f} of"
         rows.append(("read a token", f"{share} the bandwidth"))
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
+
+
+def _bandwidth(result: dict[str, Any]) -> str:
+    """Now, and when it was calibrated: a machine's speed drifts, and predictions with it."""
+    now = f"{result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
+    known = result["calibration"]
+    if known is None:
+        return now
+    return f"{now}, {known['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s when calibrated"
 
 
 def _started(start: dict[str, Any]) -> str:
