@@ -24,6 +24,8 @@ def run_report(
     name: str,
     threads: int,
     load_s: float,
+    context: int | None = None,
+    told: tuple[SlowPath, ...] = (),
 ) -> RunReport:
     """Say what runs, how, how fast the last call was, and what ran slower than it could.
 
@@ -37,6 +39,10 @@ def run_report(
         Of the last call; None before the first.
     name, threads, load_s
         What was loaded, how many threads compute, and how long loading took.
+    context
+        Tokens of cache that a device's memory is kept for.
+    told
+        What was found to be slower or smaller than it could be then.
     """
     index = network.hybrid_store.index
     figures = {
@@ -49,7 +55,8 @@ def run_report(
     if times is not None:
         figures |= times.figures()
         if placement is None:
-            terms, predictions = cpu_terms(network, times, threads, name)
+            found = cpu_terms(network, times, threads, name)
+            terms, layers, predictions = found.terms, found.layers, found.predictions
         else:
             figures |= placement.figures()
             terms, layers = placement.terms(times), placement.by_layer()
@@ -75,9 +82,25 @@ def run_report(
         slow_paths=(
             *slow_paths(network),
             *_damaged(threads, placement),
-            *(() if placement is None else placement.slow_paths()),
+            *(told if placement is None else placement.slow_paths()),
+            *(() if placement is None else _beyond(context, times)),
         ),
     )
+
+
+def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[SlowPath]:
+    """Say when a call took more cache than memory is kept for."""
+    if context is None or times is None:
+        return
+    tokens = times.prompt_tokens + times.new_tokens
+    if tokens * times.sequences > context:
+        batch = f" in each of {times.sequences} sequences" if times.sequences > 1 else ""
+        yield SlowPath(
+            "the cache is larger than planned",
+            f"the last call took {tokens} tokens{batch}, memory is kept for {context}",
+            f"load with a context of {tokens * times.sequences} or more: what is missing is taken "
+            "from the experts, if there is anything",
+        )
 
 
 def _damaged(threads: int, placement: Placement | None) -> Iterator[SlowPath]:

@@ -209,7 +209,17 @@ def test_a_report_says_what_it_predicts_from(
     assert "±" in str(terms["decode", MIXER])
     whole = terms["decode", "a step"].measured_s
     assert whole is not None
-    assert model.model.hybrid_fast.decoder.spent_s > 0
+    parts = [terms["decode", name].measured_s for name in (MIXER, CPU, HEAD, CALL)]
+    assert whole == pytest.approx(sum(part or 0.0 for part in parts))
+    shares = [term for term in report.layers if term.name == CPU]
+    assert [share.layer for share in shares] == list(
+        range(len(model.model.hybrid_fast.decoder.decoder.layers))
+    )
+    assert sum(share.measured_s or 0 for share in shares) == pytest.approx(parts[1])
+    assert sum(share.predicted_s for share in shares) == pytest.approx(
+        terms["decode", CPU].predicted_s
+    )
+    assert "decode layers" in str(report)
     assert calibrating(model.model, "M") == "'hybrid calibrate M --dense q8_0'"
 
 

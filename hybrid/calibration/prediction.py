@@ -16,11 +16,12 @@ from hybrid.config import DEFAULT_EXPERTS
 from hybrid.experts import experts_of
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.sharing.timeline import DECODE, PREFILL
+from planner.cost import CostModel
 from planner.dryrun import OURS, estimates
 from planner.errors import PlannerError
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
-from planner.outcome import CALL, CPU
+from planner.outcome import CALL, CPU, DENSE, HEAD, MIXER
 from planner.request import Request
 from planner.spec import Estimate, Source, weakest
 
@@ -40,11 +41,14 @@ class Prediction:
         Mean terms of a decode step; they add up to ``tpot``. Empty when no step was asked for.
     coverage
         Which of them a measurement of this model's shape and formats tells.
+    layers
+        Every decoder layer's share of ``token``, in seconds.
     """
 
     prompt: dict[str, Estimate]
     token: dict[str, Estimate]
     coverage: Coverage
+    layers: tuple[dict[str, float], ...]
 
     @property
     def ttft(self) -> Estimate:
@@ -119,12 +123,12 @@ def predict(
         )
     run = OURS.run(request, request.fit(), routing)
     coverage = Coverage.of(machine, model, experts, dense)
+    token = estimates(request.cost, run.decode_terms(), 1) if tokens > 1 else {}
     found = Prediction(
         prompt=_doubted(estimates(request.cost, run.prefill.terms, prompt), coverage),
-        token=_doubted(estimates(request.cost, run.decode_terms(), 1), coverage)
-        if tokens > 1
-        else {},
+        token=_doubted(token, coverage),
         coverage=coverage,
+        layers=_shared_out(token, request.cost, prompt + tokens // 2),
     )
     for name in asides:
         more = request.cost.aside(name)
@@ -133,6 +137,26 @@ def predict(
             if terms and more.value:
                 terms[CALL] += more
     return found
+
+
+def _shared_out(
+    token: Mapping[str, Estimate], cost: CostModel, context: int
+) -> tuple[dict[str, float], ...]:
+    """Share a step's terms out among the decoder layers, as each costs alone."""
+    alone = [
+        {
+            MIXER: cost.mixer(layer, 1, context).value,
+            DENSE: cost.ffn(layer, 1).value,
+            CPU: float(layer.moe),
+        }
+        for layer in cost.model.layers
+    ]
+    whole = {name: sum(layer[name] for layer in alone) or 1.0 for name in alone[0]}
+    return tuple(
+        {name: token[name].value * part / whole[name] for name, part in layer.items()}
+        for layer in alone
+        if token
+    )
 
 
 def _doubted(terms: dict[str, Estimate], coverage: Coverage) -> dict[str, Estimate]:
@@ -191,7 +215,7 @@ def begin_run(network: Any, prompt_tokens: int) -> None:
     for experts in experts_of(network):
         experts.begin_run(prompt_tokens)
     if network.hybrid_fast.decoder is not None:
-        network.hybrid_fast.decoder.spent_s = 0.0
+        network.hybrid_fast.decoder.begin_run()
 
 
 def prompt_loads(network: Any) -> list[list[int]]:
@@ -215,14 +239,29 @@ def calibrating(network: Any, name: str) -> str:
     return f"'{' '.join(words)}'"
 
 
-def cpu_terms(
-    network: Any, times: GenerationTimes, threads: int, name: str
-) -> tuple[tuple[Term, ...], str | None]:
-    """Return what a run on the CPU alone consisted of, predicted and as far as it was measured.
+@dataclass(frozen=True)
+class CpuTerms:
+    """What a run on the CPU alone consisted of, predicted and as far as it was measured.
 
-    Beside that, what was predicted from and what would make it better; None for a batch, which is
-    not predicted. The one-token kernels compute a step in one call, so only that and what
-    surrounds it are measured.
+    Attributes
+    ----------
+    terms, layers
+        Of whole steps, and of every decoder layer of a step.
+    predictions
+        What was predicted from, and what would make it better; None for a batch, which is not
+        predicted.
+    """
+
+    terms: tuple[Term, ...] = ()
+    layers: tuple[Term, ...] = ()
+    predictions: str | None = None
+
+
+def cpu_terms(network: Any, times: GenerationTimes, threads: int, name: str) -> CpuTerms:
+    """Return what a run on the CPU alone consisted of.
+
+    Of a prompt the experts are measured, of single tokens every part, by the kernels themselves:
+    what they do not see surrounds the layers.
 
     Parameters
     ----------
@@ -234,7 +273,7 @@ def cpu_terms(
         What the user calls the model.
     """
     if times.sequences != 1 or times.ttft_s is None:
-        return (), None
+        return CpuTerms()
     loads = prompt_loads(network) if times.prompt_tokens > 1 else None
     command = calibrating(network, name)
     try:
@@ -247,12 +286,14 @@ def cpu_terms(
             asides=times.asides,
         )
     except PlannerError as error:  # no figure is worth a run
-        return (), f"none: {error.message}; {command[:-1]} --force' measures again"
+        again = f"{command[:-1]} --force' measures again"
+        return CpuTerms(predictions=f"none: {error.message}; {again}")
     if found is None:
         here = Identity.of_this_machine(threads)
         if calibrated.damage(here) is not None:
             command = f"{command[:-1]} --force'"
-        return (), f"none: {calibrated.missing(here)}; {command} measures it"
+        why = calibrated.missing(here)
+        return CpuTerms(predictions=f"none: {why}; {command} measures it")
     fast = network.hybrid_fast.decoder is not None
     spent_s = sum(layer.spent_s for layer in experts_of(network)) if fast else None
 
@@ -266,14 +307,35 @@ def cpu_terms(
         for name, estimate in found.prompt.items()
         if estimate.value
     ]
+    layers: list[Term] = []
     if times.new_tokens > 1:
         steps = times.new_tokens - 1
         token_s = times.decode_s / steps
-        around_s = token_s - network.hybrid_fast.decoder.spent_s / steps if fast else None
+        measured, by_layer = _measured(network, steps, token_s) if fast else ({}, [])
         terms.append(term(DECODE, WHOLE, found.tpot, token_s))
         terms += [
-            term(DECODE, name, estimate, around_s if name == CALL else None)
+            term(DECODE, name, estimate, measured.get(name))
             for name, estimate in found.token.items()
-            if estimate.value
+            if estimate.value or measured.get(name)
         ]
-    return tuple(terms), found.coverage.advice(command)
+        layers = [
+            Term(DECODE, name, share[name], seconds, layer=number)
+            for number, (share, row) in enumerate(zip(found.layers, by_layer, strict=False))
+            for name, seconds in row.items()
+        ]
+    return CpuTerms(tuple(terms), tuple(layers), found.coverage.advice(command))
+
+
+def _measured(
+    network: Any, steps: int, token_s: float
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return what the one-token kernels measured, by term, and by layer and term."""
+    fast = network.hybrid_fast.decoder
+    spent_s = fast.decoder.spent_s()
+    if spent_s is None:  # no clock that kernels can read: only the whole of them is known
+        return {CALL: token_s - fast.spent_s / steps}, []
+    *rows, head = (spent_s / steps).tolist()
+    layers = [dict(zip((MIXER, CPU, DENSE), row, strict=True)) for row in rows]
+    terms = {name: sum(layer[name] for layer in layers) for name in (MIXER, CPU, DENSE)}
+    terms[HEAD] = head[0]
+    return terms | {CALL: token_s - sum(terms.values())}, layers
