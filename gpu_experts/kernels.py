@@ -141,8 +141,19 @@ def _sample_block(layout: BlockLayout) -> NDArray[np.uint8]:
     )
     for start, rows, cols in sides:
         size = pad(rows, TILE) // TILE * strip_bytes(cols, layout.format)
-        scales = block[start : start + size].reshape(-1, unit)[:, -2 * TILE :]
-        scales[:] = np.full(TILE, 1 / (spread * cols**0.5), np.float16).view(np.uint8)
+        units = block[start : start + size].reshape(-1, pad(cols, GROUP) // GROUP, unit)
+        scale = np.full(TILE, 1 / (spread * cols**0.5), np.float16)
+        units[..., -2 * TILE :] = scale.view(np.uint8)
+    if rest := layout.intermediate % GROUP:  # what fills the last group up is zero, as in a store
+        codes = units[:, -1, : -2 * TILE]
+        at = np.arange(codes.shape[1])
+        column = at // (4 * TILE) * 4 + at % 4
+        if layout.format == "q8_0":
+            codes[:, column >= rest] = 0
+        else:
+            codes[:] = np.where(column < rest, codes & 15, 8) + np.where(
+                column + 16 < rest, codes & 240, 8 << 4
+            )
     if layout.bias:
         biases = block[layout.bias_offset : layout.block_bytes].view(np.float32)
         biases[:] = draw.standard_normal(biases.size)

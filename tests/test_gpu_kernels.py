@@ -199,6 +199,45 @@ def test_nothing_routed_here_changes_nothing(implementation, place) -> None:
 
 
 @everywhere
+@pytest.mark.parametrize("fmt", ["q4_0", "q8_0"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden": 72, "intermediate": 40, "bias": True, "limit": 7.0, "up_offset": 1.0},
+        {"hidden": 128, "intermediate": 64, "gated": False, "activation": "relu2"},
+        {"hidden": 33, "intermediate": 31, "gated": False, "activation": "sigmoid"},
+        {"hidden": 4, "intermediate": 4},
+    ],
+)
+def test_trying_the_kernels_out_finds_nothing_wrong(implementation, place, fmt, options) -> None:
+    """The comparison with plain torch that a device makes when it is opened passes."""
+    if implementation == "torch":
+        pytest.skip("is what is compared with")
+    shape = ExpertShape(format=fmt, **options)
+    layout = BlockLayout.of(shape, -(-shape.block_bytes // 16) * 16)
+    for dtype in (torch.float32, torch.float16):
+        note = kernels.probe(
+            layout, dtype, torch.device(place), lambda array: torch.from_numpy(array).to(place)
+        )
+        assert note is None
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_cpus_share_is_added_in_one_kernel(implementation, place, dtype) -> None:
+    """``out + share``, rounded once, at sizes that do not fill the last block."""
+    if implementation == "torch":
+        pytest.skip("adds by itself")
+    draw = torch.Generator().manual_seed(0)
+    out, share = (torch.randn(3, 333, generator=draw).to(place) for _ in range(2))
+    total = torch.empty(3, 333, dtype=dtype, device=place)
+    kernels.add_host(out, share, total)
+    # Triton's interpreter cuts bfloat16 off instead of rounding it.
+    bound = 0.008 if INTERPRETED and dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(total, (out + share).to(dtype), rtol=bound, atol=0)
+
+
+@everywhere
 def test_slots_beyond_four_gigabytes_are_reached(implementation, place) -> None:
     """Offsets into slots are 64 bits wide: a slot past 2^32 bytes gives its own expert."""
     if place == "cpu":
