@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -64,8 +65,6 @@ class Fit:
         How the experts lie in RAM.
     in_ram
         Share of the experts that stay in RAM; the rest are read from disk when needed.
-    shortage
-        What does not fit, in words; None when everything does.
     """
 
     items: tuple[Item, ...]
@@ -73,14 +72,31 @@ class Fit:
     ram_bytes: int
     slots: tuple[int, ...]
     in_ram: float
-    shortage: str | None
     slot_bytes: int = 0
     host: HostMemory = HostMemory.FILE
 
     @property
+    def short_of(self) -> tuple[str, ...]:
+        """The places, ``vram`` and ``ram``, that are too small before any expert."""
+        sizes = {"vram": self.vram_bytes, "ram": self.ram_bytes}
+        return tuple(place for place, size in sizes.items() if self.used(place) > size)
+
+    @property
     def fits(self) -> bool:
         """Whether the model can run at all."""
-        return self.shortage is None
+        return not self.short_of
+
+    @property
+    def shortage(self) -> str | None:
+        """What does not fit, in words; None when everything does."""
+        return "; ".join(map(self._shortage, self.short_of)) or None
+
+    def _shortage(self, place: str) -> str:
+        needed, size = self.used(place), self.vram_bytes if place == "vram" else self.ram_bytes
+        return (
+            f"{place.upper()} is short by {in_words(needed - size)} before any expert: "
+            f"{enough_in_words(needed)} are needed, {in_words(size)} are there"
+        )
 
     def used(self, place: str) -> int:
         """Bytes taken in ``place``."""
@@ -139,31 +155,19 @@ def fit(
     ]
     vram = int(hardware.gpu.vram_bytes.value) if hardware.gpu else 0
     ram = int(hardware.cpu.ram_bytes.value)
-    shortage = None
     slots = 0
     slot_bytes = slot_bytes or cost.experts.bytes
     if hardware.gpu:
         if reserve := int(hardware.gpu.reserve_bytes.value):
             items.append(Item("driver and kernels", "vram", reserve))
-        free = vram - _sum(items, "vram")
-        if free < 0:
-            shortage = (
-                f"VRAM is short by {in_words(-free)} before any expert; "
-                f"{in_words(_sum(items, 'vram'))} are needed"
-            )
-        room = max(0, free) // slot_bytes
+        room = max(0, vram - _sum(items, "vram")) // slot_bytes
         staging = min(staging, room)
         slots = min(room - staging, experts.count * model.moe_layers)
         if staging:
             items.append(Item(f"copies on their way ({staging})", "vram", staging * slot_bytes))
         items.append(Item(f"expert slots ({slots})", "vram", slots * slot_bytes))
-    room = ram - _sum(items, "ram")
-    if room < 0:
-        shortage = (
-            f"RAM is short by {in_words(-room)} before any expert; "
-            f"{in_words(_sum(items, 'ram'))} are needed"
-        )
-    kept = min(stored, max(0, room))
+    room = max(0, ram - _sum(items, "ram"))
+    kept = min(stored, room)
     pinned = hardware.gpu and stored <= min(room, PINNED_SHARE * ram)
     host = HostMemory.PINNED if pinned else HostMemory.FILE
     items.append(Item(f"experts in RAM ({cost.expert_format}, {host})", "ram", kept))
@@ -179,7 +183,6 @@ def fit(
         ram_bytes=ram,
         slots=capacities,
         in_ram=kept / stored,
-        shortage=shortage,
         slot_bytes=slot_bytes,
         host=host,
     )
@@ -204,6 +207,12 @@ def workspace_bytes(cost: CostModel, tokens: int) -> int:
 def in_words(size: int) -> str:
     """Return a size for messages: fine enough that what is short shows."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**31 else f"{size / 2**20:.1f} MiB"
+
+
+def enough_in_words(size: int) -> str:
+    """Return a size as :func:`in_words` does, rounded up: who gives that much gives enough."""
+    step = 2**30 / 100 if size >= 2**31 else 2**20 / 10
+    return in_words(math.ceil(math.ceil(size / step) * step))
 
 
 def _sum(items: list[Item], place: str) -> int:

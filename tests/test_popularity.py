@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid.planning import parse_bytes
 from planner.cache import ExpertCache
 from planner.cost import CostModel
 from planner.errors import CapacityError, SpecError, TraceError
-from planner.memory import STAGING, HostMemory, fit, paged
+from planner.memory import STAGING, HostMemory, enough_in_words, fit, paged
 from planner.policies import Blend
 from planner.popularity import Popularity, favourites, informed, read_popularity
 from planner.request import Request
@@ -163,7 +165,30 @@ def test_a_shortage_says_what_is_needed():
     cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=256 * 2**20), "q4_0")
     placed = fit(cost, context=256, prompt=64, batch=1)
     assert placed.shortage is not None
-    assert f"{placed.used('vram') / 2**20:.1f} MiB are needed" in placed.shortage
+    needed = re.search(r"([\d.]+) MiB are needed, 256\.0 MiB are there", placed.shortage)
+    assert needed
+    assert placed.used("vram") <= float(needed[1]) * 2**20 < placed.used("vram") + 2**20
+    assert placed.short_of == ("vram",)
+
+
+def test_ram_too_small_is_no_shortage_of_vram():
+    """Each place is named with what it lacks, and only those that lack something."""
+    small = machine().with_values("cpu", ram_bytes=2**30)
+    placed = fit(CostModel(small_model(), small, "q4_0"), context=256, prompt=64, batch=1)
+    assert placed.short_of == ("ram",)
+    assert placed.shortage == (
+        "RAM is short by 1024.0 MiB before any expert: 2.00 GiB are needed, 1024.0 MiB are there"
+    )
+    tiny = small.with_values("gpu", vram_bytes=2**20)
+    placed = fit(CostModel(small_model(), tiny, "q4_0"), context=256, prompt=64, batch=1)
+    assert placed.short_of == ("vram", "ram")
+    assert not placed.fits
+
+
+def test_what_is_said_to_be_enough_is_enough():
+    """Sizes to give are rounded up, in the words that the sizes of options are read in."""
+    for size in (1, 641_843_201, 2**31 - 1, 2**31, 5_000_000_001):
+        assert size <= parse_bytes(enough_in_words(size), "--vram") <= size * 1.01 + 2**20
 
 
 def test_plan_takes_a_popularity_file(tmp_path, capsys):

@@ -238,12 +238,20 @@ def test_a_stalled_device_times_out(text: str) -> None:
 
 def test_too_little_vram_says_how_much_is_needed(tiny_model: Path) -> None:
     """The dense part alone needs more: the message has both sizes."""
-    with pytest.raises(UsageError, match=r"1\.0 MiB of .*not enough") as caught:
+    with pytest.raises(UsageError, match=r"VRAM is short by .*, 1\.0 MiB are there") as caught:
         HybridModel.from_pretrained(tiny_model, vram=1 << 20, threads=1)
-    needed = re.search(r"give it ([\d.]+) MiB", str(caught.value.hint))
-    assert needed
-    enough = int((float(needed[1]) + 0.1) * 2**20)
-    assert placement_of(HybridModel.from_pretrained(tiny_model, vram=enough, threads=1)).fit.fits
+    enough = re.search(r"give it vram of ([\d.]+ MiB) or more", str(caught.value.hint))
+    assert enough
+    model = HybridModel.from_pretrained(tiny_model, vram=enough[1], threads=1)
+    assert placement_of(model).fit.fits
+
+
+def test_too_little_ram_says_so(tiny_model: Path) -> None:
+    """RAM is named with both sizes and its own remedy; what VRAM lacks nothing of is not."""
+    with pytest.raises(UsageError, match=r"RAM is short by .*2\.00 GiB .*1024\.0 MiB") as caught:
+        HybridModel.from_pretrained(tiny_model, vram="4GiB", ram="1GiB", threads=1)
+    assert "VRAM" not in caught.value.message
+    assert str(caught.value.hint).startswith("give it ram of 2.00 GiB or more, or leave ram out")
 
 
 def test_an_emulated_device_reserves_nothing_for_a_driver(text: str) -> None:

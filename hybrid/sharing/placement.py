@@ -30,7 +30,7 @@ from planner.capacity import equal_capacities
 from planner.cost import CostModel
 from planner.director import REALISED, Director
 from planner.hardware import HardwareSpec
-from planner.memory import STAGING, Fit, HostMemory, in_words
+from planner.memory import STAGING, Fit, HostMemory, enough_in_words
 from planner.model import ModelSpec
 from planner.outcome import CALL
 from planner.popularity import Popularity, informed
@@ -245,11 +245,7 @@ def place_model(
     """
     cost, placed = fitted(model, device, hardware, budget)
     if not placed.fits:
-        raise UsageError(
-            f"{placed.shortage}: {in_words(placed.vram_bytes)} of {device.name} are not enough",
-            hint=f"give it {in_words(placed.used('vram'))} or more, a shorter context, or "
-            "vram=0 for the CPU alone",
-        )
+        raise UsageError(f"{device.name}: {placed.shortage}", hint=_remedy(placed, budget))
     nbytes = model.hybrid_store.index.nbytes
     device.pin(nbytes if placed.host is HostMemory.PINNED else RING_BYTES)
     with room_told(device):
@@ -271,6 +267,18 @@ def place_model(
             )
     known = budget.popularity
     return Placement(device.name, placed, cost, executor, tuple(notes), known, shared, device.notes)
+
+
+def _remedy(placed: Fit, budget: Budget) -> str:
+    """Say what to give a model that does not fit, for every place that is too small."""
+    found = []
+    for place in placed.short_of:
+        enough = f"give it {place} of {enough_in_words(placed.used(place))} or more"
+        if place == "vram":
+            found.append(f"{enough}, or a shorter context")
+        elif budget.ram_bytes is not None:
+            found.append(f"{enough}, or leave ram out to use all that this machine has")
+    return "; ".join([*found, "vram=0 is the CPU alone"])
 
 
 def _share_experts(
