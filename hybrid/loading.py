@@ -106,7 +106,8 @@ def load_model(
     if name == "emulated":
         note = emulation_note(by_name=device is not None)
         placement = replace(placement, notes=(note, *placement.notes))
-    print(f"hybrid: {placement}", file=sys.stderr)
+    for line in placement.decision:
+        print(f"hybrid: {line}", file=sys.stderr)
     for note in placement.known:
         print(f"hybrid: {note.what}: {note.reason}; {note.remedy}", file=sys.stderr)
     return model, directory, placement

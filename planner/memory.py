@@ -37,6 +37,13 @@ class HostMemory(StrEnum):
     GPU go through a pinned ring."""
 
 
+class SlotShares(StrEnum):
+    """How the slots are shared among the layers."""
+
+    EQUAL = "equally over the layers, as no popularity is known"
+    POPULARITY = "over the layers by how their experts were used before"
+
+
 @dataclass(frozen=True)
 class Item:
     """One thing that takes memory."""
@@ -61,6 +68,10 @@ class Fit:
         GPU expert slots of each MoE layer; 0 without a GPU.
     slot_bytes
         Size of one slot.
+    experts
+        Of all layers.
+    shared
+        How the slots are shared among the layers.
     host
         How the experts lie in RAM.
     in_ram
@@ -72,8 +83,10 @@ class Fit:
     ram_bytes: int
     slots: tuple[int, ...]
     in_ram: float
-    slot_bytes: int = 0
-    host: HostMemory = HostMemory.FILE
+    slot_bytes: int
+    experts: int
+    shared: SlotShares
+    host: HostMemory
 
     @property
     def short_of(self) -> tuple[str, ...]:
@@ -101,6 +114,22 @@ class Fit:
     def used(self, place: str) -> int:
         """Bytes taken in ``place``."""
         return sum(item.bytes for item in self.items if item.place == place)
+
+    def slots_told(self, slots: int) -> str:
+        """Say how many experts can be resident in so many slots, and which layers have those."""
+        share = f"{slots} of {self.experts} experts can be resident ({slots / self.experts:.0%})"
+        return f"{share}, slots are shared {self.shared}"
+
+    def host_told(self) -> str:
+        """Say how the experts lie in RAM, and which share of them."""
+        kept = math.floor(100 * self.in_ram)
+        rest = "" if self.in_ram >= 1 else ", the others are read from disk when they are needed"
+        return f"experts are {self.host}, {kept}% of them stay in RAM{rest}"
+
+    def items_told(self, place: str) -> str:
+        """List what takes memory in ``place``."""
+        items = (item for item in self.items if item.place == place and item.bytes)
+        return ", ".join(f"{item.name} {in_words(item.bytes)}" for item in items)
 
 
 def fit(
@@ -174,8 +203,9 @@ def fit(
     items.append(Item(f"expert store ({cost.expert_format})", "disk", stored))
     if popularity is not None:
         popularity.check(model.moe_layers, experts.count, "the popularity file")
-        capacities = popularity.capacities(slots)
+        capacities, shared = popularity.capacities(slots), SlotShares.POPULARITY
     else:
+        shared = SlotShares.EQUAL
         capacities = equal_capacities(slots, model.moe_layers, experts.count)
     return Fit(
         items=tuple(items),
@@ -184,6 +214,8 @@ def fit(
         slots=capacities,
         in_ram=kept / stored,
         slot_bytes=slot_bytes,
+        experts=experts.count * model.moe_layers,
+        shared=shared,
         host=host,
     )
 

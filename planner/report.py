@@ -11,7 +11,8 @@ model           name, family, parameter counts, layers, experts, top_k
 hardware        name, summary
 request         formats, context, prompt, tokens, batch, seed, trace
 fit             fits, shortage, items (name, place, bytes), vram_bytes, ram_bytes,
-                slots per MoE layer, share of experts in RAM
+                slots per MoE layer, slots_shared (equal, or by popularity), how experts
+                lie in host memory (pinned, file-backed), share of experts in RAM
 routing         source and origin of the chosen experts
 ttft, tpot      durations
 tokens_per_s    of all sequences together
@@ -36,7 +37,7 @@ All after ``fit`` but ``remedies`` is null when the model does not fit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,6 +114,7 @@ def _summary(result: PlanResult) -> Table:
     rows += [
         ("routing", f"{prediction.routing_origin} ({prediction.routing_source})"),
         ("verdict", "fits" + _disk_note(result)),
+        *_placement(result),
         ("time to first token", f"{_duration(prediction.ttft, 's')} for {request.prompt} tokens"),
         (
             "time per token",
@@ -122,6 +124,13 @@ def _summary(result: PlanResult) -> Table:
         ("hit rate", f"{prediction.run.hit_rate:.1%}" + _prefetch_note(prediction)),
     ]
     return Table("Plan", ("", ""), tuple(rows), prose=True)
+
+
+def _placement(result: PlanResult) -> Iterator[tuple[str, str]]:
+    """What the runtime says when it places the model."""
+    if result.request.hardware.gpu is not None:
+        yield "GPU", result.fit.slots_told(sum(result.fit.slots))
+    yield "RAM", result.fit.host_told()
 
 
 def _disk_note(result: PlanResult) -> str:
@@ -280,6 +289,8 @@ def to_dict(result: PlanResult) -> dict[str, Any]:
             "vram_bytes": fit.vram_bytes,
             "ram_bytes": fit.ram_bytes,
             "slots": list(fit.slots),
+            "slots_shared": fit.shared.name.lower(),
+            "host": fit.host,
             "in_ram": fit.in_ram,
         },
         **_predicted(result),

@@ -160,6 +160,25 @@ def test_host_memory_is_pinned_while_there_is_plenty():
     assert kind(machine(), int(2.04 * gib)) is HostMemory.FILE
 
 
+def test_a_placement_tells_slots_and_host_memory():
+    """Who shares the slots how, how the experts lie in RAM, and which part of them stays there."""
+    cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=780 * 2**20), "q4_0")
+    sizes = {"context": 256, "prompt": 64, "batch": 1}
+    told = fit(cost, **sizes).slots_told(24)
+    assert told == (
+        "24 of 96 experts can be resident (25%), slots are shared equally over the layers, as no "
+        "popularity is known"
+    )
+    known = fit(cost, popularity=Popularity("small", 96, USES), **sizes)
+    assert "shared over the layers by how their experts were used before" in known.slots_told(24)
+    assert known.host_told() == "experts are pinned, 100% of them stay in RAM"
+    short = CostModel(small_model(), machine().with_values("cpu", ram_bytes=2**31 + 2**20), "q4_0")
+    assert fit(short, **sizes).host_told() == (
+        "experts are file-backed, 1% of them stay in RAM, the others are read from disk when they "
+        "are needed"
+    )
+
+
 def test_a_shortage_says_what_is_needed():
     """VRAM too small for the dense part: by how much, and how much it takes."""
     cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=256 * 2**20), "q4_0")

@@ -353,12 +353,25 @@ def test_the_command_line_shares_and_writes_a_timeline(tmp_path: Path, capfd: An
     assert main([*words, "--perfetto", str(file)]) == 0
     said = capfd.readouterr()
     assert "experts can be resident" in said.err
+    assert "slots are shared equally" in said.err
     assert "predicted" in said.err
     assert str(file) in said.err
     events = json.loads(file.read_text())["traceEvents"]
     assert {event["cat"] for event in events if event["ph"] == "X"} >= {"cpu", "gpu"}
     assert main([*words, "--perfetto", str(file)]) == 2
     assert "exists already" in capfd.readouterr().err
+
+
+def test_the_command_line_tells_what_becomes_of_ram(capfd: Any) -> None:
+    """Pinned where there is plenty, file-backed and read from disk where there is not, each time
+    in a line of its own and in the report."""
+    words = ["run", "-p", "import os", "-n", "2", "--greedy", "--vram", "612MiB", "--report"]
+    for ram, told in (("3GiB", "pinned, 100%"), ("2GiB", "file-backed, 0%")):
+        assert main([*words, "--ram", ram]) == 0
+        said = capfd.readouterr().err
+        size = ram.replace("GiB", ".00 GiB")
+        assert re.search(rf"^hybrid: RAM, {size}: .*experts are {told} of them", said, re.M)
+        assert re.search(rf"^device .*RAM, {size}: .*experts are {told} of them", said, re.M)
 
 
 def test_a_session_begins_with_what_the_last_one_used(tmp_path: Path, capfd: Any) -> None:

@@ -30,7 +30,7 @@ from planner.capacity import equal_capacities
 from planner.cost import CostModel
 from planner.director import REALISED, Director
 from planner.hardware import HardwareSpec
-from planner.memory import STAGING, Fit, HostMemory, enough_in_words
+from planner.memory import STAGING, Fit, HostMemory, enough_in_words, in_words
 from planner.model import ModelSpec
 from planner.outcome import CALL
 from planner.popularity import Popularity, informed
@@ -195,21 +195,21 @@ class Placement:
             found.append(SlowPath("prefetching pauses", reason, "none needed: it tries again"))
         return tuple(found)
 
-    def __str__(self) -> str:
-        items = ", ".join(
-            f"{item.name} {item.bytes / 2**30:.2f} GiB"
-            for item in self.fit.items
-            if item.place == "vram" and item.bytes
-        )
-        executor = self.executor
+    @property
+    def decision(self) -> tuple[str, str]:
+        """What lies where: on the device, and in this machine's memory."""
+        executor, placed = self.executor, self.fit
         if executor is not None and executor.device is None:
-            return f"{self.device}, given up: all experts run on the CPU"
-        slots = executor.slot_count if executor else 0
-        stored = self.spec.moe_layers * self.spec.experts.count
-        return (
-            f"{self.device}, {self.fit.vram_bytes / 2**30:.2f} GiB: {items}; "
-            f"{slots} of {stored} experts can be resident ({slots / stored:.0%})"
-        )
+            first = f"{self.device}, given up: all experts run on the CPU"
+        else:
+            slots = placed.slots_told(executor.slot_count if executor else 0)
+            size, items = in_words(placed.vram_bytes), placed.items_told("vram")
+            first = f"{self.device}, {size}: {items}; {slots}"
+        size, items = in_words(placed.ram_bytes), placed.items_told("ram")
+        return first, f"RAM, {size}: {items}; {placed.host_told()}"
+
+    def __str__(self) -> str:
+        return "; ".join(self.decision)
 
 
 def place_model(
