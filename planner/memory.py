@@ -83,10 +83,10 @@ class Fit:
     ram_bytes: int
     slots: tuple[int, ...]
     in_ram: float
-    slot_bytes: int
-    experts: int
-    shared: SlotShares
-    host: HostMemory
+    slot_bytes: int = 0
+    experts: int = 0
+    shared: SlotShares = SlotShares.EQUAL
+    host: HostMemory = HostMemory.FILE
 
     @property
     def short_of(self) -> tuple[str, ...]:

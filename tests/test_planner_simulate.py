@@ -43,7 +43,7 @@ def run(
         for layer in range(6):
             for expert in range(slots):
                 cache.admit(layer, expert)
-    placed = Fit((), 0, 0, (slots,) * 6, in_ram, None)
+    placed = Fit((), 0, 0, (slots,) * 6, in_ram)
     routing = routing or synthetic(MODEL, prompt, 12, seed=1)
     return Simulator(cost, placed, routing, cache, scheduler, **options).simulate(prompt)
 
@@ -233,7 +233,7 @@ def test_batches_share_experts() -> None:
     routing = synthetic(MODEL, 32, 12, batch=4, seed=1)
     cost = CostModel(MODEL, machine(), "q4_0")
     cache = ExpertCache(LRU(6, 16), [4] * 6)
-    placed = Fit((), 0, 0, (4,) * 6, 1.0, None)
+    placed = Fit((), 0, 0, (4,) * 6, 1.0)
     many = Simulator(cost, placed, routing, cache).simulate(32, batch=4)
     assert single.tpot_s < many.tpot_s < 4 * single.tpot_s
     assert many.decode[0].terms[CPU] >= 0
