@@ -19,11 +19,8 @@ from cpu_experts.simd import _I32, _I64, Builder, Value, _call, _data, _gep
 _SPINS = 2000
 
 
-#: What reads the processor's clock, which runs at one rate: an LLVM intrinsic, or one instruction.
-_CLOCKS = {
-    **dict.fromkeys(("x86_64", "AMD64", "i386", "i686", "x86"), "llvm.readcyclecounter"),
-    **dict.fromkeys(("aarch64", "arm64", "ARM64"), "mrs $0, cntvct_el0"),
-}
+#: On 64-bit ARM LLVM's own clock is one that programs may not read.
+_ARM, _ARM_CLOCK = ("aarch64", "arm64", "ARM64"), "mrs $0, cntvct_el0"
 
 
 def _counter(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
@@ -78,11 +75,8 @@ def ticks(typingctx):
     """Return the processor's clock, int64, in units of its own; 0 where there is none to read."""
 
     def codegen(context, b, signature, args):
-        clock = _CLOCKS.get(platform.machine())
-        if clock is None:
-            return ir.Constant(_I64, 0)
-        if clock.startswith("llvm."):
-            return _call(b, clock, _I64, [])
-        return b.asm(ir.FunctionType(_I64, []), clock, "=r", [], side_effect=True)
+        if platform.machine() in _ARM:
+            return b.asm(ir.FunctionType(_I64, []), _ARM_CLOCK, "=r", [], side_effect=True)
+        return _call(b, "llvm.readcyclecounter", _I64, [])
 
     return types.int64(), codegen

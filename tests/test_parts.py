@@ -8,17 +8,10 @@ from typing import Any
 import pytest
 
 from hybrid.calibration.parts import (
-    ALONE,
-    HEAD_ALONE,
-    NO_HEAD,
-    NO_SHARED,
-    OTHER_TOP_K,
-    WHOLE,
-    Part,
     Pass,
     aside,
-    compiled,
     in_modules,
+    single_tokens,
     totals,
     typical,
 )
@@ -54,26 +47,33 @@ def test_asides_are_what_a_step_takes_more_around_its_layers() -> None:
     part = aside("sampling", model, 4.0, turns)
     assert (part.term, part.params) == ("sampling", model.head_params)
     assert part.samples == pytest.approx((2.0, 0.0))
-    # In the one-token kernels whatever variant ran is not around the layers.
-    kernels = Pass(CALL_S + 3.0, {(NO_HEAD, 0): 2.0, (ALONE, 0): 1.0})
-    part = aside("text", model, 1.0, [([kernels], [replace(kernels, whole_s=CALL_S + 3.25)])])
-    assert part.samples == pytest.approx((0.25,))
 
 
-def test_parts_of_timed_modules() -> None:
-    """Attention is a layer less what is beside it; what is left of a step surrounds the layers."""
-    model = mixed_model()
+def spans_of(model: ModelSpec, attention_s: float = ATTENTION_S) -> dict[tuple[str, int], float]:
+    """What every part of a step of four experts a token took."""
     spans = {("head", 0): HEAD_S}
     for index, layer in enumerate(model.layers):
         beside_s = SHARED_S if layer.moe else DENSE_S
         experts_s = 4 * EXPERT_S if layer.moe else 0.0
         spans |= {
-            ("layer", index): ATTENTION_S + beside_s + experts_s,
+            ("layer", index): attention_s + beside_s + experts_s,
             ("feed_forward", index): beside_s,
             ("experts", index): experts_s,
         }
-    layers_s = sum(seconds for (name, _), seconds in spans.items() if name == "layer")
-    passes = [Pass(layers_s + HEAD_S + CALL_S, spans), Pass(layers_s + HEAD_S + 3 * CALL_S, spans)]
+    return spans
+
+
+def step_of(model: ModelSpec, around_s: float, attention_s: float = ATTENTION_S) -> Pass:
+    """A step with something around its layers and head."""
+    spans = spans_of(model, attention_s)
+    inner_s = sum(seconds for (name, _), seconds in spans.items() if name in ("layer", "head"))
+    return Pass(inner_s + around_s, spans)
+
+
+def test_parts_of_timed_modules() -> None:
+    """Attention is a layer less what is beside it; what is left of a step surrounds the layers."""
+    model = mixed_model()
+    passes = [step_of(model, CALL_S), step_of(model, 3 * CALL_S)]
     found = by_term(in_modules(model, model.layers, 2.0, passes, 8, 8))
     dense, sparse = model.layers[0], model.layers[1]
     assert found == {
@@ -85,65 +85,32 @@ def test_parts_of_timed_modules() -> None:
     }
 
 
-def compiled_steps(model: ModelSpec, attention_s: float) -> list[Pass]:
-    """One step of every variant, and each layer alone twice as slow as it is among the others."""
-
-    def layer_s(index: int, top_k: int, shared: bool = True) -> float:
-        if not model.layers[index].moe:
-            return attention_s + DENSE_S
-        return attention_s + top_k * EXPERT_S + (SHARED_S if shared else 0.0)
-
-    every = range(len(model.layers))
-    whole_s = sum(layer_s(i, 4) for i in every) + HEAD_S
-    alone = {(ALONE, i): 2 * layer_s(i, 4) for i in every}
-    return [
-        Pass(whole_s + CALL_S, {(WHOLE, 0): whole_s}),
-        Pass(9.0, {(NO_HEAD, 0): whole_s - HEAD_S, (HEAD_ALONE, 0): HEAD_S} | alone),
-        Pass(9.0, {(OTHER_TOP_K, 0): sum(layer_s(i, 2) for i in every) + HEAD_S}),
-        Pass(9.0, {(NO_SHARED, 0): sum(layer_s(i, 4, False) for i in every) + HEAD_S}),
-    ]
-
-
-def test_parts_of_compiled_steps() -> None:
-    """Every part comes out of the differences, attention for each context, also of mixed layers."""
+def test_parts_of_single_tokens() -> None:
+    """Attention for each context, everything else over all of them, also of mixed layers."""
     for model in (small_model(), mixed_model()):
-        steps = {100: compiled_steps(model, ATTENTION_S), 900: compiled_steps(model, 3.0)}
-        found = by_term(compiled(model, model.layers, 2.0, steps, 2))
+        steps = {100: [step_of(model, CALL_S)], 900: [step_of(model, CALL_S, 3.0)] * 2}
         sparse = model.layers[-1]
         expected = {
-            ("expert", model.experts.params_each, 1): (EXPERT_S,) * 2,
-            ("head", model.head_params, 1): (2 * HEAD_S,) * 2,
-            ("call", model.head_params, 1): (CALL_S,) * 2,
-            ("attention", sparse.mixer.params, 100): (ATTENTION_S,) * 2,
+            ("expert", model.experts.params_each, 1): (EXPERT_S,) * 3,
+            ("head", model.head_params, 1): (2 * HEAD_S,) * 3,
+            ("call", model.head_params, 1): (CALL_S,) * 3,
+            ("attention", sparse.mixer.params, 100): (ATTENTION_S,),
             ("attention", sparse.mixer.params, 900): (3.0,) * 2,
-            ("feed_forward", sparse.ffn_params, 1): (SHARED_S,),
+            ("feed_forward", sparse.ffn_params, 1): (SHARED_S,) * 3,
         }
         if not model.layers[0].moe:
-            expected["feed_forward", model.layers[0].ffn_params, 1] = (DENSE_S,)
-        assert found.keys() == expected.keys()
-        for key, samples in expected.items():
-            assert found[key] == pytest.approx(samples), key
+            expected["feed_forward", model.layers[0].ffn_params, 1] = (DENSE_S,) * 3
+        assert by_term(single_tokens(model, model.layers, 2.0, steps)) == expected
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_totals_are_those_of_all_layers(fast: bool) -> None:
     """What the parts of a step add up to, by the planner's names: in kernels and in modules."""
     model = mixed_model()
+    steps = [step_of(model, CALL_S)]
     if fast:
-        steps = compiled_steps(model, ATTENTION_S)
-        parts = list(compiled(model, model.layers, 1.0, {100: steps}, 2))
+        parts = list(single_tokens(model, model.layers, 1.0, {100: steps}))
     else:
-        spans = {("head", 0): HEAD_S}
-        for index, layer in enumerate(model.layers):
-            beside_s = SHARED_S if layer.moe else DENSE_S
-            experts_s = 4 * EXPERT_S if layer.moe else 0.0
-            spans |= {
-                ("layer", index): ATTENTION_S + beside_s + experts_s,
-                ("feed_forward", index): beside_s,
-                ("experts", index): experts_s,
-            }
-        layers_s = sum(s for (name, _), s in spans.items() if name == "layer")
-        steps = [Pass(layers_s + HEAD_S + CALL_S, spans)]
         parts = list(in_modules(model, model.layers, 1.0, steps, 8, 8))
         single = by_term(in_modules(model, model.layers, 1.0, steps, 1, 8))
         assert single["expert", model.experts.params_each, 8] == (EXPERT_S,)
@@ -164,18 +131,6 @@ def test_what_is_typical() -> None:
     assert typical([1.0, 1.0, 1.0, 2.5]) == 1.0
     assert typical([3.0]) == 3.0
     assert typical([0.0, 0.0, 3.0]) == 1.0
-
-
-def test_noise_never_makes_a_part_negative() -> None:
-    """A variant that happened to be slower than the whole leaves a part of nothing."""
-    model = small_model()
-    steps = [
-        Pass(1.0, {(WHOLE, 0): 2.0}),
-        Pass(1.0, {(NO_HEAD, 0): 3.0, (HEAD_ALONE, 0): 2.5}),
-        Pass(1.0, {(OTHER_TOP_K, 0): 3.0}),
-    ]
-    parts: list[Part] = list(compiled(model, model.layers, 1.0, {1: steps}, 2))
-    assert all(seconds >= 0 for part in parts for seconds in part.samples)
 
 
 def test_a_replica_has_every_kind_of_layer() -> None:

@@ -1,8 +1,7 @@
 """From the times of whole steps to those of their parts.
 
-In transformers' code every part is timed by itself. Where all layers of a single token are one
-call, a part is what the call takes less without it: the variants take turns within a generation,
-and medians are compared.
+Every part is timed by itself: in transformers' code around its modules, and where all layers of a
+single token are one compiled call, by that.
 """
 
 from __future__ import annotations
@@ -14,12 +13,6 @@ from statistics import fmean, median
 
 from planner.model import Layer, ModelSpec
 from planner.outcome import CALL, CPU, DENSE, HEAD, MIXER
-
-WHOLE, OTHER_TOP_K, NO_HEAD, NO_SHARED = "whole", "other top_k", "no head", "no shared expert"
-"""Variants of a single token's call."""
-ALONE, HEAD_ALONE = "layer alone", "head alone"
-"""What runs by itself after the variant without a head."""
-
 
 _INTERRUPTED = 2
 """A sample of so many times the median: something else had the processor meanwhile."""
@@ -110,66 +103,29 @@ def in_modules(
         )
 
 
-def compiled(
-    model: ModelSpec,
-    layers: Sequence[Layer],
-    scale: float,
-    steps: Mapping[int, Sequence[Pass]],
-    other_top_k: int,
+def single_tokens(
+    model: ModelSpec, layers: Sequence[Layer], scale: float, steps: Mapping[int, Sequence[Pass]]
 ) -> Iterator[Part]:
-    """Parts of single tokens' compiled calls.
+    """Parts of single tokens that are one compiled call.
 
-    Only attention depends on the context; the others are medians over all contexts.
+    Only attention depends on the context; the others are taken together over all contexts.
 
     Parameters
     ----------
     model, layers, scale
         As of :func:`in_modules`.
     steps
-        Context to steps; each has a span of one variant. Those without a head have one of
-        ``HEAD_ALONE``, and where there are several kinds of layers, of every layer ``ALONE``.
-    other_top_k
-        Experts of a token in the variant with another number of them.
+        Context to steps, with spans as of :func:`in_modules`.
     """
-    times = {context: _by_variant(decoded) for context, decoded in steps.items()}
-
-    def saved(variant: str) -> list[float]:
-        """What leaving out the variant's part saves, which is negative where it adds."""
-        return [median(by[WHOLE]) - median(by[variant]) for by in times.values()]
-
-    moe = [index for index, layer in enumerate(layers) if layer.moe]
-    top_k = model.experts.top_k
-    fewer = len(moe) * (top_k - other_top_k)
-    each = tuple(max(0.0, seconds / fewer) for seconds in saved(OTHER_TOP_K))
-    expert_s = median(each)
-    has_shared = all(NO_SHARED in by for by in times.values())
-    shared_s = max(0.0, median(saved(NO_SHARED)) / len(moe)) if has_shared else 0.0
-    head = tuple(median(by[HEAD_ALONE]) for by in times.values())
-    head_s = median(head)
-    around = [
-        max(0.0, step.whole_s - step.spans[WHOLE, 0])
-        for decoded in steps.values()
-        for step in decoded
-        if (WHOLE, 0) in step.spans
-    ]
-    yield Part("expert", "", model.experts.params_each, 1, 1, each)
-    yield Part("head", "", model.head_params, 1, 1, tuple(scale * s for s in head))
-    yield Part("call", "", model.head_params, 1, 1, tuple(around))
-    beside = {layers[index].ffn_params: shared_s for index in moe}
-    rest_s = top_k * expert_s + shared_s
-    for context, by in times.items():
-        share = _layer_shares(layers, steps[context])
-        layers_s = [*by[NO_HEAD], *(max(0.0, seconds - head_s) for seconds in by[WHOLE])]
-        for mixer in dict.fromkeys(layers[index].mixer for index in moe):
-            mine = fmean(share[index] for index in moe if layers[index].mixer == mixer)
-            samples = tuple(max(0.0, seconds * mine - rest_s) for seconds in layers_s)
-            yield Part("attention", mixer.kind, mixer.params, 1, context, samples)
-            for index, layer in enumerate(layers):
-                if layer.mixer == mixer and layer.ffn_params not in beside:
-                    whole_s = median(layers_s) * share[index]
-                    beside[layer.ffn_params] = max(0.0, whole_s - median(samples))
-    for params, seconds in beside.items():
-        yield Part("feed_forward", "", params, 1, 1, (seconds,))
+    together = defaultdict[tuple[str, str, int], list[float]](list)
+    for context, decoded in steps.items():
+        for part in in_modules(model, layers, scale, decoded, 1, context):
+            if part.term == "attention":
+                yield part
+            else:
+                together[part.term, part.kind, part.params] += part.samples
+    for (term, kind, params), seconds in together.items():
+        yield Part(term, kind, params, 1, 1, tuple(seconds))
 
 
 def totals(
@@ -231,25 +187,3 @@ def _around_s(step: Pass) -> float:
     """A step without its layers and head."""
     inner = ("experts", "feed_forward")  # parts of a layer
     return step.whole_s - sum(s for (name, _), s in step.spans.items() if name not in inner)
-
-
-def _by_variant(steps: Sequence[Pass]) -> dict[str, list[float]]:
-    found = defaultdict[str, list[float]](list)
-    for step in steps:
-        for (name, _), seconds in step.spans.items():
-            if name != ALONE:
-                found[name].append(seconds)
-    return found
-
-
-def _layer_shares(layers: Sequence[Layer], steps: Sequence[Pass]) -> list[float]:
-    """Each layer's share of all layers' time; equal where all are of one kind."""
-    if len(set(layers)) == 1:
-        return [1 / len(layers)] * len(layers)
-    rows = [
-        [step.spans[ALONE, index] for index in range(len(layers))]
-        for step in steps
-        if (ALONE, 0) in step.spans
-    ]
-    seconds = [median(column) for column in zip(*rows, strict=True)]
-    return [value / sum(seconds) for value in seconds]

@@ -1,8 +1,7 @@
 """A loaded model whose parts are timed whenever it generates.
 
 In transformers' code hooks tell the parts apart. Where the fast path fits, a single token's layers
-are one compiled call; there the parts are the differences between that call and others that leave
-something out, all of them in the same generation, taking turns.
+are one compiled call, which tells by itself.
 """
 
 from __future__ import annotations
@@ -10,30 +9,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import cycle
 from typing import Any
 
 import torch
 
 from cpu_experts.decoder import Decoder
-from cpu_experts.formats import TILE, packed_bytes
-from cpu_experts.layers import Matrix
-from hybrid.calibration.parts import (
-    ALONE,
-    HEAD_ALONE,
-    NO_HEAD,
-    NO_SHARED,
-    OTHER_TOP_K,
-    WHOLE,
-    Part,
-    Pass,
-    compiled,
-    in_modules,
-    totals,
-)
+from hybrid.calibration.parts import Part, Pass, in_modules, single_tokens, totals
+from hybrid.errors import UsageError
 from hybrid.experts import experts_of
-from hybrid.fast.decoder_parts import read_norm
 from hybrid.fast.prompt import PIECE
 from planner.model import Layer, ModelSpec
 
@@ -109,7 +92,7 @@ class Timed:
             runner.blocks[:, ::_PAGE].sum()
         self.fast = network.hybrid_fast.decoder
         if self.fast is not None:
-            self.fast.decoder = _Turns(self.fast.decoder, network, self)
+            self.fast.decoder = _Told(self.fast.decoder, self)
 
     def note(self, key: tuple[str, int], seconds: float) -> None:
         """Add to a part's time in the present pass."""
@@ -156,8 +139,7 @@ class Timed:
             if decoded := [step for run in passes for step in run[1 + SETTLING :]]:
                 steps[context] = decoded
         if self.fast is not None and steps:
-            top_k = self.fast.decoder.top_k
-            yield from compiled(self.model, self.layers, self.scale, steps, top_k)
+            yield from single_tokens(self.model, self.layers, self.scale, steps)
         else:
             for context, decoded in steps.items():
                 yield from in_modules(self.model, self.layers, self.scale, decoded, 1, context)
@@ -207,68 +189,37 @@ def _beside_attention(layer: Any) -> Iterator[Any]:
                 yield getattr(block, name)
 
 
-class _Turns:
-    """Stands in for a decoder: its steps take turns among the whole and what leaves something out.
+class _Told:
+    """Stands in for a decoder whose compiled calls tell what their parts took.
 
     Attributes
     ----------
     vocabulary
         Tokens of the model that is stood for: choosing among them takes as long as there are many.
-    top_k
-        Experts a token has in the variant with another number of them.
     """
 
-    def __init__(self, decoder: Decoder, network: Any, timed: Timed) -> None:
+    def __init__(self, decoder: Decoder, timed: Timed) -> None:
         self._decoder, self._timed = decoder, timed
         self.vocabulary = timed.model.vocab
-        top_k = timed.model.experts.top_k
-        variants = {WHOLE: decoder, NO_HEAD: _variant(decoder, network, rows=TILE)}
-        self.top_k = max(1, top_k // 2) if top_k > 1 else 2
-        variants[OTHER_TOP_K] = _variant(decoder, network, top_k=self.top_k)
-        if any(layer.shared is not None and layer.router for layer in decoder.layers):
-            variants[NO_SHARED] = _variant(decoder, network, shared=False)
-        self._several_kinds = len(set(timed.layers)) > 1
-        self._next = cycle(variants.items())
 
     def step(self, x: Any, cos: Any, sin: Any, cache: Any, logits: Any) -> None:
-        """Compute a token with the variant whose turn it is."""
-        name, decoder = next(self._next)
+        """Compute a token and note what its parts took."""
+        decoder = self._decoder
         logits.fill(_NEVER)
-        self._time(name, 0, decoder.step, x, cos, sin, cache, logits[: decoder.vocabulary])
-        if name == NO_HEAD:
-            own = logits[: self._decoder.vocabulary]
-            self._time(HEAD_ALONE, 0, self._decoder.head_step, x, own)
-            if self._several_kinds:
-                for index in range(len(decoder.layers)):
-                    self._time(ALONE, index, decoder.layer_step, index, x, cos, sin, cache)
-
-    def _time(self, name: str, index: int, run: Callable[..., object], *args: Any) -> None:
-        start_s = time.perf_counter()
-        run(*args)
-        self._timed.note((name, index), time.perf_counter() - start_s)
+        decoder.begin_run()
+        decoder.step(x, cos, sin, cache, logits[: decoder.vocabulary])
+        spent_s = decoder.spent_s()
+        if spent_s is None:
+            raise UsageError(
+                "the clock of this processor cannot be read by compiled code",
+                hint="use hybrid without a calibration: only predictions need one",
+            )
+        *layers, head = spent_s.tolist()
+        for index, (attention_s, experts_s, dense_s) in enumerate(layers):
+            self._timed.note(("layer", index), attention_s + experts_s + dense_s)
+            self._timed.note(("experts", index), experts_s)
+            self._timed.note(("feed_forward", index), dense_s)
+        self._timed.note(("head", 0), head[0])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
-
-
-def _variant(
-    decoder: Decoder,
-    network: Any,
-    *,
-    top_k: int | None = None,
-    shared: bool = True,
-    rows: int | None = None,
-) -> Decoder:
-    """The same decoder with another ``top_k``, without shared experts, or with a shorter head."""
-    head = network.get_output_embeddings()
-    rows = head.rows if rows is None else rows
-    weight = head.packed.numpy()[: packed_bytes(rows, head.cols, head.weight_format)]
-    layers = []
-    for layer in decoder.layers:
-        if layer.router is not None and top_k is not None:
-            layer = replace(layer, router=replace(layer.router, top_k=top_k))
-        if layer.router is not None and not shared:
-            layer = replace(layer, shared=None)
-        layers.append(layer)
-    matrix = Matrix(weight=weight, rows=rows, cols=head.cols, format=head.weight_format)
-    return Decoder(layers, norm=read_norm(network.get_decoder().norm), lm_head=matrix)
