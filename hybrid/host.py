@@ -15,10 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from hybrid.errors import UsageError
+from cpu_experts import hostcpu
+from hybrid.checks import whole_number
 
 _GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _NVIDIA_SMI_TIMEOUT_S = 10
+#: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
+_BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,15 @@ def default_threads() -> int:
     return int(chosen) if chosen.isdigit() and int(chosen) > 0 else usable_cores()
 
 
-def check_threads(threads: int, most: int) -> None:
-    """Raise UsageError unless ``threads`` is from 1 to numba's ``most``."""
-    if not 1 <= threads <= most:
-        raise UsageError(
-            f"threads is {threads}, it must be between 1 and {most}",
-            hint="NUMBA_NUM_THREADS sets the most there can be",
-        )
+def check_threads(threads: int, most: int) -> int:
+    """Return ``threads``; raise UsageError unless it is from 1 to numba's ``most``."""
+    hint = "NUMBA_NUM_THREADS sets the most there can be"
+    return whole_number(threads, "threads", most=most, hint=hint)
+
+
+def has_native_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 without a detour over float32."""
+    return not _BF16_FEATURES.isdisjoint(hostcpu.host_features())
 
 
 def _cgroup_cpu_quota() -> float | None:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import torch
@@ -14,11 +14,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid import host
-from hybrid.config import DEFAULT_EXPERTS, HybridConfig
+from hybrid.checks import whole_number
+from hybrid.config import HybridConfig
 from hybrid.conversion.cache import converted_copy
 from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.fast.attach import DecodePath, FastPath
-from hybrid.sharing.budget import Budget
+from hybrid.formats import DEFAULT_EXPERTS
+from hybrid.metrics import SlowPath
+from hybrid.sharing.budget import Budget, beyond_ram, checked_ram, fitted_alone
 from hybrid.sharing.devices import (
     Size,
     choose_device,
@@ -27,15 +30,28 @@ from hybrid.sharing.devices import (
     hardware_with,
     open_device,
     size_in_bytes,
-    wants_vram,
 )
 from hybrid.sharing.placement import Placement, place_model
 from hybrid.sharing.timeline import Timeline
-from hybrid.slow_paths import has_native_bf16
 from planner.popularity import Popularity, read_popularity
 
+ALONE = "none: the one-token kernels are for models on the CPU alone"
 DEFAULT_CONTEXT = 4096
 """Tokens of cache that memory is kept for unless more is asked for."""
+
+
+class Loaded(NamedTuple):
+    """What :func:`load_model` made."""
+
+    network: Any
+    directory: Path
+    """The converted one."""
+    placement: Placement | None
+    """How it lies on a device; None on the CPU alone."""
+    context: int
+    """Tokens of cache that memory is kept for."""
+    notes: tuple[SlowPath, ...]
+    """What it said is slower or smaller than it could be."""
 
 
 def load_model(
@@ -45,42 +61,34 @@ def load_model(
     dense: str | None,
     verify: bool,
     dtype: torch.dtype | None,
-    device: str | None,
+    device: str | int | torch.device | None,
     vram: Size,
-    ram: str | int | None,
+    ram: Size,
     context: int | None,
     popularity: str | PathLike[str] | None,
     threads: int,
     keep_timeline: bool,
     record_routing: bool,
-) -> tuple[Any, Path, Placement | None]:
+) -> Loaded:
     """Load a transformers model and put it where it will run; says on stderr what it decided.
 
-    Takes what :meth:`HybridModel.from_pretrained` takes.
-
-    Returns
-    -------
-    The model, its converted directory, and how it lies on a device, None on the CPU alone.
+    Takes what :meth:`HybridModel.from_pretrained` takes, and checks it before anything else.
     """
     name = choose_device(device, vram)
     if dtype is None and name is not None and name != "emulated":
         dtype = dtype_on(torch.device(name))
     # Checked even where they change nothing: the same script may find a GPU elsewhere.
-    ram_bytes = None if ram in (None, "auto") else size_in_bytes(ram, "ram")
+    ram_bytes = checked_ram(ram)
+    if context is not None:
+        context = whole_number(context, "context")
     if popularity is not None and not Path(popularity).is_file():
         raise UsageError(
-            f"there is no popularity file {popularity}",
+            f"there is no popularity file {str(popularity)!r}",
             hint="write one with HybridModel.save_popularity, or leave it out",
         )
     model, directory = load_fast_model(
         path, experts=experts, dense=dense, verify=verify, dtype=dtype, fast=name is None
     )
-    if name is None:
-        return model, directory, None
-    model.hybrid_fast = FastPath(DecodePath(False, f"the experts are shared with {name}"))
-    asked = size_in_bytes(vram, "vram") if vram is not None and wants_vram(vram) else None
-    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    opened = open_device(name, asked, layer.shape, threads)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
@@ -89,6 +97,14 @@ def load_model(
             f"a context of {context} tokens is asked for, the model was made for {longest}",
             hint=f"ask for {longest} or fewer",
         )
+    if name is None:
+        beyond = None if ram_bytes is None else beyond_ram(fitted_alone(model, ram_bytes, context))
+        notes = () if beyond is None else (beyond,)
+        return _told(Loaded(model, directory, None, context, notes))
+    model.hybrid_fast = FastPath(DecodePath(False, f"the model lies on a device ({name})", ALONE))
+    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
+    asked = size_in_bytes(vram, "vram")
+    opened = open_device(name, asked, layer.shape, threads)
     placement = place_model(
         model,
         opened,
@@ -108,9 +124,14 @@ def load_model(
         placement = replace(placement, notes=(note, *placement.notes))
     for line in placement.decision:
         print(f"hybrid: {line}", file=sys.stderr)
-    for note in placement.known:
+    return _told(Loaded(model, directory, placement, context, placement.known))
+
+
+def _told(loaded: Loaded) -> Loaded:
+    """Say on stderr what is known to be slower or smaller than it could be."""
+    for note in loaded.notes:
         print(f"hybrid: {note.what}: {note.reason}; {note.remedy}", file=sys.stderr)
-    return model, directory, placement
+    return loaded
 
 
 def known_uses(file: str | PathLike[str] | None, model: str, experts: int) -> Popularity | None:
@@ -172,7 +193,7 @@ def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> An
 
 
 def _compute_dtype() -> torch.dtype:
-    return torch.bfloat16 if has_native_bf16() else torch.float32
+    return torch.bfloat16 if host.has_native_bf16() else torch.float32
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -190,8 +211,9 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def set_threads(threads: int) -> None:
+def set_threads(threads: int) -> int:
     """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
-    host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
+    threads = host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
     torch.set_num_threads(threads)
     numba.set_num_threads(threads)
+    return threads

@@ -21,7 +21,7 @@ from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import prompts_told
 from hybrid.loading import load_model, load_tokenizer, set_threads
-from hybrid.metrics import GenerationTimes, RunReport
+from hybrid.metrics import GenerationTimes, RunReport, SlowPath
 from hybrid.report import run_report
 from hybrid.sharing.keepsakes import Keepsakes
 from hybrid.sharing.placement import Placement
@@ -52,6 +52,8 @@ class HybridModel(Keepsakes):
         Threads of torch and of the kernels; both always have the same number.
     placement
         How it lies on a device; None on the CPU alone.
+    told
+        What was said to be slower or smaller than it could be when it was loaded.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class HybridModel(Keepsakes):
         self.tokenizer = tokenizer
         self.threads = threads
         self.placement = placement
+        self.told: tuple[SlowPath, ...] = ()
         self._name = name
         self._load_s = 0.0
+        self._reserved: int | None = None
         self._times: GenerationTimes | None = None
         self._turn = threading.Lock()
 
@@ -82,7 +86,7 @@ class HybridModel(Keepsakes):
         threads: int | None = None,
         verify: bool = False,
         dtype: torch.dtype | None = None,
-        device: str | None = None,
+        device: str | int | torch.device | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         context: int | None = None,
@@ -113,13 +117,16 @@ class HybridModel(Keepsakes):
             bfloat16 products were measured 3 to 10 times slower on prompts and no faster on
             single tokens.
         device
-            ``"cuda"``, ``"cuda:1"``, ``"emulated"`` or ``"cpu"``. Unless given, the GPU that is
-            there and otherwise the CPU alone, or, where vram is asked for, an emulated GPU.
+            ``"cuda"``, ``"cuda:1"`` (or as torch takes it), ``"emulated"`` or ``"cpu"``. Unless
+            given, the GPU that is there and otherwise the CPU alone, or, where vram is asked for,
+            an emulated GPU.
         vram, ram
             How much of the device's and of the host's memory to use, as bytes or a text such as
-            ``"4GiB"``; ``"auto"`` and None are what is free, and vram 0 is the CPU alone.
+            ``"4GiB"``; ``"auto"`` and None are what is free, and vram 0 is the CPU alone. Experts
+            that ram does not hold are read from disk when they are used; that is said.
         context
-            Tokens of cache to keep memory for: 4096, or what the model was made for if less.
+            Tokens of cache to keep memory for: 4096, or what the model was made for if less. More
+            are computed while there is memory, and reported.
         popularity
             A file of :meth:`save_popularity`, or a routing trace (``.npz``): the experts used most
             there are on the device from the start.
@@ -138,8 +145,8 @@ class HybridModel(Keepsakes):
         start = time.perf_counter()
         if threads is None:  # what the environment asks other programs for may be too many
             threads = min(host.default_threads(), numba.config.NUMBA_NUM_THREADS)
-        set_threads(threads)
-        model, directory, placement = load_model(
+        threads = set_threads(threads)
+        loaded = load_model(
             demo_path() if path is None or path == "demo" else path,
             experts=experts,
             dense=dense,
@@ -154,9 +161,12 @@ class HybridModel(Keepsakes):
             keep_timeline=keep_timeline,
             record_routing=record_routing,
         )
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(loaded.directory)
         name = "demo" if path is None else str(path)
-        self = cls(model, tokenizer, name=name, threads=threads, placement=placement)
+        self = cls(
+            loaded.network, tokenizer, name=name, threads=threads, placement=loaded.placement
+        )
+        self.told, self._reserved = loaded.notes, loaded.context
         self._warm_up()
         self._load_s = time.perf_counter() - start
         return self
@@ -292,6 +302,8 @@ class HybridModel(Keepsakes):
             name=self._name,
             threads=self.threads,
             load_s=self._load_s,
+            context=self._reserved,
+            told=self.told,
         )
 
     def _warm_up(self) -> None:

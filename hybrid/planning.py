@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,23 +40,36 @@ UNITS = {
 """A bare letter is binary, as in llama.cpp and docker; ``GB`` is decimal, ``GiB`` binary."""
 
 
-def parse_bytes(text: str, option: str) -> int:
-    """Return a size such as ``6GiB``, ``6G``, ``1.5e9`` in bytes.
+def parse_bytes(text: str, option: str, *, zero: bool = False) -> int:
+    """Return a size such as ``6GiB``, ``6G``, ``1.5e9`` in bytes; 0 only where ``zero`` allows it.
 
     Raises
     ------
     UsageError
-        When it is not a number with a unit, or not above 0.
+        When it is not a number with a unit, not above 0, or more than there is anywhere.
     """
     compact = text.strip().lower().replace(" ", "")
     number = compact.rstrip("bikmgt")
     try:
         value = float(number) * UNITS[compact[len(number) :]]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError):
+        value = nan
+    if not isfinite(value):
         raise UsageError(
             f"{option} {text!r} is not a size", hint=f"for example {option} 6GiB or {option} 6000MB"
-        ) from error
-    if not 0 < value < 2**60:
+        )
+    if value >= 2**60:
+        raise UsageError(
+            f"{option} {text!r} is {value / 2**40:.3g} TiB, more than any machine has",
+            hint=f"for example {option} 6GiB; without a unit it is bytes",
+        )
+    if 0 < value < 1:
+        raise UsageError(
+            f"{option} {text!r} is less than one byte", hint=f"add a unit: {option} {number}GiB"
+        )
+    if value < 0 and zero:
+        raise UsageError(f"{option} {text!r} is below 0", hint=f"{option} 0 is the CPU alone")
+    if value <= 0 and not zero:
         raise UsageError(
             f"{option} {text!r} is not above 0",
             hint="for a machine without a GPU: --hardware cpu-only-laptop"

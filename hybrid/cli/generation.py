@@ -90,12 +90,18 @@ Device = Annotated[
 Vram = Annotated[
     str | None,
     typer.Option(
-        help="Of the GPU's memory, use this much, such as 4GiB; 0 is the CPU alone.",
-        show_default="what is free",
+        help="Of the GPU's memory, use this much, such as 4GiB; auto is what is free, 0 is the "
+        "CPU alone.",
+        show_default="auto",
     ),
 ]
 Ram = Annotated[
-    str | None, typer.Option(help="Of the memory, use this much.", show_default="all of it")
+    str | None,
+    typer.Option(
+        help="Of the memory, use this much, such as 16GiB; auto is all of it. Experts beyond it "
+        "are read from disk.",
+        show_default="auto",
+    ),
 ]
 Context = Annotated[
     int | None,
@@ -252,7 +258,8 @@ def write_routing(model: HybridModel, file: Path | None) -> None:
 def summarise(model: HybridModel, *, whole: bool = False) -> None:
     """End the text's line on a terminal, then tell on stderr how it went.
 
-    One line of figures and one for everything that ran slowly, or the ``whole`` report.
+    One line of figures and one for everything that ran slowly and was not told before, or the
+    ``whole`` report.
     Without figures, when it was interrupted before the model began, nothing.
     """
     if sys.stdout.isatty():
@@ -265,6 +272,9 @@ def summarise(model: HybridModel, *, whole: bool = False) -> None:
         return
     print(summary_line(report.figures), file=sys.stderr)
     for path in report.slow_paths:
+        if path in model.told:
+            continue
+        model.told = (*model.told, path)
         print(f"slow: {path.what}: {path.reason}; {path.remedy}", file=sys.stderr)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device
 from hybrid.errors import UsageError
 from hybrid.experts import experts_of
+from hybrid.metrics import SlowPath
+from hybrid.planning import find_hardware
+from hybrid.sharing.devices import size_in_bytes
 from planner.cost import CostModel
 from planner.families import from_hf_config
 from planner.hardware import CONTEXT_BYTES, HardwareSpec
@@ -58,22 +62,82 @@ def fitted(
     hardware = hardware.with_values("gpu", vram_bytes=usable_vram(device, hardware, budget))
     if budget.ram_bytes is not None:
         hardware = hardware.with_values("cpu", ram_bytes=budget.ram_bytes)
-    index = model.hybrid_store.index
-    spec = from_hf_config(model.config.to_dict(), index.source["name"])
-    dense = index.dense_format
-    # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
-    if dense is None or not is_quantized(dense) or device.torch_device.type != "cpu":
-        dense = "f32" if model.dtype == torch.float32 else "bf16"
-    cost = CostModel(spec, hardware, index.format, dense)
+    cost = cost_of(model, hardware, device.torch_device)
     stride = experts_of(model)[0].blocks.shape[1]
     return cost, fit(
         cost,
         context=budget.context,
-        prompt=budget.context,  # a prompt is computed at once
         batch=Request.batch,
         slot_bytes=stride,
         staging=STAGING,
         popularity=budget.popularity,
+    )
+
+
+def cost_of(model: Any, hardware: HardwareSpec, where: torch.device) -> CostModel:
+    """Return what predicts sizes and durations of a loaded model whose dense part is ``where``."""
+    index = model.hybrid_store.index
+    spec = from_hf_config(model.config.to_dict(), index.source["name"])
+    dense = index.dense_format
+    # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
+    if dense is None or not is_quantized(dense) or where.type != "cpu":
+        dense = "f32" if model.dtype == torch.float32 else "bf16"
+    return CostModel(spec, hardware, index.format, dense)
+
+
+def fitted_alone(model: Any, ram_bytes: int, context: int) -> Fit:
+    """Return what a loaded model takes of ``ram_bytes`` on the CPU alone.
+
+    Raises
+    ------
+    UsageError
+        When it does not run within them.
+    """
+    hardware = find_hardware("cpu-only-laptop").with_values("cpu", ram_bytes=ram_bytes)
+    placed = fit(
+        cost_of(model, hardware, torch.device("cpu")),
+        context=context,
+        batch=Request.batch,
+    )
+    if not placed.fits:
+        raise UsageError(
+            str(placed.shortage),
+            hint="give ram what is needed or more, or leave it out to use all that there is",
+        )
+    return placed
+
+
+def checked_ram(size: str | int | None) -> int | None:
+    """Return the memory to use in bytes; None is all there is.
+
+    Raises
+    ------
+    UsageError
+        When it is no size, or more than this machine has.
+    """
+    asked, total = size_in_bytes(size, "ram"), psutil.virtual_memory().total
+    if asked is not None and asked > -(-total // GIB) * GIB:  # 24 GiB tell a little less
+        raise UsageError(
+            f"ram is {in_words(asked)}, this machine has {in_words(total)}",
+            hint="give it less, or leave ram out to use all of it",
+        )
+    return None if asked is None else min(asked, total)
+
+
+def beyond_ram(placed: Fit) -> SlowPath | None:
+    """Say how many experts memory has no room for; None when it has for all."""
+    if placed.in_ram >= 1:
+        return None
+    stored, kept = (
+        sum(item.bytes for item in placed.items if item.name.startswith(what))
+        for what in ("expert store", "experts in RAM")
+    )
+    return SlowPath(
+        "experts beyond ram",
+        f"of {in_words(placed.ram_bytes)}, {in_words(kept)} are left for experts: "
+        f"{1 - placed.in_ram:.0%} of them stay on disk, and are read again when they are used "
+        "unless the system has memory to spare",
+        f"give ram {in_words(placed.ram_bytes + stored - kept)} or more",
     )
 
 

@@ -30,30 +30,28 @@ EMULATED_AS = "rtx4060-laptop-8gb"
 Size = str | int | None
 
 
-def wants_vram(vram: Size) -> bool:
-    """Whether a size was asked for, not just whatever there is."""
-    return vram not in (None, "auto")
-
-
-def size_in_bytes(size: str | int, name: str) -> int:
-    """Return a size given as bytes or as a text such as ``"4GiB"``.
+def size_in_bytes(size: Size, name: str) -> int | None:
+    """Return a size given as bytes or as a text such as ``"4GiB"``; None is whatever there is.
 
     Raises
     ------
     UsageError
-        When it is not a size above 0.
+        When it is no size; only vram can be 0.
     """
-    return parse_bytes(str(size), name)
+    if size is None or str(size).strip().lower() == "auto":
+        return None
+    return parse_bytes(str(size), name, zero=name == "vram")
 
 
-def choose_device(name: str | None, vram: Size) -> str | None:
+def choose_device(device: str | int | torch.device | None, vram: Size) -> str | None:
     """Return ``cuda:N``, ``emulated``, or None for the CPU alone.
 
     Parameters
     ----------
-    name
-        ``"cuda"``, ``"cuda:1"``, ``"emulated"``, ``"cpu"``, or None to choose: the GPU that is
-        there; without one the CPU, or an emulated device where vram is asked for.
+    device
+        ``"cuda"``, ``"cuda:1"``, ``"emulated"``, ``"cpu"``, what torch calls a device, a GPU's
+        number, or None to choose: the GPU that is there; without one the CPU, or an emulated
+        device where vram is asked for.
     vram
         0 is the CPU alone.
 
@@ -62,8 +60,15 @@ def choose_device(name: str | None, vram: Size) -> str | None:
     UsageError
         When the name is unknown or the device is not there.
     """
-    if name == "cpu" or vram in (0, "0"):
-        if name == "cpu" and wants_vram(vram) and vram not in (0, "0"):
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
+        raise UsageError(
+            f"device is {device!r}, neither a name nor a number",
+            hint="choose cuda, cuda:N, emulated or cpu, or leave it out",
+        )
+    name = f"cuda:{device}" if isinstance(device, int) else None if device is None else str(device)
+    asked = size_in_bytes(vram, "vram")
+    if name == "cpu" or asked == 0:
+        if name == "cpu" and asked:
             raise UsageError(
                 f"vram {vram!r} is asked for with device 'cpu'",
                 hint="leave one of them out: the CPU has no vram",
@@ -77,11 +82,11 @@ def choose_device(name: str | None, vram: Size) -> str | None:
     if name is None:
         if torch.cuda.is_available():
             return "cuda:0"
-        return "emulated" if wants_vram(vram) else None
+        return "emulated" if asked else None
     if name == "emulated":
         return name
     kind, _, index = name.partition(":")
-    if kind != "cuda" or not (index == "" or index.isdigit()):
+    if kind != "cuda" or not (name == "cuda" or index.isdecimal()):
         raise UsageError(
             f"unknown device {name!r}", hint="choose cuda, cuda:N, emulated or cpu, or leave it out"
         )

@@ -1,0 +1,185 @@
+"""What users give as sizes, lengths, threads and devices: taken, or refused before anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from hybrid import loading
+from hybrid.cli import main
+from hybrid.errors import UsageError
+from hybrid.model import HybridModel
+from hybrid.sharing.budget import beyond_ram, checked_ram, fitted_alone
+from hybrid.sharing.devices import choose_device, size_in_bytes
+from planner.memory import RAM_RESERVE_BYTES
+
+RUN = ["run", "-p", "import os", "-n", "3", "--greedy", "-t", "1"]
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU on which nothing may be loaded."""
+
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("it was loaded before it was checked")
+
+    monkeypatch.setattr(loading, "load_fast_model", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("size", [0, "0", "0GiB", "0.0", " 0 MiB "])
+def test_no_vram_is_the_cpu_alone(size: str | int) -> None:
+    """However 0 is written."""
+    assert choose_device(None, size) is None
+    assert choose_device("cpu", size) is None
+
+
+@pytest.mark.parametrize("size", [None, "auto", "AUTO", "Auto "])
+def test_auto_is_whatever_there_is(size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any case."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(None, size) is None
+    assert size_in_bytes(size, "vram") is None
+    assert checked_ram(size) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("inf", "'inf' is not a size"),
+        ("nan", "'nan' is not a size"),
+        ("1e999GiB", "'1e999GiB' is not a size"),
+        (2**62, "more than any machine has"),
+        ("0.5", "less than one byte"),
+        (-1, "'-1' is below 0"),
+        ("four", "'four' is not a size"),
+        (True, "'True' is not a size"),
+    ],
+)
+@pytest.mark.usefixtures("unloaded")
+def test_vram_that_cannot_be(size: Any, said: str) -> None:
+    """What is wrong with it, and an example, before anything is loaded."""
+    with pytest.raises(UsageError, match=said) as caught:
+        HybridModel.from_pretrained(vram=size, threads=1)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("option", [[], ["--vram", "0"], ["--vram", "1GiB"]])
+@pytest.mark.usefixtures("unloaded")
+def test_more_ram_than_there_is(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU alone and with a device, with both sizes."""
+    assert main([*RUN, *option, "--ram", "900TiB"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "ram is 921600.00 GiB, this machine has " in error
+    assert hint.startswith("hint: ")
+
+
+def test_all_the_ram_that_a_machine_is_sold_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 GiB the system tells a little less; 24 GiB is no slip, and is what there is."""
+    told = (24 << 30) - (500 << 20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"total": told})())
+    assert checked_ram("24GiB") == told
+    assert checked_ram("20GiB") == 20 << 30
+    with pytest.raises(UsageError, match=r"25\.00 GiB, this machine has 23\.51 GiB"):
+        checked_ram("25GiB")
+
+
+@pytest.mark.parametrize("option", [[], ["--vram", "0"], ["--vram", "1GiB"]])
+def test_too_little_ram_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``hybrid plan`` says it: what is needed and what there is."""
+    assert main([*RUN, *option, "--ram", "1MiB"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *_, error, hint = err.splitlines()
+    assert "RAM is short by" in error
+    assert "are needed" in error
+    assert "leave" in hint
+
+
+def test_experts_beyond_ram_are_told(capfd: Any) -> None:
+    """A limit that holds a part of them: the share on disk, once, and what would hold all."""
+    model = HybridModel.from_pretrained(threads=1)
+    least = sum(
+        item.bytes
+        for item in fitted_alone(model.model, 8 << 30, 4096 // 4).items
+        if item.place == "ram" and not item.name.startswith("experts")
+    )
+    assert least > RAM_RESERVE_BYTES
+    nbytes = model.model.hybrid_store.index.nbytes
+    words = [*RUN, "--ram"]
+    assert main([*words, str(least + nbytes // 2)]) == 0
+    out, err = capfd.readouterr()
+    assert out
+    assert err.count("experts beyond ram") == 1
+    assert "stay on disk" in err
+    assert main([*words, str(least + nbytes)]) == 0
+    assert "experts beyond ram" not in capfd.readouterr().err
+    half = beyond_ram(fitted_alone(model.model, least + nbytes // 2, 1024))
+    assert half is not None
+    assert "%" in half.reason
+
+
+@pytest.mark.parametrize("context", [-5, 0, 1.5, "abc", "8", True])
+@pytest.mark.parametrize("vram", ["1GiB", 0])
+@pytest.mark.usefixtures("unloaded")
+def test_a_context_that_cannot_be(context: Any, vram: Any) -> None:
+    """Anything but a whole number above 0 is named before anything is loaded."""
+    with pytest.raises(UsageError, match=r"context is .*whole number of at least 1") as caught:
+        HybridModel.from_pretrained(vram=vram, context=context, threads=1)
+    assert repr(context) in caught.value.message
+    assert caught.value.hint
+
+
+def test_more_tokens_than_memory_is_kept_for(tiny_model: Path, capfd: Any) -> None:
+    """They are computed, and the report says both lengths and the remedy; fewer say nothing."""
+    model = HybridModel.from_pretrained(
+        tiny_model, vram="1GiB", context=cast(int, np.int64(8)), threads=1
+    )
+    model.generate("abcd", max_new_tokens=4, do_sample=False)
+    assert not [path for path in model.report().slow_paths if "cache is larger" in path.what]
+    model.generate("abcdefgh", max_new_tokens=4, do_sample=False)
+    (found,) = [path for path in model.report().slow_paths if "cache is larger" in path.what]
+    assert "took 12 tokens, memory is kept for 8" in found.reason
+    assert "context of 12" in found.remedy
+
+
+@pytest.mark.parametrize("threads", ["2", 1.5, 0, True])
+@pytest.mark.usefixtures("unloaded")
+def test_threads_that_cannot_be(threads: Any) -> None:
+    """Named with their value; no TypeError."""
+    with pytest.raises(UsageError, match="threads is ") as caught:
+        HybridModel.from_pretrained(threads=threads)
+    assert repr(threads) in caught.value.message
+    assert caught.value.hint
+
+
+def test_devices_as_torch_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number is a GPU's, a torch.device is its name; anything else is refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(0, None) == "cuda:0"
+    assert choose_device(1, "4GiB") == "cuda:1"
+    assert choose_device(torch.device("cuda"), None) == "cuda:0"
+    assert choose_device(torch.device("cuda", 1), None) == "cuda:1"
+    assert choose_device(torch.device("cpu"), None) is None
+    for device in (2, -1, True, 1.0, "cuda:", "cuda:²", torch.device("meta"), ["cuda"]):
+        unfit: Any = device
+        with pytest.raises(UsageError) as caught:
+            choose_device(unfit, None)
+        assert caught.value.hint
+
+
+def test_a_note_is_told_once(capfd: Any) -> None:
+    """Loading says what is known then, the end only what is new; the decoder's note is true."""
+    assert main([*RUN, "--vram", "1GiB"]) == 0
+    err = capfd.readouterr().err
+    assert err.count("an emulated device instead of a GPU") == 1
+    assert err.count("single tokens in transformers' code") == 1
+    assert "the model lies on a device (emulated)" in err
+    assert "0.00 GiB" not in err
+    assert "do not compute this decoder" not in err
