@@ -21,6 +21,7 @@ from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.formats import DEFAULT_EXPERTS
 from hybrid.metrics import SlowPath
+from hybrid.planning import size_in_bytes
 from hybrid.sharing.budget import Budget, beyond_ram, checked_ram, fitted_alone
 from hybrid.sharing.devices import (
     Size,
@@ -29,7 +30,6 @@ from hybrid.sharing.devices import (
     emulation_note,
     hardware_with,
     open_device,
-    size_in_bytes,
 )
 from hybrid.sharing.placement import Placement, place_model
 from hybrid.sharing.timeline import Timeline

@@ -1,22 +1,18 @@
-"""Dry runs by name: finds models and machines, reads overrides, and asks the planner."""
+"""What users name and measure things by: models, machines and sizes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid.calibration import calibrated
 from hybrid.errors import UsageError
-from planner.dryrun import PlanResult, dry_run
 from planner.families import from_hf_config, from_table
 from planner.fields import nearest, parse_table, read_table
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
-from planner.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,6 +75,19 @@ def parse_bytes(text: str, option: str, *, zero: bool = False) -> int:
     return int(value)
 
 
+def size_in_bytes(size: str | int | None, option: str) -> int | None:
+    """Return a size given as bytes or as a text such as ``"4GiB"``; None is whatever there is.
+
+    Raises
+    ------
+    UsageError
+        When it is no size; only vram can be 0.
+    """
+    if size is None or str(size).strip().lower() == "auto":
+        return None
+    return parse_bytes(str(size), option, zero=option.endswith("vram"))
+
+
 def resolve(name: str, kind: str) -> dict[str, Any]:
     """Read the shipped description called ``name``, or uniquely beginning or containing it.
 
@@ -129,6 +138,21 @@ def find_model(name: str | Path) -> ModelSpec:
     return from_table(data, str(name))
 
 
+def stored_weights(model: str | Path | ModelSpec) -> str | None:
+    """Return the digest of the checkpoint a converted directory was made from; None without one.
+
+    Raises
+    ------
+    SpecError
+        When the directory's index is damaged.
+    """
+    index = None if isinstance(model, ModelSpec) else Path(model) / "experts.json"
+    if index is None or not index.is_file():
+        return None
+    source = read_table(index).get("source")
+    return source.get("identity") if isinstance(source, dict) else None
+
+
 def find_hardware(name: str | Path) -> HardwareSpec:
     """Describe a machine: a shipped name, or a TOML file."""
     path = Path(name)
@@ -137,55 +161,6 @@ def find_hardware(name: str | Path) -> HardwareSpec:
     if path.suffix in (".json", ".toml"):
         raise UsageError(f"there is no file {name}", hint="check the path")
     return HardwareSpec.from_table(resolve(str(name), "hardware"), str(name))
-
-
-def plan(
-    model: str | Path | ModelSpec,
-    hardware: str | Path | HardwareSpec | None = None,
-    *,
-    vram: str | int | None = None,
-    ram: str | int | None = None,
-    context: int | None = None,
-    **options: Any,
-) -> PlanResult:
-    """Predict how a model runs on a machine; nothing is downloaded and no weights are needed.
-
-    Parameters
-    ----------
-    model
-        A shipped name (``Qwen3-30B-A3B``), a ``config.json``, or a ``ModelSpec``.
-    hardware
-        A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``; this machine, as
-        ``hybrid calibrate`` measured it, with its GPU if that was measured, by default.
-    vram, ram
-        Use this much instead: bytes, or a text such as ``"6GiB"``.
-    context
-        Tokens of cache to reserve per sequence: 4096, or what the model was made for if less.
-    options
-        Fields of ``planner.request.Request``: ``experts``, ``dense``, ``prompt``, ``tokens``,
-        ``batch``, ``trace``, ``popularity``, ``seed``.
-
-    Raises
-    ------
-    UsageError, PlannerError
-        When a name is unknown, a file is damaged, or a value cannot be.
-    """
-    spec = model if isinstance(model, ModelSpec) else find_model(model)
-    if hardware is None:
-        machine = calibrated.in_force()[0] or calibrated.require()
-    else:
-        machine = hardware if isinstance(hardware, HardwareSpec) else find_hardware(hardware)
-    if vram is not None:
-        machine = machine.with_values("gpu", vram_bytes=_bytes(vram, "--vram"))
-    if ram is not None:
-        machine = machine.with_values("cpu", ram_bytes=_bytes(ram, "--ram"))
-    if context is None:
-        context = min(Request.context, spec.context or Request.context)
-    return dry_run(replace(Request(model=spec, hardware=machine, context=context), **options))
-
-
-def _bytes(value: str | int, option: str) -> int:
-    return parse_bytes(str(value), option)
 
 
 def shipped_names(kind: str) -> list[str]:

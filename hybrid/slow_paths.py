@@ -10,15 +10,8 @@ import torch
 
 from cpu_experts import hostcpu, simd
 from hybrid.fast.attach import UNTESTED, FastPath
+from hybrid.host import has_native_bf16
 from hybrid.metrics import SlowPath
-
-#: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
-_BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
-
-
-def has_native_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 without a detour over float32."""
-    return not _BF16_FEATURES.isdisjoint(hostcpu.host_features())
 
 
 def _threading_layer() -> str | None:

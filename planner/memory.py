@@ -17,6 +17,8 @@ RAM_RESERVE_BYTES = 2 * 2**30
 
 PAGE_BYTES = 4096
 """The expert store aligns experts to pages, and so do their slots."""
+PIECE = 512
+"""Tokens of a prompt that a CPU computes at a time."""
 STAGING = 4
 """Slots for experts that are copied, used once and not kept."""
 PINNED_SHARE = 0.5
@@ -136,7 +138,6 @@ def fit(
     cost: CostModel,
     *,
     context: int,
-    prompt: int,
     batch: int,
     slot_bytes: int | None = None,
     staging: int = 0,
@@ -149,9 +150,8 @@ def fit(
     cost
         The model, the machine and the formats.
     context
-        Tokens of cache reserved for each sequence.
-    prompt
-        Tokens computed at once in prefill, which sizes the workspace.
+        Tokens of cache reserved for each sequence. The workspace is for the longest prompt that
+        it admits: a GPU computes that at once, a CPU in pieces.
     batch
         Sequences.
     slot_bytes
@@ -164,16 +164,21 @@ def fit(
     Raises
     ------
     SpecError
-        When the context exceeds the model's, or the prompt exceeds the context.
+        When the context exceeds the model's.
     TraceError
         When the popularity is another model's.
     """
     model, hardware = cost.model, cost.hardware
-    _check_lengths(cost, context, prompt)
+    if model.context is not None and context > model.context:
+        raise SpecError(
+            f"--context {context} exceeds the {model.context} tokens {model.name} was made for",
+            hint=f"use --context {model.context} or less",
+        )
     experts = model.experts
     dense = weight_bytes(model.dense_params, cost.dense_format)
     cache = model.cached_numbers(context) * cost.kv_bytes * batch
-    workspace = workspace_bytes(cost, prompt * batch)
+    at_once = context if hardware.gpu else min(context, PIECE)
+    workspace = workspace_bytes(cost, at_once * batch)
     stored = experts.count * model.moe_layers * cost.experts.bytes
     home = "vram" if hardware.gpu else "ram"
     items = [
@@ -249,17 +254,3 @@ def enough_in_words(size: int) -> str:
 
 def _sum(items: list[Item], place: str) -> int:
     return sum(item.bytes for item in items if item.place == place)
-
-
-def _check_lengths(cost: CostModel, context: int, prompt: int) -> None:
-    longest = cost.model.context
-    if longest is not None and context > longest:
-        raise SpecError(
-            f"--context {context} exceeds the {longest} tokens {cost.model.name} was made for",
-            hint=f"use --context {longest} or less",
-        )
-    if prompt > context:
-        raise SpecError(
-            f"--prompt {prompt} exceeds --context {context}",
-            hint="raise --context or shorten the prompt",
-        )

@@ -40,7 +40,7 @@ class Request:
     Raises
     ------
     SpecError
-        When a count is below 1 or a format is unknown.
+        When a count is below 1, the prompt exceeds the context, or a format is unknown.
     """
 
     model: ModelSpec
@@ -60,6 +60,11 @@ class Request:
             value = getattr(self, name)
             if value < 1:
                 raise SpecError(f"--{name} is {value}", hint=f"--{name} must be at least 1")
+        if self.prompt > self.context:
+            raise SpecError(
+                f"--prompt {self.prompt} exceeds --context {self.context}",
+                hint="raise --context or shorten the prompt",
+            )
         if self.tokens * self.batch > _MOST_SIMULATED:
             raise SpecError(
                 f"--tokens {self.tokens} x --batch {self.batch} exceeds {_MOST_SIMULATED}",
@@ -83,7 +88,6 @@ class Request:
         return fit(
             self.cost,
             context=self.context,
-            prompt=self.prompt,
             batch=self.batch,
             slot_bytes=paged(self.cost.experts.bytes),
             staging=STAGING,

@@ -17,8 +17,8 @@ from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.measure_placed import UnmeasuredError
 from hybrid.cli import main
 from hybrid.demo import demo_path
+from hybrid.dry_run import plan
 from hybrid.model import HybridModel
-from hybrid.planning import plan
 from hybrid.sharing.devices import ToEmulate, hardware_with
 from planner.hardware import HardwareSpec
 from planner.spec import Source

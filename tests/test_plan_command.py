@@ -13,8 +13,9 @@ import pytest
 
 from hybrid.cli import main
 from hybrid.demo import demo_path
+from hybrid.dry_run import plan
 from hybrid.errors import UsageError
-from hybrid.planning import find_hardware, find_model, parse_bytes, plan, resolve
+from hybrid.planning import find_hardware, find_model, parse_bytes, resolve
 from planner.report import SCHEMA, to_dict
 from planner_examples import hybrid_plan, save_config
 
@@ -155,17 +156,19 @@ def test_cpu_only_machines(small: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str]) -> None:
-    """The verdict names the shortage; each remedy, taken, fits."""
+    """The verdict names the shortage, the exit code is 1; each remedy, taken, fits."""
     words = ("DeepSeek-V3", "-H", "rtx4090", *QUICK)
     code, out, _ = hybrid_plan(*words, capsys=capsys)
-    assert code == 0
+    assert code == 1
     assert "does not fit: VRAM is short by" in out
     assert "--dense q8_0" in out
     data = json.loads(hybrid_plan(*words, "--json", capsys=capsys)[1])
     assert data["fit"]["fits"] is False
     assert data["tpot"] is None
     assert data["remedies"]
-    fixed = json.loads(hybrid_plan(*words, "--dense", "q8_0", "--json", capsys=capsys)[1])
+    code, out, _ = hybrid_plan(*words, "--dense", "q8_0", "--json", capsys=capsys)
+    fixed = json.loads(out)
+    assert code == 0
     assert fixed["fit"]["fits"] is True
     # 342 GiB of experts against 64 GiB of RAM: the disk binds, and the report says so.
     assert fixed["fit"]["in_ram"] < 0.2

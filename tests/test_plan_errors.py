@@ -79,7 +79,7 @@ def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         ((), "MODEL is missing"),
         (("none/config.json", *LAPTOP), "there is no file none/config.json"),
         (("Mixtral", "extra", *LAPTOP), "unexpected 'extra'"),
-        (("Mixtral", *LAPTOP, "--vram", "0"), "--vram '0' is not above 0"),
+        (("Mixtral", *LAPTOP, "--ram", "0"), "--ram '0' is not above 0"),
         (("Mixtral", *LAPTOP, "--vram", "lots"), "--vram 'lots' is not a size"),
         (("Mixtral", "-H", "cpu-only", "--vram", "6GiB"), "has no gpu to change"),
         (("Mixtral", *LAPTOP, "--context", "99999"), "exceeds the 32768 tokens"),

@@ -138,7 +138,7 @@ def test_fit_sets_slots_aside_and_uses_no_byte_twice():
     """Everything in VRAM adds up to at most what is there; staging comes out of the slots."""
     cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=780 * 2**20), "q4_0")
     slot = paged(cost.experts.bytes)
-    sizes = {"context": 256, "prompt": 64, "batch": 1, "slot_bytes": slot}
+    sizes = {"context": 256, "batch": 1, "slot_bytes": slot}
     bare, staged = fit(cost, **sizes), fit(cost, **sizes, staging=STAGING)
     assert sum(bare.slots) - sum(staged.slots) == STAGING
     for placed in (bare, staged):
@@ -152,7 +152,7 @@ def test_host_memory_is_pinned_while_there_is_plenty():
 
     def kind(hardware, ram):
         cost = CostModel(small_model(), hardware.with_values("cpu", ram_bytes=ram), "q4_0")
-        return fit(cost, context=256, prompt=64, batch=1).host
+        return fit(cost, context=256, batch=1).host
 
     gib = 2**30
     assert kind(machine(), 16 * gib) is HostMemory.PINNED
@@ -163,7 +163,7 @@ def test_host_memory_is_pinned_while_there_is_plenty():
 def test_a_placement_tells_slots_and_host_memory():
     """Who shares the slots how, how the experts lie in RAM, and which part of them stays there."""
     cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=780 * 2**20), "q4_0")
-    sizes = {"context": 256, "prompt": 64, "batch": 1}
+    sizes = {"context": 256, "batch": 1}
     told = fit(cost, **sizes).slots_told(24)
     assert told == (
         "24 of 96 experts can be resident (25%), slots are shared equally over the layers, as no "
@@ -182,7 +182,7 @@ def test_a_placement_tells_slots_and_host_memory():
 def test_a_shortage_says_what_is_needed():
     """VRAM too small for the dense part: by how much, and how much it takes."""
     cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=256 * 2**20), "q4_0")
-    placed = fit(cost, context=256, prompt=64, batch=1)
+    placed = fit(cost, context=256, batch=1)
     assert placed.shortage is not None
     needed = re.search(r"([\d.]+) MiB are needed, 256\.0 MiB are there", placed.shortage)
     assert needed
@@ -193,13 +193,13 @@ def test_a_shortage_says_what_is_needed():
 def test_ram_too_small_is_no_shortage_of_vram():
     """Each place is named with what it lacks, and only those that lack something."""
     small = machine().with_values("cpu", ram_bytes=2**30)
-    placed = fit(CostModel(small_model(), small, "q4_0"), context=256, prompt=64, batch=1)
+    placed = fit(CostModel(small_model(), small, "q4_0"), context=256, batch=1)
     assert placed.short_of == ("ram",)
     assert placed.shortage == (
         "RAM is short by 1024.0 MiB before any expert: 2.00 GiB are needed, 1024.0 MiB are there"
     )
     tiny = small.with_values("gpu", vram_bytes=2**20)
-    placed = fit(CostModel(small_model(), tiny, "q4_0"), context=256, prompt=64, batch=1)
+    placed = fit(CostModel(small_model(), tiny, "q4_0"), context=256, batch=1)
     assert placed.short_of == ("vram", "ram")
     assert not placed.fits
 
@@ -215,12 +215,12 @@ def test_plan_takes_a_popularity_file(tmp_path, capsys):
     uses = USES.copy()
     uses[0] = [1000, 900, *[0] * 14]
     path = tmp_path / "uses.json"
-    path.write_text(Popularity("small", 96, uses).to_json())
+    path.write_text(Popularity("small", 1000, uses).to_json())
     hardware = machine().with_values("gpu", vram_bytes=780 * 2**20)
     sizes = {"context": 256, "prompt": 64, "tokens": 4}
     placed = Request(model=small_model(), hardware=hardware, popularity=path, **sizes).fit()
     assert placed.slots[0] < max(placed.slots)
-    path.write_text(Popularity("other", 96, uses[:, :8]).to_json())
+    path.write_text(Popularity("other", 1000, uses[:, :8]).to_json())
     words = (str(save_config(tmp_path / "m")), "--hardware", "rtx4060-laptop")
     code, _, err = hybrid_plan(*words, "--popularity", str(path), capsys=capsys)
     assert code == 2

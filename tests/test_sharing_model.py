@@ -16,10 +16,11 @@ from gpu_experts.device import Memory
 from gpu_experts.emulated import EmulatedDevice
 from hybrid.cli import main
 from hybrid.demo import demo_path
+from hybrid.dry_run import plan
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
-from hybrid.planning import find_hardware, plan
+from hybrid.planning import find_hardware
 from hybrid.sharing.budget import Budget, usable_vram
 from hybrid.sharing.devices import choose_device, emulated_device
 from hybrid.sharing.placement import Placement, place_model

@@ -85,7 +85,6 @@ class OnGpu:
         placed = fit(
             cost,
             context=context,
-            prompt=context,
             batch=1,
             slot_bytes=self.layers[0].blocks.shape[1],
             staging=STAGING,

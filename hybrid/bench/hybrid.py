@@ -20,10 +20,11 @@ from hybrid.calibration.calibrate import hardware_for
 from hybrid.calibration.subject import Subject, subject
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
+from hybrid.machines import EMULATED_AS, emulated_hardware
 from hybrid.metrics import SlowPath
 from hybrid.planning import find_hardware
 from hybrid.sharing.budget import Budget, usable_vram
-from hybrid.sharing.devices import EMULATED_AS, choose_device, emulated_hardware
+from hybrid.sharing.devices import choose_device
 from hybrid.sharing.timeline import DECODE, HEAD, ROUTER
 from planner.cost import CostModel, weight_bytes
 from planner.errors import TraceError

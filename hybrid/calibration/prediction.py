@@ -12,8 +12,8 @@ from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import UNMEASURED, Coverage
 from hybrid.calibration.subject import subject
-from hybrid.config import DEFAULT_EXPERTS
 from hybrid.experts import experts_of
+from hybrid.formats import DEFAULT_EXPERTS
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.sharing.timeline import DECODE, PREFILL
 from planner.cost import CostModel

@@ -89,7 +89,7 @@ def model(
 ) -> None:
     """A whole model: load, prefill and decode, beside what was predicted and the bandwidth."""
     from hybrid.bench import model as bench
-    from hybrid.config import check_formats
+    from hybrid.formats import check_formats
 
     check_formats(experts, dense)
     result = bench.run(

@@ -16,13 +16,16 @@ from typing import Annotated, NoReturn
 import typer
 
 from hybrid.calibration import calibrated
+from hybrid.dry_run import machine_for
+from hybrid.dry_run import plan as make_plan
 from hybrid.errors import UsageError
 from hybrid.paths import write_whole
 from hybrid.planning import find_hardware, find_model, resolve, shipped_names
-from hybrid.planning import plan as make_plan
 from planner.fields import read_table
 from planner.report import Table, tables, to_json, to_markdown
 
+DOES_NOT_FIT = 1
+"""Exit code, so that scripts need not read the report."""
 _WIDTH = 110
 """Columns when the output is no terminal."""
 
@@ -33,8 +36,9 @@ def plan(
         typer.Argument(
             show_default=False,
             metavar="MODEL | diff",
-            help="A name such as Qwen3-30B-A3B, a config.json or the directory that holds one. "
-            "Or: diff A.json B.json, to compare two plans written with --json.",
+            help="A name such as Qwen3-30B-A3B, a config.json or the directory that holds one; "
+            "demo is the model that ships. Or: diff A.json B.json, to compare two plans written "
+            "with --json.",
         ),
     ] = "",
     others: Annotated[list[Path] | None, typer.Argument(metavar="A B", hidden=True)] = None,
@@ -47,20 +51,53 @@ def plan(
             show_default="this machine, once it is calibrated",
         ),
     ] = None,
-    vram: Annotated[str | None, typer.Option(help="Use this much VRAM, such as 6GiB.")] = None,
-    ram: Annotated[str | None, typer.Option(help="Use this much RAM, such as 16GiB.")] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(
+            help="Use this much VRAM, such as 6GiB; 0 is the CPU alone. This machine emulates a "
+            "GPU if it has none.",
+            show_default="what there is",
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(help="Use this much RAM, such as 16GiB.", show_default="what there is"),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            "-t",
+            min=1,
+            help="Of this machine's CPU.",
+            show_default="OMP_NUM_THREADS or all cores",
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
+            "--context",
+            "-c",
             help="Tokens of cache to reserve per sequence.",
             show_default="4096, or the model's own if less",
         ),
     ] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompt that is timed.", show_default="512, or the context if less"
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to decode in the simulation.")] = 16,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    experts: Annotated[str, typer.Option(help="Weight format of the experts.")] = "q4_0",
-    dense: Annotated[str, typer.Option(help="Weight format of everything else.")] = "bf16",
+    experts: Annotated[
+        str | None,
+        typer.Option(help="Weight format of the experts.", show_default="q4_0, or the directory's"),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(help="Weight format of everything else.", show_default="what a run has it in"),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="Replay this recorded routing (.npz) instead of a made-up one."),
@@ -84,7 +121,10 @@ def plan(
     """Say whether a model fits a machine, how fast it will be, why, and what would help.
 
     Needs the model's config.json only. Every time says where it comes from: measured, fitted,
-    analytic or assumed.
+    analytic or assumed. What lies where is what 'hybrid run' decides for the same model, vram,
+    ram, context and threads.
+
+    The exit code is 0 for a model that fits, 1 for one that does not, and 2 for an error.
     """
     if as_json and markdown:
         raise UsageError("--json and --markdown were both given", hint="choose one")
@@ -98,20 +138,17 @@ def plan(
     if experiment is not None:
         _experiment(experiment, as_json=as_json, markdown=markdown)
         return
-    machine, gpu = (None, "") if hardware or not model else calibrated.in_force()
-    if not model or not (hardware or machine):
+    machine = machine_for(model, hardware, vram=vram, ram=ram, threads=threads) if model else None
+    if machine is None:
         _missing(model)
     for path in (html, perfetto):
         if path is not None and path.exists() and not force:
             raise UsageError(f"{path} exists", hint="choose another name, or add --force")
-    if machine is not None:
-        with_gpu = f" with {gpu}" if gpu else ""
-        print(f"no --hardware given: this machine, as it was calibrated{with_gpu}", file=sys.stderr)
+    if machine.told:
+        print(f"no --hardware given: {machine.told}", file=sys.stderr)
     result = make_plan(
         model,
-        machine or hardware,
-        vram=vram,
-        ram=ram,
+        machine,
         context=context,
         prompt=prompt,
         tokens=tokens,
@@ -134,6 +171,8 @@ def plan(
         from planner.perfetto import to_perfetto
 
         write_file(perfetto, to_perfetto(result))
+    if not result.fit.fits:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 def _deliver(found: list[Table], *, markdown: bool) -> None:

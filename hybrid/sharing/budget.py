@@ -13,8 +13,7 @@ from gpu_experts.device import Device
 from hybrid.errors import UsageError
 from hybrid.experts import experts_of
 from hybrid.metrics import SlowPath
-from hybrid.planning import find_hardware
-from hybrid.sharing.devices import size_in_bytes
+from hybrid.planning import find_hardware, size_in_bytes
 from planner.cost import CostModel
 from planner.families import from_hf_config
 from planner.hardware import CONTEXT_BYTES, HardwareSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numba
@@ -20,27 +20,12 @@ from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.subject import subject
 from hybrid.errors import UsageError, first_line
+from hybrid.machines import EMULATED, EMULATED_AS, with_emulated
 from hybrid.metrics import SlowPath
-from hybrid.planning import find_hardware, parse_bytes
+from hybrid.planning import find_hardware, size_in_bytes
 from planner.hardware import HardwareSpec
 
-EMULATED_AS = "rtx4060-laptop-8gb"
-"""The machine whose device and link an emulated device is taken for when experts are placed."""
-
 Size = str | int | None
-
-
-def size_in_bytes(size: Size, name: str) -> int | None:
-    """Return a size given as bytes or as a text such as ``"4GiB"``; None is whatever there is.
-
-    Raises
-    ------
-    UsageError
-        When it is no size; only vram can be 0.
-    """
-    if size is None or str(size).strip().lower() == "auto":
-        return None
-    return parse_bytes(str(size), name, zero=name == "vram")
 
 
 def choose_device(device: str | int | torch.device | None, vram: Size) -> str | None:
@@ -127,7 +112,7 @@ def open_device(name: str, vram_bytes: int | None, shape: ExpertShape, threads: 
 class ToEmulate:
     """A device that is emulated once it is known what experts it computes."""
 
-    name = "emulated, exact"
+    name = EMULATED
 
     def open(self, shape: ExpertShape, threads: int) -> Device:
         """Return it, with as much memory as the GPU that it is planned as."""
@@ -153,14 +138,7 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
     was calibrated.
     """
     if isinstance(device, EmulatedDevice):
-        from hybrid.calibration.calibrate import covers
-
-        own = calibrated.usable(Identity.of_this_machine(threads, device.name))
-        if own is not None and covers(own, subject(directory)):
-            return own
-        cpu = calibrated.usable(Identity.of_this_machine(threads))
-        like = find_hardware(EMULATED_AS)
-        return like if cpu is None else emulated_hardware(cpu, like)
+        return with_emulated(subject(directory), threads, device.name)
     from hybrid.calibration.calibrate import hardware_for
 
     damaged = calibrated.damage(Identity.of_this_machine(threads, device.name))
@@ -168,29 +146,6 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
         _say(f"{damaged.reason}: measuring anew")
     again = damaged is not None
     return hardware_for(directory, force=again, device=device, threads=threads, progress=_say)
-
-
-def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
-    """Return the CPU of one machine with the GPU and the link of another.
-
-    What the modelling code costs a layer is the other's, too: it runs beside a GPU there.
-
-    Raises
-    ------
-    UsageError
-        When the other has no GPU.
-    """
-    if like.gpu is None:
-        raise UsageError(f"{like.name} has no GPU to emulate", hint="choose hardware with one")
-    return replace(
-        cpu,
-        name=f"{cpu.name} with the GPU of {like.name}",
-        cpu=replace(cpu.cpu, layer_overhead_s=like.cpu.layer_overhead_s),
-        gpu=like.gpu,
-        link=like.link,
-        points=tuple(point for point in cpu.points if point.lane == "cpu"),
-        terms=tuple(term for term in cpu.terms if term.lane == "cpu"),
-    )
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,133 @@
+"""Dry runs: what a run would decide and how fast it would be, for the arguments that a run takes.
+
+Loads neither torch nor numba.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cpu_experts.formats import is_quantized
+from hybrid import host
+from hybrid.calibration import calibrated
+from hybrid.calibration.subject import Subject, subject
+from hybrid.machines import Machine, this_machine
+from hybrid.planning import find_hardware, size_in_bytes
+from planner.dryrun import PlanResult, dry_run
+from planner.hardware import HardwareSpec
+from planner.model import ModelSpec
+from planner.request import Request
+
+
+def plan(
+    model: str | Path | ModelSpec,
+    hardware: str | Path | HardwareSpec | Machine | None = None,
+    *,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    context: int | None = None,
+    prompt: int | None = None,
+    threads: int | None = None,
+    experts: str | None = None,
+    dense: str | None = None,
+    **options: Any,
+) -> PlanResult:
+    """Predict how a model runs on a machine; nothing is downloaded and no weights are needed.
+
+    What is placed where is what ``HybridModel.from_pretrained`` decides for the same arguments.
+
+    Parameters
+    ----------
+    model
+        A directory, a ``config.json``, a shipped name (``Qwen3-30B-A3B``), a ``ModelSpec``, or
+        ``"demo"``.
+    hardware
+        A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``; this machine, as
+        ``hybrid calibrate`` measured it, by default: with its GPU if that was measured, with an
+        emulated one if vram is asked for and there is none. Or what :func:`machine_for` returns.
+    vram, ram
+        Use this much instead: bytes, or a text such as ``"6GiB"``; ``"auto"`` and None are all
+        that there is, and vram 0 is the CPU alone.
+    context
+        Tokens of cache to reserve per sequence: 4096, or what the model was made for if less.
+    prompt
+        Tokens of the prompt that is predicted: 512, or the context if less. Memory is kept for
+        the longest that the context admits.
+    threads
+        Of this machine's CPU.
+    experts, dense
+        Weight formats: those that a run has them in. Experts are q4_0 unless a directory was
+        converted to something else. Dense weights are bf16 on a GPU, and on the CPU what the
+        directory has; beside an emulated GPU, where those are not quantized, what this machine's
+        processor computes in.
+    options
+        Other fields of ``planner.request.Request``: ``tokens``, ``batch``, ``trace``,
+        ``popularity``, ``seed``.
+
+    Raises
+    ------
+    UsageError, PlannerError
+        When a name is unknown, a file is damaged, or a value cannot be.
+    """
+    if not isinstance(hardware, Machine):
+        hardware = machine_for(model, hardware, vram=vram, ram=ram, threads=threads) or Machine(
+            calibrated.require()
+        )
+    wanted = _subject(model)
+    if context is None:
+        context = min(Request.context, wanted.model.context or Request.context)
+    request = Request(
+        model=wanted.model,
+        hardware=hardware.spec,
+        experts=experts or wanted.experts,
+        dense=dense or _dense(wanted, hardware),
+        context=context,
+        prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,
+        **options,
+    )
+    return dry_run(request)
+
+
+def machine_for(
+    model: str | Path | ModelSpec,
+    hardware: str | Path | HardwareSpec | None = None,
+    *,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    threads: int | None = None,
+) -> Machine | None:
+    """Return the machine that a model is planned on; takes what :func:`plan` takes.
+
+    None is a machine that nobody described: this one, which was never calibrated.
+
+    Raises
+    ------
+    UsageError, PlannerError
+        When it is unknown, or a value cannot be.
+    """
+    vram_bytes, ram_bytes = size_in_bytes(vram, "--vram"), size_in_bytes(ram, "--ram")
+    found: Machine | None
+    if hardware is None:
+        found = this_machine(_subject(model), vram_bytes, threads)
+    elif isinstance(hardware, HardwareSpec):
+        found = Machine(hardware)
+    else:
+        found = Machine(find_hardware(hardware))
+    return None if found is None else found.with_memory(vram_bytes, ram_bytes)
+
+
+def _subject(model: str | Path | ModelSpec) -> Subject:
+    if isinstance(model, ModelSpec):
+        return Subject(model, {}, Request.experts, Request.dense)
+    return subject(model)
+
+
+def _dense(wanted: Subject, machine: Machine) -> str:
+    """Return the format that dense weights lie in on a machine."""
+    if machine.emulated:
+        if is_quantized(wanted.dense):
+            return wanted.dense
+        return "bf16" if host.has_native_bf16() else "f32"
+    # On a GPU quantized matrices are widened.
+    return Request.dense if machine.spec.gpu else wanted.dense
