@@ -77,7 +77,7 @@ class ExpertCost:
         self._cpu: dict[int, float] = {}
         self._gpu: dict[int, float] = {}
         self.cpu_start_s = hardware.cpu.start_s.value
-        self._top_k = experts.top_k
+        self._top_k, self._count = experts.top_k, experts.count
         # Without a GPU a single token's layers are one compiled call, and experts a part of it.
         found = (
             None
@@ -86,7 +86,7 @@ class ExpertCost:
                 "expert", "", experts.params_each, fmt, 1
             )
         )
-        self._compiled_s = found.value if found else None
+        self._compiled = found
         self._copy_s = self.copy_estimate().value if hardware.link else None
 
     def cpu_s(self, load: int) -> float:
@@ -109,9 +109,24 @@ class ExpertCost:
 
     def cpu_set_s(self, loads: Sequence[int]) -> float:
         """Time of one CPU call that computes a set of experts; 0 for none."""
-        if self._compiled_s is not None and sum(loads) <= self._top_k:
-            return self._compiled_s * len(loads)
+        if self._compiled is not None and sum(loads) <= self._top_k:
+            return self._compiled.value * len(loads)
         return self.cpu_start_s + sum(map(self.cpu_s, loads)) if loads else 0.0
+
+    def cpu_call_estimate(self, tokens: int) -> Estimate:
+        """``cpu_set_s`` of the experts of so many tokens, evenly loaded, with source and error.
+
+        A start whose error nobody knows counts as exact.
+        """
+        pairs = tokens * self._top_k
+        if self._compiled is not None and pairs <= self._top_k:
+            return self._compiled * pairs
+        used = min(pairs, self._count)
+        start, experts = (
+            constant(self._hardware.cpu.start_s),
+            self.cpu_estimate(round(pairs / used)),
+        )
+        return Estimate(start.value, start.source, start.error or 0.0) + experts * used
 
     def cpu_estimate(self, load: int) -> Estimate:
         """``cpu_s`` with its source and error."""

@@ -272,7 +272,7 @@ def estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[
     like: dict[str, Callable[[], Estimate]] = {
         MIXER: lambda: cost.mixer(last, tokens, tokens),
         DECIDING: lambda: cost.deciding(tokens),
-        CPU: lambda: experts.cpu_estimate(1),
+        CPU: lambda: experts.cpu_call_estimate(tokens),
         GPU: lambda: experts.gpu_estimate(1),
         LINK: experts.copy_estimate,
         DISK: cost.disk_read,
