@@ -13,10 +13,11 @@ from hybrid import host
 from hybrid.calibration import calibrated
 from hybrid.calibration.subject import Subject, subject
 from hybrid.machines import Machine, this_machine
-from hybrid.planning import find_hardware, size_in_bytes
+from hybrid.planning import find_hardware, size_in_bytes, stored_weights
 from planner.dryrun import PlanResult, dry_run
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
+from planner.popularity import read_popularity
 from planner.request import Request
 
 
@@ -75,6 +76,10 @@ def plan(
             calibrated.require()
         )
     wanted = _subject(model)
+    weights, popularity = stored_weights(model), options.get("popularity")
+    if weights is not None and popularity is not None:
+        known = read_popularity(Path(popularity))
+        known.check_weights(weights, wanted.model.name, str(popularity))
     if context is None:
         context = min(Request.context, wanted.model.context or Request.context)
     request = Request(

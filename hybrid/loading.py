@@ -18,6 +18,7 @@ from hybrid.checks import whole_number
 from hybrid.config import HybridConfig
 from hybrid.conversion.cache import converted_copy
 from hybrid.errors import CheckpointError, UsageError, first_line
+from hybrid.experts import experts_of
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.formats import DEFAULT_EXPERTS
 from hybrid.metrics import SlowPath
@@ -31,6 +32,7 @@ from hybrid.sharing.devices import (
     hardware_with,
     open_device,
 )
+from hybrid.sharing.keepsakes import weights_of
 from hybrid.sharing.placement import Placement, place_model
 from hybrid.sharing.timeline import Timeline
 from planner.popularity import Popularity, read_popularity
@@ -113,7 +115,7 @@ def load_model(
             asked,
             ram_bytes,
             context,
-            known_uses(popularity, str(path), len(layer.blocks)),
+            known_uses(popularity, str(path), model),
             record_routing,
         ),
         threads=threads,
@@ -134,8 +136,13 @@ def _told(loaded: Loaded) -> Loaded:
     return loaded
 
 
-def known_uses(file: str | PathLike[str] | None, model: str, experts: int) -> Popularity | None:
+def known_uses(file: str | PathLike[str] | None, name: str, network: Any) -> Popularity | None:
     """Return the uses of experts that a popularity file or a routing trace (``.npz``) counts.
+
+    Parameters
+    ----------
+    name, network
+        The model that they have to be of.
 
     Raises
     ------
@@ -146,8 +153,13 @@ def known_uses(file: str | PathLike[str] | None, model: str, experts: int) -> Po
         return None
     path = Path(file)
     if path.suffix == ".npz":
-        return Popularity.of_trace(path, model, experts)
-    return read_popularity(path)
+        return Popularity.of_trace(path, name, len(experts_of(network)[0].blocks))
+    found = read_popularity(path)
+    found.check_weights(weights_of(network), name, str(path))
+    if found.identity is None:
+        what = f"{path} does not say of which weights of {found.model} it is"
+        print(f"hybrid: {what}: taken for this model's", file=sys.stderr)
+    return found
 
 
 def load_fast_model(

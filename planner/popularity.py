@@ -1,9 +1,10 @@
 """Which experts a model has used, kept from one session to the next, and a cache that starts so.
 
-A popularity file is JSON: ``{"schema": "hybrid.popularity/1", "model": name, "tokens": T,
-"uses": [[...], ...]}`` with the uses of every expert of every MoE layer. A cache opened with it
-holds the most used experts from the first token on, in slots shared among the layers by what
-they are worth there, and its policy knows them.
+A popularity file is JSON: ``{"schema": "hybrid.popularity/1", "model": name, "identity": digest,
+"tokens": T, "uses": [[...], ...]}`` with the uses of every expert of every MoE layer, and a digest
+of the weights that were used, which is the same wherever they lie. A cache opened with it holds
+the most used experts from the first token on, in slots shared among the layers by what they are
+worth there, and its policy knows them.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 from planner.cache import ExpertCache, Policy
 from planner.capacity import marginal_capacities
 from planner.errors import TraceError
-from planner.fields import read_table
+from planner.fields import LARGEST, read_table
 from planner.policies import Blend
 from planner.routing import read_trace
 
 SCHEMA = "hybrid.popularity/1"
+_HINT = "write it with a session of this version, or leave it out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,14 @@ class Popularity:
         How many tokens were counted.
     uses
         ``[L, E]``.
+    identity
+        A digest of the model's weights; None where that is not known, as of a trace.
     """
 
     model: str
     tokens: int
     uses: NDArray[np.int64]
+    identity: str | None = None
 
     @classmethod
     def of_trace(cls, path: Path, model: str, experts: int) -> Popularity:
@@ -78,6 +83,21 @@ class Popularity:
                 hint="use a popularity file written with this model",
             )
 
+    def check_weights(self, identity: str, model: str, where: str) -> None:
+        """Raise unless the counts are of the weights called ``identity``, or may be.
+
+        Raises
+        ------
+        TraceError
+            Naming both models.
+        """
+        if self.identity not in (None, identity):
+            raise TraceError(
+                f"{where} counts experts of {self.model} (weights {str(self.identity)[:8]}), "
+                f"the model is {model} (weights {identity[:8]})",
+                hint="use a popularity file written with this model, or a new name",
+            )
+
     def capacities(self, total: int) -> tuple[int, ...]:
         """Share ``total`` slots among the layers so that they hold the most uses.
 
@@ -95,6 +115,7 @@ class Popularity:
             {
                 "schema": SCHEMA,
                 "model": self.model,
+                "identity": self.identity,
                 "tokens": self.tokens,
                 "uses": self.uses.tolist(),
             }
@@ -110,17 +131,29 @@ def read_popularity(path: Path) -> Popularity:
         When the file is missing, damaged, or something else.
     """
     data = read_table(path)
-    hint = "write it with a session of this version, or leave it out"
     if data.get("schema") != SCHEMA:
-        raise TraceError(f"{path} is {data.get('schema')!r}, not {SCHEMA!r}", hint=hint)
+        raise TraceError(f"{path} is {data.get('schema')!r}, not {SCHEMA!r}", hint=_HINT)
+    model, identity = data.get("model"), data.get("identity")
+    for name, text in (("model", model), ("identity", identity)):
+        if not isinstance(text, str) and (name == "model" or text is not None):
+            raise _damaged(path, f"{name} is {text!r}, not a text")
+    tokens = data.get("tokens")
+    if type(tokens) is not int or not 0 <= tokens <= LARGEST:
+        raise _damaged(path, f"tokens is {tokens!r}, not a whole number from 0 to {LARGEST:g}")
     try:
-        uses = np.array(data["uses"], dtype=np.int64)
-        found = Popularity(str(data["model"]), int(data["tokens"]), uses)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise TraceError(f"{path} is damaged: {error!r}", hint=hint) from error
-    if uses.ndim != 2 or uses.size == 0 or uses.min() < 0 or found.tokens < 0:
-        raise TraceError(f"{path} is damaged: its counts are {list(uses.shape)}", hint=hint)
-    return found
+        uses = np.array(data["uses"])
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, repr(error)) from error
+    if uses.ndim != 2 or uses.size == 0 or uses.dtype.kind != "i":
+        raise _damaged(path, f"uses are {uses.dtype}{list(uses.shape)}, not rows of whole numbers")
+    if uses.min() < 0 or uses.max() > tokens:
+        wrong = uses.min() if uses.min() < 0 else uses.max()
+        raise _damaged(path, f"an expert has {wrong} uses in {tokens} tokens")
+    return Popularity(str(model), tokens, uses.astype(np.int64), identity)
+
+
+def _damaged(path: Path, what: str) -> TraceError:
+    return TraceError(f"{path} is damaged: {what}", hint=_HINT)
 
 
 def informed(layers: int, experts: int, popularity: Popularity | None = None) -> Policy:

@@ -216,7 +216,7 @@ def test_plan_takes_a_popularity_file(tmp_path, capsys):
     uses[0] = [1000, 900, *[0] * 14]
     path = tmp_path / "uses.json"
     path.write_text(Popularity("small", 1000, uses).to_json())
-    hardware = machine().with_values("gpu", vram_bytes=780 * 2**20)
+    hardware = machine().with_values("gpu", vram_bytes=800 * 2**20)
     sizes = {"context": 256, "prompt": 64, "tokens": 4}
     placed = Request(model=small_model(), hardware=hardware, popularity=path, **sizes).fit()
     assert placed.slots[0] < max(placed.slots)

@@ -24,10 +24,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def save_tiny_model(directory: Path) -> None:
+def save_tiny_model(directory: Path, *, seed: int = 0) -> None:
     """Write the model; it has no end token, so it always writes as much as it is asked to."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(
             Qwen3MoeConfig(
                 vocab_size=256,

@@ -20,7 +20,7 @@ from hybrid.dry_run import machine_for
 from hybrid.dry_run import plan as make_plan
 from hybrid.errors import UsageError
 from hybrid.paths import write_whole
-from hybrid.planning import find_hardware, find_model, resolve, shipped_names
+from hybrid.planning import find_hardware, find_model, resolve, shipped_names, stored_weights
 from planner.fields import read_table
 from planner.report import Table, tables, to_json, to_markdown
 
@@ -159,6 +159,11 @@ def plan(
         popularity=popularity,
         seed=seed,
     )
+    if popularity is not None and stored_weights(model) is None:
+        print(
+            f"{popularity}: only its shape was compared, {model} does not tell its weights",
+            file=sys.stderr,
+        )
     if as_json:
         print(to_json(result))
     else:

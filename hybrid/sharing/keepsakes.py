@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from hybrid.errors import UsageError
 from hybrid.metrics import LANES
@@ -15,9 +17,16 @@ from planner.perfetto import trace_events
 from planner.popularity import Popularity
 
 
+def weights_of(network: Any) -> str:
+    """Return the digest of a loaded model's checkpoint, in whatever format its experts are."""
+    identity: str = network.hybrid_store.index.source["identity"]
+    return identity
+
+
 class Keepsakes:
     """The part of a loaded model that writes what it kept while it ran."""
 
+    model: Any
     placement: Placement | None
     _name: str
 
@@ -33,10 +42,12 @@ class Keepsakes:
             written.
         """
         executor = self.require_executor("counts which experts are used")
-        known = Popularity(self._name, executor.usage.tokens, executor.usage.uses)
+        usage = executor.usage
+        known = Popularity(self._name, usage.tokens, usage.uses, weights_of(self.model))
         before = self.placement.popularity if self.placement else None
         if before is not None:
-            known = Popularity(self._name, known.tokens + before.tokens, known.uses + before.uses)
+            tokens, uses = usage.tokens + before.tokens, usage.uses + before.uses
+            known = replace(known, tokens=tokens, uses=uses)
         write_whole(Path(path), known.to_json())
 
     def save_routing(self, path: str | PathLike[str]) -> None:
