@@ -7,10 +7,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hybrid import host
+from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.dry_run import plan
@@ -291,11 +295,67 @@ def test_context_defaults_to_what_the_model_was_made_for(
     assert "--context 4096 exceeds the 1024 tokens" in capsys.readouterr().err
 
 
+def without_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A machine without a GPU whose CPU is calibrated: with the laptop's numbers."""
+    monkeypatch.setenv("HYBRID_CACHE", str(folder))
+    monkeypatch.setattr(host, "gpus", list)
+    cpu = find_hardware("cpu-only-laptop")
+    calibrated.save(replace(cpu, name="this-machine"), Identity.of_this_machine())
+
+
+def test_a_machine_without_a_gpu_emulates_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where VRAM is asked for, as a run does; the plan says so, and reserves for no driver.
+
+    Without VRAM, with 0 and with auto it is the CPU alone, as it was calibrated.
+    """
+    without_gpu(monkeypatch, tmp_path)
+    words = ("demo", "--tokens", "1", "--json")
+    code, out, err = hybrid_plan(*words, "--vram", "64MiB", capsys=capsys)
+    assert code == 0
+    assert "this machine with an emulated GPU" in err
+    found = json.loads(out)
+    assert found["hardware"]["name"] == "this-machine with the GPU of rtx4060-laptop-8gb"
+    assert sum(found["fit"]["slots"]) == 96
+    assert not any("driver" in item["name"] for item in found["fit"]["items"])
+    for vram in ((), ("--vram", "0"), ("--vram", "auto", "--ram", "auto")):
+        code, out, err = hybrid_plan(*words, *vram, capsys=capsys)
+        assert code == 0
+        assert "emulated" not in err
+        found = json.loads(out)
+        assert found["hardware"]["name"] == "this-machine"
+        assert found["fit"]["vram_bytes"] == 0
+    monkeypatch.setattr(host, "gpus", lambda: [host.Gpu("RTX 9999", 1 << 30, "580")])
+    code, _, err = hybrid_plan(*words, "--vram", "64MiB", capsys=capsys)
+    assert code == 2
+    assert "RTX 9999 of this machine was not measured yet" in err
+
+
+def test_a_described_machine_keeps_its_drivers_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """A real card has a driver; its GPU can be left out; and what prompts need is for all of
+    the context, however short the prompt that is timed."""
+    words = ("demo", *LAPTOP, "--tokens", "1", "--json")
+    items = {}
+    for extra in ((), ("--prompt", "16"), ("--vram", "auto")):
+        found = json.loads(hybrid_plan(*words, *extra, capsys=capsys)[1])["fit"]
+        items[extra] = found["items"]
+        assert ("driver and kernels", 600 * 2**20) in [
+            (item["name"], item["bytes"]) for item in found["items"]
+        ]
+    assert items[()] == items["--prompt", "16"] == items["--vram", "auto"]
+    alone = json.loads(hybrid_plan(*words, "--vram", "0", capsys=capsys)[1])
+    assert alone["fit"]["vram_bytes"] == 0
+    short = json.loads(hybrid_plan(*words, "-c", "64", capsys=capsys)[1])
+    assert short["request"]["prompt"] == 64
+
+
 def test_neither_torch_nor_numba_is_loaded() -> None:
     """``hybrid plan`` answers without either, and importing it loads neither."""
     code = (
         "import sys; from hybrid.cli import main; "
         "code = main(['plan', 'Mixtral', '-H', 'rtx4090', '--tokens', '2', '--json']); "
+        "code = code or main(['plan', 'demo', '--vram', '64MiB', '--tokens', '2', '--json']); "
         "heavy = {'torch', 'numba', 'transformers', 'pandas', 'jinja2'} & set(sys.modules); "
         "sys.exit(f'loaded {heavy}' if heavy else code)"
     )

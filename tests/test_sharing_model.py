@@ -14,14 +14,16 @@ import torch
 
 from gpu_experts.device import Memory
 from gpu_experts.emulated import EmulatedDevice
+from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
+from hybrid.conversion.checkpoint import convert
 from hybrid.demo import demo_path
 from hybrid.dry_run import plan
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.planning import find_hardware
-from hybrid.sharing.budget import Budget, usable_vram
+from hybrid.sharing.budget import Budget, fitted_alone, usable_vram
 from hybrid.sharing.devices import choose_device, emulated_device
 from hybrid.sharing.placement import Placement, place_model
 from hybrid.store import ExpertStore
@@ -29,8 +31,8 @@ from planner.errors import PlannerError
 from planner.hardware import CONTEXT_BYTES
 from planner.memory import STAGING
 from planner.popularity import Popularity
+from planner.report import tables
 from planner.routing import read_trace
-from tiny_model import CONTEXT
 
 if TYPE_CHECKING:
     from gpu_experts.device import Device
@@ -438,20 +440,61 @@ def test_experts_beyond_memory_are_read_ahead(monkeypatch: pytest.MonkeyPatch, t
     assert any(experts for _, experts in asked)
 
 
-def test_the_dry_run_places_as_the_runtime_does(tiny_model: Path) -> None:
-    """``hybrid plan`` and loading agree on every slot, given the same machine and sizes."""
-    model = HybridModel.from_pretrained(tiny_model, vram="640MiB", threads=1)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"vram": "11MiB"},
+        {"vram": "12MiB"},
+        {"vram": 64 << 20},
+        {"vram": "5MiB", "context": 128},
+        {"vram": "12MiB", "ram": "2GiB"},
+        {"vram": "12MiB", "ram": (2 << 30) + (1 << 20)},
+        {"vram": "12MiB", "ram": "2.004GiB"},
+    ],
+)
+def test_the_dry_run_places_as_the_runtime_does(given: dict[str, Any]) -> None:
+    """The same arguments give the same slots, host memory, shares and formats; no others are
+    needed. What both say of it is the same, too."""
+    model = HybridModel.from_pretrained("demo", threads=1, **given)
     placement = placement_of(model)
-    dry = plan(
-        placement.spec,
-        placement.hardware,
-        dense="f32",
-        context=CONTEXT,
-        prompt=CONTEXT,
-    )
+    dry = plan("demo", threads=1, tokens=1, **given)
     assert dry.fit == placement.fit
     assert placement.executor is not None
     assert placement.executor.slot_count == sum(dry.fit.slots)
+    assert (dry.request.dense, dry.request.experts) == (
+        placement.cost.dense_format,
+        placement.cost.expert_format,
+    )
+    said = dict(tables(dry)[0].rows)
+    assert said["GPU"] in placement.decision[0]
+    assert said["RAM"] in placement.decision[1]
+
+
+@pytest.mark.parametrize("formats", [{"dense": "q8_0"}, {"experts": "q8_0", "dense": "bf16"}])
+def test_the_dry_run_takes_a_directorys_formats(
+    formats: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """A converted directory is planned in what it holds, an original in what is asked for."""
+    converted = convert(tiny_model, tmp_path / "converted", **formats).path
+    given: dict[str, Any] = {"vram": "40MiB", "threads": 1}
+    placed = placement_of(HybridModel.from_pretrained(converted, **given))
+    assert plan(converted, tokens=1, **given).fit == placed.fit
+    assert placed.cost.expert_format == formats.get("experts", "q4_0")
+
+
+def test_the_dry_run_of_the_cpu_alone_is_the_runtimes(tiny_model: Path) -> None:
+    """With vram 0, a machine's memory is shared out as loading does it."""
+    given: dict[str, Any] = {"vram": 0, "context": 512, "tokens": 1}
+    ram = plan(tiny_model, "cpu-only-laptop", **given).fit.used("ram") - 20_000
+    found = plan(tiny_model, "cpu-only-laptop", ram=ram, **given).fit
+    assert 0 < found.in_ram < 1
+    assert found == fitted_alone(load_fast_model(tiny_model)[0], ram, 512)
+
+
+def test_this_machines_memory_is_that_of_an_emulated_run() -> None:
+    """Uncalibrated, too: not the described laptop's, whose GPU is emulated."""
+    placed = placement_of(HybridModel.from_pretrained("demo", vram="64MiB", threads=1)).fit
+    assert placed.ram_bytes == Identity.of_this_machine(1).ram_bytes
 
 
 def test_a_timeline_of_the_cpu_alone_is_refused(tmp_path: Path, capfd: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device
+from hybrid.calibration.subject import subject
 from hybrid.errors import UsageError
 from hybrid.experts import experts_of
 from hybrid.metrics import SlowPath
@@ -93,11 +94,15 @@ def fitted_alone(model: Any, ram_bytes: int, context: int) -> Fit:
         When it does not run within them.
     """
     hardware = find_hardware("cpu-only-laptop").with_values("cpu", ram_bytes=ram_bytes)
-    placed = fit(
-        cost_of(model, hardware, torch.device("cpu")),
+    found = subject(model.hybrid_store.path)
+    placed = Request(
+        model=found.model,
+        hardware=hardware,
+        experts=found.experts,
+        dense=found.dense,
         context=context,
-        batch=Request.batch,
-    )
+        prompt=min(Request.prompt, context),
+    ).fit()
     if not placed.fits:
         raise UsageError(
             str(placed.shortage),
