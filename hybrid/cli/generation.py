@@ -213,15 +213,90 @@ def write(piece: str) -> None:
     sys.stdout.flush()
 
 
-def check_writable(file: Path | None) -> None:
-    """Refuse a file that exists or cannot be made, before anything takes long."""
+def check_files(
+    *, perfetto: Path | None = None, routing: Path | None = None, popularity: Path | None = None
+) -> None:
+    """Refuse files that could not be written at the end, before anything takes long.
+
+    Raises
+    ------
+    UsageError
+        When one exists that is not added to, cannot be made, or has a name that cannot be used.
+    """
+    _check_writable("--perfetto", perfetto)
+    _check_writable("--routing", routing)
+    if routing is not None and routing.suffix != ".npz":
+        raise UsageError(
+            f"--routing {routing}: the name of a routing trace ends in .npz",
+            hint=f"for example --routing {routing.with_suffix('.npz')}",
+        )
+    if popularity is None:
+        return
+    if popularity.suffix == ".npz":
+        if not popularity.is_file():
+            raise UsageError(
+                f"--popularity {popularity}: there is no such routing trace",
+                hint="record one with --routing, or name a .json file that is written at the end",
+            )
+        return
+    _check_writable("--popularity", popularity, added_to=True)
+
+
+def _check_writable(option: str, file: Path | None, *, added_to: bool = False) -> None:
     if file is None:
         return
-    if file.exists():
-        raise UsageError(f"{file} exists already", hint="choose another name, or delete it")
-    if not os.access(file.parent, os.W_OK):
+    try:
+        if file.is_dir():
+            raise UsageError(f"{option} '{file}' is a folder", hint=f"give {option} a file's name")
+        if file.exists() and not added_to:
+            raise UsageError(
+                f"{option} {file} exists already", hint="choose another name, or delete it"
+            )
+        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK)
+    except OSError as error:  # such as a name that is too long
         raise UsageError(
-            f"cannot write to {file.parent}", hint="choose a folder that exists and is yours"
+            f"{option} {file} cannot be used: {error.strerror}", hint="choose another name"
+        ) from error
+    if not writable:
+        raise UsageError(
+            f"{option} {file}: cannot write to {file.parent}",
+            hint="choose a folder that exists and is yours",
+        )
+
+
+def require_device(device: str | None, vram: str | None, **files: Path | None) -> None:
+    """Refuse files that only a model on a device fills, where it will run on the CPU alone.
+
+    Raises
+    ------
+    UsageError
+        Naming the option.
+    """
+    given = [f"--{name}" for name, file in files.items() if file is not None]
+    if not given:
+        return
+    from hybrid.sharing.devices import choose_device
+
+    if choose_device(device, vram) is None:
+        raise UsageError(
+            f"{given[0]}: on the CPU alone there is nothing to write to it",
+            hint=f"add --vram or --device, or leave {' and '.join(given)} out",
+        )
+
+
+def require_sharing(model: HybridModel, **files: Path | None) -> None:
+    """Refuse the same files where a device turns out not to take experts of this model.
+
+    Raises
+    ------
+    UsageError
+        Naming the option.
+    """
+    given = [f"--{name}" for name, file in files.items() if file is not None]
+    if given and (model.placement is None or model.placement.executor is None):
+        raise UsageError(
+            f"{given[0]}: all experts of this model run on the CPU, nothing is written to it",
+            hint=f"leave {' and '.join(given)} out",
         )
 
 

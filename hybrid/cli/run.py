@@ -66,8 +66,9 @@ def run(
         seed=seed,
     )
     text = read_prompt(prompt, file)
-    cli.check_writable(perfetto)
-    cli.check_writable(routing)
+    files = {"perfetto": perfetto, "routing": routing, "popularity": popularity}
+    cli.check_files(**files)
+    cli.require_device(device, vram, **files)
     loaded = cli.load(
         model,
         experts=experts,
@@ -82,10 +83,7 @@ def run(
         keep_timeline=perfetto is not None,
         record_routing=routing is not None,
     )
-    if perfetto is not None:
-        loaded.perfetto()  # raises now if there will be none
-    if popularity is not None or routing is not None:
-        loaded.require_executor("counts which experts are used")
+    cli.require_sharing(loaded, **files)
     cli.set_seed(seed)
     if echo:
         cli.write(text)
