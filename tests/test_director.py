@@ -255,9 +255,7 @@ def test_the_simulator_does_what_the_director_says(seed, slots, slow):
     """Replaying a run's events to a second director gives the same decisions, one by one."""
     routing = synthetic(MODEL, 8, 6, seed=seed)
     made, twin = (director(slots, slow) for _ in range(2))
-    simulator = Simulator(
-        made.cost, Fit((), 0, 0, (slots,) * LAYERS, 1.0), routing, made.cache
-    )
+    simulator = Simulator(made.cost, Fit((), 0, 0, (slots,) * LAYERS, 1.0), routing, made.cache)
     simulator.director = _Mirror(made, twin)
     run = simulator.simulate(8)
     fills = simulator.director.fills
