@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
 PROMPT = "def main(argv):\n    "
-#: Sums that are rounded apart may move an activation of a later layer by one of its 127 steps.
-TOLERANCE = 2e-3
+#: Of the largest logit. Sums that are rounded apart may move activations of later layers by one of
+#: their 127 steps.
+TOLERANCE = 5e-3
 
 
 def placed(path: Path | str, slots: int, **options: Any) -> HybridModel:
@@ -101,10 +102,14 @@ def test_any_number_of_slots_writes_the_same_text(slots: int, text: str) -> None
     assert executor.slot_count == min(slots, 96)
 
 
-def test_logits_agree_to_rounding(alone: HybridModel) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "slots"),
+    [(PROMPT * 4, 30), ("class Shape:\n    def area(self) -> float:\n", 7), ("import os\n", 96)],
+)
+def test_logits_agree_to_rounding(alone: HybridModel, prompt: str, slots: int) -> None:
     """Whatever is resident, logits of a prompt are those of the CPU alone."""
-    ids = alone.encode(PROMPT * 4)
-    model = placed("demo", 30)
+    ids = alone.encode(prompt)
+    model = placed("demo", slots)
     with torch.no_grad():
         expected = alone.model(ids).logits
         for _ in range(3):
