@@ -33,7 +33,7 @@ class Request:
     trace
         A recorded routing, or None for a synthetic one.
     popularity
-        A file of expert uses in earlier sessions, or None.
+        A file of expert uses in earlier sessions, or a trace (``.npz``) to count; or None.
     seed
         Of the synthetic routing.
 
@@ -97,7 +97,11 @@ class Request:
     @cached_property
     def known(self) -> Popularity | None:
         """What is known of the experts' use before the first token."""
-        return read_popularity(self.popularity) if self.popularity else None
+        if self.popularity is None:
+            return None
+        if self.popularity.suffix == ".npz":
+            return Popularity.of_trace(self.popularity, self.model.name, self.model.experts.count)
+        return read_popularity(self.popularity)
 
     def routing(self) -> Routing:
         """The routing every variant of this request replays."""

@@ -413,6 +413,9 @@ def test_a_recorded_routing_is_what_the_planner_replays(tmp_path: Path, capfd: A
     assert ids.max() < 16
     model = placed("demo", 24, popularity=file)
     assert placement_of(model).popularity is not None
+    dry = plan("demo", vram=placement_of(model).fit.vram_bytes, popularity=file, context=256)
+    assert dry.fit == placement_of(model).fit
+    assert "how their experts were used before" in placement_of(model).decision[0]
     assert main([*words, "--routing", str(file)]) == 2
     assert "exists already" in capfd.readouterr().err
 

@@ -104,7 +104,9 @@ def plan(
     ] = None,
     popularity: Annotated[
         Path | None,
-        typer.Option(help="Start with what earlier sessions used: a popularity file."),
+        typer.Option(
+            help="Start with what earlier sessions used: a popularity file, or a trace (.npz)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the made-up routing.")] = 0,
     experiment: Annotated[
