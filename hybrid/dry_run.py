@@ -12,7 +12,7 @@ from cpu_experts.formats import is_quantized
 from hybrid import host
 from hybrid.calibration import calibrated
 from hybrid.calibration.subject import Subject, subject
-from hybrid.machines import Machine, this_machine
+from hybrid.machines import Machine, at_most, checked_ram, this_machine
 from hybrid.planning import find_hardware, size_in_bytes, stored_weights
 from planner.dryrun import PlanResult, dry_run
 from planner.hardware import HardwareSpec
@@ -111,10 +111,14 @@ def machine_for(
     UsageError, PlannerError
         When it is unknown, or a value cannot be.
     """
-    vram_bytes, ram_bytes = size_in_bytes(vram, "--vram"), size_in_bytes(ram, "--ram")
+    vram_bytes = size_in_bytes(vram, "--vram")
+    ram_bytes = checked_ram(ram) if hardware is None else size_in_bytes(ram, "--ram")
     found: Machine | None
     if hardware is None:
         found = this_machine(_subject(model), vram_bytes, threads)
+        gpu = found and not found.emulated and found.spec.gpu
+        if gpu and vram_bytes:
+            vram_bytes = at_most(vram_bytes, int(gpu.vram_bytes.value), "vram", gpu.name)
     elif isinstance(hardware, HardwareSpec):
         found = Machine(hardware)
     else:

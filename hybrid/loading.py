@@ -21,9 +21,10 @@ from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.experts import experts_of
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.formats import DEFAULT_EXPERTS
+from hybrid.machines import checked_ram
 from hybrid.metrics import SlowPath
 from hybrid.planning import size_in_bytes
-from hybrid.sharing.budget import Budget, beyond_ram, checked_ram, fitted_alone
+from hybrid.sharing.budget import Budget, beyond_ram, fitted_alone
 from hybrid.sharing.devices import (
     Size,
     choose_device,

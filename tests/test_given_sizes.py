@@ -13,9 +13,10 @@ import torch
 from hybrid import loading
 from hybrid.cli import main
 from hybrid.errors import UsageError
+from hybrid.machines import checked_ram
 from hybrid.model import HybridModel
 from hybrid.planning import size_in_bytes
-from hybrid.sharing.budget import beyond_ram, checked_ram, fitted_alone
+from hybrid.sharing.budget import beyond_ram, fitted_alone
 from hybrid.sharing.devices import choose_device
 from planner.memory import RAM_RESERVE_BYTES
 

@@ -332,6 +332,27 @@ def test_a_machine_without_a_gpu_emulates_one(
     assert "RTX 9999 of this machine was not measured yet" in err
 
 
+def test_more_than_this_machine_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run refuses it: its RAM, and its GPU's memory, whose nominal size is all of it."""
+    without_gpu(monkeypatch, tmp_path)
+    words = ("demo", "--tokens", "1", "--json")
+    code, _, err = hybrid_plan(*words, "--ram", "900TiB", capsys=capsys)
+    assert code == 2
+    assert "ram is 921600.00 GiB, this machine has" in err
+    whole = int(7.9 * 2**30)
+    card = find_hardware("rtx4060-laptop").with_values("gpu", vram_bytes=whole)
+    monkeypatch.setattr(calibrated, "in_force", lambda threads: (card, "RTX 4060 (cuda:0)"))
+    code, out, err = hybrid_plan(*words, "--vram", "8GiB", capsys=capsys)
+    assert code == 0
+    assert "as it was calibrated with RTX 4060" in err
+    assert json.loads(out)["fit"]["vram_bytes"] == whole
+    code, _, err = hybrid_plan(*words, "--vram", "9GiB", capsys=capsys)
+    assert code == 2
+    assert "vram is 9.00 GiB" in err
+
+
 def test_a_described_machine_keeps_its_drivers_share(capsys: pytest.CaptureFixture[str]) -> None:
     """A real card has a driver; its GPU can be left out; and what prompts need is for all of
     the context, however short the prompt that is timed."""

@@ -58,6 +58,7 @@ def subject(name: str | Path, experts: str | None = None, dense: str | None = No
     if path.is_file():
         data = read_table(path)
         called = path.parent.resolve().name if path.name == "config.json" else path.stem
+        called = "demo" if name == "demo" else called
     elif path.suffix in (".json", ".toml"):
         raise UsageError(f"there is no file {path}", hint="check the path")
     else:

@@ -107,8 +107,9 @@ def root(
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 is success, 2 an error the user can act on (one line and a hint on stderr), 130 an
-    interruption with Ctrl-C. Anything unexpected keeps its traceback.
+    0 is success, 1 a plan of a model that does not fit, 2 an error the user can act on (one line
+    and a hint on stderr), 130 an interruption with Ctrl-C. Anything unexpected keeps its
+    traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a model may write what a terminal cannot show

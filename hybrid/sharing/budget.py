@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from cpu_experts.formats import is_quantized
@@ -13,16 +12,15 @@ from gpu_experts.device import Device
 from hybrid.calibration.subject import subject
 from hybrid.errors import UsageError
 from hybrid.experts import experts_of
+from hybrid.machines import at_most
 from hybrid.metrics import SlowPath
-from hybrid.planning import find_hardware, size_in_bytes
+from hybrid.planning import find_hardware
 from planner.cost import CostModel
 from planner.families import from_hf_config
 from planner.hardware import CONTEXT_BYTES, HardwareSpec
 from planner.memory import STAGING, Fit, fit, in_words
 from planner.popularity import Popularity
 from planner.request import Request
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -111,23 +109,6 @@ def fitted_alone(model: Any, ram_bytes: int, context: int) -> Fit:
     return placed
 
 
-def checked_ram(size: str | int | None) -> int | None:
-    """Return the memory to use in bytes; None is all there is.
-
-    Raises
-    ------
-    UsageError
-        When it is no size, or more than this machine has.
-    """
-    asked, total = size_in_bytes(size, "ram"), psutil.virtual_memory().total
-    if asked is not None and asked > -(-total // GIB) * GIB:  # 24 GiB tell a little less
-        raise UsageError(
-            f"ram is {in_words(asked)}, this machine has {in_words(total)}",
-            hint="give it less, or leave ram out to use all of it",
-        )
-    return None if asked is None else min(asked, total)
-
-
 def beyond_ram(placed: Fit) -> SlowPath | None:
     """Say how many experts memory has no room for; None when it has for all."""
     if placed.in_ram >= 1:
@@ -163,12 +144,7 @@ def usable_vram(device: Device, hardware: HardwareSpec, budget: Budget) -> int:
     asked = budget.vram_bytes
     if asked is None:
         return usable
-    if asked > -(-total // GIB) * GIB:  # a card of 24 GiB tells a little less of itself
-        raise UsageError(
-            f"vram is {in_words(asked)}, {device.name} has {in_words(total)}",
-            hint="give it less, or leave vram out to use what is free",
-        )
-    if min(asked, total) > free + reserve:
+    if at_most(asked, total, "vram", device.name) > free + reserve:
         raise UsageError(
             f"vram is {in_words(asked)}, {device.name} has {in_words(free)} free",
             hint="close what else uses the device, or leave vram out to use what is free",
