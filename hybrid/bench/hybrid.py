@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -18,6 +18,7 @@ from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.calibration.calibrate import hardware_for
 from hybrid.calibration.subject import Subject, subject
+from hybrid.checks import whole_number
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
 from hybrid.machines import EMULATED_AS, emulated_hardware
@@ -32,7 +33,7 @@ from planner.hardware import HardwareSpec
 from planner.memory import STAGING
 from planner.model import ModelSpec
 from planner.popularity import Popularity
-from planner.routing import Routing, from_trace, synthetic
+from planner.routing import Routing, from_trace, read_trace, synthetic
 
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite")
 SHARES = (0.25, 0.5, 0.75)
@@ -85,20 +86,29 @@ def run(
 
     Raises
     ------
-    UsageError
-        When the device is none, or memory does not hold a single layer.
+    UsageError, PlannerError
+        When there is no such model or device, a number cannot be, or a trace fits no model: before
+        anything is measured. When memory does not hold a single layer.
     """
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     gpu = choose_device(device, None) if device.partition(":")[0] == "cuda" else None
+    like = find_hardware(device) if gpu is None else None
+    if like is not None and like.gpu is None:
+        raise UsageError(f"{device} has no GPU to emulate", hint="choose hardware with one")
+    _check_numbers(shares, prompts, tokens, repeat)
+    for name in models:
+        _check_model(subject(name, FORMAT).model, max(prompts) + tokens, layers)
+    if trace is not None:
+        _check_trace(trace, [subject(name, FORMAT).model for name in models], max(prompts), tokens)
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {"emulated": device}
     for name in models:
         wanted = subject(name, FORMAT)
         options: dict[str, Any] = {"experts": FORMAT, "threads": threads, "progress": progress}
         if gpu is None:
-            cpu = hardware_for(name, **options)
-            hardware = emulated_hardware(cpu, find_hardware(device))
+            assert like is not None
+            hardware = emulated_hardware(hardware_for(name, **options), like)
             fitting = _layers_that_fit(wanted.model, hardware)
             stage: Stage = Emulated(CostModel(_cut(wanted.model, layers or fitting), hardware))
         else:
@@ -119,6 +129,47 @@ def run(
         "results": rows,
         "summary": _summary(rows),
     }
+
+
+def _check_numbers(
+    shares: Sequence[float], prompts: Sequence[int], tokens: int, repeat: int
+) -> None:
+    """Refuse numbers that cannot be."""
+    for share in shares:
+        if not 0 < share <= 1:
+            raise UsageError(
+                f"--resident has {share:g}, a share is above 0 and at most 1",
+                hint="for example --resident 0.25,0.5",
+            )
+    for prompt in prompts:
+        whole_number(prompt, "--prompts", hint="for example --prompts 128,512")
+    whole_number(tokens, "--generate", hint="for example --generate 32")
+    whole_number(repeat, "--repeat", hint="for example --repeat 3")
+
+
+def _check_model(model: ModelSpec, context: int, layers: int | None) -> None:
+    """Refuse more layers than a model has, or more tokens than it was made for."""
+    if layers is not None and not 1 <= layers <= model.moe_layers:
+        raise UsageError(
+            f"--layers is {layers}, {model.name} has {model.moe_layers} MoE layers",
+            hint=f"give 1 to {model.moe_layers}, or leave it out for what memory holds",
+        )
+    if model.context is not None and context > model.context:
+        raise UsageError(
+            f"--prompts and --generate make {context} tokens, {model.name} was made for "
+            f"{model.context}",
+            hint="give a shorter prompt",
+        )
+
+
+def _check_trace(trace: Path, models: Sequence[ModelSpec], prompt: int, tokens: int) -> None:
+    """Refuse a trace that is damaged or fits none of the models."""
+    read_trace(trace)
+    for model in models:
+        with suppress(TraceError):
+            from_trace(trace, model, prompt, tokens + OTHER_TOKENS)
+            return
+    from_trace(trace, models[0], prompt, tokens + OTHER_TOKENS)
 
 
 def _on_gpu(

@@ -20,6 +20,7 @@ from hybrid.bench.record import provenance
 from hybrid.demo.corpus import stdlib_files
 from hybrid.demo.evaluate import windows
 from hybrid.errors import UsageError
+from hybrid.loading import set_threads
 from hybrid.lookahead.discovery import replaced_experts
 from hybrid.lookahead.predictor import DISTANCES, Lookahead
 from hybrid.model import HybridModel
@@ -64,6 +65,7 @@ def run(
         When the texts are shorter than one window.
     """
     threads = host.default_threads() if threads is None else threads
+    set_threads(threads)
     progress("loading")
     runtime = HybridModel.from_pretrained(model, threads=threads)
     loaded = runtime.model

@@ -31,6 +31,7 @@ from hybrid.calibration.others import Others
 from hybrid.calibration.prediction import Prediction, begin_run, predicted, prompt_loads
 from hybrid.calibration.subject import subject
 from hybrid.calibration.timed import Timed
+from hybrid.checks import whole_number
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
@@ -69,12 +70,16 @@ def read_spec(path: Path, layers: int | None) -> dict[str, Any]:
     try:
         settings = settings_of(tomllib.loads(path.read_text()))
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}", hint="name a file like configs/models/X.toml"
+        ) from error
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path} describes no model: {error}", hint="it needs a table [config]"
         ) from error
     if layers is not None:
+        most = settings.get("num_hidden_layers", layers)
+        whole_number(layers, "--layers", most=most, hint=f"the shape of {path.stem} has {most}")
         settings["num_hidden_layers"] = layers
         if "layer_types" in settings:
             settings["layer_types"] = settings["layer_types"][:layers]
@@ -131,13 +136,21 @@ def run(
     if (model is None) == (spec is None):
         raise UsageError("give either a model directory or --spec", hint="one of the two")
     if spec is None:
+        for option, value in (("--layers", layers), ("--vocabulary", vocabulary)):
+            if value is not None:
+                raise UsageError(
+                    f"{option} {value} is given with {model}, whose own there are",
+                    hint=f"use it with --spec, or leave {option} out",
+                )
         path = demo_path() if model == "demo" else Path(str(model))
+        _check_length(subject(path).model.context, prompt, generate)
         if calibrate:
             _calibrate(path, None, None, threads, progress)
         return _measure(str(path), prompt, generate, repeat, threads, progress)
     settings = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
+    _check_length(settings.get("max_position_embeddings"), prompt, generate)
     from hybrid.bench.random_model import check_room, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
@@ -150,6 +163,16 @@ def run(
         write_random_model(settings, Path(folder), experts=experts, dense=dense)
         shape = {"spec": spec.stem, "layers": settings["num_hidden_layers"]}
         return shape | _measure(folder, prompt, generate, repeat, threads, progress)
+
+
+def _check_length(longest: int | None, prompt: int, generate: int) -> None:
+    """Refuse more tokens than a model was made for."""
+    if longest is not None and prompt + generate > longest:
+        raise UsageError(
+            f"--prompt {prompt} and --generate {generate} make {prompt + generate} tokens, the "
+            f"model was made for {longest}",
+            hint="give fewer",
+        )
 
 
 def _measure(

@@ -215,6 +215,12 @@ def run(
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     settings = read_spec(spec, layers)
+    made_for = settings.get("max_position_embeddings")
+    if context is not None and made_for is not None and context > made_for:
+        raise UsageError(
+            f"--context {context} is asked for, {spec.stem} was made for {made_for}",
+            hint=f"give {made_for} or less",
+        )
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
     cases = list(CASES) if context is None else [*CASES, long_case(context)]

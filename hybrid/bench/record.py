@@ -87,10 +87,13 @@ def append(result: dict[str, Any], path: Path) -> None:
 
 def check_appendable(path: Path) -> None:
     """Raise UsageError when no line could be appended to ``path``: before anything is measured."""
+    hint = "check the folder and its permissions"
     try:
-        path.open("ab").close()
+        if path.exists():
+            path.open("ab").close()
+            return
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
     except OSError as error:
-        raise UsageError(
-            f"cannot write to {path}: {error.strerror}",
-            hint="check the folder and its permissions",
-        ) from error
+        raise UsageError(f"cannot write to {path}: {error.strerror}", hint=hint) from error
+    if not writable:
+        raise UsageError(f"cannot write to {path}: there is no such folder to write in", hint=hint)

@@ -20,6 +20,14 @@ _RECORD = Annotated[
 ]
 
 
+def _check(record: Path | None) -> None:
+    """Refuse a file that nothing can be appended to, before anything is measured."""
+    if record is not None:
+        from hybrid.bench.record import check_appendable
+
+        check_appendable(record)
+
+
 def _deliver(result: dict[str, Any], as_json: bool, record: Path | None, text: str) -> None:
     print(json.dumps(result) if as_json else text)
     if record is not None:
@@ -39,9 +47,9 @@ def kernels(
     record: _RECORD = None,
 ) -> None:
     """Expert kernels at several token counts beside the machine's read bandwidth."""
+    _check(record)
     from cpu_experts.formats import check_format
     from hybrid.bench import kernels as bench
-    from hybrid.bench.record import check_appendable
     from hybrid.errors import UsageError
 
     counts = set(_numbers(tokens, "--tokens", int)) if tokens else set(bench.TOKENS)
@@ -49,8 +57,6 @@ def kernels(
     chosen = [case for case in bench.cases(wanted) if case.tokens in counts]
     if not chosen:
         raise UsageError(f"--tokens {tokens!r} selects no case", hint=f"choose from {bench.TOKENS}")
-    if record is not None:
-        check_appendable(record)
     result = bench.run(
         chosen,
         repeat=repeat,
@@ -88,6 +94,7 @@ def model(
     record: _RECORD = None,
 ) -> None:
     """A whole model: load, prefill and decode, beside what was predicted and the bandwidth."""
+    _check(record)
     from hybrid.bench import model as bench
     from hybrid.formats import check_formats
 
@@ -125,6 +132,7 @@ def peers(
     record: _RECORD = None,
 ) -> None:
     """The same shape and quantization through llama.cpp, turn by turn."""
+    _check(record)
     from hybrid.bench import peers as bench
 
     result = bench.run(
@@ -169,6 +177,7 @@ def hybrid(
     record: _RECORD = None,
 ) -> None:
     """Sharing experts with a GPU, an emulated one by default: ours beside other systems' rules."""
+    _check(record)
     from hybrid.bench import hybrid as bench
 
     result = bench.run(
@@ -191,7 +200,7 @@ def _numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
 
     try:
         return [kind(word) for word in text.split(",")]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(
             f"{option} {text!r} is not a list of numbers", hint=f"for example {option} 1,2"
         ) from error
@@ -213,6 +222,7 @@ def lookahead(
     record: _RECORD = None,
 ) -> None:
     """How many of a layer's experts are known 1, 2 and 3 layers early."""
+    _check(record)
     from hybrid.bench import lookahead as bench
     from hybrid.cli.generation import read_text
 
@@ -235,6 +245,7 @@ def planner(
     record: _RECORD = None,
 ) -> None:
     """Time to decide, distance of plans from their bounds, hit rates of cache policies."""
+    _check(record)
     from hybrid.bench.planner import planner_table, run_planner_bench
 
     if not trace:

@@ -1,0 +1,173 @@
+"""``hybrid bench``: whatever cannot be measured is refused before anything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid.bench import hybrid as bench
+from hybrid.bench import kernels, model, peers, planner
+from hybrid.bench.record import check_appendable
+from hybrid.calibration.subject import subject
+from hybrid.cli import main
+from hybrid.errors import UsageError
+from hybrid.model import HybridModel
+
+SPEC = """
+name = "Tiny"
+[config]
+model_type = "qwen3_moe"
+hidden_size = 64
+intermediate_size = 96
+moe_intermediate_size = 32
+num_attention_heads = 4
+num_key_value_heads = 2
+num_hidden_layers = 3
+num_experts = 8
+num_experts_per_tok = 2
+vocab_size = 128
+max_position_embeddings = 256
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU on which every measurement fails the test."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("it was measured before everything was checked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "hardware_for", fail)
+    monkeypatch.setattr(model, "_calibrate", fail)
+    monkeypatch.setattr(model, "_measure", fail)
+    monkeypatch.setattr(HybridModel, "from_pretrained", fail)
+    monkeypatch.setattr(planner, "_decisions", fail)
+    monkeypatch.setattr(kernels, "read_seconds", fail)
+    monkeypatch.setattr(peers, "find_spec", lambda name: True)
+    monkeypatch.setattr(peers, "write_random_model", fail)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    """A description of a tiny model."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(SPEC)
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run ``hybrid bench`` with what must end in exit code 2, one line and a hint."""
+    assert main(["bench", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    *_, error, hint = err.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layers", "1000"], "--layers is 1000, Tiny has 3 MoE layers"),
+        (["--prompts", "0"], "--prompts is 0"),
+        (["--prompts", "4,-1"], "--prompts is -1"),
+        (["--prompts", "4,many"], "4,many"),
+        (
+            ["--prompts", "250"],
+            "250 and",
+        ),
+        (["--resident", "2"], "--resident has 2"),
+        (["--resident", "0.5,0"], "--resident has 0"),
+        (["--resident", "nan"], "--resident has nan"),
+        (["--device", "nosuch"], "unknown hardware 'nosuch'"),
+        (["--device", "cpu-only-laptop"], "has no GPU"),
+        (["--device", "cuda"], "0 CUDA devices"),
+        (["--trace", "{folder}/none.npz"], "none.npz"),
+        (["--trace", "{folder}/tiny.toml"], "tiny.toml cannot be read as a routing trace"),
+        (["--trace", "{folder}/other.npz"], "other.npz has 2 MoE layers, Tiny has 3"),
+        (["--model", "nosuch"], "nosuch"),
+        (["--threads", "100000"], "100000"),
+        (["--threads", "0"], "--threads"),
+        (["--repeat", "0"], "--repeat"),
+        (["--record", "{folder}/none/a.jsonl"], "none/a.jsonl"),
+    ],
+)
+def test_sharing(
+    words: list[str], said: str, spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """``bench hybrid``: numbers, devices, traces, models and files."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    ids = np.zeros((2000, 2, 2), np.uint8)
+    np.savez(spec.parent / "other.npz", expert_ids=ids, routing_weights=ids.astype(np.float16))
+    words = [word.format(folder=spec.parent) for word in words]
+    if "--model" not in words:
+        words = ["--model", str(spec), "--prompts", "4", *words]
+    if said == "250 and":
+        said = "make 282 tokens, Tiny was made for 256"
+    assert said in refused(capsys, "hybrid", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model", "--spec", "{folder}/none.toml"], "none.toml"),
+        (["model", "--spec", "{spec}", "--layers", "4"], "--layers is 4"),
+        (["model", "--spec", "{spec}", "--prompt", "250"], "was made for 256"),
+        (["model", "demo", "--prompt", "100000"], "100064 tokens"),
+        (["model", "demo", "--layers", "2"], "--layers 2 is given with demo"),
+        (["model", "demo", "--vocabulary", "64"], "--vocabulary 64"),
+        (["model", "demo", "--spec", "{spec}"], "either"),
+        (["model", "{folder}/none"], "none"),
+        (["model", "demo", "--threads", "100000"], "100000"),
+        (["model", "demo", "--repeat", "0"], "--repeat"),
+        (["peers", "--spec", "{folder}/none.toml"], "none.toml"),
+        (["peers", "--spec", "{spec}", "--layers", "4"], "--layers is 4"),
+        (["peers", "--spec", "{spec}", "--layers", "3", "--context", "300"], "made for 256"),
+        (["peers", "--spec", "{spec}", "--threads", "100000"], "100000"),
+        (["lookahead", "--file", "{folder}/none.txt"], "none.txt"),
+        (["lookahead", "--threads", "100000"], "100000"),
+        (["planner", "--trace", "{folder}/none.npz"], "none.npz"),
+        (["planner", "--repeat", "0"], "--repeat"),
+        (["kernels", "--threads", "0"], "--threads"),
+        (["kernels", "--repeat", "0"], "--repeat"),
+    ]
+    + [
+        ([name, *more, "--record", "{folder}/none/a.jsonl"], "none/a.jsonl")
+        for name, more in (
+            ("model", ["demo"]),
+            ("peers", ["--spec", "{spec}"]),
+            ("lookahead", []),
+            ("planner", []),
+            ("kernels", []),
+        )
+    ],
+)
+def test_the_others(words: list[str], said: str, spec: Path, capsys: Any) -> None:
+    """Files that are not there, numbers that cannot be, options that have no effect."""
+    given = [word.format(folder=spec.parent, spec=spec) for word in words]
+    assert said in refused(capsys, *given)
+
+
+def test_a_trace_for_one_of_the_models(spec: Path) -> None:
+    """A trace that fits one of several models is no slip: it is used for that one."""
+    trace = spec.parent / "mine.npz"
+    ids = np.zeros((2000, 3, 2), np.uint8)
+    np.savez(trace, expert_ids=ids, routing_weights=ids.astype(np.float16))
+    models = [subject(name, "q4_0").model for name in ("OLMoE", str(spec))]
+    bench._check_trace(trace, models, 4, 32)
+
+
+def test_checking_a_record_leaves_nothing(tmp_path: Path) -> None:
+    """A record that can be written is not made before there is something to write."""
+    check_appendable(tmp_path / "a.jsonl")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="folder"):
+        check_appendable(tmp_path / "folder")
