@@ -18,7 +18,7 @@ from hybrid.model import HybridModel
 from hybrid.planning import size_in_bytes
 from hybrid.sharing.budget import beyond_ram, fitted_alone
 from hybrid.sharing.devices import choose_device
-from planner.memory import RAM_RESERVE_BYTES
+from planner.memory import RAM_RESERVE_BYTES, enough_in_words, in_words
 
 RUN = ["run", "-p", "import os", "-n", "3", "--greedy", "-t", "1"]
 
@@ -185,3 +185,20 @@ def test_a_note_is_told_once(capfd: Any) -> None:
     assert "the model lies on a device (emulated)" in err
     assert "0.00 GiB" not in err
     assert "do not compute this decoder" not in err
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (0, "0.0 KiB"),
+        (300, "0.3 KiB"),
+        (40 << 10, "40.0 KiB"),
+        ((3 << 20) + 1, "3.0 MiB"),
+        (5 << 30, "5.00 GiB"),
+    ],
+)
+def test_small_sizes_are_told(size: int, told: str) -> None:
+    """A small model's parts are no row of zeros; what is enough is never told as less."""
+    assert in_words(size) == told
+    number, unit = enough_in_words(size).split()
+    assert float(number) * 2 ** {"KiB": 10, "MiB": 20, "GiB": 30}[unit] >= size
