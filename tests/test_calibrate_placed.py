@@ -81,7 +81,10 @@ def test_a_run_is_predicted_from_what_was_measured(
     assert str(model.report().predictions).startswith("for this-machine: ")
     assert "rates only" not in str(model.report().predictions)
     terms = {term.name: term for term in model.report().terms if term.phase == "decode"}
-    dry = plan(placement.spec, placement.hardware, context=64, prompt=8, tokens=5, dense=DENSE)
+    dry = plan(tiny_model, vram="640MiB", threads=1, context=64, prompt=8, tokens=5)
+    assert dry.request.hardware == placement.hardware
+    assert dry.request.dense == DENSE
+    assert dry.fit == placement.fit
     assert dry.prediction is not None
     for name in ("attention and router", "output head", "around the layers"):
         assert terms[name].predicted_s == pytest.approx(
