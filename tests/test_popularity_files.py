@@ -13,6 +13,7 @@ import pytest
 from hybrid import plan
 from hybrid.cli import main
 from hybrid.conversion.cache import converted_copy
+from hybrid.errors import UsageError
 from hybrid.model import HybridModel
 from planner.errors import TraceError
 from planner.popularity import Popularity, read_popularity
@@ -86,6 +87,16 @@ def test_a_file_that_names_no_weights(
     assert "does not say of which weights" in capfd.readouterr().err
     model.save_popularity(old)
     assert read_popularity(old).identity == read_popularity(uses).identity
+
+
+def test_a_trace_needs_its_ending(tiny_model: Path, tmp_path: Path) -> None:
+    """By any other name it could not be told from a popularity file later."""
+    model = HybridModel.from_pretrained(tiny_model, record_routing=True, **OPTIONS)
+    model.generate("abc", **GREEDY)
+    with pytest.raises(UsageError, match=r"r\.txt: the name of a routing trace ends in \.npz"):
+        model.save_routing(tmp_path / "r.txt")
+    model.save_routing(tmp_path / "r.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["r.npz"]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,14 @@ class Keepsakes:
         ------
         UsageError
             When ``record_routing`` was not asked for, nothing was generated yet, or ``path``
-            exists or cannot be written.
+            exists, cannot be written, or has another ending than ``.npz``, by which traces are
+            told from popularity files.
         """
+        if Path(path).suffix != ".npz":
+            raise UsageError(
+                f"{path}: the name of a routing trace ends in .npz",
+                hint=f"for example {Path(path).with_suffix('.npz')}",
+            )
         recorder = self.require_executor("records the routers' choices").usage.recorder
         if recorder is None:
             raise UsageError("no routing was kept", hint="load the model with record_routing=True")
