@@ -267,10 +267,11 @@ class HardwareSpec:
 
     def emulated(self) -> HardwareSpec:
         """Return this machine with its GPU emulated, which reserves nothing of its memory."""
-        if self.gpu is None:
+        if self.gpu is None or not self.gpu.reserve_bytes.value:
             return self
         none = Quantity(0, Source.ANALYTIC, "an emulated device has no driver")
-        return replace(self, gpu=replace(self.gpu, reserve_bytes=none))
+        gpu = replace(self.gpu, reserve_bytes=none)
+        return replace(self, summary=f"{self.summary}; its GPU is emulated", gpu=gpu)
 
 
 def _part(kind: type, table: Fields) -> Any:

@@ -317,6 +317,7 @@ def test_a_machine_without_a_gpu_emulates_one(
     assert "this machine with an emulated GPU" in err
     found = json.loads(out)
     assert found["hardware"]["name"] == "this-machine with the GPU of rtx4060-laptop-8gb"
+    assert found["hardware"]["summary"].endswith("; its GPU is emulated")
     assert sum(found["fit"]["slots"]) == 96
     assert not any("driver" in item["name"] for item in found["fit"]["items"])
     for vram in ((), ("--vram", "0"), ("--vram", "auto", "--ram", "auto")):

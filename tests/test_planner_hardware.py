@@ -14,6 +14,7 @@ from planner.errors import SpecError
 from planner.fields import read_table
 from planner.hardware import HardwareSpec, Point, Quantity, TermPoint, to_toml
 from planner.spec import Source
+from planner_examples import bare_machine, machine
 
 HARDWARE = Path(__file__).parents[1] / "configs" / "hardware"
 LAPTOP: dict[str, Any] = read_table(HARDWARE / "rtx4060-laptop-8gb.toml")
@@ -157,3 +158,16 @@ def test_a_calibration_of_old_says_nothing_of_the_device() -> None:
     data = {**LAPTOP, "terms": [{**term, "seconds": 0.5}]}
     (found,) = HardwareSpec.from_table(data, "laptop.toml").terms
     assert found.lane == "cpu"
+
+
+def test_an_emulated_gpu_reserves_nothing() -> None:
+    """A described GPU keeps memory for its driver unless its file says less; emulated, none."""
+    real = machine()
+    assert real.gpu is not None
+    assert real.gpu.reserve_bytes.value == 600 * 2**20
+    found = real.emulated()
+    assert found.gpu is not None
+    assert found.gpu.reserve_bytes.value == 0
+    assert found.emulated() == found
+    assert HardwareSpec.from_table(tomllib.loads(to_toml(found)), "x.toml") == found
+    assert bare_machine().emulated() == bare_machine()

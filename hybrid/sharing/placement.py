@@ -273,12 +273,14 @@ def _remedy(placed: Fit, budget: Budget) -> str:
     """Say what to give a model that does not fit, for every place that is too small."""
     found = []
     for place in placed.short_of:
-        enough = f"give it {place} of {enough_in_words(placed.used(place))} or more"
+        enough = f"{place} of {enough_in_words(placed.used(place))} or more"
         if place == "vram":
-            found.append(f"{enough}, or a shorter context")
+            found.append(f"give it {enough}, a shorter context, or vram=0 for the CPU alone")
         elif budget.ram_bytes is not None:
-            found.append(f"{enough}, or leave ram out to use all that this machine has")
-    return "; ".join([*found, "vram=0 is the CPU alone"])
+            found.append(f"give it {enough}, or leave ram out to use all that this machine has")
+        else:
+            found.append(f"run it on a machine with {enough}")
+    return "; ".join(found)
 
 
 def _share_experts(
