@@ -17,7 +17,6 @@ from hybrid.planning import find_hardware, size_in_bytes, stored_weights
 from planner.dryrun import PlanResult, dry_run
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec
-from planner.popularity import read_popularity
 from planner.request import Request
 
 
@@ -76,10 +75,6 @@ def plan(
             calibrated.require()
         )
     wanted = _subject(model)
-    weights, popularity = stored_weights(model), options.get("popularity")
-    if weights is not None and popularity is not None:
-        known = read_popularity(Path(popularity))
-        known.check_weights(weights, wanted.model.name, str(popularity))
     if context is None:
         context = min(Request.context, wanted.model.context or Request.context)
     request = Request(
@@ -91,6 +86,9 @@ def plan(
         prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,
         **options,
     )
+    weights = stored_weights(model)
+    if weights is not None and request.known is not None:
+        request.known.check_weights(weights, wanted.model.name, str(request.popularity))
     return dry_run(request)
 
 

@@ -75,6 +75,16 @@ def test_a_dry_run_says_what_it_compared(uses: Path, tiny_model: Path, capfd: An
     assert "only its shape was compared" in capfd.readouterr().err
 
 
+def test_a_dry_run_takes_a_trace_of_a_converted_model(tiny_model: Path, tmp_path: Path) -> None:
+    """A trace names no weights, and is counted whatever directory is planned."""
+    model = HybridModel.from_pretrained(tiny_model, record_routing=True, **OPTIONS)
+    model.generate("abc", **GREEDY)
+    model.save_routing(tmp_path / "r.npz")
+    directory, _ = converted_copy(tiny_model, "q4_0", None)
+    found = plan(directory, "rtx4060-laptop", popularity=tmp_path / "r.npz", prompt=8)
+    assert found.fit.fits
+
+
 def test_a_file_that_names_no_weights(
     uses: Path, tiny_model: Path, tmp_path: Path, capfd: Any
 ) -> None:
