@@ -19,8 +19,9 @@ from cpu_experts.simd import _I32, _I64, Builder, Value, _call, _data, _gep
 _SPINS = 2000
 
 
-#: On 64-bit ARM LLVM's own clock is one that programs may not read.
-_ARM, _ARM_CLOCK = ("aarch64", "arm64", "ARM64"), "mrs $0, cntvct_el0"
+#: On others than x86 the clock that LLVM takes may be one that programs may not read.
+_X86, _ARM = ("x86_64", "AMD64", "i386", "i686", "x86"), ("aarch64", "arm64", "ARM64")
+_ARM_CLOCK = "mrs $0, cntvct_el0"
 
 
 def _counter(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
@@ -77,6 +78,8 @@ def ticks(typingctx):
     def codegen(context, b, signature, args):
         if platform.machine() in _ARM:
             return b.asm(ir.FunctionType(_I64, []), _ARM_CLOCK, "=r", [], side_effect=True)
+        if platform.machine() not in _X86:
+            return ir.Constant(_I64, 0)
         return _call(b, "llvm.readcyclecounter", _I64, [])
 
     return types.int64(), codegen

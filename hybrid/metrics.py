@@ -95,7 +95,8 @@ class Term(NamedTuple):
     """A part of a step's time: predicted, and measured; None where it cannot be told apart.
 
     ``error`` is what the prediction's standard deviation is relative to it, where that is known;
-    ``layer`` the MoE layer whose share it is, None for all of them.
+    ``layer`` is the layer whose share it is, None for all of them: of those with experts where they
+    are shared with a device, else of all decoder layers.
     """
 
     phase: str
@@ -187,7 +188,7 @@ class RunReport:
     terms
         What a step's time consists of, the whole first, predicted and measured.
     layers
-        The same of every MoE layer, where that was measured.
+        The same of every layer, where that was measured.
     predictions
         What those are made from, or what would make some; None where there is nothing to predict.
     slow_paths

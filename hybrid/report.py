@@ -60,7 +60,7 @@ def run_report(
         else:
             figures |= placement.figures()
             terms, layers = placement.terms(times), placement.by_layer()
-            predictions = _predicted_from(network, placement, name)
+            predictions = _predicted_from(network, placement, name, threads)
     figures["peak_memory_bytes"] = Figure(
         host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
     )
@@ -111,14 +111,15 @@ def _damaged(threads: int, placement: Placement | None) -> Iterator[SlowPath]:
             yield found
 
 
-def _predicted_from(network: Any, placement: Placement, name: str) -> str:
+def _predicted_from(network: Any, placement: Placement, name: str, threads: int) -> str:
     """Say what the predictions of a placed model are made of, and what would make them better."""
     hardware = placement.hardware
     found = f"for {hardware.name}: {hardware.summary}"
     if placement.cost.knows():
         return found
-    option = "emulated" if placement.device.startswith("emulated") else "cuda --force"
-    command = f"{calibrating(network, name)[:-1]} --device {option}'"
+    emulated = placement.device.startswith("emulated")
+    device = "emulated" if emulated else str(next(network.parameters()).device)
+    command = calibrating(network, name, threads, device, force=not emulated)
     return f"{found}; attention and dense layers from its rates only, {command} measures them"
 
 

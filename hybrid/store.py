@@ -221,7 +221,7 @@ class ExpertStore:
             When the store is missing, cut short, newer than this program, when the two files
             do not belong together, or when a checksum differs.
         """
-        path = Path(directory)
+        path = Path(directory).absolute()  # found again whatever becomes the working folder
         index = StoreIndex.read(path / INDEX_NAME)
         file_path = path / DATA_NAME
         try:

@@ -261,7 +261,7 @@ class ExpertCache:
             fixed[evicted] = True
             policy.evicted(layer, evicted)
         self._residents[layer].add(expert)
-        fixed[expert] = False
+        fixed[expert] = expert in self._pins[layer]
         policy.admitted(layer, expert)
 
     def drop(self, layer: int, expert: int) -> None:

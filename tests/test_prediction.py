@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from hybrid import host
 from hybrid.bench.model import generate_once
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import Coverage
 from hybrid.calibration.prediction import begin_run, calibrating, predict, prompt_loads
 from hybrid.calibration.subject import subject
+from hybrid.conversion.checkpoint import convert
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.metrics import RunReport, Term
 from hybrid.model import HybridModel
@@ -196,7 +199,9 @@ def test_a_report_says_what_it_predicts_from(
     report = model.report()
     assert report.predictions is not None
     assert report.predictions.startswith("none: this machine was not calibrated yet; ")
-    assert f"'hybrid calibrate {report.model} --dense q8_0' measures it" in report.predictions
+    threads = "" if host.default_threads() == 1 else " --threads 1"
+    command = f"'hybrid calibrate {report.model} --dense q8_0{threads}'"
+    assert f"{command} measures it" in report.predictions
     assert f"predictions          {report.predictions}" in str(report).splitlines()
     calibrated.save(bare_machine(), Identity.of_this_machine(1))
     report = model.report()
@@ -221,6 +226,56 @@ def test_a_report_says_what_it_predicts_from(
     )
     assert "decode layers" in str(report)
     assert calibrating(model.model, "M") == "'hybrid calibrate M --dense q8_0'"
+
+
+def test_only_steps_of_the_kernels_are_told_apart(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of one token is a step like the others; transformers' own code tells no parts."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    model = HybridModel.from_pretrained(tiny_model, dense="q8_0", threads=1)
+    fast = model.model.hybrid_fast.decoder
+    model.generate(torch.tensor([[3]]), max_new_tokens=4, do_sample=False)
+    assert fast.steps == 4
+    terms = {(term.phase, term.name): term.measured_s for term in model.report().terms}
+    spent_s = fast.decoder.spent_s()
+    assert spent_s is not None
+    assert terms["decode", HEAD] == pytest.approx(spent_s[-1, 0] / 4, rel=0.2)
+    model.generate(
+        model.encode("abcd"), max_new_tokens=4, output_hidden_states=True, do_sample=False
+    )
+    terms = {(term.phase, term.name): term.measured_s for term in model.report().terms}
+    assert fast.steps == 0
+    assert terms["decode", "a step"] is not None
+    assert [terms[key] for key in terms if key[1] != "a step"] == [None] * (len(terms) - 2)
+    assert not model.report().layers
+
+
+def test_a_model_whose_directory_is_gone_is_not_taken_for_another(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when it was called as a model that ships; the text was written all the same."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
+    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    convert(tiny_model, tmp_path / "mixtral", experts="q4_0")
+    monkeypatch.chdir(tmp_path)
+    model = HybridModel.from_pretrained("mixtral", threads=1)
+    monkeypatch.chdir(tmp_path.parent)
+    model.generate(model.encode("abcd"), max_new_tokens=3)
+    assert (model.report().predictions or "").startswith("from rates of this machine")
+    (tmp_path / "mixtral").rename(tmp_path / "other")
+    assert "mixtral is there no more; load the model" in (model.report().predictions or "")
+
+
+def test_long_runs_are_predicted_from_their_middle() -> None:
+    """Attention over a context that grows costs as much more on average as in the middle."""
+    model, machine = small_model(), bare_machine()
+    few, many = (
+        predict(model, machine, experts="q4_0", dense="bf16", prompt=prompt, tokens=tokens)
+        for prompt, tokens in ((950, 129), (14, 2001))
+    )
+    assert many.token[MIXER].value == pytest.approx(few.token[MIXER].value, rel=0.02)
 
 
 def test_the_report_blames_what_it_did_not_measure() -> None:

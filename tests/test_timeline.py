@@ -65,16 +65,40 @@ def test_a_device_that_ends_after_the_join_computes_experts(
     assert routers == {0: 1.0, 1: 2.0 - experts_s}
 
 
-def test_the_head_waits_for_the_last_layer_of_a_device_that_is_late() -> None:
-    """The next step's first router does not: the head came between."""
-    timeline = Timeline()
-    timeline.add(record(10.0, 13.75), COST)
+@pytest.mark.parametrize(("late_s", "first_s"), [(0.75, 3.25), (5.0, 0.0)])
+def test_the_head_waits_for_the_last_layer_of_a_device_that_is_late(
+    late_s: float, first_s: float
+) -> None:
+    """The next step's first router does not: the head came between. No head takes less than 0."""
+    timeline = Timeline(keep=True)
+    timeline.add(record(10.0, 13.0 + late_s), COST)
     timeline.step(False, 4.0, 0.0)
     timeline.add(record(17.0, 19.5), COST)
     timeline.step(False, 4.0, 0.0)
+    timeline.finish()
     measured = timeline.phases[DECODE].measured
-    assert (measured.terms[EXPERTS], measured.terms[ROUTER]) == (2.75, 2.0)
-    assert measured.terms[HEAD] == 2 * 4.0 - 0.75
+    assert (measured.terms[EXPERTS], measured.terms[ROUTER]) == (2.0 + late_s, 2.0)
+    assert measured.terms[HEAD] == first_s + 4.0
+    spans = [
+        (e.start_s, e.end_s) for e in timeline.events if e.name.startswith(("layer 0: att", HEAD))
+    ]
+    assert sorted(spans) == [(0.0, 1.0), (7.0 - first_s, 7.0), (7.0, 8.0), (10.0, 14.0)]
+
+
+def test_a_layer_that_ends_after_its_steps_head_keeps_heads_and_steps_together() -> None:
+    """A copy that is long on its way holds the books of two steps up; they come out the same."""
+    timeline = Timeline()
+    arrived = False
+    copy: Any = SimpleNamespace(span=lambda: None, done=lambda: arrived, what="copy")
+    first = record(10.0, 13.75)
+    first.copies.append(copy)
+    timeline.add(first, COST)
+    timeline.step(False, 4.0, 0.0)
+    timeline.add(record(17.0, 20.5), COST)
+    timeline.step(False, 4.0, 0.0)
+    arrived = True
+    timeline.finish()
+    assert timeline.phases[DECODE].measured.terms[HEAD] == 2 * 4.0 - 0.75 - 0.5
 
 
 def test_spans_say_what_was_predicted_and_lie_behind_each_other() -> None:

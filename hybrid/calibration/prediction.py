@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from hybrid import host
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import UNMEASURED, Coverage
 from hybrid.calibration.subject import subject
+from hybrid.errors import UsageError
 from hybrid.experts import experts_of
+from hybrid.fast.decode import FastDecoder
 from hybrid.formats import DEFAULT_EXPERTS
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.sharing.timeline import DECODE, PREFILL
@@ -26,7 +30,7 @@ from planner.request import Request
 from planner.spec import Estimate, Source, weakest
 
 _MOST_STEPS = 128
-"""Decode steps that are simulated; the time per token of more is that of these."""
+"""Decode steps that are simulated: of longer runs those in the middle."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,12 @@ def predict(
             origin="as it was routed",
         )
     run = OURS.run(request, request.fit(), routing)
+    later = run
+    if tokens - 1 > _MOST_STEPS:  # the steps in the middle stand for all
+        middle = replace(request, prompt=prompt + (tokens - 1 - _MOST_STEPS) // 2)
+        later = OURS.run(middle, middle.fit(), middle.routing())
     coverage = Coverage.of(machine, model, experts, dense)
-    token = estimates(request.cost, run.decode_terms(), 1) if tokens > 1 else {}
+    token = estimates(request.cost, later.decode_terms(), 1) if tokens > 1 else {}
     found = Prediction(
         prompt=_doubted(estimates(request.cost, run.prefill.terms, prompt), coverage),
         token=_doubted(token, coverage),
@@ -192,12 +200,20 @@ def predicted(
         That it runs on.
     loads, asides
         See :func:`predict`.
+
+    Raises
+    ------
+    UsageError, PlannerError
+        When the model's directory is gone, or the run is none that can be predicted.
     """
     hardware = calibrated.usable(Identity.of_this_machine(threads))
     if hardware is None:
         return None
+    where = network.hybrid_store.path
+    if not where.is_dir():  # a name that no directory has would be taken for a shipped model's
+        raise UsageError(f"{where} is there no more", hint="load the model from where it lies now")
     # As calibrations name it: a loaded network's dtype is that of its arithmetic.
-    found = subject(network.hybrid_store.path)
+    found = subject(where)
     return predict(
         found.model,
         hardware,
@@ -228,14 +244,27 @@ def prompt_loads(network: Any) -> list[list[int]]:
     return [loads for piece in zip(*layers, strict=True) for loads in piece]
 
 
-def calibrating(network: Any, name: str) -> str:
-    """Return the command that measures this machine with a loaded model, called ``name``."""
+def calibrating(
+    network: Any, name: str, threads: int | None = None, device: str = "", *, force: bool = False
+) -> str:
+    """Return the command that measures this machine with a loaded model, called ``name``.
+
+    ``threads`` and ``device`` are named where they are not what the command takes by itself.
+    """
     index = network.hybrid_store.index
     words = ["hybrid calibrate", name]
     if index.format != DEFAULT_EXPERTS:
         words += ["--experts", index.format]
     if index.dense_format is not None:
         words += ["--dense", index.dense_format]
+    if not device and torch.cuda.is_available():
+        device = "cpu"
+    if device:
+        words += ["--device", device]
+    if threads not in (None, host.default_threads()):
+        words += ["--threads", str(threads)]
+    if force:
+        words.append("--force")
     return f"'{' '.join(words)}'"
 
 
@@ -274,44 +303,49 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int, name: str) -> 
     """
     if times.sequences != 1 or times.ttft_s is None:
         return CpuTerms()
-    loads = prompt_loads(network) if times.prompt_tokens > 1 else None
-    command = calibrating(network, name)
     try:
-        found = predicted(
-            network,
-            times.prompt_tokens,
-            times.new_tokens,
-            threads=threads,
-            loads=loads or None,
-            asides=times.asides,
-        )
-    except PlannerError as error:  # no figure is worth a run
-        again = f"{command[:-1]} --force' measures again"
-        return CpuTerms(predictions=f"none: {error.message}; {again}")
+        return _cpu_terms(network, times, times.ttft_s, threads, name)
+    except (PlannerError, UsageError) as error:  # no figure is worth a run
+        remedy = f"; {error.hint}" if error.hint else ""
+        return CpuTerms(predictions=f"none: {error.message}{remedy}")
+
+
+def _cpu_terms(
+    network: Any, times: GenerationTimes, ttft_s: float, threads: int, name: str
+) -> CpuTerms:
+    loads = prompt_loads(network) if times.prompt_tokens > 1 else None
+    found = predicted(
+        network,
+        times.prompt_tokens,
+        times.new_tokens,
+        threads=threads,
+        loads=loads or None,
+        asides=times.asides,
+    )
     if found is None:
         here = Identity.of_this_machine(threads)
-        if calibrated.damage(here) is not None:
-            command = f"{command[:-1]} --force'"
-        why = calibrated.missing(here)
-        return CpuTerms(predictions=f"none: {why}; {command} measures it")
-    fast = network.hybrid_fast.decoder is not None
-    spent_s = sum(layer.spent_s for layer in experts_of(network)) if fast else None
+        force = calibrated.damage(here) is not None
+        command = calibrating(network, name, threads, force=force)
+        return CpuTerms(predictions=f"none: {calibrated.missing(here)}; {command} measures it")
+    fast, steps = network.hybrid_fast.decoder, times.new_tokens - 1
+    # Where some steps ran in transformers' code, what kernels and experts counted is not the run's.
+    whole = fast is not None and fast.steps >= steps
+    spent_s = sum(layer.spent_s for layer in experts_of(network)) if whole else None
 
     def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
         error = estimate.error / estimate.value if estimate.error and estimate.value else None
         return Term(phase, name, estimate.value, measured_s, error)
 
-    terms = [term(PREFILL, WHOLE, found.ttft, times.ttft_s)]
+    terms = [term(PREFILL, WHOLE, found.ttft, ttft_s)]
     terms += [
         term(PREFILL, name, estimate, spent_s if name == CPU else None)
         for name, estimate in found.prompt.items()
         if estimate.value
     ]
     layers: list[Term] = []
-    if times.new_tokens > 1:
-        steps = times.new_tokens - 1
+    if steps:
         token_s = times.decode_s / steps
-        measured, by_layer = _measured(network, steps, token_s) if fast else ({}, [])
+        measured, by_layer = _measured(fast, token_s) if whole else ({}, [])
         terms.append(term(DECODE, WHOLE, found.tpot, token_s))
         terms += [
             term(DECODE, name, estimate, measured.get(name))
@@ -323,18 +357,16 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int, name: str) -> 
             for number, (share, row) in enumerate(zip(found.layers, by_layer, strict=False))
             for name, seconds in row.items()
         ]
+    command = calibrating(network, name, threads)
     return CpuTerms(tuple(terms), tuple(layers), found.coverage.advice(command))
 
 
-def _measured(
-    network: Any, steps: int, token_s: float
-) -> tuple[dict[str, float], list[dict[str, float]]]:
+def _measured(fast: FastDecoder, token_s: float) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Return what the one-token kernels measured, by term, and by layer and term."""
-    fast = network.hybrid_fast.decoder
     spent_s = fast.decoder.spent_s()
     if spent_s is None:  # no clock that kernels can read: only the whole of them is known
-        return {CALL: token_s - fast.spent_s / steps}, []
-    *rows, head = (spent_s / steps).tolist()
+        return {CALL: token_s - fast.spent_s / fast.steps}, []
+    *rows, head = (spent_s / fast.steps).tolist()
     layers = [dict(zip((MIXER, CPU, DENSE), row, strict=True)) for row in rows]
     terms = {name: sum(layer[name] for layer in layers) for name in (MIXER, CPU, DENSE)}
     terms[HEAD] = head[0]

@@ -60,9 +60,11 @@ class FastDecoder:
     ----------
     spent_s
         Seconds that single tokens took in the kernels since :meth:`begin_run`.
+    steps
+        How many they were.
     """
 
-    spent_s = 0.0
+    spent_s, steps = 0.0, 0
 
     def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
         self.decoder = decoder
@@ -95,12 +97,13 @@ class FastDecoder:
         start_s = time.perf_counter()
         self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
         self.spent_s += time.perf_counter() - start_s
+        self.steps += 1
         sequence.advance()
         return MoeCausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
 
     def begin_run(self) -> None:
         """Count anew what single tokens take; the decoder counts it by layer and part."""
-        self.spent_s = 0.0
+        self.spent_s, self.steps = 0.0, 0
         self.decoder.begin_run()
 
     def prompt(

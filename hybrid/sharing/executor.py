@@ -187,7 +187,7 @@ class Executor:
         self._prompt = prompt
         self._seconds.at(context)
         numba.set_num_threads(self._threads)  # of this thread: each has its own number
-        self._before_s = time.perf_counter()
+        self._before_s = time.perf_counter() if self.device is not None else None
 
     def end_step(self, predicted_head_s: float) -> None:
         """Stop it, after the output head."""
@@ -410,8 +410,8 @@ class Executor:
         )
 
     def _give_up(self, device: Device, error: Exception) -> None:
-        """Go on without the device."""
-        self.device = None
+        """Go on without the device; this step and those to come are timed no more."""
+        self.device = self._before_s = None
         what = f"all experts on the CPU since {device.name} failed"
         remedy = "load the model again to try the device again"
         self._note(SlowPath(what, first_line(error), remedy))

@@ -157,6 +157,16 @@ class Phase:
                     yield index, name, predicted_s, measured_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The output head of a step: when the host began it, how long it took and was to take."""
+
+    phase: Phase
+    begin_s: float
+    seconds: float
+    predicted_s: float
+
+
 class Timeline:
     """Collects records while a model runs; a device may finish a layer's copies much later.
 
@@ -181,8 +191,11 @@ class Timeline:
         self._open: deque[LayerRecord] = deque()
         self._start_s: float | None = None
         self._joined_s = 0.0
-        # How long the device still computed a layer's experts when the host had gone on.
-        self._late: tuple[Phase, float] | None = None
+        # How long the device still computed the last layer's experts when the host had gone on,
+        # and the heads that came after such layers.
+        self._late_s = 0.0
+        self._heads: deque[_Head] = deque()
+        self._layers_closed = False
 
     def restart(self) -> None:
         """Begin new sums; single spans stay."""
@@ -247,27 +260,26 @@ class Timeline:
         phase.steps += 1
         phase.head_s[0] += predicted_head_s
         phase.head_s[1] += head_s
-        if self._keeps():
-            end_s = self._joined_s + head_s
-            self._show(GPU, HEAD, self._joined_s, end_s, predicted_head_s)
+        self._heads.append(_Head(phase, self._joined_s, head_s, predicted_head_s))
 
     def finish(self) -> None:
         """Take what the device has finished by now; what it lost is left out."""
         while self._open:
             self._close(self._open.popleft())
-        self._next_waits(None)
+        while self._heads:
+            self._end_step()
+        self._late_s, self._layers_closed = 0.0, False
 
-    def _next_waits(self, router: Sums | None) -> None:
-        """Take what the host waited for a layer's experts off what came next.
-
-        That is the next layer's router, or the output head.
-        """
-        if self._late is not None:
-            (phase, late_s), self._late = self._late, None
-            if router is None:
-                phase.head_s[1] -= late_s
-            else:
-                router.terms[ROUTER] -= late_s
+    def _end_step(self) -> None:
+        """Take what a head waited for the last layer's experts off it, and show it."""
+        late_s, self._late_s = self._late_s, 0.0
+        if self._heads:
+            head = self._heads.popleft()
+            waited_s = min(late_s, head.seconds)
+            head.phase.head_s[1] -= waited_s
+            if self._keeps():
+                begin_s, end_s = head.begin_s + waited_s, head.begin_s + head.seconds
+                self._show(GPU, HEAD, begin_s, end_s, head.predicted_s)
 
     def _close(self, record: LayerRecord) -> None:
         """Add the device's lanes, whose spans are known now, and keep single spans if wanted.
@@ -275,11 +287,17 @@ class Timeline:
         A device may still compute the layer's experts when the host has gone on to the next
         router, which waits for them: that time is the experts'.
         """
-        phase, index = self.phase(record.prompt), record.decision.plan.layer
-        measured = phase.layer(index).measured
-        # The host sees attention begin when it has joined: it does when the device is done.
-        began_s = record.entered_s + (self._late[1] if self._late else 0.0)
-        self._next_waits(measured if index else None)
+        index = record.decision.plan.layer
+        measured = self.phase(record.prompt).layer(index).measured
+        began_s = record.entered_s
+        if index:
+            # The host sees attention begin when it has joined: it does when the device is done.
+            waited_s = min(self._late_s, record.routed_s - record.entered_s)
+            measured.terms[ROUTER] -= waited_s
+            began_s += waited_s
+        elif self._layers_closed:
+            self._end_step()
+        self._layers_closed = True
         plan, keeps, last_s = record.decision.plan, self._keeps(), record.joined_s
         for lane, events in ((GPU, record.computes), (LINK, record.copies)):
             for event in events:
@@ -293,7 +311,7 @@ class Timeline:
                     self._show(lane, event.what, *span)
         late_s = last_s - record.joined_s
         measured.terms[EXPERTS] += late_s
-        self._late = phase, late_s
+        self._late_s = late_s
         if not keeps:
             return
         name = f"layer {index}"
