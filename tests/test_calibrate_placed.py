@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tempfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,14 @@ import pytest
 
 from gpu_experts.emulated import EmulatedDevice
 from hybrid.calibration import calibrate as calibration
-from hybrid.calibration import calibrated, measure_placed
+from hybrid.calibration import calibrated, measure_placed, replica
 from hybrid.calibration.calibrate import hardware_for
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.measure_placed import UnmeasuredError
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.dry_run import plan
+from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.sharing.devices import ToEmulate, hardware_with
 from planner.hardware import HardwareSpec
@@ -140,6 +144,49 @@ def test_what_cannot_be_measured_is_said(
     assert {term.lane for term in spec.terms} == {"cpu"}
     assert spec.gpu is not None
     assert hardware_for(tiny_model, **options) == spec  # it is not tried again and again
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_the_layers_is_kept(
+    fails: bool, home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each network is gone before the next one, and all of them before the files are removed.
+
+    Garbage is not collected by itself meanwhile, as in a run that measures when it loads a model.
+    """
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def count() -> None:
+        alive.append(sum(network() is not None for network in made))
+
+    def load(*args: Any, **options: Any) -> Any:
+        count()
+        network, directory = load_fast_model(*args, **options)
+        made.append(weakref.ref(network))
+        return network, directory
+
+    class Folder(tempfile.TemporaryDirectory[str]):
+        def __exit__(self, *error: Any) -> None:
+            count()
+            super().__exit__(*error)
+
+    def fail(*_: Any) -> None:
+        raise UnmeasuredError("it failed")
+
+    for module in (replica, measure_placed):
+        monkeypatch.setattr(module, "load_fast_model", load)
+    monkeypatch.setattr(calibration.tempfile, "TemporaryDirectory", Folder)
+    if fails:
+        monkeypatch.setattr(measure_placed.Placed, "asides", fail)
+    gc.collect()
+    gc.disable()
+    try:
+        calibration.calibrate(tiny_model, device=ToEmulate(), threads=1, limit_s=0.5)
+    finally:
+        gc.enable()
+    assert len(made) == 2
+    assert alive == [0, 0, 0]
 
 
 def test_what_there_was_no_time_for_is_named(

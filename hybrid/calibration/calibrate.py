@@ -9,6 +9,7 @@ named.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -113,7 +114,8 @@ def calibrate(
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     home = make_cache_folder()
-    with tempfile.TemporaryDirectory(prefix="hybrid-calibrate-") as folder:
+    prefix = "hybrid-calibrate-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         progress(f"making some layers of {wanted.model.name} with random weights")
         replica = _replica(wanted, Path(folder))
         replica.generate(8, 8)
@@ -122,54 +124,28 @@ def calibrate(
         reads = read_rates(threads, budget.part(0.1))
         progress("reading from disk")
         found = Measured(reads, disk_times(home, budget.part(0.1)))
-        top_k = wanted.model.experts.top_k
         if device is not None:
             from hybrid.calibration.measure_device import device_times
 
             progress(f"measuring {device.name}")
             if isinstance(device, ToEmulate):
                 device = device.open(experts_of(replica.network)[0].shape, threads)
+            top_k = wanted.model.experts.top_k
             found.device = device_times(
                 device, experts_of(replica.network), top_k, budget.part(0.2)
             )
-        shape = experts_of(replica.network)[0].shape
-        progress("running experts")
-        runners = experts_of(replica.network)
-
-        def time_experts(share: float) -> ExpertTimes:
-            for runner in runners:
-                runner.panels_from = None
-            layers = [runner.blocks for runner in runners]
-            return layer_times(
-                layers, shape, wanted.model.experts.top_k, budget.part(share), runners
-            )
-
-        found.experts.append(time_experts(0.15))
-        for runner in runners:
-            runner.panels_from = found.experts[0].panels_from()
-        share = (0.8 if model else 0.7) * (0.25 if device else 1.0)  # the rest is the device's
-        runs = _run(replica, _prompts(replica.model.context), budget.part(share), progress)
-        progress("running experts again, for a machine's speed drifts")
-        found.experts[0] = found.experts[0].joined(
-            time_experts(0.1 if device or not model else 0.8)
-        )
-        progress("drawing and writing tokens")
-        parts = [
-            *replica.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
-            *replica.asides(DRAWN, 2),
-        ]
-        disturbed = fmean(turns.disturbed() for turns in runs.values())
-        found.parts.append(
-            ModelParts(wanted.model.family, wanted.experts, wanted.dense, parts, disturbed)
-        )
-        if missing := [prompt for prompt in _prompts(replica.model.context) if prompt not in runs]:
-            found.left_out.append(f"prompts of {', '.join(map(str, missing))}")
+        parts = (0.8 if model else 0.7) * (0.25 if device else 1.0)
+        again = 0.1 if device or not model else 0.8
+        shares = parts, again  # the rest is the device's and the other shapes'
+        _measure_alone(found, replica, wanted, budget, shares, progress)
         del replica
+        _let_go()
         identity = Identity.of_this_machine(threads, device.name if device else "")
         if device is not None:
             so_far = to_spec(found, identity, datetime.now(UTC))
             part = budget.part(0.9 if model else 0.75)
             _measure_placed(found, Path(folder), wanted, device, so_far, threads, part, progress)
+            _let_go()
         for hidden, intermediate, count, top_k in OTHER_SHAPES if model is None else ():
             if budget.left_s() < 4:
                 found.left_out.append(f"experts of {hidden} x {intermediate}")
@@ -270,6 +246,57 @@ def _prompts(context: int | None) -> dict[int, int]:
     if len(fitting) < len(new_tokens):
         fitting.setdefault(context - 1, 1)
     return fitting
+
+
+def _measure_alone(
+    found: Measured,
+    replica: Replica,
+    wanted: Subject,
+    budget: Budget,
+    shares: tuple[float, float],
+    progress: Progress,
+) -> None:
+    """Measure the replica on the CPU: its experts, all its parts, and its experts again.
+
+    ``shares`` are of the budget that is left, for the parts and for the experts' second turn.
+    """
+    runners = experts_of(replica.network)
+    top_k = wanted.model.experts.top_k
+
+    def time_experts(share: float) -> ExpertTimes:
+        for runner in runners:
+            runner.panels_from = None
+        layers = [runner.blocks for runner in runners]
+        return layer_times(layers, runners[0].shape, top_k, budget.part(share), runners)
+
+    progress("running experts")
+    found.experts.append(time_experts(0.15))
+    for runner in runners:
+        runner.panels_from = found.experts[0].panels_from()
+    prompts = _prompts(replica.model.context)
+    runs = _run(replica, prompts, budget.part(shares[0]), progress)
+    progress("running experts again, for a machine's speed drifts")
+    found.experts[0] = found.experts[0].joined(time_experts(shares[1]))
+    progress("drawing and writing tokens")
+    parts = [
+        *replica.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
+        *replica.asides(DRAWN, 2),
+    ]
+    disturbed = fmean(turns.disturbed() for turns in runs.values())
+    found.parts.append(
+        ModelParts(wanted.model.family, wanted.experts, wanted.dense, parts, disturbed)
+    )
+    if missing := [prompt for prompt in prompts if prompt not in runs]:
+        found.left_out.append(f"prompts of {', '.join(map(str, missing))}")
+
+
+def _let_go() -> None:
+    """Free networks that nothing uses any more, with their memory on a device and their files.
+
+    Hooks and replaced methods tie them into cycles, which only a collection frees; where that is
+    switched off while a model is loaded, and then frozen, they would stay for good.
+    """
+    gc.collect()
 
 
 def _measure_placed(
