@@ -157,7 +157,7 @@ def test_a_model_is_measured_where_it_is_placed(tiny_model: Path) -> None:
     assert found == {(t, n, c) for t in terms for n, c in ((2, 2), (8, 8), (1, 16))} | {
         ("sampling", 1, 1)
     }
-    certain = [part for part in parts if part.term in ("attention", "head", "call", "deciding")]
+    certain = [part for part in parts if part.term in ("attention", "head", "call")]
     assert all(min(part.samples) > 0 for part in certain)
     decoded = next(part for part in parts if (part.term, part.tokens) == ("attention", 1))
     assert len(decoded.samples) == 2 * (12 - 1 - measure_placed.SETTLING)
