@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +19,16 @@ from hybrid.calibration import calibrated, measure_placed, replica
 from hybrid.calibration.calibrate import hardware_for
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.measure_placed import UnmeasuredError
+from hybrid.calibration.subject import subject
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.dry_run import plan
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.sharing.devices import ToEmulate, hardware_with
-from planner.hardware import HardwareSpec
+from planner.hardware import HardwareSpec, Point, TermPoint
 from planner.spec import Source
-from planner_examples import machine, save_config
+from planner_examples import bare_machine, machine, save_config
 from test_calibrate import quick  # noqa: F401
 
 EMULATED = ToEmulate.name
@@ -121,6 +123,50 @@ def test_another_model_is_still_planned_as_a_gpus(measured: HardwareSpec) -> Non
     assert "RTX 4060" in found.gpu.name
 
 
+def test_a_load_measures_only_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is never calm, too; the command measures that again."""
+    wanted = subject(demo_path())
+    shape = wanted.model.experts
+    points = tuple(
+        Point(
+            lane="cpu",
+            hidden=shape.hidden,
+            intermediate=shape.intermediate,
+            format=wanted.experts,
+            load=load,
+            seconds=1e-4 * load,
+            disturbed=0.1,
+        )
+        for load in (1, 8)
+    )
+    terms = tuple(
+        TermPoint(
+            term="attention",
+            family=wanted.model.family,
+            kind=mixer.kind,
+            params=mixer.params,
+            format=wanted.dense,
+            tokens=1,
+            context=1,
+            seconds=1e-3,
+        )
+        for mixer in {layer.mixer for layer in wanted.model.layers}
+    )
+    made: list[HardwareSpec] = []
+
+    def calibrate(*_: Any, **__: Any) -> HardwareSpec:
+        made.append(replace(bare_machine(), points=points, terms=terms))
+        return made[-1]
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    device: Any = SimpleNamespace(name="Wide (cuda:0)")
+    found = [hardware_with(device, demo_path(), 1) for _ in range(3)]
+    assert len(made) == 1
+    assert found[1:] == [calibrated.load(Identity.of_this_machine(1, device.name))] * 2
+    hardware_for(demo_path(), device=device, threads=1)
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("error", [UnmeasuredError("it is too small"), MemoryError])
 def test_what_cannot_be_measured_is_said(
     error: Any,
@@ -176,7 +222,7 @@ def test_nothing_of_the_layers_is_kept(
 
     for module in (replica, measure_placed):
         monkeypatch.setattr(module, "load_fast_model", load)
-    monkeypatch.setattr(calibration.tempfile, "TemporaryDirectory", Folder)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Folder)
     if fails:
         monkeypatch.setattr(measure_placed.Placed, "asides", fail)
     gc.collect()

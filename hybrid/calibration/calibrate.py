@@ -158,11 +158,13 @@ def calibrate(
 
 
 def hardware_for(
-    model: str | Path | None = None, *, force: bool = False, **options: Any
+    model: str | Path | None = None,
+    *,
+    force: bool = False,
+    calmer: bool = True,
+    **options: Any,
 ) -> HardwareSpec:
     """Return this machine with ``model``'s shape measured, now if it was not before.
-
-    What was disturbed by other programs is measured again, and the less disturbed one kept.
 
     Parameters
     ----------
@@ -170,6 +172,9 @@ def hardware_for(
         As of :func:`calibrate`; any calibration will do for None.
     force
         Measure even though it was before.
+    calmer
+        Measure again, too, what other programs disturbed, and keep the less disturbed one. A
+        machine that is never calm is measured at every call then.
     options
         Those of :func:`calibrate`.
 
@@ -190,7 +195,7 @@ def hardware_for(
     known = old is not None and (model is None or covers(old, _wanted(model, options)))
     if old is None or not known or force:
         spec = calibrated.added(old, calibrate(model, **options))
-    elif not (before := _disturbed(old, model, options)):
+    elif not calmer or not (before := _disturbed(old, model, options)):
         return old
     else:
         new = calibrate(model, **options)

@@ -133,7 +133,8 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
     """Return what this machine does how fast, with ``device`` as its GPU.
 
     A real device is measured with the model's shape when it is used for the first time, or what
-    was measured is damaged, which takes under a minute. So may an emulated one be, by ``hybrid
+    was measured is damaged, which takes about a minute; what other programs disturbed is taken as
+    it is, until ``hybrid calibrate`` measures it again. So may an emulated one be, by ``hybrid
     calibrate``; else it is taken for that of ``EMULATED_AS``, beside this machine's CPU where that
     was calibrated.
     """
@@ -144,8 +145,14 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
     damaged = calibrated.damage(Identity.of_this_machine(threads, device.name))
     if damaged is not None:
         _say(f"{damaged.reason}: measuring anew")
-    again = damaged is not None
-    return hardware_for(directory, force=again, device=device, threads=threads, progress=_say)
+    return hardware_for(
+        directory,
+        force=damaged is not None,
+        calmer=False,
+        device=device,
+        threads=threads,
+        progress=_say,
+    )
 
 
 def _say(text: str) -> None:
