@@ -396,7 +396,7 @@ def test_copies_need_memory(qwen: Path, tmp_path: Path, monkeypatch: pytest.Monk
     model, plain = load(qwen), load(qwen, fast=False)
     monkeypatch.setattr(host, "available_memory_bytes", lambda: 5000)
     assert torch.equal(write(model), write(plain))
-    assert model.hybrid_fast.path.reason.startswith("copies of dense weights take 0.1 MiB")
+    assert model.hybrid_fast.path.reason.startswith("copies of dense weights take 120.0 KiB")
     (slow,) = [slow for slow in slow_paths(model) if "copies" in slow.reason]
     assert "--dense q8_0" in slow.remedy
     write(replaced := owned(qwen))

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import hybrid
-from hybrid import slow_paths
+from hybrid import host, slow_paths
 from hybrid.errors import CheckpointError, HybridError, StoreError, UsageError
 from hybrid.model import DEFAULT_NEW_TOKENS, HybridModel
 from tiny_model import CONTEXT, TEMPLATE
@@ -359,12 +359,12 @@ def test_dense_layers_compute_in_what_the_processor_multiplies(
     tiny_model: Path, model: HybridModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 only with native instructions, float32 elsewhere, and what is asked for always."""
-    native = slow_paths.has_native_bf16()
+    native = host.has_native_bf16()
     assert model.model.dtype == (torch.bfloat16 if native else torch.float32)
     loaded = HybridModel.from_pretrained(tiny_model, dtype=torch.bfloat16)
     assert loaded.model.dtype == torch.bfloat16
     assert any("bfloat16" in path.what for path in loaded.report().slow_paths) == (not native)
-    monkeypatch.setattr(slow_paths, "_BF16_FEATURES", slow_paths.hostcpu.host_features())
+    monkeypatch.setattr(host, "_BF16_FEATURES", host.hostcpu.host_features())
     assert not any("bfloat16" in path.what for path in loaded.report().slow_paths)
 
 
