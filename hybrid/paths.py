@@ -68,6 +68,50 @@ def make_folder(folder: Path, *, hint: str) -> Path:
     return folder
 
 
+def check_writable(
+    option: str,
+    file: Path | None,
+    *,
+    replaced: bool = False,
+    remedy: str = "choose another name, or delete it",
+) -> None:
+    """Refuse a file that could not be written at the end, before anything takes long.
+
+    Parameters
+    ----------
+    option
+        What the file was given by.
+    file
+        None is no file.
+    replaced
+        Whether one that exists may be written over, or added to.
+    remedy
+        What helps where it may not.
+
+    Raises
+    ------
+    UsageError
+        Naming the option and the file.
+    """
+    if file is None:
+        return
+    try:
+        if file.is_dir():
+            raise UsageError(f"{option} '{file}' is a folder", hint=f"give {option} a file's name")
+        if file.exists() and not replaced:
+            raise UsageError(f"{option} {file} exists already", hint=remedy)
+        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK)
+    except OSError as error:  # such as a name that is too long
+        raise UsageError(
+            f"{option} {file} cannot be used: {error.strerror}", hint="choose another name"
+        ) from error
+    if not writable:
+        raise UsageError(
+            f"{option} {file}: cannot write to {file.parent}",
+            hint="choose a folder that exists and is yours",
+        )
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write ``text`` whole or not at all: aside, flushed, then renamed.
 

@@ -57,6 +57,40 @@ def test_files_that_cannot_be_written(
     assert hint.startswith("hint: ")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["calibrate", "--out"], ["plan", "demo", "--html"], ["plan", "demo", "--perfetto"]],
+    ids=" ".join,
+)
+def test_nothing_is_measured_or_planned_for_a_file_that_cannot_be(
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A folder that is missing, a folder itself, a file that exists: named before any work."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("it was worked on before the file was checked")
+
+    monkeypatch.setattr("hybrid.calibration.calibrate.hardware_for", fail)
+    monkeypatch.setattr("hybrid.cli.plan.machine_for", fail)
+    there = tmp_path / "there.toml"
+    there.write_text("mine")
+    for file, said, hint in (
+        (tmp_path / "none" / "x", f"cannot write to {tmp_path / 'none'}", "folder that exists"),
+        (tmp_path, "is a folder", "a file's name"),
+        (there, f"{there} exists", "--force"),
+    ):
+        assert main([*words, str(file)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert words[-1] in err.splitlines()[0]
+        assert said in err.splitlines()[0]
+        assert hint in err.splitlines()[1]
+    assert there.read_text() == "mine"
+
+
 @pytest.mark.parametrize("device", [[], ["--vram", "0GiB"], ["--device", "cpu"]])
 @pytest.mark.parametrize("option", ["--perfetto", "--routing", "--popularity"])
 @pytest.mark.usefixtures("unloaded")

@@ -58,13 +58,12 @@ def calibrate(
     --hardware is given; measuring another model's shape adds to it. What other programs disturbed
     is said, and measured again by the next calibration.
     """
-    from hybrid.errors import UsageError
+    from hybrid.cli.plan import OR_FORCE, write_file
+    from hybrid.paths import check_writable
 
-    if out is not None and out.exists() and not force:
-        raise UsageError(f"{out} exists", hint="choose another name, or add --force")
+    check_writable("--out", out, replaced=force, remedy=OR_FORCE)
     from hybrid.calibration.calibrate import LIMIT_S, hardware_for
     from hybrid.calibration.calibrated import Identity, main_numbers
-    from hybrid.cli.plan import write_file
     from planner.hardware import to_toml
 
     gpu = _gpu(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 from hybrid.errors import UsageError
 from hybrid.metrics import summary_line
-from hybrid.paths import write_whole
+from hybrid.paths import check_writable, write_whole
 
 if TYPE_CHECKING:
     from hybrid.model import HybridModel
@@ -223,8 +222,8 @@ def check_files(
     UsageError
         When one exists that is not added to, cannot be made, or has a name that cannot be used.
     """
-    _check_writable("--perfetto", perfetto)
-    _check_writable("--routing", routing)
+    check_writable("--perfetto", perfetto)
+    check_writable("--routing", routing)
     if routing is not None and routing.suffix != ".npz":
         raise UsageError(
             f"--routing {routing}: the name of a routing trace ends in .npz",
@@ -239,29 +238,7 @@ def check_files(
                 hint="record one with --routing, or name a .json file that is written at the end",
             )
         return
-    _check_writable("--popularity", popularity, added_to=True)
-
-
-def _check_writable(option: str, file: Path | None, *, added_to: bool = False) -> None:
-    if file is None:
-        return
-    try:
-        if file.is_dir():
-            raise UsageError(f"{option} '{file}' is a folder", hint=f"give {option} a file's name")
-        if file.exists() and not added_to:
-            raise UsageError(
-                f"{option} {file} exists already", hint="choose another name, or delete it"
-            )
-        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK)
-    except OSError as error:  # such as a name that is too long
-        raise UsageError(
-            f"{option} {file} cannot be used: {error.strerror}", hint="choose another name"
-        ) from error
-    if not writable:
-        raise UsageError(
-            f"{option} {file}: cannot write to {file.parent}",
-            hint="choose a folder that exists and is yours",
-        )
+    check_writable("--popularity", popularity, replaced=True)
 
 
 def require_device(device: str | None, vram: str | None, **files: Path | None) -> None:

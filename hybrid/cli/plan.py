@@ -19,13 +19,15 @@ from hybrid.calibration import calibrated
 from hybrid.dry_run import machine_for
 from hybrid.dry_run import plan as make_plan
 from hybrid.errors import UsageError
-from hybrid.paths import write_whole
+from hybrid.paths import check_writable, write_whole
 from hybrid.planning import find_hardware, find_model, resolve, shipped_names, stored_weights
 from planner.fields import read_table
 from planner.report import Table, tables, to_json, to_markdown
 
 DOES_NOT_FIT = 1
 """Exit code, so that scripts need not read the report."""
+OR_FORCE = "choose another name, or add --force"
+"""What helps against a file that exists."""
 _WIDTH = 110
 """Columns when the output is no terminal."""
 
@@ -140,12 +142,11 @@ def plan(
     if experiment is not None:
         _experiment(experiment, as_json=as_json, markdown=markdown)
         return
+    check_writable("--html", html, replaced=force, remedy=OR_FORCE)
+    check_writable("--perfetto", perfetto, replaced=force, remedy=OR_FORCE)
     machine = machine_for(model, hardware, vram=vram, ram=ram, threads=threads) if model else None
     if machine is None:
         _missing(model)
-    for path in (html, perfetto):
-        if path is not None and path.exists() and not force:
-            raise UsageError(f"{path} exists", hint="choose another name, or add --force")
     if machine.told:
         print(f"no --hardware given: {machine.told}", file=sys.stderr)
     result = make_plan(
