@@ -167,9 +167,20 @@ def test_a_load_measures_only_once(home: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("error", [UnmeasuredError("it is too small"), MemoryError])
+DEFECTS = (MemoryError("out of memory"), RuntimeError("a shape is wrong"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnmeasuredError("it is too small"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        *DEFECTS,
+    ],
+    ids=str,
+)
 def test_what_cannot_be_measured_is_said(
-    error: Any,
+    error: Exception,
     home: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -181,12 +192,12 @@ def test_what_cannot_be_measured_is_said(
 
     monkeypatch.setattr(measure_placed, "Placed", refuse)
     options: dict[str, Any] = {"device": ToEmulate(), "threads": 1}
-    if error is MemoryError:
-        with pytest.raises(MemoryError):
+    if error in DEFECTS:
+        with pytest.raises(type(error), match=str(error)):
             hardware_for(tiny_model, **options)
         return
     spec = hardware_for(tiny_model, **options)
-    assert f"attention and dense layers on {EMULATED} (it is too small)" in spec.summary
+    assert f"attention and dense layers on {EMULATED} ({error})" in spec.summary
     assert {term.lane for term in spec.terms} == {"cpu"}
     assert spec.gpu is not None
     assert hardware_for(tiny_model, **options) == spec  # it is not tried again and again

@@ -177,6 +177,17 @@ def test_a_device_that_fails_measures_nothing(tiny_model: Path) -> None:
         placed.generate(8, 4)
 
 
+def test_passes_that_lack_spans_measure_nothing(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where nobody noted why."""
+    placed = of_tiny(tiny_model)
+    monkeypatch.setattr(placed._times, "take", lambda: {(HEAD, 0): 1.0})
+    with pytest.raises(UnmeasuredError, match="told apart"):
+        placed.generate(8, 2)
+    placed.close()
+
+
 @pytest.mark.parametrize(("kind", "launched"), [("qwen2_moe", False), ("deepseek_v2", True)])
 def test_shared_experts_count_beyond_the_router(
     kind: str, launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

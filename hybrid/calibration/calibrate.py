@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from cpu_experts.experts import ExpertShape
+from gpu_experts.cuda_runtime import ran_out_of_memory
 from gpu_experts.errors import GpuExpertsError
 from hybrid import host
 from hybrid.calibration import calibrated
@@ -335,7 +335,10 @@ def _measure_placed(
             ]
         finally:
             placed.close()
-    except (UnmeasuredError, UsageError, GpuExpertsError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        told = isinstance(error, UnmeasuredError | UsageError | GpuExpertsError)
+        if not (told or ran_out_of_memory(error)):
+            raise
         what = f"attention and dense layers on {device.name}"
         found.refused.append(f"{what} ({first_line(error)})")
         device.close()

@@ -183,7 +183,7 @@ class Placed:
         Raises
         ------
         UnmeasuredError
-            When the device failed meanwhile.
+            When the device failed meanwhile, or a pass was repeated.
         """
         draw = torch.Generator().manual_seed(1)
         ids = torch.randint(0, self.vocab, (1, prompt), generator=draw).to(self.network.device)
@@ -199,11 +199,11 @@ class Placed:
         )
         executor = self.placement.executor
         assert executor is not None
-        if executor.device is None:
-            raise UnmeasuredError(executor.notes[-1].reason)
         moe = sum(layer.moe for layer in self.layers)
-        if any(len(one.spans) != 4 * moe + 1 for one in passes.found):  # a pass was repeated
-            raise UnmeasuredError(executor.notes[-1].reason)
+        repeated = any(len(one.spans) != 4 * moe + 1 for one in passes.found)
+        if executor.device is None or repeated:
+            notes = [note.reason for note in executor.notes]
+            raise UnmeasuredError(notes[-1] if notes else "its passes could not be told apart")
         return passes.found
 
     def close(self) -> None:
