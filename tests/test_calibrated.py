@@ -126,6 +126,21 @@ def test_an_update_is_told_from_a_new_machine(
     assert "none: this machine was calibrated before hybrid" in capsys.readouterr().out
 
 
+def test_a_stale_calibration_is_known_whatever_the_locale(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor's name may hold letters that the locale's encoding has not."""
+    monkeypatch.setattr("hybrid.host.cpu_name", lambda: "Prozessor® für Büros")
+    save(bare_machine(), replace(Identity.of_this_machine(), kernels="old"))
+    real = Path.read_text
+
+    def read_text(path: Path, encoding: str = "ascii", errors: str | None = None) -> str:
+        return real(path, encoding, errors)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert "before hybrid or its libraries were updated" in calibrated.missing()
+
+
 def test_what_is_saved_is_in_force(home: Path) -> None:
     """Only for the machine it was measured on, and with its identity to read."""
     here = Identity.of_this_machine()

@@ -203,7 +203,7 @@ def missing(identity: Identity | None = None) -> str:
     mine = _machine(here.comment())
     for path in sorted(here.path.parent.glob("*.toml")):
         with suppress(OSError, UnicodeDecodeError):
-            if _machine(path.read_text()) == mine:
+            if _machine(path.read_text(encoding="utf-8")) == mine:
                 return "this machine was calibrated before hybrid or its libraries were updated"
     return "this machine was not calibrated yet"
 
