@@ -113,6 +113,8 @@ def machine_for(
     ram_bytes = checked_ram(ram) if hardware is None else size_in_bytes(ram, "--ram")
     found: Machine | None
     if hardware is None:
+        if threads is not None:
+            threads = host.check_threads(threads, host.most_threads())
         found = this_machine(_subject(model), vram_bytes, threads)
         gpu = found and not found.emulated and found.spec.gpu
         if gpu and vram_bytes:

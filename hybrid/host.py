@@ -53,6 +53,19 @@ def default_threads() -> int:
     return int(chosen) if chosen.isdigit() and int(chosen) > 0 else usable_cores()
 
 
+def most_threads() -> int:
+    """Return the most threads that the kernels can have, as numba counts them when it is loaded.
+
+    ``NUMBA_NUM_THREADS`` if set, else as many as this process may run at once, physical or not.
+    """
+    chosen = os.environ.get("NUMBA_NUM_THREADS", "")
+    if chosen.isdigit():
+        return int(chosen)
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
 def check_threads(threads: int, most: int) -> int:
     """Return ``threads``; raise UsageError unless it is from 1 to numba's ``most``."""
     hint = "NUMBA_NUM_THREADS sets the most there can be"

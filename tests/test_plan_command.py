@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import pytest
 
 from hybrid import host
@@ -336,9 +337,16 @@ def test_a_machine_without_a_gpu_emulates_one(
 def test_more_than_this_machine_has_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a run refuses it: its RAM, and its GPU's memory, whose nominal size is all of it."""
+    """As a run refuses it: threads, RAM, and its GPU's memory, whose nominal size is all of it."""
     without_gpu(monkeypatch, tmp_path)
     words = ("demo", "--tokens", "1", "--json")
+    for given in ((), ("--vram", "64MiB")):
+        code, out, err = hybrid_plan(*words, *given, "--threads", "9999", capsys=capsys)
+        assert (code, out) == (2, "")
+        most = numba.config.NUMBA_NUM_THREADS
+        assert f"threads is 9999, it must be a whole number between 1 and {most}\n" in err
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "9999")
+    assert hybrid_plan(*words, *given, "--threads", "9999", capsys=capsys)[0] == 0
     code, _, err = hybrid_plan(*words, "--ram", "900TiB", capsys=capsys)
     assert code == 2
     assert "ram is 921600.00 GiB, this machine has" in err
