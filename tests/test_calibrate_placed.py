@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from gpu_experts.emulated import EmulatedDevice
+from hybrid import host
 from hybrid.calibration import calibrate as calibration
 from hybrid.calibration import calibrated, measure_placed, replica
 from hybrid.calibration.calibrate import hardware_for
@@ -111,7 +112,9 @@ def test_a_report_says_that_nothing_was_measured(home: Path, tiny_model: Path) -
     model.generate([1, 2, 3], max_new_tokens=2, do_sample=False)
     told = str(model.report().predictions)
     assert "RTX 4060" in told
-    assert f"'hybrid calibrate {tiny_model} --device emulated' measures them" in told
+    command = f"hybrid calibrate {tiny_model} --device emulated"
+    threads = "" if host.default_threads() == 1 else " --threads 1"
+    assert f"'{command}{threads}' measures them" in told
 
 
 def test_another_model_is_still_planned_as_a_gpus(measured: HardwareSpec) -> None:
