@@ -16,6 +16,7 @@ from hybrid.calibration import measure_placed
 from hybrid.calibration.measure_placed import COPIES, LayerTimes, Placed, UnmeasuredError, parts_of
 from hybrid.calibration.parts import Part, Pass
 from hybrid.calibration.subject import subject
+from hybrid.calibration.timed import SETTLING
 from hybrid.experts import experts_of
 from hybrid.loading import load_fast_model
 from hybrid.planning import find_hardware
@@ -160,7 +161,7 @@ def test_a_model_is_measured_where_it_is_placed(tiny_model: Path) -> None:
     certain = [part for part in parts if part.term in ("attention", "head", "call")]
     assert all(min(part.samples) > 0 for part in certain)
     decoded = next(part for part in parts if (part.term, part.tokens) == ("attention", 1))
-    assert len(decoded.samples) == 2 * (12 - 1 - measure_placed.SETTLING)
+    assert len(decoded.samples) == 2 * (12 - 1 - SETTLING)
 
 
 PROMPTS = ((2, 1), (8, 12))

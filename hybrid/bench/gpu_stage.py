@@ -7,8 +7,7 @@ measured is how long things take, and its text means nothing.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,27 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gpu_experts.cuda_runtime import ran_out_of_memory
 from gpu_experts.device import Device
 from hybrid import host
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
 from hybrid.bench.stages import FORMAT, Run
 from hybrid.calibration.subject import Subject
-from hybrid.errors import UsageError, first_line
+from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
 from hybrid.sharing.dense_move import move_dense
 from hybrid.sharing.dense_seconds import DenseSeconds
-from hybrid.sharing.devices import dtype_on
+from hybrid.sharing.devices import dtype_on, memory_told
 from hybrid.sharing.placement import RING_BYTES, unfit
 from hybrid.sharing.shared_first import SharedFirst
 from planner.cost import CostModel
 from planner.memory import STAGING, HostMemory, fit, in_words
+
+_RAN_OUT = (
+    "ran out of memory",
+    "choose fewer layers with --layers, or smaller shares with --resident",
+)
 
 
 class OnGpu:
@@ -98,7 +101,7 @@ class OnGpu:
         device.pin(network.hybrid_store.index.nbytes if pinned else RING_BYTES)
         progress(f"moving dense weights to {device.name}")
         self._network = network
-        with _memory_told(device):
+        with memory_told(device, *_RAN_OUT):
             move_dense(network, device.torch_device)
             specs = [experts.spec for experts in self.layers]
             views = survey(network, specs)
@@ -125,7 +128,7 @@ class OnGpu:
         if first:
             self._cache = DynamicCache(config=self._network.config)
         ids = self._next.expand(1, tokens)
-        with torch.no_grad(), _memory_told(self.device):
+        with torch.no_grad(), memory_told(self.device, *_RAN_OUT):
             output = self._network(
                 input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
@@ -150,20 +153,6 @@ class _Replayed:
     def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         assert self._stage.run is not None
         return self._stage.run(self._layer, hidden)
-
-
-@contextmanager
-def _memory_told(device: Device) -> Iterator[None]:
-    """Say what to do when the memory that is not for experts runs out."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise UsageError(
-            f"{device.name} ran out of memory: {first_line(error)}",
-            hint="choose fewer layers with --layers, or smaller shares with --resident",
-        ) from error
 
 
 def of_gpu(device: Device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 
 from gpu_experts.device import Device
 from hybrid.calibration.parts import Part, Pass
+from hybrid.calibration.timed import DRAWING, SETTLING
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.loading import load_fast_model
 from hybrid.sharing.budget import Budget, fitted
@@ -33,11 +34,7 @@ from planner.problem import LayerCost
 
 RESIDENT = 0.5
 """Share of the experts that may be resident at most: a device that holds all has less to decide."""
-SETTLING = 2
-"""Steps after a prompt that are not counted: the cache changes its layout in the first."""
 SAMPLES = 5
-DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
-"""How tokens are drawn: with all that most models' settings ask for."""
 
 COPIES = "copies"
 """Number of experts that a layer copies, beside its terms."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
 from hybrid.calibration.parts import Part, Pass, aside
-from hybrid.calibration.timed import SETTLING, Recorder, Timed
+from hybrid.calibration.timed import DRAWING, SETTLING, Recorder, Timed
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model, load_tokenizer
 from hybrid.textstream import TextStream
@@ -26,8 +26,6 @@ _TOKEN_BYTES = 160 << 20
 """Weights that a token reads, so that they come from memory and not from a cache."""
 _STORE_BYTES = 3 << 29
 """Experts of the replica at most, where more layers are not needed to have every kind."""
-_DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
-"""How tokens are drawn: with all that most models' settings ask for."""
 _TEXT = "for name, value in sorted(settings.items()):\n    print(name, value)\n"
 """What is written, again and again: how long that takes depends on the text but little."""
 
@@ -92,7 +90,7 @@ class Replica(Timed):
             return self._record(recorder, SETTLING, new_tokens, **options)[1 + SETTLING :]
 
         found = [
-            (steps(Recorder()), steps(Recorder(), **_DRAWING), steps(Recorder(self._writer())))
+            (steps(Recorder()), steps(Recorder(), **DRAWING), steps(Recorder(self._writer())))
             for _ in range(1 + turns)
         ][1:]
         # In the one-token kernels there are as many tokens to choose from as the model has.

@@ -27,6 +27,8 @@ _NEVER = -1e30
 """The logit of tokens that the head does not have: never chosen."""
 SETTLING = 2
 """Steps after a prompt that are not counted: the cache changes its layout in the first."""
+DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
+"""How tokens are drawn: with all that most models' settings ask for."""
 
 
 class Recorder:

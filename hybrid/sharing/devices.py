@@ -160,17 +160,18 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def room_told(device: Device) -> Iterator[None]:
-    """Say what to do when not even the dense layers have the memory that they need."""
+def memory_told(
+    device: Device,
+    what: str = "has no room for the dense weights",
+    remedy: str = "close what else uses it, or use vram=0 for the CPU alone",
+) -> Iterator[None]:
+    """Say what happened and what helps when a device's memory runs out."""
     try:
         yield
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        raise UsageError(
-            f"{device.name} has no room for the dense weights: {first_line(error)}",
-            hint="close what else uses it, or use vram=0 for the CPU alone",
-        ) from error
+        raise UsageError(f"{device.name} {what}: {first_line(error)}", hint=remedy) from error
 
 
 def emulation_note(*, by_name: bool) -> SlowPath:

@@ -19,7 +19,7 @@ from hybrid.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
 from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.dense_move import move_dense
 from hybrid.sharing.dense_seconds import DenseSeconds
-from hybrid.sharing.devices import room_told
+from hybrid.sharing.devices import memory_told
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.residents import Opened, Settle
 from hybrid.sharing.shared_first import SharedFirst
@@ -248,7 +248,7 @@ def place_model(
         raise UsageError(f"{device.name}: {placed.shortage}", hint=_remedy(placed, budget))
     nbytes = model.hybrid_store.index.nbytes
     device.pin(nbytes if placed.host is HostMemory.PINNED else RING_BYTES)
-    with room_told(device):
+    with memory_told(device):
         move_dense(model, device.torch_device)
     layers: list[LayerExperts] = experts_of(model)
     for experts in layers:
@@ -261,7 +261,7 @@ def place_model(
         remedy = "none yet: attention and dense layers run on the device"
         notes.append(SlowPath("all experts on the CPU", reason, remedy))
     else:
-        with room_told(device):
+        with memory_told(device):
             executor, shared = _share_experts(
                 model, device, cost, placed, budget, threads, timeline
             )
