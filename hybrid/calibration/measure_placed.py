@@ -21,7 +21,7 @@ import torch
 
 from gpu_experts.device import Device
 from hybrid.calibration.parts import Part, Pass
-from hybrid.calibration.timed import DRAWING, SETTLING
+from hybrid.calibration.timed import DRAWING, SETTLING, Passes, Spans, generate
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.loading import load_fast_model
 from hybrid.sharing.budget import Budget, fitted
@@ -38,7 +38,6 @@ SAMPLES = 5
 
 COPIES = "copies"
 """Number of experts that a layer copies, beside its terms."""
-Spans = dict[tuple[str, int], float]
 _Key = tuple[str, str, int]
 
 
@@ -83,28 +82,6 @@ class LayerTimes(Timeline):
         found[HEAD, 0] = max(0.0, self._head_s - late_s)
         self._records.clear()
         return found
-
-
-class Passes:
-    """A streamer that cuts a generation into passes; the first is the prompt's."""
-
-    def __init__(self, take: Callable[[], Spans]) -> None:
-        self.found: list[Pass] = []
-        self._take = take
-        self._prompted = False
-        self._last_s = time.perf_counter()
-
-    def put(self, value: Any) -> None:
-        """Note that a pass has ended; what comes first is the prompt itself."""
-        if not self._prompted:
-            self._prompted = True
-            return
-        whole_s = time.perf_counter() - self._last_s
-        self.found.append(Pass(whole_s, self._take()))
-        self._last_s = time.perf_counter()
-
-    def end(self) -> None:
-        """Do nothing: the last token was put."""
 
 
 class Placed:
@@ -182,26 +159,16 @@ class Placed:
         UnmeasuredError
             When the device failed meanwhile, or a pass was repeated.
         """
-        draw = torch.Generator().manual_seed(1)
-        ids = torch.randint(0, self.vocab, (1, prompt), generator=draw).to(self.network.device)
         self.placement.begin_run()
-        self._times.take()
-        passes = Passes(self._times.take)
-        self.network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            streamer=passes,
-            **{"do_sample": False, **options},
-        )
+        found = generate(self.network, prompt, new_tokens, Passes(self._times.take), **options)
         executor = self.placement.executor
         assert executor is not None
         moe = sum(layer.moe for layer in self.layers)
-        repeated = any(len(one.spans) != 4 * moe + 1 for one in passes.found)
+        repeated = any(len(one.spans) != 4 * moe + 1 for one in found)
         if executor.device is None or repeated:
             notes = [note.reason for note in executor.notes]
             raise UnmeasuredError(notes[-1] if notes else "its passes could not be told apart")
-        return passes.found
+        return found
 
     def close(self) -> None:
         """Give the device's memory back."""

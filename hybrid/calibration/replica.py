@@ -13,7 +13,7 @@ from typing import Any
 
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
 from hybrid.calibration.parts import Part, Pass, aside
-from hybrid.calibration.timed import DRAWING, SETTLING, Recorder, Timed
+from hybrid.calibration.timed import DRAWING, SETTLING, Passes, Timed, generate
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model, load_tokenizer
 from hybrid.textstream import TextStream
@@ -86,11 +86,16 @@ class Replica(Timed):
     def asides(self, new_tokens: int, turns: int) -> Iterator[Part]:
         """Generate with and without drawing and writing; the first turn does not count."""
 
-        def steps(recorder: Recorder, **options: Any) -> list[Pass]:
-            return self._record(recorder, SETTLING, new_tokens, **options)[1 + SETTLING :]
+        def steps(passes: Passes, **options: Any) -> list[Pass]:
+            found = generate(self.network, SETTLING, new_tokens, passes, **options)
+            return found[1 + SETTLING :]
 
         found = [
-            (steps(Recorder()), steps(Recorder(), **DRAWING), steps(Recorder(self._writer())))
+            (
+                steps(self.passes()),
+                steps(self.passes(), **DRAWING),
+                steps(self.passes(self._writer())),
+            )
             for _ in range(1 + turns)
         ][1:]
         # In the one-token kernels there are as many tokens to choose from as the model has.

@@ -31,13 +31,24 @@ DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 """How tokens are drawn: with all that most models' settings ask for."""
 
 
-class Recorder:
-    """A streamer that cuts a generation into passes; others note what their parts took."""
+Spans = dict[tuple[str, int], float]
+"""What parts of a pass took, by (part, layer)."""
 
-    def __init__(self, write: Callable[[], object] = lambda: None) -> None:
-        self.passes: list[Pass] = []
-        self._write = write
-        self.spans: defaultdict[tuple[str, int], float] = defaultdict(float)
+
+class Passes:
+    """A streamer that cuts a generation into passes; the first is the prompt's.
+
+    Parameters
+    ----------
+    take
+        Returns what the parts of a pass took, and forgets it.
+    write
+        Called for every token.
+    """
+
+    def __init__(self, take: Callable[[], Spans], write: Callable[[], object] = lambda: None):
+        self.found: list[Pass] = []
+        self._take, self._write = take, write
         self._prompted = False
         self._last_s = time.perf_counter()
 
@@ -45,15 +56,30 @@ class Recorder:
         """Note that a pass has ended; what comes first is the prompt itself."""
         if not self._prompted:
             self._prompted = True
-            self.spans.clear()
+            self._take()
             return
         self._write()
-        self.passes.append(Pass(time.perf_counter() - self._last_s, dict(self.spans)))
-        self.spans.clear()
+        self.found.append(Pass(time.perf_counter() - self._last_s, self._take()))
         self._last_s = time.perf_counter()
 
     def end(self) -> None:
         """Do nothing: the last token was put."""
+
+
+def generate(
+    network: Any, prompt: int, new_tokens: int, passes: Passes, **options: Any
+) -> list[Pass]:
+    """Generate after a random prompt; ``options`` go to ``generate()``."""
+    vocabulary, draw = network.config.get_text_config().vocab_size, torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (1, prompt), generator=draw).to(network.device)
+    network.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        streamer=passes,
+        **{"do_sample": False, **options},
+    )
+    return passes.found
 
 
 class Timed:
@@ -79,11 +105,10 @@ class Timed:
         network.hybrid_fast.past_hooks = True
         network.generation_config.eos_token_id = None
         network.generation_config.pad_token_id = 0
-        self.vocab = int(network.config.get_text_config().vocab_size)
-        self.scale = model.vocab / self.vocab
+        self.scale = model.vocab / int(network.config.get_text_config().vocab_size)
         modules = network.get_decoder().layers
         self.layers: tuple[Layer, ...] = model.layers[: len(modules)]
-        self._recorder = Recorder()
+        self._spans: defaultdict[tuple[str, int], float] = defaultdict(float)
         for index, module in enumerate(modules):
             self._watch(module, ("layer", index))
             for part in _beside_attention(module):
@@ -98,28 +123,23 @@ class Timed:
 
     def note(self, key: tuple[str, int], seconds: float) -> None:
         """Add to a part's time in the present pass."""
-        self._recorder.spans[key] += seconds
+        self._spans[key] += seconds
+
+    def passes(self, write: Callable[[], object] = lambda: None) -> Passes:
+        """Return what cuts the next generation into passes; ``write`` is called for every token."""
+        return Passes(self._take, write)
+
+    def _take(self) -> Spans:
+        found = dict(self._spans)
+        self._spans.clear()
+        return found
 
     def generate(self, prompt: int, new_tokens: int, **options: Any) -> list[Pass]:
         """Generate after a random prompt; the first pass is the prompt's.
 
         ``options`` go to ``generate()``.
         """
-        return self._record(Recorder(), prompt, new_tokens, **options)
-
-    def _record(
-        self, recorder: Recorder, prompt: int, new_tokens: int, **options: Any
-    ) -> list[Pass]:
-        ids = torch.randint(0, self.vocab, (1, prompt), generator=torch.Generator().manual_seed(1))
-        self._recorder = recorder
-        self.network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            streamer=recorder,
-            **{"do_sample": False, **options},
-        )
-        return recorder.passes
+        return generate(self.network, prompt, new_tokens, self.passes(), **options)
 
     def parts(self, runs: Mapping[int, list[list[Pass]]]) -> Iterator[Part]:
         """Turn generations into parts.
