@@ -16,13 +16,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hybrid.config import HybridConfig
-    from hybrid.dry_run import plan
     from hybrid.model import HybridModel
+    from hybrid.planning.plan import plan
 
 _HOME = {
     "HybridConfig": "hybrid.config",
     "HybridModel": "hybrid.model",
-    "plan": "hybrid.dry_run",
+    "plan": "hybrid.planning.plan",
 }
 
 __all__ = ["HybridConfig", "HybridModel", "__version__", "plan"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hybrid.arguments.formats import QUANT_METHOD, check_formats
 from hybrid.conversion.tensor_files import read_json
 from hybrid.errors import UsageError
-from hybrid.formats import QUANT_METHOD, check_formats
 
 
 class HybridConfig(QuantizationConfigMixin):

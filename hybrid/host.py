@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from cpu_experts import hostcpu
-from hybrid.checks import whole_number
+from hybrid.arguments.counts import whole_number
 
 _GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _NVIDIA_SMI_TIMEOUT_S = 10

@@ -14,16 +14,15 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid import host
-from hybrid.checks import whole_number
+from hybrid.arguments.counts import whole_number
+from hybrid.arguments.formats import DEFAULT_EXPERTS
+from hybrid.arguments.sizes import checked_ram, size_in_bytes
 from hybrid.config import HybridConfig
 from hybrid.conversion.cache import converted_copy
 from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.experts import experts_of
 from hybrid.fast.attach import DecodePath, FastPath
-from hybrid.formats import DEFAULT_EXPERTS
-from hybrid.machines import checked_ram
 from hybrid.metrics import SlowPath
-from hybrid.planning import size_in_bytes
 from hybrid.sharing.budget import Budget, beyond_ram, fitted_alone
 from hybrid.sharing.devices import (
     Size,

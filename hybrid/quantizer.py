@@ -14,10 +14,10 @@ from typing import Any
 from transformers.quantizers.base import HfQuantizer
 
 from cpu_experts.experts import ExpertShape
+from hybrid.arguments.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.config import HybridConfig
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.families import ExpertsSpec, find_experts
-from hybrid.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.store import DATA_NAME, ExpertStore, LayerRecord
 
 

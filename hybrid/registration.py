@@ -28,8 +28,8 @@ def register() -> None:
 
 
 def _register(registry: Any) -> None:
+    from hybrid.arguments.formats import QUANT_METHOD
     from hybrid.config import HybridConfig
-    from hybrid.formats import QUANT_METHOD
     from hybrid.quantizer import HybridQuantizer, merge_configs
 
     if QUANT_METHOD in registry.AUTO_QUANTIZER_MAPPING:

@@ -13,7 +13,7 @@ from cpu_experts.ffn import run_experts
 from gpu_experts.emulated import EmulatedDevice
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
-from hybrid.planning import find_hardware
+from hybrid.arguments.names import find_hardware
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.devices import emulated_device
 from hybrid.sharing.executor import Executor

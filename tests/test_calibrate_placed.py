@@ -23,9 +23,9 @@ from hybrid.calibration.measure_placed import UnmeasuredError
 from hybrid.calibration.subject import subject
 from hybrid.cli import main
 from hybrid.demo import demo_path
-from hybrid.dry_run import plan
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
+from hybrid.planning.plan import plan
 from hybrid.sharing.devices import ToEmulate, hardware_with
 from planner.hardware import HardwareSpec, Point, TermPoint
 from planner.spec import Source

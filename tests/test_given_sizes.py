@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from hybrid import loading
+from hybrid.arguments.sizes import checked_ram, size_in_bytes
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from hybrid.machines import checked_ram
 from hybrid.model import HybridModel
-from hybrid.planning import size_in_bytes
 from hybrid.sharing.budget import beyond_ram, fitted_alone
 from hybrid.sharing.devices import choose_device
 from planner.memory import RAM_RESERVE_BYTES, enough_in_words, in_words

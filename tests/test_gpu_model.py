@@ -19,13 +19,13 @@ from gpu_experts.cuda import CudaDevice
 from gpu_experts.device import Note
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid import loading
+from hybrid.arguments.names import find_hardware
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
-from hybrid.planning import find_hardware
 from hybrid.sharing import devices
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import Placement, place_model

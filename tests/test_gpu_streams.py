@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from gpu_experts import kernels
 from gpu_experts.cuda import CudaDevice
 from gpu_experts.events import poll
+from hybrid.arguments.names import find_hardware
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
-from hybrid.planning import find_hardware
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import place_model

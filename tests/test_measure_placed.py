@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gpu_experts.emulated import EmulatedDevice
+from hybrid.arguments.names import find_hardware
 from hybrid.calibration import measure_placed
 from hybrid.calibration.measure_placed import COPIES, LayerTimes, Placed, UnmeasuredError, parts_of
 from hybrid.calibration.parts import Part, Pass
@@ -19,7 +20,6 @@ from hybrid.calibration.subject import subject
 from hybrid.calibration.timed import SETTLING
 from hybrid.experts import experts_of
 from hybrid.loading import load_fast_model
-from hybrid.planning import find_hardware
 from hybrid.sharing.devices import emulated_device
 from hybrid.sharing.timeline import DECIDING, EXPERTS, HEAD, ROUTER, Timeline
 from planner.model import ModelSpec

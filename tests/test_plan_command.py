@@ -14,13 +14,14 @@ import numba
 import pytest
 
 from hybrid import host
+from hybrid.arguments.names import find_hardware, find_model, resolve
+from hybrid.arguments.sizes import parse_bytes
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
 from hybrid.demo import demo_path
-from hybrid.dry_run import plan
 from hybrid.errors import UsageError
-from hybrid.planning import find_hardware, find_model, parse_bytes, resolve
+from hybrid.planning.plan import plan
 from planner.report import SCHEMA, to_dict
 from planner_examples import hybrid_plan, save_config
 

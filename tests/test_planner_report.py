@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybrid.cli.plan import to_text
-from hybrid.plan_page import to_html
+from hybrid.planning.page import to_html
 from planner.dryrun import PlanResult, dry_run
 from planner.errors import SpecError
 from planner.hardware import HardwareSpec

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.planning import parse_bytes
+from hybrid.arguments.sizes import parse_bytes
 from planner.cache import ExpertCache
 from planner.cost import CostModel
 from planner.errors import CapacityError, SpecError, TraceError

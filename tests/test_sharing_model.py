@@ -14,15 +14,15 @@ import torch
 
 from gpu_experts.device import Memory
 from gpu_experts.emulated import EmulatedDevice
+from hybrid.arguments.names import find_hardware
 from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
 from hybrid.conversion.checkpoint import convert
 from hybrid.demo import demo_path
-from hybrid.dry_run import plan
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
-from hybrid.planning import find_hardware
+from hybrid.planning.plan import plan
 from hybrid.sharing.budget import Budget, fitted_alone, usable_vram
 from hybrid.sharing.devices import choose_device, emulated_device
 from hybrid.sharing.placement import Placement, place_model

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
+from hybrid.arguments.names import find_model, shipped_names
 from hybrid.calibration.subject import subject
-from hybrid.planning import find_model, shipped_names
 from planner.families import from_hf_config, settings_of
 
 

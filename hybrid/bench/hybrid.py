@@ -13,17 +13,17 @@ import numpy as np
 import psutil
 
 from hybrid import host
+from hybrid.arguments.counts import whole_number
+from hybrid.arguments.names import find_hardware
 from hybrid.bench.record import provenance, spread
 from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.calibration.calibrate import hardware_for
 from hybrid.calibration.subject import Subject, subject
-from hybrid.checks import whole_number
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
-from hybrid.machines import EMULATED_AS, emulated_hardware
 from hybrid.metrics import SlowPath
-from hybrid.planning import find_hardware
+from hybrid.planning.machines import EMULATED_AS, emulated_hardware
 from hybrid.sharing.budget import Budget, usable_vram
 from hybrid.sharing.devices import choose_device
 from hybrid.sharing.timeline import DECODE, HEAD, ROUTER

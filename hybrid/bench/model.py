@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hybrid import host
+from hybrid.arguments.counts import whole_number
 from hybrid.bench.kernels import read_seconds
 from hybrid.bench.record import provenance, spread
 from hybrid.calibration import calibrated
@@ -31,7 +32,6 @@ from hybrid.calibration.others import Others
 from hybrid.calibration.prediction import Prediction, begin_run, predicted, prompt_loads
 from hybrid.calibration.subject import subject
 from hybrid.calibration.timed import Timed
-from hybrid.checks import whole_number
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads

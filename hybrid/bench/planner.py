@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.arguments.names import find_hardware, find_model
 from hybrid.bench.record import provenance, spread
-from hybrid.planning import find_hardware, find_model
 from planner.baselines import BASELINES
 from planner.cache import ExpertCache, Policy
 from planner.capacity import hits_by_capacity, marginal_capacities

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hybrid import host
+from hybrid.arguments.formats import DEFAULT_EXPERTS
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import UNMEASURED, Coverage
@@ -17,7 +18,6 @@ from hybrid.calibration.subject import subject
 from hybrid.errors import UsageError
 from hybrid.experts import experts_of
 from hybrid.fast.decode import FastDecoder
-from hybrid.formats import DEFAULT_EXPERTS
 from hybrid.metrics import WHOLE, GenerationTimes, Term
 from hybrid.sharing.timeline import DECODE, PREFILL
 from planner.cost import CostModel

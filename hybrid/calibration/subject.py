@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid.arguments.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
+from hybrid.arguments.names import resolve
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
-from hybrid.planning import resolve
 from planner.families import from_hf_config, settings_of
 from planner.fields import read_table
 from planner.model import ModelSpec

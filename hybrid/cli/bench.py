@@ -95,8 +95,8 @@ def model(
 ) -> None:
     """A whole model: load, prefill and decode, beside what was predicted and the bandwidth."""
     _check(record)
+    from hybrid.arguments.formats import check_formats
     from hybrid.bench import model as bench
-    from hybrid.formats import check_formats
 
     check_formats(experts, dense)
     result = bench.run(

@@ -15,12 +15,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from hybrid.arguments.names import find_hardware, find_model, resolve, shipped_names, stored_weights
 from hybrid.calibration import calibrated
-from hybrid.dry_run import machine_for
-from hybrid.dry_run import plan as make_plan
 from hybrid.errors import UsageError
 from hybrid.paths import check_writable, write_whole
-from hybrid.planning import find_hardware, find_model, resolve, shipped_names, stored_weights
+from hybrid.planning.plan import machine_for
+from hybrid.planning.plan import plan as make_plan
 from planner.fields import read_table
 from planner.report import Table, tables, to_json, to_markdown
 
@@ -172,7 +172,7 @@ def plan(
     else:
         _deliver(tables(result), markdown=markdown)
     if html is not None:
-        from hybrid.plan_page import to_html
+        from hybrid.planning.page import to_html
 
         write_file(html, to_html(result))
     if perfetto is not None:

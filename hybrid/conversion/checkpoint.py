@@ -21,6 +21,7 @@ import transformers
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from hybrid.arguments.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.config import HybridConfig
 from hybrid.conversion.dense_writer import DensePlan
 from hybrid.conversion.expert_writer import write_experts
@@ -38,7 +39,6 @@ from hybrid.conversion.weight_map import WeightMap
 from hybrid.dense import dense_matrices
 from hybrid.errors import CheckpointError, DiskSpaceError, UnsupportedModelError, UsageError
 from hybrid.families import ExpertsSpec, find_experts
-from hybrid.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
 
 #: Called with bytes written so far, bytes in all, and what is being written.

@@ -9,12 +9,12 @@ import torch
 
 from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device
+from hybrid.arguments.names import find_hardware
+from hybrid.arguments.sizes import at_most
 from hybrid.calibration.subject import subject
 from hybrid.errors import UsageError
 from hybrid.experts import experts_of
-from hybrid.machines import at_most
 from hybrid.metrics import SlowPath
-from hybrid.planning import find_hardware
 from planner.cost import CostModel
 from planner.families import from_hf_config
 from planner.hardware import CONTEXT_BYTES, HardwareSpec

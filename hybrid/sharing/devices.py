@@ -16,13 +16,14 @@ from cpu_experts.ffn import run_experts
 from gpu_experts.cuda_runtime import ran_out_of_memory
 from gpu_experts.device import F32, I32, U8, Device
 from gpu_experts.emulated import EmulatedDevice
+from hybrid.arguments.names import find_hardware
+from hybrid.arguments.sizes import size_in_bytes
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.subject import subject
 from hybrid.errors import UsageError, first_line
-from hybrid.machines import EMULATED, EMULATED_AS, with_emulated
 from hybrid.metrics import SlowPath
-from hybrid.planning import find_hardware, size_in_bytes
+from hybrid.planning.machines import EMULATED, EMULATED_AS, with_emulated
 from planner.hardware import HardwareSpec
 
 Size = str | int | None

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import psutil
-
 from hybrid import host
+from hybrid.arguments.names import find_hardware
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import Coverage
 from hybrid.calibration.subject import Subject
 from hybrid.errors import UsageError
-from hybrid.planning import find_hardware, size_in_bytes
 from planner.hardware import HardwareSpec, Quantity
-from planner.memory import in_words
 from planner.spec import Source
-
-GIB = 2**30
 
 EMULATED_AS = "rtx4060-laptop-8gb"
 """The machine whose device and link an emulated device is taken for when experts are placed."""
@@ -112,36 +107,6 @@ def with_emulated(
         return emulated_hardware(cpu, like).emulated()
     ram = Quantity(identity.ram_bytes, Source.MEASURED, "this machine's own figure")
     return replace(like, cpu=replace(like.cpu, ram_bytes=ram)).emulated()
-
-
-def checked_ram(size: str | int | None) -> int | None:
-    """Return the memory of this machine to use in bytes; None is all there is.
-
-    Raises
-    ------
-    UsageError
-        When it is no size, or more than this machine has.
-    """
-    asked, total = size_in_bytes(size, "ram"), psutil.virtual_memory().total
-    return None if asked is None else at_most(asked, total, "ram", "this machine")
-
-
-def at_most(asked: int, total: int, what: str, owner: str) -> int:
-    """Return a size that is asked for, or all there is where that is a little less.
-
-    Memory is sold by the GiB, of which a card or a system keeps some to itself.
-
-    Raises
-    ------
-    UsageError
-        When it is more than that.
-    """
-    if asked > -(-total // GIB) * GIB:
-        raise UsageError(
-            f"{what} is {in_words(asked)}, {owner} has {in_words(total)}",
-            hint=f"give it less, or leave {what} out to use what there is",
-        )
-    return min(asked, total)
 
 
 def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:

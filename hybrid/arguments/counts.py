@@ -1,4 +1,4 @@
-"""Checks of what users give, for all who are given it."""
+"""Whole numbers that users give."""
 
 from __future__ import annotations
 

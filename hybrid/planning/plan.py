@@ -10,10 +10,11 @@ from typing import Any
 
 from cpu_experts.formats import is_quantized
 from hybrid import host
+from hybrid.arguments.names import find_hardware, stored_weights
+from hybrid.arguments.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.calibration import calibrated
 from hybrid.calibration.subject import Subject, subject
-from hybrid.machines import Machine, at_most, checked_ram, this_machine
-from hybrid.planning import find_hardware, size_in_bytes, stored_weights
+from hybrid.planning.machines import Machine, this_machine
 from planner.dryrun import PlanResult, dry_run
 from planner.hardware import HardwareSpec
 from planner.model import ModelSpec

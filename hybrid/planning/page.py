@@ -39,7 +39,7 @@ class Bar:
 
 def to_html(result: PlanResult) -> str:
     """Return the page; it loads nothing from anywhere."""
-    source = (files("hybrid") / "plan_page.html.j2").read_text("utf-8")
+    source = (files("hybrid.planning") / "page.html.j2").read_text("utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         source
     )

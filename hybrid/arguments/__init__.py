@@ -1,0 +1,1 @@
+"""What users give, in whatever words: names, sizes, counts and formats, understood or refused."""
