@@ -51,7 +51,7 @@ def _hybrimoe_greedy(problem: Problem) -> LayerPlan:
     arrived: list[tuple[int, int]] = []  # heap of (-load, position)
     gpu: list[int] = []
     copies: list[int] = []
-    cpu_s, gpu_s, link_s = problem.cpu_start_s, problem.gpu_free_s, problem.link_free_s
+    cpu_s, gpu_s, link_s = problem.cpu_start_s, problem.gpu_begin_s, problem.link_free_s
     while resident or missing or in_flight or arrived:
         while in_flight and in_flight[0][0] <= gpu_s:
             position = in_flight.popleft()[1]

@@ -10,7 +10,8 @@ the part of expert i on the CPU, minimise M subject to three rows,
 For fixed rho, replacing the last two rows by their mean with weights 1 - rho and rho leaves a
 fractional knapsack, solved by sorting. Every rho in [0, 1] gives a valid bound; the best one is
 where the GPU and the link end together, found by regula falsi. Plans that copy nothing have no link
-row and plans that leave the CPU idle are a single plan: both are solved apart.
+row: they are solved apart. Plans that leave the CPU or the GPU idle are one each, without that
+side's start: they are not looked at here.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def relaxations(problem: Problem) -> list[Relaxation]:
     missing = ~resident
     held = np.flatnonzero(resident)
     forced_s = problem.cpu_start_s + float(cpu_s[missing].sum())
-    bound_s, share = _split(cpu_s[held], gpu_s[held], forced_s, problem.gpu_free_s)[:2]
+    bound_s, share = _split(cpu_s[held], gpu_s[held], forced_s, problem.gpu_begin_s)[:2]
     found = [Relaxation(bound_s, held, share * cpu_s[held] - (1 - share) * gpu_s[held])]
     if missing.any():
         found.append(_with_copies(problem, cpu_s, gpu_s, missing))
@@ -79,7 +80,7 @@ def _with_copies(
     problem: Problem, cpu_s: Array, gpu_s: Array, missing: NDArray[np.bool_]
 ) -> Relaxation:
     link_s = np.where(missing, np.array(problem.copy_s), 0.0)
-    gpu_start_s = problem.gpu_free_s
+    gpu_start_s = problem.gpu_begin_s
     link_start_s = problem.link_free_s + float(gpu_s[missing].min())
     everyone = np.arange(len(problem))
     best = Relaxation(-1.0, everyone, cpu_s)

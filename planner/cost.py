@@ -5,8 +5,8 @@ An expert reads its weights once and computes ``2 * params`` operations per toke
     max(bytes / memory rate, load * 2 * params / compute rate)
 
 on either side: a floor while memory binds, a slope once compute does (the roofline of MoE-Lens,
-arXiv 2504.09345). A CPU call adds a start cost once per layer; the GPU adds a launch per expert;
-a copy adds a latency. Calibration points, where the hardware description has them for this shape
+arXiv 2504.09345). A CPU call adds a start cost once per layer, the GPU a launch; a copy adds a
+latency. Calibration points, where the hardware description has them for this shape
 and format, replace the formula by interpolation over the load. So they do for attention, dense
 layers, the head and what surrounds them, of a model whose family was calibrated where its dense
 weights are: on the CPU alone, or on the GPU.
@@ -77,6 +77,7 @@ class ExpertCost:
         self._cpu: dict[int, float] = {}
         self._gpu: dict[int, float] = {}
         self.cpu_start_s = hardware.cpu.start_s.value
+        self.gpu_start_s = hardware.gpu.launch_s.value if hardware.gpu else 0.0
         self._top_k, self._count = experts.top_k, experts.count
         # Without a GPU a single token's layers are one compiled call, and experts a part of it.
         found = (
@@ -97,7 +98,7 @@ class ExpertCost:
         return found
 
     def gpu_s(self, load: int) -> float:
-        """Time one expert with ``load`` tokens takes on the GPU."""
+        """Time one expert with ``load`` tokens adds to the GPU lane."""
         found = self._gpu.get(load)
         if found is None:
             found = self._gpu[load] = self.gpu_estimate(load).value
@@ -146,7 +147,7 @@ class ExpertCost:
             raise self._missing("gpu")
         memory = rate_time(self.bytes, gpu.memory_bytes_per_s, gpu.memory_efficiency)
         compute = rate_time(load * self.flop_per_token, gpu.flop_per_s, gpu.flop_efficiency)
-        return larger(memory, compute) + constant(gpu.launch_s)
+        return larger(memory, compute)
 
     def copy_estimate(self) -> Estimate:
         """``copy_s`` with its source and error."""

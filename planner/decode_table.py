@@ -56,7 +56,7 @@ class DecodeTable:
             for misses in range(top_k + 1 - hits)
         }
         # The same where the link is busy for so long that no copy helps.
-        late_s = top_k * cost.cpu_s(load) + cost.cpu_start_s + gpu_free_s
+        late_s = top_k * cost.cpu_s(load) + cost.cpu_start_s + gpu_free_s + cost.gpu_start_s
         self._uncopied = {
             (hits, misses): self._first_ids(hits, misses, late_s) for hits, misses in self._plans
         }
@@ -127,13 +127,14 @@ class DecodeTable:
         """Apply ``exact_rule`` to experts that are all alike: only their numbers matter."""
         cost = self.cost
         cpu_s, gpu_s, copy_s = cost.cpu_s(load), cost.gpu_s(load), cost.copy_s()
+        gpu_begin_s = work.gpu_free_s + cost.gpu_start_s
         on_gpu, copied = best_split(
             [cpu_s] * len(hits),
             [cpu_s] * len(misses),
             gpu_s=gpu_s,
             copy_s=copy_s,
             cpu_start_s=cost.cpu_start_s,
-            gpu_free_s=work.gpu_free_s,
+            gpu_begin_s=gpu_begin_s,
             link_free_s=work.link_free_s,
         )
         resident = hits[len(hits) - on_gpu :]
@@ -142,7 +143,8 @@ class DecodeTable:
         cpu_end_s = cost.cpu_start_s if cpu else 0.0
         for _ in cpu:
             cpu_end_s += cpu_s
-        gpu_end_s, link_end_s = work.gpu_free_s, work.link_free_s
+        gpu_end_s = gpu_begin_s if on_gpu + copied else work.gpu_free_s
+        link_end_s = work.link_free_s
         for _ in resident:
             gpu_end_s += gpu_s
         for _ in copies:

@@ -41,7 +41,7 @@ def dynamic_program(
     undecided, decided = frozenset(free), frozenset(on_gpu)
     cpu_s, gpu_s, copy_s = problem.cpu_s, problem.gpu_s, problem.copy_s
     resident = problem.resident
-    cpu_start_s, gpu_start_s = problem.cpu_start_s, problem.gpu_free_s
+    cpu_start_s, gpu_start_s = problem.cpu_start_s, problem.gpu_begin_s
     for i in range(len(problem)):
         if i in decided:
             gpu_start_s += gpu_s[i] if resident[i] else 0.0

@@ -26,6 +26,10 @@ class LayerCost(Protocol):
     def cpu_start_s(self) -> float:
         """Fixed cost of using the CPU in a layer at all."""
 
+    @property
+    def gpu_start_s(self) -> float:
+        """Fixed cost of using the GPU in a layer at all: the launch of its experts."""
+
     def cpu_s(self, load: int) -> float:
         """Time one expert adds to the CPU lane at this load."""
 
@@ -50,8 +54,8 @@ class Problem:
         Duration of each expert on each lane; ``copy_s`` of a resident expert is never looked at.
     resident
         Whether the expert is in a GPU slot already.
-    cpu_start_s
-        Added once when the CPU computes anything.
+    cpu_start_s, gpu_start_s
+        Added once when that side computes anything.
     gpu_free_s, link_free_s
         When those lanes are free.
     """
@@ -64,6 +68,7 @@ class Problem:
     copy_s: tuple[float, ...]
     resident: tuple[bool, ...]
     cpu_start_s: float = 0.0
+    gpu_start_s: float = 0.0
     gpu_free_s: float = 0.0
     link_free_s: float = 0.0
 
@@ -80,8 +85,8 @@ class Problem:
         # Loads repeat: each distinct one is priced once.
         experts, loads = zip(*work.loads, strict=True) if work.loads else ((), ())
         prices = {load: (cost.cpu_s(load), cost.gpu_s(load)) for load in set(loads)}
-        copy_s, cpu_start_s = cost.copy_s(), cost.cpu_start_s
-        for price in (copy_s, cpu_start_s, *(value for pair in prices.values() for value in pair)):
+        once = copy_s, cpu_start_s, gpu_start_s = cost.copy_s(), cost.cpu_start_s, cost.gpu_start_s
+        for price in (*once, *(value for pair in prices.values() for value in pair)):
             if not 0 <= price < math.inf:
                 raise CostError(
                     f"layer {work.layer}: the cost model gave a duration of {price!r} s",
@@ -96,12 +101,18 @@ class Problem:
             copy_s=(copy_s,) * len(loads),
             resident=tuple([expert in held for expert in experts]),
             cpu_start_s=cpu_start_s,
+            gpu_start_s=gpu_start_s,
             gpu_free_s=work.gpu_free_s,
             link_free_s=work.link_free_s,
         )
 
     def __len__(self) -> int:
         return len(self.experts)
+
+    @property
+    def gpu_begin_s(self) -> float:
+        """When the GPU begins with its first expert, if there is one and it is resident."""
+        return self.gpu_free_s + self.gpu_start_s
 
     @property
     def residents(self) -> list[int]:
@@ -147,7 +158,7 @@ class Problem:
         for i in copies:
             link_end_s += self.copy_s[i]
             arrival_s[i] = link_end_s
-        gpu_end_s = self.gpu_free_s
+        gpu_end_s = self.gpu_begin_s if gpu else self.gpu_free_s
         for i in gpu:
             gpu_end_s = max(gpu_end_s, arrival_s.get(i, 0.0)) + self.gpu_s[i]
         on_gpu = set(gpu)
@@ -182,7 +193,7 @@ class Span:
 def timeline(problem: Problem, plan: LayerPlan) -> list[Span]:
     """Return what ``plan`` does when, lane by lane; the ends agree with the plan's to the bit.
 
-    The CPU's fixed cost is time before its first span, the time until a lane is free likewise.
+    What a side costs once is time before its first span, the time until a lane is free likewise.
     """
     at = {expert: i for i, expert in enumerate(problem.experts)}
     spans: list[Span] = []
@@ -198,7 +209,7 @@ def timeline(problem: Problem, plan: LayerPlan) -> list[Span]:
     now_s = problem.link_free_s
     for expert in plan.copies:
         now_s = arrival_s[expert] = add("link", expert, now_s, problem.copy_s[at[expert]])
-    now_s = problem.gpu_free_s
+    now_s = problem.gpu_begin_s
     for expert in plan.gpu:
         start_s = max(now_s, arrival_s.get(expert, 0.0))
         now_s = add("gpu", expert, start_s, problem.gpu_s[at[expert]])

@@ -1,8 +1,9 @@
 """Where each activated expert of a layer runs, so that the layer ends as early as possible.
 
 The problem. Expert i takes c_i seconds on the CPU, g_i on the GPU and, if it is not resident,
-t_i on the link before the GPU can start it. The CPU has a start cost c0, the GPU is free from g0,
-the link from p0. Choose the set S that the CPU computes and the order of the copies to
+t_i on the link before the GPU can start it. The CPU has a start cost c0, the GPU can begin at g0
+(when it is free, and a launch later), the link at p0. Choose the set S that the CPU computes and
+the order of the copies to
 
     minimise  max( c0 [S not empty] + sum_{i in S} c_i,  end of the GPU lane ),
 
@@ -28,7 +29,7 @@ import math
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
-from planner.baselines import BASELINES, on_demand
+from planner.baselines import BASELINES, all_cpu, on_demand
 from planner.bounds import relaxations
 from planner.dynamic import dynamic_program
 from planner.plan import LayerPlan
@@ -80,8 +81,8 @@ def solve(problem: Problem) -> LayerPlan:
         best = least(best, found or best)
         if exhaustive:
             return best._replace(lower_bound_s=best.makespan_s)
-    # A plan that leaves the CPU idle copies everything: that is one of the baselines.
-    bound_s = baselines[on_demand.name].makespan_s
+    # Plans that leave one side idle, and do not pay its start, are baselines.
+    bound_s = min(baselines[idle.name].makespan_s for idle in (all_cpu, on_demand))
     for relaxed in sorted(relaxations(problem), key=lambda relaxed: relaxed.bound_s):
         bound_s = min(bound_s, relaxed.bound_s)
         if len(problem) > SMALL and relaxed.bound_s < best.makespan_s:
@@ -113,7 +114,7 @@ def exact_rule(problem: Problem) -> LayerPlan:
         gpu_s=problem.gpu_s[0] if len(problem) else 0.0,
         copy_s=problem.copy_s[missing[0]] if missing else 0.0,
         cpu_start_s=problem.cpu_start_s,
-        gpu_free_s=problem.gpu_free_s,
+        gpu_begin_s=problem.gpu_begin_s,
         link_free_s=problem.link_free_s,
     )
     chosen = residents[len(residents) - on_gpu :] + missing[len(missing) - copied :]
@@ -127,7 +128,7 @@ def best_split(
     gpu_s: float,
     copy_s: float,
     cpu_start_s: float,
-    gpu_free_s: float,
+    gpu_begin_s: float,
     link_free_s: float,
 ) -> tuple[int, int]:
     """Return how many resident and how many missing experts the GPU should compute.
@@ -138,7 +139,7 @@ def best_split(
         CPU times, each ascending; the CPU takes the first of each.
     gpu_s, copy_s
         The time of every expert on the GPU and on the link.
-    cpu_start_s, gpu_free_s, link_free_s
+    cpu_start_s, gpu_begin_s, link_free_s
         As in ``Problem``.
 
     Returns
@@ -158,12 +159,12 @@ def best_split(
         path_s = link_free_s + max(copy_s + k * gpu_s, k * copy_s + gpu_s) if k else 0.0
         # Go to the least a at which the GPU is the later lane; it only falls as k grows.
         while a and (
-            max(gpu_free_s + (a - 1 + k) * gpu_s, path_s)
+            max(gpu_begin_s + (a - 1 + k) * gpu_s, path_s)
             >= resident_prefix_s[residents - a + 1] + on_cpu_s
         ):
             a -= 1
         cpu_s = resident_prefix_s[residents - a] + on_cpu_s if a + k < residents + missing else 0.0
-        best = min(best, (max(gpu_free_s + (a + k) * gpu_s, path_s, cpu_s), k, a))
+        best = min(best, (max(gpu_begin_s + (a + k) * gpu_s, path_s, cpu_s), k, a))
         if a:  # one resident fewer on the GPU makes the CPU the later lane
             best = min(best, (resident_prefix_s[residents - a + 1] + on_cpu_s, k, a - 1))
     return best[2], best[1]

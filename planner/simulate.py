@@ -351,9 +351,11 @@ class Simulator:
             self._events.append(Event("cache", name, self._now_s, self._now_s))
 
     def _gpu_work_s(self, plan: LayerPlan, work: LayerWork) -> float:
-        """Seconds the GPU computes routed experts in this plan."""
-        loads = dict(work.loads)
-        return sum(self.cost.experts.gpu_s(loads[expert]) for expert in plan.gpu)
+        """Seconds the GPU computes routed experts in this plan, their launch included."""
+        if not plan.gpu:
+            return 0.0
+        loads, experts = dict(work.loads), self.cost.experts
+        return experts.gpu_start_s + sum(experts.gpu_s(loads[expert]) for expert in plan.gpu)
 
     def _note(self, decision: Decision, read_s: float) -> None:
         """Keep what the lanes did: sums always, single events while recording."""
@@ -362,7 +364,7 @@ class Simulator:
         shared_lane = "gpu" if self.cost.on_gpu else "cpu"
         if not self._recording:
             busy[shared_lane] += work.gpu_free_s
-            busy["gpu"] += self._gpu_work_s(plan, work) if plan.gpu else 0.0
+            busy["gpu"] += self._gpu_work_s(plan, work)
             busy["cpu"] += plan.cpu_end_s - (0.0 if self.cost.on_gpu else work.gpu_free_s)
             busy["link"] += len(plan.copies) * self.cost.experts.copy_s() if plan.copies else 0.0
             busy["disk"] += read_s

@@ -15,7 +15,8 @@ def makespan_s(problem: Problem, on_gpu: Iterable[int], copies: Sequence[int]) -
     chosen = set(on_gpu)
     cpu = [problem.cpu_s[i] for i in range(len(problem)) if i not in chosen]
     cpu_end = problem.cpu_start_s + sum(cpu) if cpu else 0.0
-    gpu_end = problem.gpu_free_s + sum(problem.gpu_s[i] for i in chosen if problem.resident[i])
+    gpu_end = problem.gpu_free_s + (problem.gpu_start_s if chosen else 0.0)
+    gpu_end += sum(problem.gpu_s[i] for i in chosen if problem.resident[i])
     link_end = problem.link_free_s
     for i in copies:
         link_end += problem.copy_s[i]
@@ -42,7 +43,8 @@ def best_over_all_sets_s(problem: Problem) -> float:
     gpu_s, copy_s = np.array(problem.gpu_s), np.array(problem.copy_s)
     cpu_end = (~on_gpu) @ cpu_s + problem.cpu_start_s
     cpu_end[-1] = 0.0
-    gpu_end = problem.gpu_free_s + (on_gpu & resident) @ gpu_s
+    gpu_end = problem.gpu_free_s + on_gpu.any(axis=1) * problem.gpu_start_s
+    gpu_end = gpu_end + (on_gpu & resident) @ gpu_s
     link_end = np.full(2**n, problem.link_free_s)
     quick = sorted((copy_s[i], i) for i in range(n) if not resident[i] and copy_s[i] < gpu_s[i])
     slow = sorted((-gpu_s[i], i) for i in range(n) if not resident[i] and copy_s[i] >= gpu_s[i])

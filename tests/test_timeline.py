@@ -19,7 +19,7 @@ from hybrid.sharing.timeline import (
     Timeline,
 )
 
-COST: Any = SimpleNamespace(gpu_s=lambda load: 0.1, copy_s=lambda: 0.2)
+COST: Any = SimpleNamespace(gpu_start_s=0.05, gpu_s=lambda load: 0.1, copy_s=lambda: 0.2)
 
 
 def record(at_s: float, computed_until_s: float, tokens: int = 1, layer: int = 0) -> LayerRecord:
@@ -42,6 +42,17 @@ def record(at_s: float, computed_until_s: float, tokens: int = 1, layer: int = 0
         computes=[event],
         copies=[],
     )
+
+
+@pytest.mark.parametrize(("tokens", "phase"), [(1, DECODE), (5, PREFILL)])
+def test_the_gpus_lane_is_predicted_with_one_launch_a_layer(tokens: int, phase: str) -> None:
+    """A launch beside what the experts take; none in a layer that gives the GPU nothing."""
+    timeline = Timeline()
+    timeline.add(record(10.0, 12.5, tokens), COST)
+    idle = record(13.0, 15.5, tokens, layer=1)
+    idle.decision.plan.gpu = ()
+    timeline.add(idle, COST)
+    assert timeline.phases[phase].predicted.lanes[GPU] == pytest.approx(0.05 + 0.1)
 
 
 @pytest.mark.parametrize(("late_s", "experts_s"), [(-0.5, 1.0), (0.0, 1.0), (0.75, 1.75)])

@@ -255,7 +255,8 @@ def _least_s(scene: Scene, runner: Runner) -> float:
     phase, cost = runner.executor.timeline.phases[DECODE], scene.stage.cost
     steps = max(1, phase.predicted.steps)
     around_s = (phase.predicted.terms[ROUTER] + phase.predicted.terms[HEAD]) / steps
-    return around_s + phase.activated / steps * cost.experts.gpu_s(1)
+    launches_s = len(phase.layers) * cost.experts.gpu_start_s
+    return around_s + launches_s + phase.activated / steps * cost.experts.gpu_s(1)
 
 
 def _notes(runner: Runner) -> list[str]:

@@ -116,6 +116,7 @@ class Emulated:
             mode="timing",
             link_bytes_per_s=link.bytes_per_s.value,
             link_latency_s=link.latency_s.value,
+            launch_s=gpu.launch_s.value,
             expert_s=cost.experts.gpu_s,
         )
         self.shared = _SharedExperts(self.device, self.seconds)

@@ -355,8 +355,9 @@ class Executor:
         staged = len(plan.copies) - len(decision.admitted)
         if not plan.copies or staged > self.residents.free_staging:
             return False
-        begin_s = max(plan.link_end_s, decision.work.gpu_free_s)
-        return begin_s + len(plan.gpu) * self.director.cost.experts.gpu_s(1) <= plan.cpu_end_s
+        cost = self.director.cost.experts
+        begin_s = max(plan.link_end_s, decision.work.gpu_free_s + cost.gpu_start_s)
+        return begin_s + len(plan.gpu) * cost.gpu_s(1) <= plan.cpu_end_s
 
     def _compute(self, step: _Step, choice: Choice, experts: list[int], which: str) -> None:
         """Give the device experts to compute, once their copies have arrived."""

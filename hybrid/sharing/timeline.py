@@ -229,11 +229,12 @@ class Timeline:
         terms[DECIDING] += self._usually(record)
         terms[EXPERTS] += plan.makespan_s
         lanes[CPU] += plan.cpu_end_s if plan.cpu else 0.0
-        if record.tokens == 1:
-            lanes[GPU] += len(plan.gpu) * cost.gpu_s(1)
-        else:
+        if plan.gpu and record.tokens == 1:
+            lanes[GPU] += cost.gpu_start_s + len(plan.gpu) * cost.gpu_s(1)
+        elif plan.gpu:
             given = frozenset(plan.gpu)
-            lanes[GPU] += sum([cost.gpu_s(load) for expert, load in work.loads if expert in given])
+            loads_s = [cost.gpu_s(load) for expert, load in work.loads if expert in given]
+            lanes[GPU] += cost.gpu_start_s + sum(loads_s)
         lanes[LINK] += len(record.copies) * cost.copy_s()
         self._joined_s = record.joined_s
         if self._start_s is None:
