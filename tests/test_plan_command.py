@@ -21,7 +21,8 @@ from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.planning.plan import plan
+from hybrid.planning.machines import Machine
+from hybrid.planning.plan import machine_for, plan
 from planner.report import SCHEMA, to_dict
 from planner_examples import hybrid_plan, save_config
 
@@ -361,6 +362,25 @@ def test_more_than_this_machine_has_is_refused(
     code, _, err = hybrid_plan(*words, "--vram", "9GiB", capsys=capsys)
     assert code == 2
     assert "vram is 9.00 GiB" in err
+
+
+def test_threads_are_not_taken_of_described_machines() -> None:
+    """Their rates are of all cores, and what fewer would reach is not known: no number is given,
+    whichever way the machine is described."""
+    laptop = find_hardware("cpu-only-laptop")
+    for described in ("cpu-only-laptop", laptop, Machine(laptop)):
+        with pytest.raises(UsageError, match="threads is 1, but the rates of cpu-only") as caught:
+            plan("demo", described, threads=1, tokens=1)
+        assert "hybrid calibrate --threads" in str(caught.value.hint)
+        assert plan("demo", described, tokens=1).fit.fits
+
+
+def test_memory_of_a_machine_that_was_found_can_be_less() -> None:
+    """What was found for one plan takes other sizes in the next."""
+    machine = machine_for("demo", "rtx4060-laptop", vram="6GiB")
+    assert machine is not None
+    for vram, size in ((None, 6 * 2**30), ("2GiB", 2 * 2**30), (0, 0)):
+        assert plan("demo", machine, vram=vram, tokens=1).fit.vram_bytes == size
 
 
 def test_a_described_machine_keeps_its_drivers_share(capsys: pytest.CaptureFixture[str]) -> None:

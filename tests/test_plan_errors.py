@@ -88,6 +88,7 @@ def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("Mixtral", *LAPTOP, "--batch", "-1"), "--batch is -1"),
         (("Mixtral", *LAPTOP, "--tokens", "9999999"), "exceeds 8192"),
         (("Mixtral", *LAPTOP, "--experts", "q5_1"), "--experts 'q5_1' is not a weight format"),
+        (("Mixtral", *LAPTOP, "--threads", "4"), "threads is 4, but the rates of rtx4060-laptop"),
         (("Mixtral", *LAPTOP, "--trace", "none.npz"), "none.npz cannot be read"),
         (("Mixtral", *LAPTOP, "--json", "--markdown"), "--json and --markdown"),
     ],

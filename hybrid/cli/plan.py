@@ -71,7 +71,7 @@ def plan(
             "--threads",
             "-t",
             min=1,
-            help="Of this machine's CPU.",
+            help="Of this machine's CPU; what --hardware describes has the rates of all its cores.",
             show_default="OMP_NUM_THREADS or all cores",
         ),
     ] = None,

@@ -14,6 +14,7 @@ from hybrid.arguments.names import find_hardware, stored_weights
 from hybrid.arguments.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.calibration import calibrated
 from hybrid.calibration.subject import Subject, subject
+from hybrid.errors import UsageError
 from hybrid.planning.machines import Machine, this_machine
 from planner.dryrun import PlanResult, dry_run
 from planner.hardware import HardwareSpec
@@ -46,7 +47,7 @@ def plan(
     hardware
         A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``; this machine, as
         ``hybrid calibrate`` measured it, by default: with its GPU if that was measured, with an
-        emulated one if vram is asked for and there is none. Or what :func:`machine_for` returns.
+        emulated one if vram is asked for and there is none. Or what :func:`machine_for` returned.
     vram, ram
         Use this much instead: bytes, or a text such as ``"6GiB"``; ``"auto"`` and None are all
         that there is, and vram 0 is the CPU alone.
@@ -56,7 +57,8 @@ def plan(
         Tokens of the prompt that is predicted: 512, or the context if less. Memory is kept for
         the longest that the context admits.
     threads
-        Of this machine's CPU.
+        Of this machine's CPU. A described machine has the rates of all its cores, and nobody
+        knows what fewer would do.
     experts, dense
         Weight formats: those that a run has them in. Experts are q4_0 unless a directory was
         converted to something else. Dense weights are bf16 on a GPU, and on the CPU what the
@@ -71,18 +73,17 @@ def plan(
     UsageError, PlannerError
         When a name is unknown, a file is damaged, or a value cannot be.
     """
-    if not isinstance(hardware, Machine):
-        hardware = machine_for(model, hardware, vram=vram, ram=ram, threads=threads) or Machine(
-            calibrated.require()
-        )
+    machine = machine_for(model, hardware, vram=vram, ram=ram, threads=threads) or Machine(
+        calibrated.require()
+    )
     wanted = _subject(model)
     if context is None:
         context = min(Request.context, wanted.model.context or Request.context)
     request = Request(
         model=wanted.model,
-        hardware=hardware.spec,
+        hardware=machine.spec,
         experts=experts or wanted.experts,
-        dense=dense or _dense(wanted, hardware),
+        dense=dense or _dense(wanted, machine),
         context=context,
         prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,
         **options,
@@ -95,7 +96,7 @@ def plan(
 
 def machine_for(
     model: str | Path | ModelSpec,
-    hardware: str | Path | HardwareSpec | None = None,
+    hardware: str | Path | HardwareSpec | Machine | None = None,
     *,
     vram: str | int | None = None,
     ram: str | int | None = None,
@@ -113,18 +114,29 @@ def machine_for(
     vram_bytes = size_in_bytes(vram, "--vram")
     ram_bytes = checked_ram(ram) if hardware is None else size_in_bytes(ram, "--ram")
     found: Machine | None
-    if hardware is None:
+    if hardware is not None:
+        found = _described(hardware)
+        if threads is not None:
+            raise UsageError(
+                f"threads is {threads}, but the rates of {found.spec.name} are those of all its "
+                "cores",
+                hint="leave threads out; of this machine, 'hybrid calibrate --threads' measures "
+                "fewer",
+            )
+    else:
         if threads is not None:
             threads = host.check_threads(threads, host.most_threads())
         found = this_machine(_subject(model), vram_bytes, threads)
         gpu = found and not found.emulated and found.spec.gpu
         if gpu and vram_bytes:
             vram_bytes = at_most(vram_bytes, int(gpu.vram_bytes.value), "vram", gpu.name)
-    elif isinstance(hardware, HardwareSpec):
-        found = Machine(hardware)
-    else:
-        found = Machine(find_hardware(hardware))
     return None if found is None else found.with_memory(vram_bytes, ram_bytes)
+
+
+def _described(hardware: str | Path | HardwareSpec | Machine) -> Machine:
+    if isinstance(hardware, Machine):
+        return hardware
+    return Machine(hardware if isinstance(hardware, HardwareSpec) else find_hardware(hardware))
 
 
 def _subject(model: str | Path | ModelSpec) -> Subject:
