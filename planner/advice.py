@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from planner.request import Request
 
 GIB = 2**30
+QUANTIZED = ("q8_0", "q4_0")
+"""Formats to try, the mildest first."""
 
 
 def binding_resource(cost: CostModel, terms: dict[str, float], tokens: int) -> str:
@@ -110,10 +112,10 @@ def explain(run: Run, cost: CostModel) -> Iterator[str]:
 def variants(request: Request) -> Iterator[tuple[str, bool, Request]]:
     """Yield changes worth trying: what, whether it changes the output, and the new request."""
     hardware = request.hardware
-    for fmt in ("q8_0", "q4_0"):
+    for fmt in QUANTIZED:
         if BITS_PER_WEIGHT[fmt] < BITS_PER_WEIGHT[request.experts]:
             yield f"experts in {fmt}", True, replace(request, experts=fmt)
-        if BITS_PER_WEIGHT[fmt] < BITS_PER_WEIGHT[request.dense]:
+        if fmt in _smaller_dense(request):
             yield f"dense weights in {fmt}", True, replace(request, dense=fmt)
     half = max(request.prompt, request.context // 2)
     if half < request.context:
@@ -138,9 +140,7 @@ def remedies(request: Request) -> Iterator[str]:
     """Yield what makes a model fit that does not: the mildest of each kind of change first."""
     contexts = [c for c in (32768, 16384, 8192, 4096, 2048, 1024, 512) if c < request.context]
     contexts = [c for c in contexts if c >= request.prompt]
-    formats = [
-        fmt for fmt in ("q8_0", "q4_0") if BITS_PER_WEIGHT[fmt] < BITS_PER_WEIGHT[request.dense]
-    ]
+    formats = _smaller_dense(request)
     found = False
     for context in contexts:
         if replace(request, context=context).fit().fits:
@@ -152,6 +152,11 @@ def remedies(request: Request) -> Iterator[str]:
             found = True
             yield f"--dense {fmt} (changes the output slightly)"
             break
+    if request.hardware.gpu:
+        alone = replace(request.hardware, gpu=None, link=None)
+        if replace(request, hardware=alone).fit().fits:
+            found = True
+            yield "--vram 0 (the CPU alone)"
     if found:
         return
     for fmt in formats:
@@ -160,3 +165,10 @@ def remedies(request: Request) -> Iterator[str]:
                 yield f"--dense {fmt} --context {context} (changes the output slightly)"
                 return
     yield f"more memory: {request.fit().shortage}"
+
+
+def _smaller_dense(request: Request) -> list[str]:
+    """Return the formats in which dense weights would take less where they lie."""
+    if request.widens:
+        return []
+    return [fmt for fmt in QUANTIZED if BITS_PER_WEIGHT[fmt] < BITS_PER_WEIGHT[request.dense]]

@@ -102,7 +102,7 @@ def _summary(result: PlanResult) -> Table:
         ("hardware", f"{request.hardware.name}: {request.hardware.summary}"),
         (
             "request",
-            f"experts {request.experts}, dense {request.dense}, context {request.context}, "
+            f"experts {request.experts}, dense {_dense(request)}, context {request.context}, "
             f"prompt {request.prompt}, batch {request.batch}",
         ),
     ]
@@ -348,6 +348,12 @@ def _predicted(result: PlanResult) -> dict[str, Any]:
         [asdict(change) for change in prediction.changes],
     )
     return dict(zip(_PREDICTED, values, strict=True))
+
+
+def _dense(request: Request) -> str:
+    """Say what dense weights are stored as, and what a run has them in where that differs."""
+    widened = f" ({request.dense_there} on the GPU)"
+    return request.dense + (widened if request.dense != request.dense_there else "")
 
 
 def _request(request: Request) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from planner.model import ModelSpec
 from planner.popularity import Popularity, read_popularity
 from planner.routing import Routing, from_trace, synthetic
 
+WIDENED = "bf16"
+"""What dense weights are on a GPU, where no kernels read quantized ones: their format changes what
+they are, not what they take. Float16, on GPUs without bfloat16, takes as much."""
 _MOST_SIMULATED = 8192
 """Decoded tokens of all sequences: what a simulation holds in memory."""
 
@@ -27,7 +30,9 @@ class Request:
     model, hardware
         What runs, and where.
     experts, dense
-        Weight formats.
+        Weight formats, of what is stored: see ``dense_there``.
+    emulated
+        Whether the GPU is emulated, which computes with the CPU's dense weights as they are.
     context, prompt, tokens, batch
         Tokens of cache per sequence, of the prompt, decoded; sequences.
     trace
@@ -47,6 +52,7 @@ class Request:
     hardware: HardwareSpec
     experts: str = "q4_0"
     dense: str = "bf16"
+    emulated: bool = False
     context: int = 4096
     prompt: int = 512
     tokens: int = 16
@@ -78,10 +84,20 @@ class Request:
                     hint=f"use one of {', '.join(BITS_PER_WEIGHT)}",
                 )
 
+    @property
+    def widens(self) -> bool:
+        """Whether dense weights are widened, so that another format of theirs saves nothing."""
+        return self.hardware.gpu is not None and not self.emulated
+
+    @property
+    def dense_there(self) -> str:
+        """What dense weights are where they lie during a run."""
+        return WIDENED if self.widens else self.dense
+
     @cached_property
     def cost(self) -> CostModel:
         """The cost model of this request."""
-        return CostModel(self.model, self.hardware, self.experts, self.dense)
+        return CostModel(self.model, self.hardware, self.experts, self.dense_there)
 
     def fit(self) -> Fit:
         """How it lies in memory."""

@@ -12,6 +12,7 @@ import pytest
 
 from hybrid.cli.plan import to_text
 from hybrid.planning.page import to_html
+from planner.advice import variants
 from planner.dryrun import PlanResult, dry_run
 from planner.errors import SpecError
 from planner.hardware import HardwareSpec
@@ -69,7 +70,7 @@ def test_why_lines_compare_the_costs_they_name() -> None:
 
 def test_changes_are_predicted_by_asking_for_them() -> None:
     """A named change, asked for, is about as fast as it was promised to be."""
-    result = answer()
+    result = answer(bare_machine())
     assert result.prediction is not None
     for change in result.prediction.changes:
         assert change.tpot_s < result.prediction.tpot.value
@@ -77,6 +78,23 @@ def test_changes_are_predicted_by_asking_for_them() -> None:
     asked = dry_run(replace(result.request, dense="q8_0"))
     assert asked.prediction is not None
     assert asked.prediction.tpot.value == pytest.approx(promised["dense weights in q8_0"], rel=0.05)
+
+
+def test_dense_formats_are_named_where_they_change_something() -> None:
+    """On the CPU and beside an emulated GPU, whose dense weights are the CPU's; a real GPU has
+    them widened, and takes the same time and memory whatever they are stored as."""
+    offered = {}
+    for where, asked in (
+        ("cpu", answer(bare_machine()).request),
+        ("emulated", replace(answer().request, emulated=True)),
+        ("gpu", answer().request),
+    ):
+        offered[where] = {what for what, *_ in variants(asked) if what.startswith("dense")}
+        smaller = replace(asked, dense="q4_0")
+        assert (smaller.cost.head(1) == asked.cost.head(1)) == (where == "gpu")
+        assert (smaller.fit() == asked.fit()) == (where == "gpu")
+    both = {"dense weights in q8_0", "dense weights in q4_0"}
+    assert offered == {"cpu": both, "emulated": both, "gpu": set()}
 
 
 def test_remedies_fit_when_taken() -> None:
@@ -89,7 +107,11 @@ def test_remedies_fit_when_taken() -> None:
     context = re.search(r"--context (\d+)", result.remedies[0])
     assert context
     assert dry_run(replace(result.request, context=int(context[1]))).fit.fits
-    hopeless = answer(machine().with_values("gpu", vram_bytes=2**20))
+    small = machine().with_values("gpu", vram_bytes=2**20)
+    alone = answer(small)
+    assert alone.remedies == ("--vram 0 (the CPU alone)",)
+    assert dry_run(replace(alone.request, hardware=bare_machine())).fit.fits
+    hopeless = answer(small.with_values("cpu", ram_bytes=2**20))
     assert hopeless.remedies[0].startswith("more memory")
 
 

@@ -23,7 +23,7 @@ from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.planning.plan import plan
-from hybrid.sharing.budget import Budget, fitted_alone, usable_vram
+from hybrid.sharing.budget import Budget, cost_of, fitted_alone, usable_vram
 from hybrid.sharing.devices import choose_device, emulated_device
 from hybrid.sharing.placement import Placement, place_model
 from hybrid.store import ExpertStore
@@ -491,6 +491,23 @@ def test_the_dry_run_takes_a_directorys_formats(
     placed = placement_of(HybridModel.from_pretrained(converted, **given))
     assert plan(converted, tokens=1, **given).fit == placed.fit
     assert placed.cost.expert_format == formats.get("experts", "q4_0")
+
+
+@pytest.mark.parametrize("dense", [None, "q8_0", "q4_0"])
+def test_the_dry_run_widens_dense_weights_as_a_gpu_does(
+    dense: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """On a GPU they are counted alike, whatever the directory holds or is asked for."""
+    converted = convert(tiny_model, tmp_path / "converted", dense=dense).path
+    hardware = find_hardware("rtx4060-laptop")
+    model, _ = load_fast_model(converted, dtype=torch.bfloat16, fast=False)
+    there = cost_of(model, hardware, torch.device("cuda")).dense_format
+    for planned in (
+        plan(converted, hardware, tokens=1),
+        plan(tiny_model, hardware, tokens=1, dense=dense),
+    ):
+        assert planned.request.cost.dense_format == there
+        assert planned.request.dense == (dense or "bf16")
 
 
 def test_the_dry_run_of_the_cpu_alone_is_the_runtimes(tiny_model: Path) -> None:

@@ -98,7 +98,10 @@ def plan(
     ] = None,
     dense: Annotated[
         str | None,
-        typer.Option(help="Weight format of everything else.", show_default="what a run has it in"),
+        typer.Option(
+            help="Weight format of everything else; a GPU has it in bf16.",
+            show_default="the directory's or checkpoint's",
+        ),
     ] = None,
     trace: Annotated[
         Path | None,
@@ -144,7 +147,11 @@ def plan(
         return
     check_writable("--html", html, replaced=force, remedy=OR_FORCE)
     check_writable("--perfetto", perfetto, replaced=force, remedy=OR_FORCE)
-    machine = machine_for(model, hardware, vram=vram, ram=ram, threads=threads) if model else None
+    machine = None
+    if model:
+        machine = machine_for(
+            model, hardware, vram=vram, ram=ram, threads=threads, experts=experts, dense=dense
+        )
     if machine is None:
         _missing(model)
     if machine.told:

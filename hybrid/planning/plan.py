@@ -5,6 +5,7 @@ Loads neither torch nor numba.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,10 @@ def plan(
         Of this machine's CPU. A described machine has the rates of all its cores, and nobody
         knows what fewer would do.
     experts, dense
-        Weight formats: those that a run has them in. Experts are q4_0 unless a directory was
-        converted to something else. Dense weights are bf16 on a GPU, and on the CPU what the
-        directory has; beside an emulated GPU, where those are not quantized, what this machine's
-        processor computes in.
+        Weight formats of the converted directory. Experts are q4_0 and dense weights as in the
+        checkpoint unless it was converted to something else. On a GPU dense weights are counted
+        as bf16, whatever they are stored as; beside an emulated GPU, where they are not
+        quantized, as what this machine's processor computes in.
     options
         Other fields of ``planner.request.Request``: ``tokens``, ``batch``, ``trace``,
         ``popularity``, ``seed``.
@@ -73,17 +74,18 @@ def plan(
     UsageError, PlannerError
         When a name is unknown, a file is damaged, or a value cannot be.
     """
-    machine = machine_for(model, hardware, vram=vram, ram=ram, threads=threads) or Machine(
-        calibrated.require()
-    )
-    wanted = _subject(model)
+    machine = machine_for(
+        model, hardware, vram=vram, ram=ram, threads=threads, experts=experts, dense=dense
+    ) or Machine(calibrated.require())
+    wanted = _subject(model, experts, dense)
     if context is None:
         context = min(Request.context, wanted.model.context or Request.context)
     request = Request(
         model=wanted.model,
         hardware=machine.spec,
-        experts=experts or wanted.experts,
-        dense=dense or _dense(wanted, machine),
+        experts=wanted.experts,
+        dense=_dense(wanted, machine),
+        emulated=machine.emulated,
         context=context,
         prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,
         **options,
@@ -101,6 +103,8 @@ def machine_for(
     vram: str | int | None = None,
     ram: str | int | None = None,
     threads: int | None = None,
+    experts: str | None = None,
+    dense: str | None = None,
 ) -> Machine | None:
     """Return the machine that a model is planned on; takes what :func:`plan` takes.
 
@@ -126,7 +130,7 @@ def machine_for(
     else:
         if threads is not None:
             threads = host.check_threads(threads, host.most_threads())
-        found = this_machine(_subject(model), vram_bytes, threads)
+        found = this_machine(_subject(model, experts, dense), vram_bytes, threads)
         gpu = found and not found.emulated and found.spec.gpu
         if gpu and vram_bytes:
             vram_bytes = at_most(vram_bytes, int(gpu.vram_bytes.value), "vram", gpu.name)
@@ -139,17 +143,17 @@ def _described(hardware: str | Path | HardwareSpec | Machine) -> Machine:
     return Machine(hardware if isinstance(hardware, HardwareSpec) else find_hardware(hardware))
 
 
-def _subject(model: str | Path | ModelSpec) -> Subject:
+def _subject(model: str | Path | ModelSpec, experts: str | None, dense: str | None) -> Subject:
+    """Return the model with its own formats, but for those that are asked for."""
     if isinstance(model, ModelSpec):
-        return Subject(model, {}, Request.experts, Request.dense)
-    return subject(model)
+        found = Subject(model, {}, Request.experts, Request.dense)
+    else:
+        found = subject(model)
+    return replace(found, experts=experts or found.experts, dense=dense or found.dense)
 
 
 def _dense(wanted: Subject, machine: Machine) -> str:
-    """Return the format that dense weights lie in on a machine."""
-    if machine.emulated:
-        if is_quantized(wanted.dense):
-            return wanted.dense
-        return "bf16" if host.has_native_bf16() else "f32"
-    # On a GPU quantized matrices are widened.
-    return Request.dense if machine.spec.gpu else wanted.dense
+    """Return the format of dense weights; an emulated GPU's that are not quantized are torch's."""
+    if not machine.emulated or is_quantized(wanted.dense):
+        return wanted.dense
+    return "bf16" if host.has_native_bf16() else "f32"
