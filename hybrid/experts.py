@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpu_experts.experts import ExpertShape
-from cpu_experts.ffn import project_down, project_up, run_experts
+from cpu_experts.ffn import Ids, project_down, project_up, run_experts
+from cpu_experts.formats import F32
 from hybrid.families import ExpertsSpec, recognise_gating
 from hybrid.panels import run_panels
 from hybrid.store import U8, ExpertStore, LayerRecord
+
+
+class PackedLayer(Protocol):
+    """One layer's experts: their packed blocks, what they compute, and how the CPU does."""
+
+    @property
+    def blocks(self) -> U8:
+        """``[E, stride]`` uint8."""
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Layout and arithmetic."""
+
+    @property
+    def panels_from(self) -> int | None:
+        """The load from which torch multiplies, see :mod:`hybrid.panels`; None is never."""
+
+
+@dataclass(frozen=True)
+class BareLayer:
+    """A :class:`PackedLayer` without a model around it."""
+
+    blocks: U8
+    shape: ExpertShape
+    panels_from: int | None = None
 
 
 class LayerExperts:
@@ -29,7 +56,7 @@ class LayerExperts:
     store, record
         Where they are kept.
     panels_from
-        The load from which torch multiplies, see :mod:`hybrid.panels`; None is never.
+        As of :class:`PackedLayer`; who places the model on a device settles it anew.
 
     Attributes
     ----------
@@ -107,9 +134,7 @@ class LayerExperts:
 
     def _compute(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         if not self.own_gating:
-            return compute_on_cpu(
-                hidden, expert_ids, routing_weights, self.blocks, self.shape, self.panels_from
-            )
+            return compute_on_cpu(hidden, expert_ids, routing_weights, self)
         x, ids, weights = _on_host(hidden, expert_ids, routing_weights, self.shape.hidden)
         out = self._run_apart(x.numpy(), ids.numpy(), weights, hidden.dtype)
         return out.view(hidden.shape).to(hidden.device, hidden.dtype)
@@ -137,20 +162,24 @@ def experts_of(network: torch.nn.Module) -> list[Any]:
 
 
 def compute_on_cpu(
-    hidden: Tensor,
-    expert_ids: Tensor,
-    routing_weights: Tensor,
-    blocks: U8,
-    shape: ExpertShape,
-    panels_from: int | None = None,
+    hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, layer: PackedLayer
 ) -> Tensor:
     """Return what :class:`LayerExperts` does, for experts whose gating the kernels know."""
-    x, ids, weights = _on_host(hidden, expert_ids, routing_weights, shape.hidden)
+    x, ids, weights = _on_host(hidden, expert_ids, routing_weights, layer.shape.hidden)
     out = torch.zeros(x.shape)
-    if panels_from is not None:
-        ids = run_panels(x, ids, weights, blocks, shape, panels_from, out)
-    run_experts(x.numpy(), ids.numpy(), weights.numpy(), blocks, shape, out.numpy())
+    add_on_cpu(x.numpy(), ids.numpy(), weights.numpy(), layer, out.numpy())
     return out.view(hidden.shape).to(hidden.device, hidden.dtype)
+
+
+def add_on_cpu(x: F32, expert_ids: Ids, routing_weights: F32, layer: PackedLayer, out: F32) -> None:
+    """Do what :func:`~cpu_experts.ffn.run_experts` does, each expert by the faster products.
+
+    So the CPU computes its experts, whether it has all of them or shares them with a device.
+    """
+    blocks, shape, least_load = layer.blocks, layer.shape, layer.panels_from
+    if least_load is not None:
+        expert_ids = run_panels(x, expert_ids, routing_weights, blocks, shape, least_load, out)
+    run_experts(x, expert_ids, routing_weights, blocks, shape, out)
 
 
 def _on_host(

@@ -4,6 +4,8 @@ Our int8 kernels multiply a token with packed weights as they are. Where the pro
 units for bfloat16, it pays from some load on to lay an expert's matrices out as torch takes them
 and to let it multiply (oneDNN): which load that is a calibration measures, beside the kernels and
 with the same tokens. Without a calibration, and on processors without such units, it is never.
+What is laid out at a time is bounded, whatever a model's experts and prompts are: no budget has to
+know of it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpu_experts.experts import ExpertShape
-from cpu_experts.formats import GROUP, TILE, U8, is_quantized, pad
+from cpu_experts.ffn import Ids
+from cpu_experts.formats import F32, GROUP, TILE, U8, is_quantized, pad, strip_bytes
 from cpu_experts.panels import widen
 from gpu_experts.layout import BlockLayout
 from gpu_experts.reference import gated
@@ -26,6 +29,10 @@ from hybrid.calibration.calibrated import Identity
 from planner.hardware import PANELS, HardwareSpec
 
 _UNITS = ("amx_tile", "avx512_bf16")
+_WEIGHTS = 1 << 24
+"""The most weights that are laid out at a time, 6 bytes each."""
+_TOKENS = 512
+"""The most tokens that are multiplied with them at a time: as many as calibrations try."""
 
 
 def accelerated() -> bool:
@@ -41,12 +48,22 @@ def offered(shape: ExpertShape) -> bool:
     return accelerated() and is_quantized(shape.format)
 
 
-def panels_from(shape: ExpertShape) -> int | None:
-    """The load from which this machine's calibration found panels faster; None is never."""
+def panels_from(shape: ExpertShape, hardware: HardwareSpec | None = None) -> int | None:
+    """The load from which a calibration found panels faster; None is never.
+
+    Parameters
+    ----------
+    shape
+        Of the experts.
+    hardware
+        What was measured; this machine's calibration unless given. Where a planner decides, what
+        it decides by: so it reckons with what the CPU does.
+    """
     if not offered(shape):
         return None
-    spec = calibrated.usable(Identity.of_this_machine(torch.get_num_threads()))
-    return None if spec is None else faster_from(spec, shape)
+    if hardware is None:
+        hardware = calibrated.usable(Identity.of_this_machine(torch.get_num_threads()))
+    return None if hardware is None else faster_from(hardware, shape)
 
 
 def faster_from(spec: HardwareSpec, shape: ExpertShape) -> int | None:
@@ -76,11 +93,12 @@ def least_load(kernels_s: Mapping[int, float], panels_s: Mapping[int, float]) ->
 
 
 class _Memory:
-    """One matrix at a time, widened and in bfloat16, in memory that is used again."""
+    """Some rows of a matrix at a time, widened and in bfloat16, in memory that is used again."""
 
     def __init__(self) -> None:
         self._floats = np.empty(0, np.float32)
-        self._halves = torch.empty(0, dtype=torch.bfloat16)
+        # As integers: what torch allocates in inference mode cannot be written outside of it.
+        self._halves = np.empty(0, np.int16)
         self.lock = threading.Lock()
 
     def panel(self, packed: U8, rows: int, cols: int, fmt: str) -> Tensor:
@@ -88,11 +106,10 @@ class _Memory:
         shape = (pad(rows, TILE), pad(cols, GROUP))
         size = shape[0] * shape[1]
         if self._floats.size < size:
-            self._floats = np.empty(size, np.float32)
-            self._halves = torch.empty(size, dtype=torch.bfloat16)
+            self._floats, self._halves = np.empty(size, np.float32), np.empty(size, np.int16)
         floats = self._floats[:size].reshape(shape)
         widen(packed, rows, cols, fmt, floats)
-        halves = self._halves[:size].view(shape)
+        halves = torch.from_numpy(self._halves[:size]).view(torch.bfloat16).view(shape)
         halves.copy_(torch.from_numpy(floats))
         return halves[:rows, :cols]
 
@@ -101,20 +118,20 @@ _MEMORY = _Memory()
 
 
 def run_panels(
-    x: Tensor,
-    expert_ids: Tensor,
-    routing_weights: Tensor,
+    x: F32,
+    expert_ids: Ids,
+    routing_weights: F32,
     blocks: U8,
     shape: ExpertShape,
     least_load: int,
-    out: Tensor,
-) -> Tensor:
+    out: F32,
+) -> Ids:
     """Add the output of the experts that have at least ``least_load`` tokens to ``out``.
 
     Parameters
     ----------
     x, expert_ids, routing_weights, blocks, shape, out
-        As for :func:`cpu_experts.ffn.run_experts`, the arrays as tensors.
+        As for :func:`cpu_experts.ffn.run_experts`.
 
     Returns
     -------
@@ -123,11 +140,13 @@ def run_panels(
     Notes
     -----
     Weights, ``x`` and the intermediate activations are rounded to bfloat16, to 8 bits of mantissa;
-    sums are float32. Memory is that of one matrix, besides the activations of one expert.
+    sums are float32. Memory is 96 MiB at most, besides the activations of 512 tokens of an expert.
     """
     if len(x) < least_load:
         return expert_ids
-    flat, count = expert_ids.reshape(-1), len(blocks)
+    ids, count, choices = torch.from_numpy(expert_ids), len(blocks), expert_ids.shape[1]
+    hidden, total = torch.from_numpy(x), torch.from_numpy(out)
+    weights, flat = torch.from_numpy(routing_weights).reshape(-1), ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     loads = torch.bincount(flat[(flat >= 0) & (flat < count)], minlength=count)
     ends = int((flat < 0).sum()) + loads.cumsum(0)
@@ -135,25 +154,35 @@ def run_panels(
     with _MEMORY.lock:
         for expert in torch.nonzero(loads >= max(1, least_load)).flatten().tolist():
             pairs = order[ends[expert] - loads[expert] : ends[expert]]
-            tokens = pairs // expert_ids.shape[1]
-            y = _expert(layout, blocks[expert], x[tokens])
-            out.index_add_(0, tokens, y * routing_weights.reshape(-1)[pairs, None])
+            for some in pairs.chunk(-(-len(pairs) // _TOKENS)):
+                tokens = some // choices
+                y = _expert(layout, blocks[expert], hidden[tokens])
+                total.index_add_(0, tokens, y * weights[some, None])
             left[pairs] = -1
-    return left.view(expert_ids.shape)
+    remaining: Ids = left.view(ids.shape).numpy()
+    return remaining
 
 
 def _expert(layout: BlockLayout, block: U8, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
     d, f, fmt = layout.hidden, layout.intermediate, layout.format
-    up_bytes = layout.up_rows // TILE * layout.up_strip_bytes
-    down_bytes = pad(d, TILE) // TILE * layout.down_strip_bytes
-    up = _MEMORY.panel(block[:up_bytes], layout.up_rows, d, fmt)
-    y = functional.linear(x.bfloat16(), up).float()
+    y = _multiply(x, block, layout.up_rows, d, fmt)
     floats = None
     if layout.bias:
         floats = torch.from_numpy(block[layout.bias_offset :].view(np.float32).copy())
         y += floats[: layout.up_rows]
     h = gated(layout, y)
-    packed = block[layout.down_offset : layout.down_offset + down_bytes]
-    y = functional.linear(h.bfloat16(), _MEMORY.panel(packed, d, f, fmt)).float()
+    y = _multiply(h, block[layout.down_offset :], d, f, fmt)
     return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
+
+
+def _multiply(x: Tensor, block: U8, rows: int, cols: int, fmt: str) -> Tensor:
+    """Products ``[n, rows]`` float32 of ``x`` with the matrix that ``block`` begins with."""
+    halves, strip = x.bfloat16(), strip_bytes(cols, fmt)
+    at_once = TILE * max(1, _WEIGHTS // (TILE * pad(cols, GROUP)))
+    found = []
+    for first in range(0, rows, at_once):
+        here = min(at_once, rows - first)
+        packed = block[first // TILE * strip :][: pad(here, TILE) // TILE * strip]
+        found.append(functional.linear(halves, _MEMORY.panel(packed, here, cols, fmt)).float())
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)

@@ -73,7 +73,7 @@ def run_report(
         decode_path=str(network.hybrid_fast.path),
         simd_level=simd.LEVEL,
         threads=f"{threads} (torch and kernels)",
-        many_tokens=many_tokens(network),
+        many_tokens=many_tokens(network, shared=placement is not None),
         placement=None if placement is None else str(placement),
         figures=figures,
         terms=terms,
@@ -123,12 +123,17 @@ def _predicted_from(network: Any, placement: Placement, name: str, threads: int)
     return f"{found}; attention and dense layers from its rates only, {command} measures them"
 
 
-def many_tokens(network: Any) -> str:
-    """Say which products experts take whose load is more than one token."""
-    loads = {getattr(runner, "panels_from", None) for runner in experts_of(network)}
-    found = [load for load in loads if load is not None]
-    if found:
-        return f"torch's bfloat16 from {min(found)} tokens on (measured), packed kernels below"
+def many_tokens(network: Any, *, shared: bool) -> str:
+    """Say which products the CPU's experts take whose load is more than one token.
+
+    ``shared`` is whether a device may have others.
+    """
+    where = "on the CPU " if shared else ""
+    # A family's own gating runs between the kernels' projections, and between no others.
+    loads = [runner.panels_from for runner in experts_of(network) if not runner.own_gating]
+    if found := [load for load in loads if load is not None]:
+        least = min(found)
+        return f"{where}torch's bfloat16 from {least} tokens on (measured), packed kernels below"
     if accelerated():
-        return "packed kernels (no calibration found torch's bfloat16 faster)"
-    return "packed kernels (this processor has no bfloat16 units)"
+        return f"{where}packed kernels (no calibration found torch's bfloat16 faster)"
+    return f"{where}packed kernels (this processor has no bfloat16 units)"

@@ -46,6 +46,7 @@ class Blocks(NamedTuple):
 
     blocks: np.ndarray
     shape: ExpertShape
+    panels_from: int | None = None
 
 
 def random_layers(seed: int = 0) -> list[Blocks]:

@@ -22,7 +22,7 @@ from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.measure import Budget, layer_times
 from hybrid.conversion.checkpoint import convert
-from hybrid.experts import compute_on_cpu, experts_of
+from hybrid.experts import BareLayer, compute_on_cpu, experts_of
 from hybrid.model import HybridModel
 from hybrid.panels import faster_from, least_load, panels_from, run_panels
 from planner.fields import read_table
@@ -98,14 +98,14 @@ def test_experts_by_load_equal_the_twin(name: str, least: int) -> None:
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
     packed = [unpack_expert(shape, block[: shape.block_bytes].copy()) for block in blocks]
     wanted = naive.experts(shape, packed, x.numpy(), ids.numpy(), weights.numpy())
-    found = compute_on_cpu(x, ids, weights, blocks, shape, least)
+    found = compute_on_cpu(x, ids, weights, BareLayer(blocks, shape, least))
     np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
-    out = torch.zeros_like(x)
-    left = run_panels(x, ids, weights, blocks, shape, least, out)
+    out = np.zeros(x.shape, np.float32)
+    left = run_panels(x.numpy(), ids.numpy(), weights.numpy(), blocks, shape, least, out)
     loads = {0: 7, 1: 1, 2: 3, 3: 1, 7: 1, -1: 1}
     for expert, load in loads.items():
         done = load >= least and 0 <= expert < 6
-        assert bool((left[ids == expert] == -1).all()) == (done or expert == -1)
+        assert bool((left[ids.numpy() == expert] == -1).all()) == (done or expert == -1)
     assert bool(out.any()) == (least <= 7)
 
 
@@ -113,7 +113,7 @@ def test_no_tokens() -> None:
     """Nothing in, nothing out."""
     shape, blocks = _experts(2)
     none = torch.zeros(0, 2)
-    found = compute_on_cpu(torch.zeros(0, 72), none.long(), none, blocks, shape, 1)
+    found = compute_on_cpu(torch.zeros(0, 72), none.long(), none, BareLayer(blocks, shape, 1))
     assert found.shape == (0, 72)
 
 
@@ -122,13 +122,56 @@ def test_memory_is_that_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = hybrid.panels._Memory()
     monkeypatch.setattr(hybrid.panels, "_MEMORY", memory)
     shape, blocks = _experts(9, hidden=64, intermediate=64)
-    ids = torch.arange(9)[:, None].repeat(3, 1)
+    layer, ids = BareLayer(blocks, shape, 1), torch.arange(9)[:, None].repeat(3, 1)
     x, ones = torch.ones(27, 64), torch.ones(27, 1)
-    compute_on_cpu(x, ids, ones, blocks, shape, 1)
-    held = memory._floats.ctypes.data, memory._floats.size, memory._halves.data_ptr()
-    compute_on_cpu(x, ids, ones, blocks, shape, 1)
-    assert held == (memory._floats.ctypes.data, memory._floats.size, memory._halves.data_ptr())
-    assert memory._floats.size == 2 * 64 * 64
+    compute_on_cpu(x, ids, ones, layer)
+    held = memory._floats.ctypes.data, memory._halves.ctypes.data
+    compute_on_cpu(x, ids, ones, layer)
+    assert held == (memory._floats.ctypes.data, memory._halves.ctypes.data)
+    assert memory._floats.size == memory._halves.size == 2 * 64 * 64
+
+
+@pytest.mark.parametrize("name", ["silu", "biases"])
+def test_large_matrices_and_long_prompts_take_bounded_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows and few tokens at a time give what all at once do, ragged ends included.
+
+    A product's sum may be made in another order then: 1 % of the largest output.
+    """
+    shape, blocks = _experts(2, **SHAPES[name])
+    layer, ids = BareLayer(blocks, shape, 1), torch.zeros(7, 1, dtype=torch.int64)
+    x = torch.from_numpy(rng.standard_normal((7, 72), dtype=np.float32))
+    wanted = compute_on_cpu(x, ids, torch.ones(7, 1), layer)
+    memory, tokens = hybrid.panels._Memory(), []
+    expert = hybrid.panels._expert
+
+    def counted(layout: Any, block: Any, x: torch.Tensor) -> torch.Tensor:
+        tokens.append(len(x))
+        return expert(layout, block, x)
+
+    monkeypatch.setattr(hybrid.panels, "_MEMORY", memory)
+    monkeypatch.setattr(hybrid.panels, "_WEIGHTS", 32 * 96)  # of 96 and of 80 rows
+    monkeypatch.setattr(hybrid.panels, "_TOKENS", 3)
+    monkeypatch.setattr(hybrid.panels, "_expert", counted)
+    found = compute_on_cpu(x, ids, torch.ones(7, 1), layer)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
+    assert tokens == [3, 3, 1]
+    assert memory._floats.size == 32 * 96
+
+
+def test_memory_outlives_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was allocated in inference mode is written outside of it, and the other way round."""
+    monkeypatch.setattr(hybrid.panels, "_MEMORY", hybrid.panels._Memory())
+    shape, blocks = _experts(2)
+    step = torch.ones(3, 72), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    layer = BareLayer(blocks, shape, 1)
+    with torch.inference_mode():
+        inside = compute_on_cpu(*step, layer)
+    outside = compute_on_cpu(*step, layer)
+    with torch.inference_mode():
+        assert torch.equal(compute_on_cpu(*step, layer), outside)
+    assert torch.equal(inside, outside)
 
 
 def test_the_least_load() -> None:

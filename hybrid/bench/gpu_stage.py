@@ -25,6 +25,7 @@ from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
+from hybrid.panels import panels_from
 from hybrid.sharing.dense_move import move_dense
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.devices import dtype_on, memory_told
@@ -82,6 +83,8 @@ class OnGpu:
         network, _ = load_fast_model(folder, dtype=dtype_on(device.torch_device), fast=False)
         modules = [module for module in network.modules() if hasattr(module, "hybrid_experts")]
         self.layers = [module.hybrid_experts for module in modules]
+        for experts in self.layers:
+            experts.panels_from = panels_from(experts.shape, cost.hardware)
         if reason := unfit(self.layers, cost.model):
             raise UsageError(f"{cost.model.name} cannot share its experts: {reason}")
         free = device.memory().free_bytes

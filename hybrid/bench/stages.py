@@ -8,7 +8,6 @@ the CPU is not slowed down by them. On a GPU (:mod:`hybrid.bench.gpu_stage`) all
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,10 +18,10 @@ from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import pad
 from gpu_experts.device import Device
 from gpu_experts.emulated import EmulatedDevice
+from hybrid.experts import BareLayer, PackedLayer
+from hybrid.panels import panels_from
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.partners import Launcher
-from hybrid.sharing.residents import PackedLayer
-from hybrid.store import U8
 from planner.cost import CostModel
 from planner.memory import STAGING
 
@@ -72,14 +71,6 @@ class Stage(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's experts."""
-
-    blocks: U8
-    shape: ExpertShape
 
 
 class _SharedExperts:
@@ -141,7 +132,7 @@ class Emulated:
         self.device.close()
 
 
-def _experts_in_memory(cost: CostModel) -> list[Layer]:
+def _experts_in_memory(cost: CostModel) -> list[BareLayer]:
     """Experts of all layers, every one in memory of its own."""
     experts = cost.model.experts
     shape = ExpertShape(hidden=experts.hidden, intermediate=experts.intermediate, format=FORMAT)
@@ -155,4 +146,8 @@ def _experts_in_memory(cost: CostModel) -> list[Layer]:
     )
     padded = np.zeros(pad(shape.block_bytes, _PAGE), np.uint8)
     padded[: block.size] = block
-    return [Layer(np.tile(padded, (experts.count, 1)), shape) for _ in range(cost.model.moe_layers)]
+    least_load = panels_from(shape, cost.hardware)
+    return [
+        BareLayer(np.tile(padded, (experts.count, 1)), shape, least_load)
+        for _ in range(cost.model.moe_layers)
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -25,7 +25,7 @@ from cpu_experts.formats import F32
 from hybrid.bench.kernels import fill, read_seconds
 from hybrid.calibration.others import Others, Turns
 from hybrid.errors import UsageError
-from hybrid.experts import LayerExperts, compute_on_cpu
+from hybrid.experts import BareLayer, LayerExperts, compute_on_cpu
 from hybrid.panels import least_load, offered
 from hybrid.store import U8
 
@@ -259,18 +259,18 @@ def layer_times(
     ``runs`` computes them as their model does; unless given, the kernels alone do.
     """
     count = len(layers[0])
-    computed = partial(compute_on_cpu, shape=shape)
-    kernels: Sequence[Run] = runs or [partial(computed, blocks=layer) for layer in layers]
-    out = np.zeros((1, shape.hidden), np.float32)
-    single: list[RunSingle] = [
-        partial(run_experts, blocks=layer, shape=shape, out=out) for layer in layers
-    ]
-    if runs and runs[0].own_gating:  # whose projections the kernels alone do not join
-        single = [partial(_from_arrays, run) for run in runs]
-    if not offered(shape):
+    bare = [BareLayer(layer, shape) for layer in layers]
+    kernels: Sequence[Run] = runs or [partial(compute_on_cpu, layer=layer) for layer in bare]
+    own_gating = runs is not None and runs[0].own_gating
+    if own_gating:  # between projections, which neither kernels nor panels join then
+        single: list[RunSingle] = [partial(_from_arrays, run) for run in kernels]
+    else:
+        out = np.zeros((1, shape.hidden), np.float32)
+        single = [partial(run_experts, blocks=layer, shape=shape, out=out) for layer in layers]
+    if own_gating or not offered(shape):
         return expert_times(kernels, shape, count, top_k, budget, single=single)
     times = expert_times(kernels, shape, count, top_k, budget.part(0.5), single=single)
-    panels = [partial(computed, blocks=layer, panels_from=1) for layer in layers]
+    panels = [partial(compute_on_cpu, layer=replace(layer, panels_from=1)) for layer in bare]
     more = expert_times(panels, shape, count, top_k, budget, single=single)
     # A single token never takes them.
     times.panels = {load: samples for load, samples in more.loads.items() if load > 1}

@@ -14,7 +14,7 @@ from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import Coverage
 from hybrid.calibration.subject import Subject
 from hybrid.errors import UsageError
-from planner.hardware import HardwareSpec, Quantity
+from planner.hardware import PANELS, HardwareSpec, Quantity
 from planner.spec import Source
 
 EMULATED_AS = "rtx4060-laptop-8gb"
@@ -127,6 +127,6 @@ def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
         cpu=replace(cpu.cpu, layer_overhead_s=like.cpu.layer_overhead_s),
         gpu=like.gpu,
         link=like.link,
-        points=tuple(point for point in cpu.points if point.lane == "cpu"),
+        points=tuple(point for point in cpu.points if point.lane in ("cpu", PANELS)),
         terms=tuple(term for term in cpu.terms if term.lane == "cpu"),
     )

@@ -19,16 +19,15 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from cpu_experts.ffn import run_experts
 from gpu_experts.checks import as_arrays
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
 from hybrid.errors import bare, first_line
-from hybrid.experts import compute_on_cpu
+from hybrid.experts import PackedLayer, add_on_cpu, compute_on_cpu
 from hybrid.metrics import SlowPath
 from hybrid.sharing.choices import F32, Choice, Ids
 from hybrid.sharing.partners import Ahead, Launcher, Predictor, Seconds
-from hybrid.sharing.residents import Opened, PackedLayer, Residents, Settle
+from hybrid.sharing.residents import Opened, Residents, Settle
 from hybrid.sharing.timeline import LayerRecord, Timeline
 from hybrid.sharing.usage import Usage
 from planner.director import Decision, Director
@@ -226,7 +225,7 @@ class Executor:
                     self._give_up(self.device, error)
             packed = self.layers[layer]
             self._note(self.usage.of_cpu(layer, expert_ids, routing_weights))
-            return compute_on_cpu(hidden, expert_ids, routing_weights, packed.blocks, packed.shape)
+            return compute_on_cpu(hidden, expert_ids, routing_weights, packed)
 
     def _share(
         self, device: Device, layer: int, hidden: Tensor, expert_ids: Tensor, weights: Tensor
@@ -258,7 +257,7 @@ class Executor:
         decided_s = time.perf_counter()
         if plan.cpu:
             own_ids, own_factors = as_arrays(*choice.among(plan.cpu, plan.cpu))
-            run_experts(x, own_ids, own_factors, packed.blocks, packed.shape, step.cpu_out)
+            add_on_cpu(x, own_ids, own_factors, packed, step.cpu_out)
         cpu_end_s = time.perf_counter()
         if not at_once:
             self._fill(step, decision, routed_s, known)

@@ -16,6 +16,7 @@ from hybrid.experts import LayerExperts, experts_of
 from hybrid.lookahead.discovery import survey
 from hybrid.lookahead.predictor import Lookahead
 from hybrid.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
+from hybrid.panels import panels_from
 from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.dense_move import move_dense
 from hybrid.sharing.dense_seconds import DenseSeconds
@@ -44,6 +45,7 @@ class PlacedExperts:
     def __init__(self, executor: Executor, layer: int, experts: LayerExperts) -> None:
         self.executor, self.layer = executor, layer
         self.blocks, self.shape, self.spec = experts.blocks, experts.shape, experts.spec
+        self.panels_from = experts.panels_from
 
     def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         return self.executor.run_layer(self.layer, hidden, expert_ids, routing_weights)
@@ -252,6 +254,7 @@ def place_model(
         move_dense(model, device.torch_device)
     layers: list[LayerExperts] = experts_of(model)
     for experts in layers:
+        experts.panels_from = panels_from(experts.shape, cost.hardware)
         if experts.own_gating:  # computed on the CPU, between projections that are
             experts.spec.module.to("cpu")
     notes = []

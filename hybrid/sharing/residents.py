@@ -5,27 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from cpu_experts.experts import ExpertShape
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import SlotError
 from gpu_experts.slots import SlotState, SlotTable
-from hybrid.store import U8
+from hybrid.experts import PackedLayer
 from planner.director import Admission, Director
 from planner.popularity import favourites
-
-
-class PackedLayer(Protocol):
-    """One layer's experts: their packed blocks, and what they compute."""
-
-    @property
-    def blocks(self) -> U8:
-        """``[E, stride]`` uint8."""
-
-    @property
-    def shape(self) -> ExpertShape:
-        """Layout and arithmetic."""
 
 
 @dataclass(frozen=True)
