@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from planner.cost import BITS_PER_WEIGHT, CostModel
-from planner.outcome import CALL, CPU, DECIDING, DISK, GPU, HEAD, LINK, MIXER, Run
+from planner.outcome import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER, Run
 
 if TYPE_CHECKING:
     from planner.request import Request
@@ -48,7 +48,7 @@ def binding_resource(cost: CostModel, terms: dict[str, float], tokens: int) -> s
         return "GPU compute (experts)" if bound else "VRAM bandwidth (experts on the GPU)"
     if term == CALL:
         return "the host (Python's work per step)"
-    if term == DECIDING:
+    if term in (DECIDING, JOINING):
         return "the host (Python's work per layer)"
     side = "GPU" if cost.on_gpu else "CPU"
     memory = "VRAM" if cost.on_gpu else "RAM"

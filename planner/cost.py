@@ -275,6 +275,18 @@ class CostModel:
             self._deciding[key] = Estimate(0.0, Source.ASSUMED) if found is None else found
         return self._deciding[key]
 
+    def joining(self, tokens: int) -> Estimate:
+        """Time of a layer's experts beyond their plan, until their sum is there.
+
+        What both sides wait for each other, beyond starts and launches. 0 unless measured, and
+        without a GPU.
+        """
+        found = None
+        if self.on_gpu:
+            params, fmt = self.model.experts.params_each, self.expert_format
+            found = self._calibrated("joining", params, tokens, tokens, fmt=fmt)
+        return Estimate(0.0, Source.ASSUMED) if found is None else found
+
     def knows(self) -> bool:
         """Whether this model's dense layers were measured where they are, and not estimated."""
         return all(

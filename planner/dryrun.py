@@ -20,7 +20,7 @@ from planner.director import Scheduler
 from planner.memory import Fit
 from planner.model import Layer, ModelSpec
 from planner.oracles import Belady
-from planner.outcome import CALL, CPU, DECIDING, DISK, GPU, HEAD, LINK, MIXER, TERMS, Run
+from planner.outcome import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER, TERMS, Run
 from planner.policies import LRU, StaticPopularity
 from planner.popularity import favourites, informed
 from planner.request import Request
@@ -272,6 +272,7 @@ def estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[
     like: dict[str, Callable[[], Estimate]] = {
         MIXER: lambda: cost.mixer(last, tokens, tokens),
         DECIDING: lambda: cost.deciding(tokens),
+        JOINING: lambda: cost.joining(tokens),
         CPU: lambda: experts.cpu_call_estimate(tokens),
         GPU: lambda: experts.gpu_estimate(1),
         LINK: experts.copy_estimate,

@@ -141,7 +141,8 @@ class TermPoint:
         it is asked for, ``sampling`` (drawing a token instead of taking the likeliest one) and
         ``text`` (writing it), ``expert``: what one routed expert adds to a single token's layer
         on the CPU, ``deciding``: what the host takes in a layer from the router's answer until the
-        device has its work, and ``handing``: by how much every expert to copy makes that longer.
+        device has its work, ``handing``: by how much every expert to copy makes that longer, and
+        ``joining``: what a layer's experts take beyond their plan, until their sum is there.
     family
         The ``model_type`` whose code was measured.
     kind
@@ -184,7 +185,7 @@ PANELS = "panels"
 LANES = ("cpu", "gpu", "copy", PANELS)
 TERMS = (
     *("attention", "feed_forward", "head", "call", "sampling", "text", "expert"),
-    *("deciding", "handing"),
+    *("deciding", "handing", "joining"),
 )
 TERM_LANES = ("cpu", "gpu")
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}

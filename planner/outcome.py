@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from planner.plan import LayerPlan
 
-MIXER, DECIDING, DENSE, CPU, GPU, LINK, DISK, HEAD, CALL = TERMS = (
+MIXER, DECIDING, DENSE, CPU, GPU, LINK, JOINING, DISK, HEAD, CALL = TERMS = (
     "attention and router",
     "deciding",
     "shared and dense layers",
     "experts on the CPU",
     "experts on the GPU",
     "copies to the GPU",
+    "joining",
     "reads from disk",
     "output head",
     "around the layers",

@@ -24,6 +24,7 @@ from planner.outcome import (
     DISK,
     GPU,
     HEAD,
+    JOINING,
     LINK,
     MIXER,
     Event,
@@ -257,6 +258,8 @@ class Simulator:
         if plan.copies or fills:
             self._link_free_s = self._now_s + link_end_s
         self._now_s += max(cpu_end_s, gpu_end_s, shared_s)
+        if joining_s := self.cost.joining(tokens).value:
+            self._dense(step, JOINING, joining_s, f"joining {layer}", "cpu")
 
     def _fill(self, director: Director, decision: Decision, idle_s: float) -> tuple[Fill, ...]:
         """Have idle link time used until the next router answers."""

@@ -14,7 +14,14 @@ import torch
 from gpu_experts.emulated import EmulatedDevice
 from hybrid.arguments.names import find_hardware
 from hybrid.calibration import measure_placed
-from hybrid.calibration.measure_placed import COPIES, LayerTimes, Placed, UnmeasuredError, parts_of
+from hybrid.calibration.measure_placed import (
+    COPIES,
+    PLANNED,
+    LayerTimes,
+    Placed,
+    UnmeasuredError,
+    parts_of,
+)
 from hybrid.calibration.parts import Part, Pass
 from hybrid.calibration.subject import subject
 from hybrid.calibration.timed import SETTLING
@@ -27,7 +34,7 @@ from planner_examples import small_model
 from tiny_families import families, tiny_config
 
 ATTENTION_S, DENSE_S, DECIDING_S, EXPERTS_S, HEAD_S, CALL_S = 2.0, 8.0, 0.5, 4.0, 16.0, 32.0
-HANDING_S = 0.125
+HANDING_S, JOINING_S = 0.125, 1.5
 
 
 def record(layer: int, at_s: float, computed_until_s: float) -> Any:
@@ -38,7 +45,7 @@ def record(layer: int, at_s: float, computed_until_s: float) -> Any:
         routed_s=at_s + 1,
         decided_s=at_s + 2,
         joined_s=at_s + 3,
-        decision=SimpleNamespace(plan=SimpleNamespace(copies=(7,) * layer)),
+        decision=SimpleNamespace(plan=SimpleNamespace(copies=(7,) * layer, makespan_s=0.5 * layer)),
         computes=[SimpleNamespace(span=lambda: span)],
         copies=[],
     )
@@ -65,7 +72,8 @@ def test_a_layer_ends_when_its_sum_is_there(monkeypatch: pytest.MonkeyPatch) -> 
         (HEAD, 0): 0.75,
     }
     copies = {(COPIES, 0): 0, (COPIES, 1): 1, (COPIES, 2): 2}
-    assert times.take() == expected | copies
+    plans = {(PLANNED, 0): 0.0, (PLANNED, 1): 0.5, (PLANNED, 2): 1.0}
+    assert times.take() == expected | copies | plans
     assert sum(expected.values()) == 10.0  # from the first layer's beginning to the last step's end
     assert times.take() == {(HEAD, 0): 1.0}
 
@@ -78,13 +86,13 @@ def one_pass(model: ModelSpec) -> Pass:
         if layer.moe:
             times = (before_s + ATTENTION_S, DECIDING_S, EXPERTS_S)
             spans |= dict(zip(((n, moe) for n in (ROUTER, DECIDING, EXPERTS)), times, strict=True))
-            spans[COPIES, moe] = moe % 3
+            spans[COPIES, moe], spans[PLANNED, moe] = moe % 3, EXPERTS_S - JOINING_S
             spans[DECIDING, moe] += HANDING_S * (moe % 3)
             before_s, moe = 0.0, moe + 1
         else:
             before_s += ATTENTION_S + DENSE_S
     spans[HEAD, 0] = before_s + HEAD_S
-    seconds = [value for (name, _), value in spans.items() if name != COPIES]
+    seconds = [value for (name, _), value in spans.items() if name not in (COPIES, PLANNED)]
     return Pass(sum(seconds) + CALL_S, spans)
 
 
@@ -111,6 +119,7 @@ def test_passes_are_taken_apart(changes: dict[str, Any]) -> None:
         ("call", model.head_params): (CALL_S + 1000,) * 2,
         ("deciding", model.experts.params_each): (DECIDING_S,) * 2,
         ("handing", model.experts.params_each): (HANDING_S,) * 2,
+        ("joining", model.experts.params_each): (JOINING_S,) * 2,
     }
     if changes:
         expected["feed_forward", model.layers[0].ffn_params] = (DENSE_S,) * 2
@@ -149,12 +158,13 @@ def test_a_model_is_measured_where_it_is_placed(tiny_model: Path) -> None:
     assert [len(passes) for passes in runs[8]] == [12, 12]
     for step in runs[8][0]:
         assert min(step.spans.values()) >= 0
-        assert sum(s for (name, _), s in step.spans.items() if name != COPIES) < step.whole_s
+        terms_s = [s for (name, _), s in step.spans.items() if name not in (COPIES, PLANNED)]
+        assert sum(terms_s) < step.whole_s
     parts = [*placed.parts(runs), *placed.asides(4, 1)]
     placed.close()
     assert device.memory().free_bytes == device.memory().total_bytes
     found = {(part.term, part.tokens, part.context) for part in parts}
-    terms = ("attention", "feed_forward", "head", "call", "deciding", "handing")
+    terms = ("attention", "feed_forward", "head", "call", "deciding", "handing", "joining")
     assert found == {(t, n, c) for t in terms for n, c in ((2, 2), (8, 8), (1, 16))} | {
         ("sampling", 1, 1)
     }

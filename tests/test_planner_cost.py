@@ -213,6 +213,7 @@ def test_dense_parts_on_a_gpu_are_measured_there() -> None:
             ("call", {"params": head}),
             ("deciding", {"params": params, "format": "q4_0"}),
             ("handing", {"params": params, "format": "q4_0"}),
+            ("joining", {"params": params, "format": "q4_0"}),
             ("sampling", {"params": head}),
         )
     )
@@ -227,6 +228,7 @@ def test_dense_parts_on_a_gpu_are_measured_there() -> None:
             assert cost.call(tokens).value == seconds
             assert cost.deciding(tokens).value == (seconds if hardware.gpu else 0.0)
             assert cost.deciding(tokens, 3).value == (4 * seconds if hardware.gpu else 0.0)
+            assert cost.joining(tokens).value == (seconds if hardware.gpu else 0.0)
         assert (cost.aside("sampling").value, cost.aside("text").value) == (factor, 7.0)
         # A prompt is computed at once there.
         assert cost.pieces(2048) == [(2048, 2048)]

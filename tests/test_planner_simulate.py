@@ -14,7 +14,7 @@ from planner.cache import ExpertCache, Policy
 from planner.cost import CostModel
 from planner.hardware import HardwareSpec, TermPoint
 from planner.memory import Fit
-from planner.outcome import CPU, DECIDING, DISK, HEAD, LINK, MIXER, Run
+from planner.outcome import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER, Run
 from planner.policies import LRU, MRS, StaticPopularity
 from planner.routing import Routing, synthetic
 from planner.schedule import schedule
@@ -107,19 +107,20 @@ def test_terms_add_up() -> None:
         assert terms[HEAD] > 0
 
 
-def test_deciding_takes_its_time_where_it_was_measured() -> None:
+@pytest.mark.parametrize(("term", "name"), [("deciding", DECIDING), ("joining", JOINING)])
+def test_the_host_takes_its_time_where_it_was_measured(term: str, name: str) -> None:
     """Every layer is that much longer, on the host's lane; without a measurement it is nothing."""
     about = {"family": "qwen3_moe", "params": MODEL.experts.params_each, "format": "q4_0"}
     points = tuple(
-        TermPoint(term="deciding", tokens=n, context=n, seconds=s, lane="gpu", **about)
+        TermPoint(term=term, tokens=n, context=n, seconds=s, lane="gpu", **about)
         for n, s in ((1, 0.25), (32, 0.5))
     )
     slow, fast = run(replace(machine(), terms=points), record=1), run()
-    assert fast.decode_terms()[DECIDING] == 0.0
-    assert slow.decode_terms()[DECIDING] == pytest.approx(6 * 0.25)
-    assert slow.prefill.terms[DECIDING] == pytest.approx(6 * 0.5)
+    assert fast.decode_terms()[name] == 0.0
+    assert slow.decode_terms()[name] == pytest.approx(6 * 0.25)
+    assert slow.prefill.terms[name] == pytest.approx(6 * 0.5)
     assert slow.tpot_s == pytest.approx(sum(slow.decode_terms().values()))
-    spans = [event for event in slow.events if event.name.startswith("deciding")]
+    spans = [event for event in slow.events if event.name.startswith(term)]
     assert {event.lane for event in spans} == {"cpu"}
 
 

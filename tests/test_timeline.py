@@ -55,6 +55,16 @@ def test_the_gpus_lane_is_predicted_with_one_launch_a_layer(tokens: int, phase: 
     assert timeline.phases[phase].predicted.lanes[GPU] == pytest.approx(0.05 + 0.1)
 
 
+def test_experts_are_predicted_with_what_joining_them_takes() -> None:
+    """The plan's end is when the lanes are done; a calibration knows when their sum is there."""
+    timeline = Timeline()
+    timeline.joining = lambda tokens: 0.125 * tokens
+    timeline.add(record(10.0, 12.5), COST)
+    timeline.add(record(13.0, 15.5, tokens=4), COST)
+    assert timeline.phases[DECODE].predicted.terms[EXPERTS] == 0.5 + 0.125
+    assert timeline.phases[PREFILL].predicted.terms[EXPERTS] == 0.5 + 0.5
+
+
 @pytest.mark.parametrize(("late_s", "experts_s"), [(-0.5, 1.0), (0.0, 1.0), (0.75, 1.75)])
 def test_a_device_that_ends_after_the_join_computes_experts(
     late_s: float, experts_s: float

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hybrid.calibration.measure_device import DeviceTimes
 
 COMMAND = "hybrid calibrate"
-_OF_EXPERTS = ("expert", "deciding", "handing")
+_OF_EXPERTS = ("expert", "deciding", "handing", "joining")
 """Terms that depend on the experts' format and not on the dense weights'."""
 
 

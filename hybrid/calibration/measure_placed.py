@@ -38,6 +38,8 @@ SAMPLES = 5
 
 COPIES = "copies"
 """Number of experts that a layer copies, beside its terms."""
+PLANNED = "planned"
+"""Seconds that its plan has for its experts, beside what they took."""
 _Key = tuple[str, str, int]
 
 
@@ -66,8 +68,8 @@ class LayerTimes(Timeline):
     def take(self) -> Spans:
         """Return the terms since the last call, by (term, MoE layer), and forget them.
 
-        Beside them is the number of copies of each layer. A layer ends when its sum is there: a
-        device may get there after the host.
+        Beside them are the number of copies of each layer and the seconds of its plan. A layer ends
+        when its sum is there: a device may get there after the host.
         """
         found: Spans = {}
         ended_s = late_s = 0.0
@@ -75,6 +77,7 @@ class LayerTimes(Timeline):
             found[ROUTER, layer] = max(0.0, record.routed_s - max(record.entered_s, ended_s))
             found[DECIDING, layer] = record.decided_s - record.routed_s
             found[COPIES, layer] = len(record.decision.plan.copies)
+            found[PLANNED, layer] = record.decision.plan.makespan_s
             ends_s = [span[1] for event in record.computes if (span := event.span())]
             ended_s = max([record.joined_s, *ends_s])
             late_s = ended_s - record.joined_s
@@ -164,7 +167,7 @@ class Placed:
         executor = self.placement.executor
         assert executor is not None
         moe = sum(layer.moe for layer in self.layers)
-        repeated = any(len(one.spans) != 4 * moe + 1 for one in found)
+        repeated = any(len(one.spans) != 5 * moe + 1 for one in found)
         if executor.device is None or repeated:
             notes = [note.reason for note in executor.notes]
             raise UnmeasuredError(notes[-1] if notes else "its passes could not be told apart")
@@ -308,6 +311,9 @@ def parts_of(
         samples["call", "", model.head_params].append(_around_s(step) + around_s)
     params = model.experts.params_each
     samples["deciding", "", params], samples["handing", "", params] = _deciding(steps)
+    samples["joining", "", params] = [
+        max(0.0, fmean(_all(step, EXPERTS)) - fmean(_all(step, PLANNED))) for step in steps
+    ]
     for params, more in beyond.items():
         samples.setdefault(("feed_forward", "", params), list(more))
     for (term, kind, params), values in samples.items():

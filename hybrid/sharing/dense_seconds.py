@@ -42,6 +42,10 @@ class DenseSeconds:
         """From a router's answer until the device has its work, so many copies among it."""
         return self._cost.deciding(tokens, copies).value
 
+    def joining(self, tokens: int) -> float:
+        """A layer's experts beyond their plan, until their sum is there."""
+        return self._cost.joining(tokens).value
+
     def head(self, tokens: int) -> float:
         """What follows the last MoE layer, in a step of so many tokens."""
         return self._cost.head(1, tokens).value + sum(self._dense(i, tokens) for i in self._after)

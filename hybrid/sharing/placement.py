@@ -317,6 +317,7 @@ def _share_experts(
     )
     if cost.knows():
         executor.timeline.deciding = seconds.deciding
+        executor.timeline.joining = seconds.joining
     if budget.popularity is not None:
         executor.warm()
     if lookahead.reason is not None:

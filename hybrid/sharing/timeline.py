@@ -180,11 +180,14 @@ class Timeline:
     deciding
         Predicts what deciding takes in a layer of so many tokens that copies so many experts,
         where that was measured.
+    joining
+        The same of what its experts take beyond their plan, until their sum is there.
     """
 
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
         self.deciding: Callable[[int, int], float] | None = None
+        self.joining: Callable[[int], float] = _nothing
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
         self.events: list[Event] = []
         self._usual: dict[bool, float] = {}
@@ -227,7 +230,7 @@ class Timeline:
         terms, lanes = layer.predicted.terms, layer.predicted.lanes
         terms[ROUTER] += record.dense_s
         terms[DECIDING] += self._usually(record)
-        terms[EXPERTS] += plan.makespan_s
+        terms[EXPERTS] += plan.makespan_s + self.joining(record.tokens)
         lanes[CPU] += plan.cpu_end_s if plan.cpu else 0.0
         if plan.gpu and record.tokens == 1:
             lanes[GPU] += cost.gpu_start_s + len(plan.gpu) * cost.gpu_s(1)
@@ -334,3 +337,8 @@ class Timeline:
         """Keep a span for a trace viewer."""
         zero_s = self._start_s or 0.0
         self.events.append(Event(lane, what, start_s - zero_s, end_s - zero_s, predicted_s))
+
+
+def _nothing(tokens: int) -> float:
+    """What nobody measured."""
+    return 0.0
