@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from hybrid.arguments.counts import whole_number
 
 _GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _NVIDIA_SMI_TIMEOUT_S = 10
+_MOST = "NUMBA_NUM_THREADS sets the most there can be"
 #: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
 _BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
 
@@ -48,9 +50,17 @@ def usable_cores() -> int:
 
 
 def default_threads() -> int:
-    """Return how many threads to compute with: ``OMP_NUM_THREADS`` if set, else every core."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdigit() and int(chosen) > 0 else usable_cores()
+    """Return how many threads to compute with: ``OMP_NUM_THREADS`` if set, else every core.
+
+    No more than :func:`most_threads`: what the environment asks all programs for may be too many
+    for this one, which is said once on stderr.
+    """
+    asked, most = _number_in("OMP_NUM_THREADS"), most_threads()
+    if asked is None:
+        return min(usable_cores(), most)
+    if asked > most:
+        _say_too_many(asked, most)
+    return min(asked, most)
 
 
 def most_threads() -> int:
@@ -58,18 +68,35 @@ def most_threads() -> int:
 
     ``NUMBA_NUM_THREADS`` if set, else as many as this process may run at once, physical or not.
     """
-    chosen = os.environ.get("NUMBA_NUM_THREADS", "")
-    if chosen.isdigit():
-        return int(chosen)
+    chosen = _number_in("NUMBA_NUM_THREADS")
+    if chosen is not None:
+        return chosen
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
 
 
+def _number_in(variable: str) -> int | None:
+    """Return the threads that an environment variable asks for; None where it names none.
+
+    OpenMP's may list those of teams within teams, too; the first number is the outermost team's.
+    """
+    text = os.environ.get(variable, "").partition(",")[0].strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+@cache
+def _say_too_many(asked: int, most: int) -> None:
+    print(
+        f"hybrid: OMP_NUM_THREADS is {asked}, of which the kernels can have {most} here and get "
+        f"{most}; {_MOST}",
+        file=sys.stderr,
+    )
+
+
 def check_threads(threads: int, most: int) -> int:
     """Return ``threads``; raise UsageError unless it is from 1 to numba's ``most``."""
-    hint = "NUMBA_NUM_THREADS sets the most there can be"
-    return whole_number(threads, "threads", most=most, hint=hint)
+    return whole_number(threads, "threads", most=most, hint=_MOST)
 
 
 def has_native_bf16() -> bool:

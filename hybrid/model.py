@@ -12,7 +12,6 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any, overload
 
-import numba
 import torch
 
 from hybrid import host
@@ -108,7 +107,7 @@ class HybridModel(Keepsakes):
             error.
         threads
             For torch and the kernels alike; ``OMP_NUM_THREADS`` or every core unless given,
-            and then no more than numba has.
+            and then no more than numba has, which is said.
         verify
             Compare the checksum of every expert with the store's index before use.
         dtype
@@ -143,9 +142,7 @@ class HybridModel(Keepsakes):
             When an argument has a value that cannot be used.
         """
         start = time.perf_counter()
-        if threads is None:  # what the environment asks other programs for may be too many
-            threads = min(host.default_threads(), numba.config.NUMBA_NUM_THREADS)
-        threads = set_threads(threads)
+        threads = set_threads(host.default_threads() if threads is None else threads)
         loaded = load_model(
             demo_path() if path is None or path == "demo" else path,
             experts=experts,

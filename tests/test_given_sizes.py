@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import numba
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from hybrid import loading
+from hybrid import host, loading
 from hybrid.arguments.sizes import checked_ram, size_in_bytes
+from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
 from hybrid.errors import UsageError
+from hybrid.loading import set_threads
 from hybrid.model import HybridModel
 from hybrid.sharing.budget import beyond_ram, fitted_alone
 from hybrid.sharing.devices import choose_device
@@ -201,3 +204,53 @@ def test_small_sizes_are_told(size: int, told: str) -> None:
     assert in_words(size) == told
     number, unit = enough_in_words(size).split()
     assert float(number) * 2 ** {"KiB": 10, "MiB": 20, "GiB": 30}[unit] >= size
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({"NUMBA_NUM_THREADS": "6", "OMP_NUM_THREADS": "3"}, 3),
+        ({"NUMBA_NUM_THREADS": "6", "OMP_NUM_THREADS": " 5,2 "}, 5),
+        ({"NUMBA_NUM_THREADS": "6", "OMP_NUM_THREADS": "0"}, 4),
+        ({"NUMBA_NUM_THREADS": "6", "OMP_NUM_THREADS": "\u00b2"}, 4),
+        ({"NUMBA_NUM_THREADS": "6"}, 4),
+        ({"NUMBA_NUM_THREADS": "2"}, 2),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_threads_that_the_environment_asks_for(
+    variables: dict[str, str],
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The outermost team's of OpenMP's, else every core; never more than numba is told to have.
+    Nothing is said about what is as it was asked for."""
+    monkeypatch.setattr(host, "usable_cores", lambda: 4)
+    for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert host.default_threads() == threads
+    assert capsys.readouterr().err == ""
+
+
+def test_the_environments_threads_are_cut_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is meant for all programs is no error, however often it is asked for; a number that
+    is given is one, with the most there can be. Plans take the same number as runs."""
+    most = numba.config.NUMBA_NUM_THREADS
+    host._say_too_many.cache_clear()
+    monkeypatch.setenv("OMP_NUM_THREADS", "4711")
+    for _ in range(2):
+        assert set_threads(host.default_threads()) == most
+        assert Identity.of_this_machine().threads == most
+    assert capsys.readouterr().err == (
+        f"hybrid: OMP_NUM_THREADS is 4711, of which the kernels can have {most} here and get "
+        f"{most}; NUMBA_NUM_THREADS sets the most there can be\n"
+    )
+    assert main([*RUN[:-1], "4711"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: threads is 4711, it must be a whole number between 1 and {most}"
+    assert hint == "hint: NUMBA_NUM_THREADS sets the most there can be"
