@@ -88,8 +88,7 @@ def _number_in(variable: str) -> int | None:
 @cache
 def _say_too_many(asked: int, most: int) -> None:
     print(
-        f"hybrid: OMP_NUM_THREADS is {asked}, of which the kernels can have {most} here and get "
-        f"{most}; {_MOST}",
+        f"hybrid: OMP_NUM_THREADS is {asked}, {most} threads are used; {_MOST}",
         file=sys.stderr,
     )
 

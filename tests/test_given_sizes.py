@@ -247,8 +247,8 @@ def test_the_environments_threads_are_cut_and_that_is_said_once(
         assert set_threads(host.default_threads()) == most
         assert Identity.of_this_machine().threads == most
     assert capsys.readouterr().err == (
-        f"hybrid: OMP_NUM_THREADS is 4711, of which the kernels can have {most} here and get "
-        f"{most}; NUMBA_NUM_THREADS sets the most there can be\n"
+        f"hybrid: OMP_NUM_THREADS is 4711, {most} threads are used; NUMBA_NUM_THREADS sets the "
+        "most there can be\n"
     )
     assert main([*RUN[:-1], "4711"]) == 2
     error, hint = capsys.readouterr().err.splitlines()
