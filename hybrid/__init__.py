@@ -1,19 +1,16 @@
 """Run Mixture-of-Experts language models on machines whose GPU cannot hold them.
 
 Everything is imported on first use, so that ``import hybrid`` and ``hybrid --help`` start at
-once and load neither torch nor numba.
+once and load neither torch nor numba. Not even of the standard library anything is imported that
+Python has not: until :mod:`hybrid.cli` has taken over, Ctrl-C would show where it was.
 """
-
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING
 
 import cpu_experts  # noqa: F401  (tells OpenMP how to wait, before torch loads it)
 from hybrid import registration
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # importing typing, only to know this, takes milliseconds
 if TYPE_CHECKING:
     from hybrid.config import HybridConfig
     from hybrid.model import HybridModel
@@ -31,6 +28,8 @@ __all__ = ["HybridConfig", "HybridModel", "__version__", "plan"]
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'hybrid' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOME[name]), name)
 
 

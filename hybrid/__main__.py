@@ -2,6 +2,6 @@
 
 import sys
 
-from hybrid.cli import main
+from hybrid.cli import command
 
-sys.exit(main())
+sys.exit(command())

@@ -2,18 +2,20 @@
 
 ``import hybrid`` must cost nothing, so the quantizer is registered when transformers' own
 registry is imported: at once if it already is, else by a finder that watches for that one
-import.
+import. What types and loading it need is imported then.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # as in hybrid/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 _REGISTRY = "transformers.quantizers.auto"
 
@@ -47,7 +49,7 @@ def _register(registry: Any) -> None:
     registry.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_with_ours)
 
 
-class _Watch(MetaPathFinder):
+class _Watch:
     """Steps aside for every import but one, whose loader it wraps."""
 
     def find_spec(
@@ -55,14 +57,17 @@ class _Watch(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != _REGISTRY:
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
+            # All that Python asks of a loader; its base class is left where it is.
+            spec.loader = _Registering(spec.loader)  # type: ignore[assignment]
         return spec
 
 
-class _Registering(Loader):
+class _Registering:
     """Runs the wrapped loader, then registers with the module it made."""
 
     def __init__(self, loader: Loader) -> None:

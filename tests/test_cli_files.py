@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +110,3 @@ def test_help_tells_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(capsys.readouterr().out.split())
     assert "auto is what is free, 0 is the CPU alone. [default: (auto)]" in said
     assert "auto is all of it" in said
-
-
-def test_ctrl_c_before_anything_is_imported() -> None:
-    """Exit code 130 and no traceback, however early it comes."""
-    code = (
-        "import sys, builtins\n"
-        "from hybrid.cli import main\n"
-        "real = builtins.__import__\n"
-        "def interrupted(name, *rest):\n"
-        "    if name == 'hybrid.cli.app':\n"
-        "        raise KeyboardInterrupt\n"
-        "    return real(name, *rest)\n"
-        "builtins.__import__ = interrupted\n"
-        "sys.exit(main(['--version']))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

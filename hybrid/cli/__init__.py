@@ -1,17 +1,32 @@
 """The ``hybrid`` command: one file per command, one verb each."""
 
-from __future__ import annotations
+__all__ = ["command", "main"]
 
-from collections.abc import Sequence
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ended, as shells count it."""
 
-__all__ = ["main"]
+
+def command() -> int:
+    """Run the command line as a program of its own and return its exit code.
+
+    Once the work is done, Ctrl-C ends the program where it stands: in what Python tears down on
+    its way out nothing can be interrupted, it would only be shown.
+    """
+    try:
+        import signal
+
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: "list[str] | None" = None) -> int:
     """Run the command line and return its exit code; Ctrl-C ends it at any time, quietly."""
     try:
         from hybrid.cli.app import main as run
 
         return run(args)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED

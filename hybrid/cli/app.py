@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from cpu_experts.errors import CpuExpertsError
 from gpu_experts.errors import GpuExpertsError
 from hybrid import __version__
+from hybrid.cli import INTERRUPTED
 from hybrid.errors import HybridError
 from planner.errors import PlannerError
 
@@ -120,7 +121,7 @@ def main(args: Sequence[str] | None = None) -> int:
             command = typer.main.get_command(app)
             code = command.main(words, prog_name="hybrid", standalone_mode=False)
     except typer.Abort:
-        code = 130
+        code = INTERRUPTED
     except _UsageError as error:
         code = _report(_describe_usage_error(error))
     except (HybridError, CpuExpertsError, GpuExpertsError, PlannerError) as error:
