@@ -25,7 +25,6 @@ from cpu_experts.panels import widen
 from gpu_experts.layout import BlockLayout
 from gpu_experts.reference import gated
 from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
 from planner.hardware import PANELS, HardwareSpec
 
 _UNITS = ("amx_tile", "avx512_bf16")
@@ -62,7 +61,7 @@ def panels_from(shape: ExpertShape, hardware: HardwareSpec | None = None) -> int
     if not offered(shape):
         return None
     if hardware is None:
-        hardware = calibrated.usable(Identity.of_this_machine(torch.get_num_threads()))
+        hardware = calibrated.alone(torch.get_num_threads())
     return None if hardware is None else faster_from(hardware, shape)
 
 

@@ -247,6 +247,24 @@ def test_calibrating_measures_both(units: None, monkeypatch: pytest.MonkeyPatch)
     assert one.panels_from() is None
 
 
+class _Apart:
+    """Experts whose family's own code gates between the projections."""
+
+    own_gating = True
+
+    def __call__(self, hidden: Any, expert_ids: Any, routing_weights: Any) -> None:
+        """Whatever they compute, panels do not."""
+
+
+def test_gating_of_a_familys_own_takes_none(units: None) -> None:
+    """What panels would take there is not measured: they are never used."""
+    shape, blocks = _experts(4, hidden=32, intermediate=32)
+    runs: Any = [_Apart()]
+    found = layer_times([blocks], shape, 2, Budget(math.inf), runs)
+    assert found.loads.keys() >= {1, 2, 512}
+    assert found.panels == {}
+
+
 def test_without_units_it_is_never(monkeypatch: pytest.MonkeyPatch) -> None:
     """No file is even looked for."""
     for unit in ("amx_tile", "avx512_bf16"):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -23,11 +23,14 @@ from hybrid import host
 from hybrid.errors import UsageError
 from hybrid.metrics import SlowPath
 from hybrid.paths import cache_dir, make_cache_folder, write_whole
+from planner.cost import weight_bytes
 from planner.errors import SpecError
 from planner.fields import read_table
-from planner.hardware import HardwareSpec, Point, TermPoint, to_toml
+from planner.hardware import PANELS, HardwareSpec, Point, Quantity, TermPoint, to_toml
+from planner.spec import Source
 
-REMEDY = "measure this machine with 'hybrid calibrate'"
+COMMAND = "hybrid calibrate"
+REMEDY = f"measure this machine with '{COMMAND}'"
 _RAM_STEP = 1 << 28
 """The same machine's RAM differs by a few pages from start to start."""
 _TIMED = (
@@ -139,7 +142,7 @@ def load(identity: Identity | None = None) -> HardwareSpec | None:
 
 def _again(identity: Identity) -> str:
     """The command that measures over a calibration."""
-    words = ["hybrid calibrate --force"]
+    words = [f"{COMMAND} --force"]
     if identity.device.startswith("emulated"):
         words.append("--device emulated")
     if identity.threads != host.default_threads():
@@ -181,8 +184,8 @@ def with_devices(threads: int | None = None) -> list[Identity]:
 def in_force(threads: int | None = None) -> tuple[HardwareSpec | None, str]:
     """Return this machine as a model runs on it unless told otherwise, and its GPU's name.
 
-    That is with its first GPU where one was measured. An emulated one is only used where it is
-    asked for.
+    That is with its first GPU where one was measured, else the CPU :func:`alone`. An emulated one
+    is only used where it is asked for.
 
     Raises
     ------
@@ -192,7 +195,77 @@ def in_force(threads: int | None = None) -> tuple[HardwareSpec | None, str]:
     for identity in with_devices(threads):
         if not identity.device.startswith("emulated"):
             return load(identity), identity.device
-    return load(Identity.of_this_machine(threads)), ""
+    return alone(threads, load), ""
+
+
+def alone(
+    threads: int | None = None, read: Callable[[Identity], HardwareSpec | None] = usable
+) -> HardwareSpec | None:
+    """Return what was measured of this machine's CPU where it computes everything.
+
+    That is its calibration without a device; what that does not know of, those with a device do:
+    they measure the CPU, too, by the same code and before the device gets anything.
+
+    Parameters
+    ----------
+    threads
+        That compute.
+    read
+        Reads the former: :func:`load` to raise where it is damaged.
+
+    Raises
+    ------
+    UsageError
+        As ``read`` does.
+    """
+    found = read(Identity.of_this_machine(threads))
+    for identity in with_devices(threads):
+        beside = usable(identity)
+        if beside is not None:
+            cpu = without_device(beside)
+            found = cpu if found is None else added(cpu, found)
+    return found
+
+
+def without_device(spec: HardwareSpec) -> HardwareSpec:
+    """Return what a calibration with a device says of the CPU where that computes everything."""
+    if spec.gpu is None:
+        return spec
+    terms = tuple(term for term in spec.terms if term.lane == "cpu")
+    cpu = spec.cpu
+    if any((term.term, term.tokens) == ("attention", 1) for term in terms):
+        # What it says of a layer is what one takes on the device.
+        overhead = layer_overhead(terms, cpu.memory_bytes_per_s, single=True)
+        cpu = replace(cpu, layer_overhead_s=overhead)
+    return replace(
+        spec,
+        summary=f"{spec.summary}; without {spec.gpu.name}",
+        cpu=cpu,
+        gpu=None,
+        link=None,
+        points=tuple(point for point in spec.points if point.lane in ("cpu", PANELS)),
+        terms=terms,
+    )
+
+
+def layer_overhead(terms: Iterable[TermPoint], rate: Quantity, *, single: bool) -> Quantity:
+    """What attention takes on the CPU beyond reading its weights, in the smallest step.
+
+    Parameters
+    ----------
+    terms
+        Of the CPU, among them attention.
+    rate
+        At which weights are read.
+    single
+        Whether it is a single token's step.
+    """
+    mine = [t for t in terms if t.term == "attention" and (t.tokens == 1) == single]
+    first = min(mine, key=lambda term: (term.tokens, term.context))
+    rest_s = first.seconds - weight_bytes(first.params, first.format) / rate.value
+    step = "a single token's" if single else f"{first.tokens} tokens'"
+    origin = f"{COMMAND}: {step} attention and router without reading its weights"
+    return Quantity(max(0.0, rest_s), Source.FITTED, origin)
 
 
 def missing(identity: Identity | None = None) -> str:

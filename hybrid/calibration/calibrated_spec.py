@@ -8,7 +8,7 @@ from datetime import datetime
 from statistics import median, pstdev
 from typing import TYPE_CHECKING
 
-from hybrid.calibration.calibrated import Identity
+from hybrid.calibration.calibrated import COMMAND, Identity, layer_overhead
 from hybrid.calibration.measure import DiskTimes, ExpertTimes
 from hybrid.calibration.others import DISTURBED
 from hybrid.calibration.parts import Part, typical
@@ -19,7 +19,6 @@ from planner.spec import Source
 if TYPE_CHECKING:
     from hybrid.calibration.measure_device import DeviceTimes
 
-COMMAND = "hybrid calibrate"
 _OF_EXPERTS = ("expert", "deciding", "handing", "joining")
 """Terms that depend on the experts' format and not on the dense weights'."""
 
@@ -142,12 +141,7 @@ def _cpu(
             first = min(tokens, key=lambda term: term.context)
             origin = f"{COMMAND}: a single token's attention and router, on the device"
             return Quantity(first.seconds, Source.FITTED, origin)
-        mine = [t for t in terms if t.term == "attention" and (t.tokens == 1) == single]
-        first = min(mine, key=lambda term: (term.tokens, term.context))
-        rest_s = first.seconds - weight_bytes(first.params, first.format) / rate.value
-        step = "a single token's" if single else f"{first.tokens} tokens'"
-        origin = f"{COMMAND}: {step} attention and router without reading its weights"
-        return Quantity(max(0.0, rest_s), Source.FITTED, origin)
+        return layer_overhead(terms, rate, single=single)
 
     def around(single: bool) -> Quantity:
         mine = [t for t in terms if t.term == "call" and (t.tokens == 1) == single]

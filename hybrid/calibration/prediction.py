@@ -206,7 +206,7 @@ def predicted(
     UsageError, PlannerError
         When the model's directory is gone, or the run is none that can be predicted.
     """
-    hardware = calibrated.usable(Identity.of_this_machine(threads))
+    hardware = calibrated.alone(threads)
     if hardware is None:
         return None
     where = network.hybrid_store.path

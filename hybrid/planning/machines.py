@@ -73,8 +73,7 @@ def this_machine(
     """
     spec, gpu = calibrated.in_force(threads)
     if vram_bytes == 0:
-        spec = calibrated.load(Identity.of_this_machine(threads)) or spec
-        gpu = ""
+        spec, gpu = calibrated.alone(threads, calibrated.load), ""
     elif vram_bytes and not gpu:
         if unmeasured := [found.name for found in host.gpus() if found.driver]:
             raise UsageError(
@@ -101,11 +100,11 @@ def with_emulated(
     own = calibrated.usable(Identity.of_this_machine(threads, name))
     if own is not None and Coverage.of(own, wanted.model, wanted.experts, wanted.dense).whole:
         return own.emulated()
-    identity = Identity.of_this_machine(threads)
-    cpu, like = calibrated.usable(identity), find_hardware(EMULATED_AS)
+    cpu, like = calibrated.alone(threads), find_hardware(EMULATED_AS)
     if cpu is not None:
         return emulated_hardware(cpu, like).emulated()
-    ram = Quantity(identity.ram_bytes, Source.MEASURED, "this machine's own figure")
+    installed = Identity.of_this_machine(threads).ram_bytes
+    ram = Quantity(installed, Source.MEASURED, "this machine's own figure")
     return replace(like, cpu=replace(like.cpu, ram_bytes=ram)).emulated()
 
 
