@@ -89,6 +89,17 @@ def test_a_device_calibration_stands_in() -> None:
 
 
 @pytest.mark.usefixtures("home")
+def test_env_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody is asked to measure what is known."""
+    save(with_device(), Identity.of_this_machine(device=EMULATED))
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert "none of the CPU alone: the CPU's part of those below counts" in shown
+    assert f"with {EMULATED}" in shown
+    assert "hybrid calibrate" not in shown
+
+
+@pytest.mark.usefixtures("home")
 def test_the_cpus_own_calibration_counts_first() -> None:
     """Numbers of the machine are its own; of shapes and parts that it lacks the others are told."""
     own = replace(bare_machine(), points=(point("cpu", 1, 9.0),), terms=())

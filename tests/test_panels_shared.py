@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,31 @@ import torch
 
 import hybrid.panels
 from hybrid.arguments.names import find_hardware
+from hybrid.bench.stages import Emulated
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.conversion.checkpoint import convert
 from hybrid.experts import compute_on_cpu, experts_of
 from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
+from hybrid.planning.machines import emulated_hardware
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.devices import emulated_device
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import place_model
+from planner.cost import CostModel
 from planner.hardware import PANELS, HardwareSpec, Point
 from planner_examples import bare_machine
-from sharing import EXPERTS, LAYERS, exact, random_layers, random_step, shared_executor
+from sharing import (
+    EXPERTS,
+    LAYERS,
+    SHAPE,
+    SPEC,
+    exact,
+    random_layers,
+    random_step,
+    shared_executor,
+)
 
 LEAST = 4
 #: Of the largest output: as for panels beside the twin, of which the device's experts take none.
@@ -172,3 +185,12 @@ def test_who_places_a_model_decides_by_its_own_figures(tiny_model: Path, tmp_pat
         known = hardware or _measured(described, runner.shape)
         place_model(network, device, known, Budget(None, None, 64), threads=1)
         assert experts_of(network)[0].panels_from == wanted
+
+
+@pytest.mark.usefixtures("units")
+def test_a_bench_takes_them_as_its_planner_reckons() -> None:
+    """Beside an emulated GPU this machine's CPU computes as it was measured."""
+    like = find_hardware("rtx4060-laptop-8gb")
+    for cpu, wanted in ((_measured(bare_machine(), SHAPE), LEAST), (bare_machine(), None)):
+        with closing(Emulated(CostModel(SPEC, emulated_hardware(cpu, like), "q4_0"))) as stage:
+            assert [layer.panels_from for layer in stage.layers] == [wanted] * LAYERS

@@ -100,6 +100,8 @@ def _calibration() -> dict[str, str]:
         spec = calibrated.load(identity)
     except UsageError as error:
         return {"calibration": f"damaged: {error.message}; {error.hint}"}
+    if spec is None and calibrated.alone() is not None:
+        return {"calibration": "none of the CPU alone: the CPU's part of those below counts"}
     if spec is None:
         return {"calibration": f"none: {calibrated.missing(identity)}; {calibrated.REMEDY}"}
     return {"calibration": f"{identity.path}: {spec.summary}"} | {
