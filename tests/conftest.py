@@ -28,3 +28,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_tiny_model(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def demo_text(hybrid_cache: Path) -> str:
+    """What the shipped model writes on the CPU alone; see ``tests/shared_demo.py``."""
+    from hybrid.model import HybridModel
+    from shared_demo import GREEDY, PROMPT
+
+    return HybridModel.from_pretrained(threads=1).generate(PROMPT, **GREEDY)

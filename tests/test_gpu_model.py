@@ -30,8 +30,8 @@ from hybrid.sharing import devices
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import Placement, place_model
 from planner.memory import STAGING
+from shared_demo import GREEDY, PROMPT, dense_bytes
 from test_calibrate import quick  # noqa: F401
-from test_sharing_model import GREEDY, PROMPT, _dense_bytes
 
 GPU = (
     pytest.mark.gpu,
@@ -65,7 +65,7 @@ def placed(target: CudaDevice, slots: int) -> tuple[Any, Placement]:
     """The demo model on a device with room for ``slots`` resident experts."""
     model = demo()
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    vram = _dense_bytes(demo()) + (slots + STAGING) * layer.blocks.shape[1]
+    vram = dense_bytes(demo()) + (slots + STAGING) * layer.blocks.shape[1]
     hardware = find_hardware("rtx4060-laptop-8gb")
     if target.torch_device.type != "cpu":
         assert hardware.gpu is not None
