@@ -91,6 +91,11 @@ def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("Mixtral", *LAPTOP, "--threads", "4"), "threads is 4, but the rates of rtx4060-laptop"),
         (("Mixtral", *LAPTOP, "--trace", "none.npz"), "none.npz cannot be read"),
         (("Mixtral", *LAPTOP, "--json", "--markdown"), "--json and --markdown"),
+        (("--experiment", "x", "-t", "4"), "--threads changes nothing of --experiment"),
+        (("Mixtral", "--experiment", "x"), "MODEL changes nothing of --experiment"),
+        (("--experiment", "x", "--html", "x.html"), "--html changes nothing of --experiment"),
+        (("diff", "a", "b", "--json"), "--json changes nothing of diff"),
+        (("diff", "a", "b", "--dense", "bf16"), "--dense changes nothing of diff"),
     ],
 )
 def test_bad_input_is_one_line_and_a_hint(

@@ -33,6 +33,7 @@ _WIDTH = 110
 
 
 def plan(
+    given: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -136,15 +137,17 @@ def plan(
     if as_json and markdown:
         raise UsageError("--json and --markdown were both given", hint="choose one")
     if model == "diff":
+        _take_only(given, "diff", {"model", "others", "markdown"})
         _deliver(_diff(others or []), markdown=markdown)
+        return
+    if experiment is not None:
+        _take_only(given, "--experiment", {"experiment", "as_json", "markdown"})
+        _experiment(experiment, as_json=as_json, markdown=markdown)
         return
     if others:
         raise UsageError(
             f"unexpected {str(others[0])!r} after the model", hint="plan one model at a time"
         )
-    if experiment is not None:
-        _experiment(experiment, as_json=as_json, markdown=markdown)
-        return
     check_writable("--html", html, replaced=force, remedy=OR_FORCE)
     check_writable("--perfetto", perfetto, replaced=force, remedy=OR_FORCE)
     machine = None
@@ -188,6 +191,15 @@ def plan(
         write_file(perfetto, to_perfetto(result))
     if not result.fit.fits:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _take_only(given: typer.Context, what: str, names: set[str]) -> None:
+    """Refuse what was given besides ``names``, which is all that ``what`` takes."""
+    for option in given.command.params:
+        source = given.get_parameter_source(str(option.name))
+        if option.name not in names and source is not None and source.name == "COMMANDLINE":
+            word = "MODEL" if option.name == "model" else max(option.opts, key=len)
+            raise UsageError(f"{word} changes nothing of {what}", hint=f"leave {word} out")
 
 
 def _deliver(found: list[Table], *, markdown: bool) -> None:
