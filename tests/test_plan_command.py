@@ -397,11 +397,14 @@ def test_threads_are_not_taken_of_described_machines() -> None:
 
 
 def test_memory_of_a_machine_that_was_found_can_be_less() -> None:
-    """What was found for one plan takes other sizes in the next."""
+    """What was found for one plan takes other sizes in the next; nothing is emulated without."""
     machine = machine_for("demo", "rtx4060-laptop", vram="6GiB")
     assert machine is not None
     for vram, size in ((None, 6 * 2**30), ("2GiB", 2 * 2**30), (0, 0)):
-        assert plan("demo", machine, vram=vram, tokens=1).fit.vram_bytes == size
+        for emulated in (False, True):
+            found = plan("demo", replace(machine, emulated=emulated), vram=vram, tokens=1)
+            assert found.fit.vram_bytes == size
+            assert found.request.emulated == (emulated and size > 0)
 
 
 def test_a_described_machine_keeps_its_drivers_share(capsys: pytest.CaptureFixture[str]) -> None:

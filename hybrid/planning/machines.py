@@ -50,7 +50,7 @@ class Machine:
             spec = spec.with_values("gpu", vram_bytes=vram_bytes)
         if ram_bytes is not None:
             spec = spec.with_values("cpu", ram_bytes=ram_bytes)
-        return replace(self, spec=spec)
+        return replace(self, spec=spec, emulated=self.emulated and spec.gpu is not None)
 
 
 def this_machine(
