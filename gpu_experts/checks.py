@@ -55,15 +55,10 @@ def check_compute(
         raise ShapeError(
             f"out is {out.dtype} {list(out.shape)}; it must be contiguous float32 {list(shape)}"
         )
-    loads = _loads_of(shape[0], slot_ids, routing_weights)
-    if loads and not 0 <= min(loads) <= max(loads) < slots:
-        raise SlotError(
-            f"slot ids from {min(loads)} to {max(loads)} on a device with {slots} slots"
-        )
-    return loads
+    return _loads_of(shape[0], slots, slot_ids, routing_weights)
 
 
-def _loads_of(tokens: int, slot_ids: Any, routing_weights: Any) -> dict[int, int]:
+def _loads_of(tokens: int, slots: int, slot_ids: Any, routing_weights: Any) -> dict[int, int]:
     """Count the tokens of each slot."""
     if isinstance(slot_ids, list):
         loads = dict.fromkeys(slot_ids, 1)
@@ -72,6 +67,8 @@ def _loads_of(tokens: int, slot_ids: Any, routing_weights: Any) -> dict[int, int
                 f"{slot_ids} and {len(routing_weights)} weights for {tokens} tokens; a list must"
                 " be different slots of one token, with a weight each"
             )
+        if loads and (min(loads) < 0 or max(loads) >= slots):
+            raise _outside(min(loads), max(loads), slots)
         return loads
     if slot_ids.ndim != 2 or slot_ids.shape[0] != tokens or slot_ids.dtype.kind not in "iu":
         raise ShapeError(
@@ -83,10 +80,18 @@ def _loads_of(tokens: int, slot_ids: Any, routing_weights: Any) -> dict[int, int
             f"routing_weights are {routing_weights.dtype} {list(routing_weights.shape)};"
             f" they must be float32 {list(slot_ids.shape)}"
         )
-    used, counts = np.unique(slot_ids, return_counts=True)
-    loads = dict(zip(used.tolist(), counts.tolist(), strict=True))
-    loads.pop(-1, None)
-    return loads
+    if not slot_ids.size:
+        return {}
+    least, most = int(slot_ids.min()), int(slot_ids.max())
+    if least < -1 or most >= slots:
+        raise _outside(least, most, slots)
+    counts = np.bincount(slot_ids.reshape(-1) + 1)[1:]  # the first are those elsewhere
+    used = np.flatnonzero(counts)
+    return dict(zip(used.tolist(), counts[used].tolist(), strict=True))
+
+
+def _outside(least: int, most: int, slots: int) -> SlotError:
+    return SlotError(f"slot ids from {least} to {most} on a device with {slots} slots")
 
 
 def as_arrays(slot_ids: I32 | list[int], routing_weights: F32 | list[float]) -> tuple[I32, F32]:

@@ -329,6 +329,23 @@ class ExpertCache:
             self._give(layer, expert, evicted)
         return worth, evicted
 
+    def offer_each(self, layer: int, experts: Iterable[int]) -> list[tuple[int, int | None]]:
+        """Offer a slot to one expert after the other; return who got one, and whom it evicted."""
+        kept: list[tuple[int, int | None]] = []
+        value, least = None, 0.0
+        for expert in experts:
+            # Who is worth no more than somebody that got none gets none, while nothing changes.
+            if value is not None and value[expert] <= least:
+                continue
+            worth, evicted = self.offer(layer, expert)
+            value = None
+            if worth:
+                kept.append((expert, evicted))
+            elif self._policy.evicts_least:
+                value = self.value(layer)
+                least = np.inf if evicted is None else value[evicted]
+        return kept
+
     def _offer(self, layer: int, expert: int) -> tuple[bool, int | None]:
         if len(self._residents[layer]) < self.capacities[layer]:
             return True, None

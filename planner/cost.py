@@ -24,6 +24,7 @@ from planner.errors import CostError
 from planner.hardware import HardwareSpec, Point, Quantity
 from planner.measured import MeasuredTerms, pieces
 from planner.model import Layer, ModelSpec
+from planner.schedule import SEARCH_S
 from planner.spec import Estimate, Source, weakest
 
 BITS_PER_WEIGHT = {"q4_0": 4.5, "q8_0": 8.5, "bf16": 16.0, "f32": 32.0}
@@ -334,7 +335,7 @@ class CostModel:
         """Return decode's plans for layers whose shared expert takes ``gpu_free_s``."""
         if gpu_free_s not in self._tables:
             self._tables[gpu_free_s] = DecodeTable(
-                self.experts, self.model.experts.top_k, gpu_free_s=gpu_free_s
+                self.experts, self.model.experts.top_k, gpu_free_s=gpu_free_s, search_s=SEARCH_S
             )
         return self._tables[gpu_free_s]
 

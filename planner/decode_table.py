@@ -39,6 +39,7 @@ class DecodeTable:
         load: int = 1,
         gpu_free_s: float = 0.0,
         link_free_s: float = 0.0,
+        search_s: float = 0.0,
     ) -> None:
         if top_k < 1 or load < 1:
             raise WorkError(
@@ -50,6 +51,7 @@ class DecodeTable:
         self.load = load
         self.gpu_free_s = gpu_free_s
         self.link_free_s = link_free_s
+        self._search_s = search_s
         self._plans = {
             (hits, misses): self._first_ids(hits, misses, link_free_s)
             for hits in range(top_k + 1)
@@ -99,7 +101,7 @@ class DecodeTable:
         """
         distinct = {load for _, load in work.loads} or {self.load}
         if len(distinct) > 1:
-            return schedule(work, hits, self.cost)
+            return schedule(work, hits, self.cost, self._search_s)
         (load,) = distinct
         if len(work.loads) > self.top_k or load != self.load or work.gpu_free_s != self.gpu_free_s:
             return self._exact(work, load, [*hits], [*misses])

@@ -361,9 +361,5 @@ class Director:
 
     def _admit(self, layer: int, experts: Iterable[int]) -> list[Admission]:
         """Keep what is worth more than what it replaces; return what was kept."""
-        kept = []
-        for expert in experts:
-            worth, evicted = self.cache.offer(layer, expert)
-            if worth:
-                kept.append(Admission(layer, expert, evicted))
-        return kept
+        kept = self.cache.offer_each(layer, experts)
+        return [Admission(layer, expert, evicted) for expert, evicted in kept]

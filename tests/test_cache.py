@@ -278,3 +278,25 @@ def test_bad_input_is_refused():
 def test_a_replay_reports_hits_over_activated():
     """The hit rate is over all layers together, each activated expert counted once."""
     assert Replay(np.array([3, 1]), np.array([4, 4])).hit_rate == 0.5
+
+
+@given(traces(), st.lists(st.integers(0, EXPERTS - 1), max_size=EXPERTS, unique=True), st.data())
+@settings(max_examples=60, deadline=None)
+def test_offering_to_many_is_offering_to_one_after_the_other(trace, wanted, data):
+    """Whatever the policy, the same experts get the same slots."""
+    ids, weights = trace
+    layers = ids.shape[1]
+    capacities = [data.draw(st.integers(0, EXPERTS)) for _ in range(layers)]
+    for one, many in zip(policies(ids, capacities), policies(ids, capacities), strict=True):
+        caches = ExpertCache(one, capacities), ExpertCache(many, capacities)
+        for step, weight in zip(ids, weights, strict=True):
+            for layer in range(layers):
+                for cache in caches:
+                    cache.step(layer, step[layer], weight[layer])
+                missing = [e for e in wanted if e not in caches[0].residency(layer)]
+                expected = []
+                for expert in missing:
+                    worth, evicted = caches[0].offer(layer, expert)
+                    expected += [(expert, evicted)] * worth
+                assert caches[1].offer_each(layer, missing) == expected
+                assert caches[0].residency(layer) == caches[1].residency(layer)

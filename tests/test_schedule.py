@@ -189,6 +189,16 @@ def test_no_bound_exceeds_the_optimum(problem):
         assert min(relaxed_s, *idle_s) <= best_s + slack
 
 
+@given(problems(max_experts=40), st.sampled_from([0.0, 0.5, 4.0, 1e9]))
+@settings(max_examples=150, deadline=None)
+def test_a_search_is_only_left_out_where_it_could_save_less(problem, search_s):
+    """No plan ends earlier by more than the search would take; baselines never end earlier."""
+    found, exact = solve(problem, search_s), solve(problem)
+    assert exact.makespan_s <= found.makespan_s <= exact.makespan_s + search_s + 1e-9
+    assert found.lower_bound_s <= exact.makespan_s + 1e-9
+    assert found.makespan_s <= min(baseline.solve(problem).makespan_s for baseline in BASELINES)
+
+
 def test_the_relaxation_is_tight_on_large_layers():
     """With 128 experts the bound is within 3% of the plan on average: neither is loose."""
     rng = np.random.default_rng(128)

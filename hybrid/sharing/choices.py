@@ -30,7 +30,8 @@ class Choice:
     """
 
     def __init__(self, ids: Ids, factors: F32, experts: int) -> None:
-        self.ids, self.factors = ids, factors
+        self.factors = factors
+        self._experts = experts
         # Of a single token whose experts all differ: their weights.
         self._single: dict[int, float] | None = None
         self.loads: tuple[tuple[int, int], ...]
@@ -47,6 +48,7 @@ class Choice:
                 self.weights = [single[expert] for expert in chosen]
                 return
         valid = (ids >= 0) & (ids < experts)
+        self._known = np.where(valid, ids, experts)  # those that stand for none are one more
         flat = ids[valid]
         counts = np.bincount(flat, minlength=experts)
         used = np.flatnonzero(counts)
@@ -65,7 +67,6 @@ class Choice:
         single = self._single
         if single is not None:
             return list(places), [single[expert] for expert in experts]
-        table = np.full(max(experts) + 2, -1, np.int32)
+        table = np.full(self._experts + 1, -1, np.int32)
         table[list(experts)] = places
-        out_of_table = (self.ids < 0) | (self.ids > max(experts))
-        return table[np.where(out_of_table, len(table) - 1, self.ids)], self.factors
+        return table[self._known], self.factors

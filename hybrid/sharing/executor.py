@@ -25,6 +25,7 @@ from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
 from hybrid.errors import bare, first_line
 from hybrid.experts import PackedLayer, add_on_cpu, compute_on_cpu
 from hybrid.metrics import SlowPath
+from hybrid.sharing.calls import Call, calls_of
 from hybrid.sharing.choices import F32, Choice, Ids
 from hybrid.sharing.partners import Ahead, Launcher, Predictor, Seconds
 from hybrid.sharing.residents import Opened, Residents, Settle
@@ -318,35 +319,29 @@ class Executor:
         )
 
     def _launch(self, step: _Step, choice: Choice, decision: Decision) -> None:
-        """Give the device the plan's copies and experts, those that are resident in one call.
+        """Give the device the plan's copies and experts.
 
-        What is copied is computed in the order of arrival: then at most two are staged. A single
-        token's are computed with the residents where the CPU takes longer even so: a call less.
+        A single token's are computed in one call where the CPU takes longer even so.
         """
-        plan, residents = decision.plan, self.residents
+        work, plan, residents = decision.work, decision.plan, self.residents
         kept = {admission.expert: admission for admission in decision.admitted}
-        copied = set(plan.copies)
-        resident = [expert for expert in plan.gpu if expert not in copied]
-        together = step.tokens == 1 and self._can_wait(decision)
-        for expert in plan.copies:
-            if expert in kept:
-                step.copies.append(residents.admit(kept[expert]))
-            else:
-                step.copies.append(residents.stage(step.layer, expert))
-            if together:
-                continue
-            if resident:  # the link has begun: the GPU has something to compute meanwhile
-                self._compute(step, choice, resident, "resident")
-                resident = []
-            self._compute(step, choice, [expert], "copied")
-            if expert not in kept:
+        staged = set(plan.copies) - kept.keys()
+        if not plan.gpu:
+            return
+        if not plan.copies or (step.tokens == 1 and self._can_wait(decision)):
+            calls = [Call(plan.copies, plan.gpu)]
+        else:
+            calls = calls_of(work, plan, self.director.cost.experts, kept, residents.staging)
+        for copies, experts in calls:
+            for expert in copies:
+                if expert in staged:
+                    step.copies.append(residents.stage(step.layer, expert))
+                else:
+                    step.copies.append(residents.admit(kept[expert]))
+            if experts:
+                self._compute(step, choice, experts)
+            for expert in staged.intersection(experts):
                 residents.unstage(step.layer, expert)
-        if together:
-            self._compute(step, choice, [*plan.gpu], "resident and copied")
-            for expert in copied - kept.keys():
-                residents.unstage(step.layer, expert)
-        elif resident:
-            self._compute(step, choice, resident, "resident")
 
     def _can_wait(self, decision: Decision) -> bool:
         """Whether the GPU may begin after the last copy and still be done before the CPU."""
@@ -358,10 +353,10 @@ class Executor:
         begin_s = max(plan.link_end_s, decision.work.gpu_free_s + cost.gpu_start_s)
         return begin_s + len(plan.gpu) * cost.gpu_s(1) <= plan.cpu_end_s
 
-    def _compute(self, step: _Step, choice: Choice, experts: list[int], which: str) -> None:
+    def _compute(self, step: _Step, choice: Choice, experts: Sequence[int]) -> None:
         """Give the device experts to compute, once their copies have arrived."""
         ids, factors = choice.among(experts, self.residents.slots(step.layer, experts))
-        what = f"layer {step.layer}: {which} experts {experts}"
+        what = f"layer {step.layer}: experts {', '.join(map(str, experts))}"
         step.computes.append(step.device.compute(step.x, ids, factors, step.out, (), what))
 
     def _fill(self, step: _Step, decision: Decision, routed_s: float, known: Sequence[F32]) -> None:

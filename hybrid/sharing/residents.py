@@ -62,6 +62,11 @@ class Residents:
         return self._slots.slots(layer, experts)
 
     @property
+    def staging(self) -> int:
+        """How many experts can be staged at once when none is."""
+        return self._slots.staging
+
+    @property
     def free_staging(self) -> int:
         """How many experts can be staged at once."""
         return self._slots.free_staging
