@@ -262,7 +262,8 @@ class CostModel:
     def deciding(self, tokens: int, copies: int = 0) -> Estimate:
         """Time of the host in a layer, from the router's answer until the GPU has its work.
 
-        ``copies`` experts are copied to it. 0 unless measured, and without a GPU.
+        ``copies`` experts are copied to it. Unless a calibration measured this model, what the
+        machine's description says of any; 0 without a GPU.
         """
         key = (tokens, copies)
         if key not in self._deciding:
@@ -271,8 +272,12 @@ class CostModel:
                 self._calibrated(term, params, tokens, tokens, fmt=fmt) if self.on_gpu else None
                 for term in ("deciding", "handing")
             )
+            cpu = self.hardware.cpu
+            known = cpu.deciding_s if tokens == 1 else cpu.prompt_deciding_s
             if found is not None and each is not None:
                 found += each * copies
+            elif known is not None and self.on_gpu:
+                found = constant(known)
             self._deciding[key] = Estimate(0.0, Source.ASSUMED) if found is None else found
         return self._deciding[key]
 

@@ -80,6 +80,10 @@ class Cpu:
     token_start_s: Quantity | None = None
     prompt_start_s: Quantity | None = None
     """Around the layers of a decode step and of a prompt: embedding, sampling, bookkeeping."""
+    deciding_s: Quantity | None = None
+    prompt_deciding_s: Quantity | None = None
+    """Beside a GPU: placing a layer's experts and handing the GPU its part, of a single token and
+    of more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +203,8 @@ _MAY_BE_ZERO = (
     "prompt_layer_overhead_s",
     "token_start_s",
     "prompt_start_s",
+    "deciding_s",
+    "prompt_deciding_s",
 )
 
 

@@ -66,6 +66,10 @@ def test_the_devices_terms_are_kept_apart(measured: HardwareSpec) -> None:
     # The emulated device's dense layers are torch's, in the type that it computes in.
     assert {t.format for t in on_device if t.term not in OF_EXPERTS} <= {"f32", "bf16"}
     assert {t.format for t in on_device if t.term in OF_EXPERTS} == {"q4_0"}
+    # Of other models on this device, too, something is known of the host's part.
+    assert measured.cpu.deciding_s is not None
+    assert measured.cpu.prompt_deciding_s is not None
+    assert measured.cpu.prompt_deciding_s.value > 0
     spread = [t for t in on_device if t.term in ("attention", "head", "call", "deciding")]
     assert all(t.error is not None for t in on_device if t.term == "handing" and t.seconds)
     assert all(t.error is not None and t.seconds > 0 for t in spread if t.tokens == 1)

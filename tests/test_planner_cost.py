@@ -251,3 +251,19 @@ def test_a_machine_states_what_surrounds_the_layers() -> None:
     layer = model.layers[0]
     assert cost.mixer(layer, 2, 2).value > 3.0 > cost.mixer(layer, 1, 2).value
     assert cost.mixer(layer, 2, 2, sequences=2).value < 3.0
+
+
+def test_deciding_beside_a_gpu_is_the_machines_where_the_model_was_not_measured() -> None:
+    """However many are copied; the CPU alone has nothing to decide."""
+    model = small_model()
+    cpu = machine_table()["cpu"]
+    cpu |= {"deciding_s": quantity(4.0), "prompt_deciding_s": quantity(5.0)}
+    cost = CostModel(model, machine(cpu=cpu))
+    assert [cost.deciding(1).value, cost.deciding(1, 3).value] == [4.0, 4.0]
+    assert cost.deciding(32).value == 5.0
+    about = {"params": model.experts.params_each, "format": "q4_0", "lane": "gpu"}
+    points = tuple(term(name, 1, 1, 0.5, **about) for name in ("deciding", "handing"))
+    measured = CostModel(model, replace(machine(cpu=cpu), terms=points))
+    assert measured.deciding(1, 3).value == 2.0
+    alone = CostModel(model, machine(cpu=cpu, gpu=None, link=None))
+    assert alone.deciding(1) == Estimate(0.0, Source.ASSUMED)

@@ -150,6 +150,15 @@ def _cpu(
         error = first.error / first.seconds if first.error and first.seconds else None
         return Quantity(first.seconds, Source.MEASURED, origin, error)
 
+    def deciding(single: bool) -> Quantity | None:
+        """Of another model than the measured one: as of the one, without copies."""
+        mine = [t for t in shared if t.term == "deciding" and (t.tokens == 1) == single]
+        if not mine:
+            return None
+        last = max(mine, key=lambda term: term.tokens)
+        origin = f"{COMMAND}: deciding in a layer of {last.tokens} tokens, without copies"
+        return Quantity(last.seconds, Source.FITTED, origin)
+
     return Cpu(
         name=identity.cpu,
         ram_bytes=Quantity(
@@ -166,6 +175,8 @@ def _cpu(
         prompt_layer_overhead_s=overhead(single=False),
         token_start_s=around(single=True),
         prompt_start_s=around(single=False),
+        deciding_s=deciding(single=True),
+        prompt_deciding_s=deciding(single=False),
     )
 
 

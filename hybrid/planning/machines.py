@@ -111,7 +111,7 @@ def with_emulated(
 def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
     """Return the CPU of one machine with the GPU and the link of another.
 
-    What the modelling code costs a layer is the other's, too: it runs beside a GPU there.
+    What the modelling code and deciding cost a layer is the other's, too: beside a GPU.
 
     Raises
     ------
@@ -120,10 +120,11 @@ def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
     """
     if like.gpu is None:
         raise UsageError(f"{like.name} has no GPU to emulate", hint="choose hardware with one")
+    beside_gpu = ("layer_overhead_s", "deciding_s", "prompt_deciding_s")
     return replace(
         cpu,
         name=f"{cpu.name} with the GPU of {like.name}",
-        cpu=replace(cpu.cpu, layer_overhead_s=like.cpu.layer_overhead_s),
+        cpu=replace(cpu.cpu, **{name: getattr(like.cpu, name) for name in beside_gpu}),
         gpu=like.gpu,
         link=like.link,
         points=tuple(point for point in cpu.points if point.lane in ("cpu", PANELS)),
