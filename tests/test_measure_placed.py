@@ -146,6 +146,21 @@ def of_tiny(path: Path, context: int = 64) -> Placed:
     return Placed(path, subject(path).model, device, hardware, context, 1)
 
 
+def test_every_other_generation_begins_with_nothing_resident(tiny_model: Path) -> None:
+    """As the first prompt of a session does; the others find what the one before left."""
+    placed = of_tiny(tiny_model)
+    executor = placed.placement.executor
+    assert executor is not None
+    emptied = []
+    for _ in range(4):
+        before = executor.residents
+        placed.generate(8, 2)
+        emptied.append(executor.residents is not before)
+        executor.residents.check_integrity()
+    placed.close()
+    assert emptied == [True, False, True, False]
+
+
 def test_a_model_is_measured_where_it_is_placed(tiny_model: Path) -> None:
     """Half of the experts at most are resident; every term of prompts and tokens is there."""
     placed = of_tiny(tiny_model)
@@ -183,7 +198,7 @@ def test_a_device_that_fails_measures_nothing(tiny_model: Path) -> None:
     executor = placed.placement.executor
     assert executor is not None
     assert isinstance(executor.device, EmulatedDevice)
-    executor.device.fail("memory")
+    executor.device.fail("memory", after=1)  # slots are opened anew first
     with pytest.raises(UnmeasuredError, match="injected"):
         placed.generate(8, 4)
 

@@ -389,7 +389,7 @@ class Executor:
         while self.slot_count:
             self.slot_count = int(self.slot_count * SHRINK)
             try:
-                self._restart()
+                self.restart()
                 break
             except DeviceMemoryError as again:
                 error = bare(again)
@@ -435,10 +435,10 @@ class Executor:
                 self._give_up(self.device, error)
         except (AssertionError, GpuExpertsError, PlannerError):
             # It was broken off between two halves of a change.
-            self._restart()
+            self.restart()
 
-    def _restart(self) -> None:
-        """Begin with nothing resident."""
+    def restart(self) -> None:
+        """Begin with nothing resident, between two layers; what was learned about experts stays."""
         assert self.device is not None
         opened = self._settle(self.slot_count)
         self.residents = Residents(self.device, self.layers, opened)
