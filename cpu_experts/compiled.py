@@ -21,9 +21,11 @@ import llvmlite
 import numba
 from llvmlite.binding import get_host_cpu_name
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.cpu_options import ParallelOptions
 
 from cpu_experts import simd
 from cpu_experts.hostcpu import host_features
+from cpu_experts.linking import Kernel
 
 _log = logging.getLogger("cpu_experts")
 _NOT_KEPT = "the compiled kernels are not kept, every start compiles them anew: %s (set %s)"
@@ -94,17 +96,20 @@ def kernel(
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = numba.njit(
-            nogil=True,
-            parallel=dict(_PRANGE_ONLY) if parallel else False,
-            error_model="numpy",
-            fastmath={"reassoc", "contract", "nsz"} if reassociate else False,
-        )(function)
-        if not numba.config.DISABLE_JIT:
-            try:
-                compiled._cache = _SaltedCache(function)
-            except RuntimeError as error:  # numba found no folder that it can write
-                _warn_not_kept(str(error))
+        if numba.config.DISABLE_JIT:
+            return function
+        options = {
+            "nopython": True,
+            "nogil": True,
+            "parallel": ParallelOptions(dict(_PRANGE_ONLY)) if parallel else False,
+            "error_model": "numpy",
+            "fastmath": {"reassoc", "contract", "nsz"} if reassociate else False,
+        }
+        compiled = Kernel(function, options)
+        try:
+            compiled._cache = _SaltedCache(function)
+        except RuntimeError as error:  # numba found no folder that it can write
+            _warn_not_kept(str(error))
         return compiled
 
     return decorate

@@ -1,4 +1,4 @@
-"""The disk cache of compiled kernels: what shares a file, and what a bad disk does."""
+"""How kernels are compiled: what shares a file, what a bad disk does, what is done only once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core.codegen import CPUCodeLibrary
 
 from cpu_experts import compiled
 
@@ -23,6 +24,18 @@ def zero_and_add(a, threads):
 
 def twice(x):
     return x + x
+
+def checked(x):
+    if x < 0:
+        raise ValueError("negative", x)
+    return x
+
+def twice_checked(x):
+    return checked(x) + checked(x)
+
+def add_in_parallel(a, threads):
+    for w in prange(threads):
+        a[w] += twice_checked(a[w])
 """
 
 
@@ -115,11 +128,78 @@ def test_a_full_disk_is_no_error(
 
 
 def test_only_prange_makes_a_region(fresh: Callable[[str], Any]) -> None:
-    """Setting an array to zero costs no fork and join of its own."""
+    """Setting an array to zero costs no fork and join of its own, in no specialisation."""
     function = compiled.kernel(parallel=True)(fresh("zero_and_add"))
+    for kind in (np.float64, np.float32):
+        a = np.ones(3, kind)
+        function(a, 2)
+        assert list(a) == [1, 1, 0]
+    for signature in function.signatures:
+        found = function.get_metadata(signature)["parfor_diagnostics"]
+        assert len(found.initial_parfors) == 1
+
+
+@pytest.fixture
+def nested(fresh: Callable[[str], Any]) -> Callable[[], tuple[Any, Any, Any]]:
+    """Kernels that call each other: the innermost, the middle one and the one with a region."""
+
+    def load() -> tuple[Any, Any, Any]:
+        inner, middle, outer = fresh("checked"), fresh("twice_checked"), fresh("add_in_parallel")
+        inner = compiled.kernel()(inner)
+        middle.__globals__["checked"] = inner
+        middle = compiled.kernel()(middle)
+        outer.__globals__["twice_checked"] = middle
+        return inner, middle, compiled.kernel(parallel=True)(outer)
+
+    return load
+
+
+def test_what_kernels_call_is_compiled_once_as_a_part_of_them(
+    nested: Callable[[], tuple[Any, Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither inner kernels nor what a parallel loop becomes are optimized or kept by themselves.
+
+    A second start finds the whole in one file.
+    """
+    optimized: list[str] = []
+    optimize = CPUCodeLibrary._optimize_final_module
+
+    def count(library: Any) -> None:
+        if library.name != "nrt":  # numba's own, once in a process
+            optimized.append(library.name)
+        optimize(library)
+
+    monkeypatch.setattr(CPUCodeLibrary, "_optimize_final_module", count)
+    for times in range(2):
+        _, _, outer = nested()
+        a = np.ones(3)
+        outer(a, 2)
+        assert list(a) == [3, 3, 1]
+        assert optimized == ["add_in_parallel"]
+        assert sum(outer.stats.cache_hits.values()) == times
+    assert {name.split("-")[0] for name in _files(tmp_path)} == {"fresh.add_in_parallel"}
+
+
+def test_a_kernel_is_called_from_kernels_and_from_python(
+    nested: Callable[[], tuple[Any, Any, Any]],
+) -> None:
+    """In any order: the code that is linked is never what Python calls."""
+    inner, middle, outer = nested()
     a = np.ones(3)
-    function(a, 2)
-    assert list(a) == [1, 1, 0]
-    (signature,) = function.signatures
-    found = function.get_metadata(signature)["parfor_diagnostics"]
-    assert len(found.initial_parfors) == 1
+    outer(a, 1)
+    assert (inner(3.0), middle(3.0)) == (3, 6)
+    inner, middle, outer = nested()
+    assert (inner(3.0), middle(3.0)) == (3, 6)
+    outer(a, 1)
+    assert list(a) == [9, 1, 1]
+
+
+@pytest.mark.parametrize("start", ["first", "second"])
+def test_an_inner_kernel_can_raise(nested: Callable[[], tuple[Any, Any, Any]], start: str) -> None:
+    """With arguments of its own, which it reads from what numba keeps beside the code."""
+    if start == "second":
+        nested()[1](1.0)
+    _, middle, _ = nested()
+    with pytest.raises(ValueError, match="negative") as caught:
+        middle(-2.5)
+    assert caught.value.args == ("negative", -2.5)
