@@ -1,8 +1,8 @@
 """A device for machines without one: the same protocol, on the CPU.
 
 In ``exact`` mode two threads are the lanes: slots lie in host memory, copies copy, and experts
-are computed by the function that the CPU path uses, so that results are the CPU's. Work takes at
-least as long as the given speeds say; without speeds it takes as long as it takes.
+are computed by the function that is given: the CPU path's kernels, as a rule. Work takes at least
+as long as the given speeds say; without speeds it takes as long as it takes.
 
 In ``timing`` mode nothing is copied nor computed. Each lane is a clock: work starts when the
 lane and what it needs are free and lasts as long as the speeds say, and whoever waits for it

@@ -334,7 +334,7 @@ class ExpertCache:
         kept: list[tuple[int, int | None]] = []
         value, least = None, 0.0
         for expert in experts:
-            # Who is worth no more than somebody that got none gets none, while nothing changes.
+            # Whom the layer would evict is the same while nothing changes.
             if value is not None and value[expert] <= least:
                 continue
             worth, evicted = self.offer(layer, expert)

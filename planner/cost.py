@@ -5,11 +5,11 @@ An expert reads its weights once and computes ``2 * params`` operations per toke
     max(bytes / memory rate, load * 2 * params / compute rate)
 
 on either side: a floor while memory binds, a slope once compute does (the roofline of MoE-Lens,
-arXiv 2504.09345). A CPU call adds a start cost once per layer, the GPU a launch; a copy adds a
-latency. Calibration points, where the hardware description has them for this shape
-and format, replace the formula by interpolation over the load. So they do for attention, dense
-layers, the head and what surrounds them, of a model whose family was calibrated where its dense
-weights are: on the CPU alone, or on the GPU.
+arXiv 2504.09345). A CPU call adds a start cost once per layer, the GPU the launch of its first
+call; a copy adds a latency. Calibration points, where the hardware description has them for this
+shape and format, replace the formula by interpolation over the load. So they do for attention,
+dense layers, the head and what surrounds them, of a model whose family was calibrated where its
+dense weights are: on the CPU alone, or on the GPU.
 """
 
 from __future__ import annotations
@@ -206,6 +206,7 @@ class CostModel:
         )
         self._tables: dict[float, DecodeTable] = {}
         self._deciding: dict[tuple[int, int], Estimate] = {}
+        self._joining: dict[int, Estimate] = {}
         self._ffns: dict[tuple[int, int], Estimate] = {}
         self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
 
@@ -272,26 +273,32 @@ class CostModel:
                 self._calibrated(term, params, tokens, tokens, fmt=fmt) if self.on_gpu else None
                 for term in ("deciding", "handing")
             )
-            cpu = self.hardware.cpu
-            known = cpu.deciding_s if tokens == 1 else cpu.prompt_deciding_s
+            known = self.hardware.cpu.deciding_s
             if found is not None and each is not None:
                 found += each * copies
             elif known is not None and self.on_gpu:
-                found = constant(known)
+                found = constant(known) * self._activated(tokens)
             self._deciding[key] = Estimate(0.0, Source.ASSUMED) if found is None else found
         return self._deciding[key]
+
+    def _activated(self, tokens: int) -> float:
+        """Experts that so many tokens activate in a layer where all are equally likely."""
+        experts = self.model.experts
+        return experts.count * (1 - (1 - experts.top_k / experts.count) ** tokens)
 
     def joining(self, tokens: int) -> Estimate:
         """Time of a layer's experts beyond their plan, until their sum is there.
 
-        What both sides wait for each other, beyond starts and launches. 0 unless measured, and
-        without a GPU.
+        What both sides wait for each other and for memory that copies use, too, and calls of the
+        GPU after the first. 0 unless measured, and without a GPU.
         """
-        found = None
-        if self.on_gpu:
-            params, fmt = self.model.experts.params_each, self.expert_format
-            found = self._calibrated("joining", params, tokens, tokens, fmt=fmt)
-        return Estimate(0.0, Source.ASSUMED) if found is None else found
+        if tokens not in self._joining:
+            found = None
+            if self.on_gpu:
+                params, fmt = self.model.experts.params_each, self.expert_format
+                found = self._calibrated("joining", params, tokens, tokens, fmt=fmt)
+            self._joining[tokens] = Estimate(0.0, Source.ASSUMED) if found is None else found
+        return self._joining[tokens]
 
     def knows(self) -> bool:
         """Whether this model's dense layers were measured where they are, and not estimated."""

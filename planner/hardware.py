@@ -81,9 +81,7 @@ class Cpu:
     prompt_start_s: Quantity | None = None
     """Around the layers of a decode step and of a prompt: embedding, sampling, bookkeeping."""
     deciding_s: Quantity | None = None
-    prompt_deciding_s: Quantity | None = None
-    """Beside a GPU: placing a layer's experts and handing the GPU its part, of a single token and
-    of more."""
+    """Beside a GPU, for every activated expert of a layer: placing it and handing it over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +202,6 @@ _MAY_BE_ZERO = (
     "token_start_s",
     "prompt_start_s",
     "deciding_s",
-    "prompt_deciding_s",
 )
 
 

@@ -28,7 +28,7 @@ class LayerCost(Protocol):
 
     @property
     def gpu_start_s(self) -> float:
-        """Fixed cost of using the GPU in a layer at all: the launch of its experts."""
+        """Fixed cost of using the GPU in a layer at all: the launch of its first call."""
 
     def cpu_s(self, load: int) -> float:
         """Time one expert adds to the CPU lane at this load."""

@@ -42,9 +42,9 @@ SMALL = 16
 CORE = 12
 """Of more experts, how many it places; the relaxation decides the others."""
 
-SEARCH_S = 250e-6
-"""What the search for a better plan takes: a dynamic program of ``CORE`` experts, or bounds and
-some of it, on a 3 GHz Zen 3."""
+SEARCH_S = 400e-6
+"""What the search for a better plan takes, roughly: bounds and dynamic programs took 0.3 to 0.8 ms
+on a 3 GHz Zen 3."""
 
 
 def schedule(

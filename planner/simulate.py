@@ -149,6 +149,7 @@ class Simulator:
         self._busy_s.clear()
         self._layers = [Counter() for _ in self._layers]
         self._counts.clear()
+        used = self.director.prefetcher.used if self.director else 0
         decode = []
         for at, choices in enumerate(steps):
             self._recording = at < self.record
@@ -164,7 +165,7 @@ class Simulator:
             busy_s=dict(self._busy_s),
             plans=[plan for _, plan in sorted(self._plans.items())],
             prefetched=self._counts["prefetch"],
-            prefetch_used=self.director.prefetcher.used if self.director else 0,
+            prefetch_used=self.director.prefetcher.used - used if self.director else 0,
             refilled=self._counts["refill"],
         )
 
@@ -216,7 +217,11 @@ class Simulator:
         """Note work on a lane."""
         self._busy_s[lane] += end_s - start_s
         if self._recording:
-            self._events.append(Event(lane, name, start_s, end_s))
+            self._show(lane, name, start_s, end_s)
+
+    def _show(self, lane: str, name: str, start_s: float, end_s: float) -> None:
+        """Keep an event."""
+        self._events.append(Event(lane, name, start_s, end_s))
 
     def _experts(
         self,
@@ -250,7 +255,10 @@ class Simulator:
         fills = self._fill(self.director, decision, idle_s) if self.director else ()
         if fills:
             link_end_s += len(fills) * self.cost.experts.copy_s() + self._read_s(fills)
-        cpu_end_s, gpu_end_s, read_s = self._ends(decision, read, link_end_s)
+        joining_s = self.cost.joining(tokens).value
+        # What was measured of joining has it that copies slow the CPU down.
+        slowdown = 1.0 if joining_s else self._slowdown
+        cpu_end_s, gpu_end_s, read_s = self._ends(decision, read, link_end_s, slowdown)
         self._account(step, decision, (cpu_end_s, gpu_end_s, read_s))
         self._note(decision, read_s)
         self._note_idle(plan, link_free_s, fills)
@@ -258,7 +266,7 @@ class Simulator:
         if plan.copies or fills:
             self._link_free_s = self._now_s + link_end_s
         self._now_s += max(cpu_end_s, gpu_end_s, shared_s)
-        if joining_s := self.cost.joining(tokens).value:
+        if joining_s:
             self._dense(step, JOINING, joining_s, f"joining {layer}", "cpu")
 
     def _fill(self, director: Director, decision: Decision, idle_s: float) -> tuple[Fill, ...]:
@@ -286,7 +294,7 @@ class Simulator:
         return Decision(work, plan, frozenset(), ())
 
     def _ends(
-        self, decision: Decision, read: list[int], link_end_s: float
+        self, decision: Decision, read: list[int], link_end_s: float, slowdown: float
     ) -> tuple[float, float, float]:
         """When CPU, GPU and disk are done, with what the plan leaves out.
 
@@ -296,7 +304,7 @@ class Simulator:
         plan = decision.plan
         cpu_end_s, gpu_end_s = plan.cpu_end_s, plan.gpu_end_s
         if plan.cpu:
-            cpu_end_s = contended_s(cpu_end_s, link_end_s, self._slowdown)
+            cpu_end_s = contended_s(cpu_end_s, link_end_s, slowdown)
         if not read:
             return cpu_end_s, gpu_end_s, 0.0
         read_s = self.cost.disk_read(len(read)).value
@@ -365,20 +373,20 @@ class Simulator:
         work, plan = decision.work, decision.plan
         busy, now_s, layer = self._busy_s, self._now_s, plan.layer
         shared_lane = "gpu" if self.cost.on_gpu else "cpu"
+        busy[shared_lane] += work.gpu_free_s
+        busy["gpu"] += self._gpu_work_s(plan, work)
+        busy["cpu"] += plan.cpu_end_s - (0.0 if self.cost.on_gpu else work.gpu_free_s)
+        busy["link"] += len(plan.copies) * self.cost.experts.copy_s() if plan.copies else 0.0
+        busy["disk"] += read_s
         if not self._recording:
-            busy[shared_lane] += work.gpu_free_s
-            busy["gpu"] += self._gpu_work_s(plan, work)
-            busy["cpu"] += plan.cpu_end_s - (0.0 if self.cost.on_gpu else work.gpu_free_s)
-            busy["link"] += len(plan.copies) * self.cost.experts.copy_s() if plan.copies else 0.0
-            busy["disk"] += read_s
             return
-        self._occupy(shared_lane, f"shared {layer}", now_s, now_s + work.gpu_free_s)
+        self._show(shared_lane, f"shared {layer}", now_s, now_s + work.gpu_free_s)
         if read_s:
-            self._occupy("disk", f"read for layer {layer}", now_s, now_s + read_s)
+            self._show("disk", f"read for layer {layer}", now_s, now_s + read_s)
         if not self.cost.on_gpu:
             start_s = now_s + work.gpu_free_s
-            self._occupy("cpu", f"layer {layer} experts", start_s, now_s + plan.cpu_end_s)
+            self._show("cpu", f"layer {layer} experts", start_s, now_s + plan.cpu_end_s)
             return
         for span in timeline(Problem.of(work, decision.residency, self.cost.experts), plan):
             name = f"layer {layer} expert {span.expert}"
-            self._occupy(span.lane, name, now_s + span.start_s, now_s + span.end_s)
+            self._show(span.lane, name, now_s + span.start_s, now_s + span.end_s)

@@ -109,7 +109,8 @@ def test_the_cpus_own_calibration_counts_first() -> None:
     found = alone(2)
     assert found is not None
     assert (found.cpu, found.summary) == (own.cpu, own.summary)
-    assert {(point.lane, point.seconds) for point in found.points} == {("cpu", 9.0), (PANELS, 1.0)}
+    # Panels that were measured with other kernels' points are not joined with these.
+    assert {(point.lane, point.seconds) for point in found.points} == {("cpu", 9.0)}
     assert {term.lane for term in found.terms} == {"cpu"}
 
 

@@ -84,7 +84,7 @@ def test_every_expert_is_computed_once_when_it_is_there(
     resident = held & set(range(len(loads)))
     plan = all_on_gpu(work, resident, cost)
     kept &= set(plan.copies)
-    calls = calls_of(work, plan, cost, kept, staging)
+    calls = calls_of(work, plan, cost, 9, kept, staging)
     assert sorted(e for call in calls for e in call.experts) == sorted(plan.gpu)
     assert tuple(e for call in calls for e in call.copies) == plan.copies
     there, staged = set(resident), set()
@@ -113,11 +113,11 @@ def test_the_device_ends_when_the_plan_says(loads, held, gpu_token_s, keeps):
     resident = held & set(range(len(loads)))
     plan = all_on_gpu(work, resident, cost)
     kept = set(plan.copies) if keeps else set()
-    calls = calls_of(work, plan, cost, kept, 4)
+    calls = calls_of(work, plan, cost, 9, kept, 4)
     end_s = played(work, calls, cost, kept, resident, 4)
     longest_s = max(cost.gpu_s(load) for load in loads)
     assert plan.gpu_end_s - 1e-9 <= end_s
-    assert end_s <= plan.gpu_end_s + GROUP * max(longest_s, cost.copy_s())
+    assert end_s <= plan.gpu_end_s + 2 * longest_s + 2 * cost.copy_s()
 
 
 def test_residents_do_not_keep_the_link_waiting():
@@ -128,7 +128,7 @@ def test_residents_do_not_keep_the_link_waiting():
     plan = all_on_gpu(work, resident, cost)
     at_once = [Call((), tuple(range(20)))] + [Call((e,), (e,)) for e in range(20, 30)]
     assert played(work, at_once, cost, set(), resident, 4) == 34.0
-    calls = calls_of(work, plan, cost, set(), 4)
+    calls = calls_of(work, plan, cost, 9, set(), 4)
     assert played(work, calls, cost, set(), resident, 4) == plan.gpu_end_s == 30.0
 
 
@@ -136,7 +136,7 @@ def test_a_single_tokens_copies_are_computed_one_by_one():
     """They are few, and their residents are done long before the first is there."""
     work = LayerWork(0, tuple((expert, 1) for expert in range(6)))
     plan = all_on_gpu(work, {0, 1, 2}, Cost(gpu_token_s=0.1))
-    calls = calls_of(work, plan, Cost(gpu_token_s=0.1), {3}, 4)
+    calls = calls_of(work, plan, Cost(gpu_token_s=0.1), 1, {3}, 4)
     assert calls == [Call((3,), (0, 1, 2)), Call((), (3,)), Call((4,), (4,)), Call((5,), (5,))]
 
 
@@ -145,7 +145,7 @@ def test_a_prompts_calls_are_few():
     work = LayerWork(0, tuple((expert, 9) for expert in range(40)))
     cost = Cost(gpu_token_s=0.01)
     plan = all_on_gpu(work, set(), cost)
-    sizes = [len(call.experts) for call in calls_of(work, plan, cost, set(plan.copies), 4)]
+    sizes = [len(call.experts) for call in calls_of(work, plan, cost, 9, set(plan.copies), 4)]
     assert sizes == [0, 1, 1, 2, 3, *[4] * 7, 2, 2, 1]
     whole = all_on_gpu(work, set(range(40)), cost)
-    assert calls_of(work, whole, cost, set(), 4) == [Call((), whole.gpu)]
+    assert calls_of(work, whole, cost, 9, set(), 4) == [Call((), whole.gpu)]

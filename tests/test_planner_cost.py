@@ -254,13 +254,15 @@ def test_a_machine_states_what_surrounds_the_layers() -> None:
 
 
 def test_deciding_beside_a_gpu_is_the_machines_where_the_model_was_not_measured() -> None:
-    """However many are copied; the CPU alone has nothing to decide."""
+    """By activated experts, however many are copied; the CPU alone has nothing to decide."""
     model = small_model()
-    cpu = machine_table()["cpu"]
-    cpu |= {"deciding_s": quantity(4.0), "prompt_deciding_s": quantity(5.0)}
+    experts = model.experts
+    cpu = machine_table()["cpu"] | {"deciding_s": quantity(4.0)}
     cost = CostModel(model, machine(cpu=cpu))
-    assert [cost.deciding(1).value, cost.deciding(1, 3).value] == [4.0, 4.0]
-    assert cost.deciding(32).value == 5.0
+    one = pytest.approx(4.0 * experts.top_k)
+    assert [cost.deciding(1).value, cost.deciding(1, 3).value] == [one, one]
+    assert 4.0 < cost.deciding(2).value / experts.top_k < 2 * 4.0
+    assert cost.deciding(1000).value == pytest.approx(4.0 * experts.count)
     about = {"params": model.experts.params_each, "format": "q4_0", "lane": "gpu"}
     points = tuple(term(name, 1, 1, 0.5, **about) for name in ("deciding", "handing"))
     measured = CostModel(model, replace(machine(cpu=cpu), terms=points))

@@ -344,8 +344,9 @@ def _measure_placed(
         device.close()
         return
     disturbed = fmean(turns.disturbed() for turns in runs.values())
+    top_k = wanted.model.experts.top_k
     found.placed.append(
-        ModelParts(placed.family, wanted.experts, placed.dense_format, parts, disturbed)
+        ModelParts(placed.family, wanted.experts, placed.dense_format, parts, disturbed, top_k)
     )
     if missing := [prompt for prompt in prompts if prompt not in runs]:
         found.left_out.append(f"prompts of {', '.join(map(str, missing))} on {device.name}")

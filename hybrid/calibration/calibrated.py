@@ -297,8 +297,13 @@ def require(identity: Identity | None = None) -> HardwareSpec:
     """
     found = load(identity)
     if found is None:
-        raise UsageError(missing(identity), hint=REMEDY)
+        raise unmeasured(identity)
     return found
+
+
+def unmeasured(identity: Identity | None = None) -> UsageError:
+    """Return the error that says that this machine was not measured, and how to."""
+    return UsageError(missing(identity), hint=REMEDY)
 
 
 def save(spec: HardwareSpec, identity: Identity) -> Path:
@@ -323,7 +328,9 @@ def added(old: HardwareSpec | None, new: HardwareSpec) -> HardwareSpec:
 
 
 def _point_key(point: Point) -> tuple[object, ...]:
-    return point.lane, point.hidden, point.intermediate, point.format
+    # Which of the CPU's ways is the faster one is told by those that were measured together.
+    lane = "cpu" if point.lane == PANELS else point.lane
+    return lane, point.hidden, point.intermediate, point.format
 
 
 def _term_key(term: TermPoint) -> tuple[object, ...]:

@@ -35,6 +35,8 @@ class ModelParts:
         What they took.
     disturbed
         Part of the processors' time that other programs took meanwhile.
+    top_k
+        Experts that a token activates in a layer.
     """
 
     family: str
@@ -42,6 +44,7 @@ class ModelParts:
     dense: str
     parts: list[Part]
     disturbed: float = 0.0
+    top_k: int = 1
 
 
 @dataclass
@@ -150,15 +153,6 @@ def _cpu(
         error = first.error / first.seconds if first.error and first.seconds else None
         return Quantity(first.seconds, Source.MEASURED, origin, error)
 
-    def deciding(single: bool) -> Quantity | None:
-        """Of another model than the measured one: as of the one, without copies."""
-        mine = [t for t in shared if t.term == "deciding" and (t.tokens == 1) == single]
-        if not mine:
-            return None
-        last = max(mine, key=lambda term: term.tokens)
-        origin = f"{COMMAND}: deciding in a layer of {last.tokens} tokens, without copies"
-        return Quantity(last.seconds, Source.FITTED, origin)
-
     return Cpu(
         name=identity.cpu,
         ram_bytes=Quantity(
@@ -175,9 +169,18 @@ def _cpu(
         prompt_layer_overhead_s=overhead(single=False),
         token_start_s=around(single=True),
         prompt_start_s=around(single=False),
-        deciding_s=deciding(single=True),
-        prompt_deciding_s=deciding(single=False),
+        deciding_s=_deciding(found.placed),
     )
+
+
+def _deciding(placed: Sequence[ModelParts]) -> Quantity | None:
+    """What an expert of any model takes: as those of a single token of the measured one do."""
+    for model in placed:
+        for part in model.parts:
+            if part.term == "deciding" and part.tokens == 1:
+                origin = f"{COMMAND}: deciding in a token's layer, without copies, by its experts"
+                return Quantity(typical(part.samples) / model.top_k, Source.FITTED, origin)
+    return None
 
 
 def _disk(times: DiskTimes) -> Disk:

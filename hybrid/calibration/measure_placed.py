@@ -10,7 +10,7 @@ So a prediction made of these and a run's report mean the same by every term.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -122,7 +122,7 @@ class Placed:
     ) -> None:
         self.model = model
         self._device = device
-        self._begun = 0
+        self._begun = Counter[tuple[int, bool]]()
         self._times = LayerTimes()
         self.network, _ = load_fast_model(folder, dtype=dtype_on(device.torch_device), fast=False)
         self.network.hybrid_fast = FastPath(DecodePath(False, f"shared with {device.name}"))
@@ -156,8 +156,8 @@ class Placed:
     def generate(self, prompt: int, new_tokens: int, **options: Any) -> list[Pass]:
         """Generate after a random prompt; the first pass is the prompt's.
 
-        Turn and turn about with nothing resident, as a session begins, and with what the last
-        generation left. ``options`` go to ``generate()``.
+        Of every length turn and turn about with nothing resident, as a session begins, and with
+        what the last generation left. ``options`` go to ``generate()``.
 
         Raises
         ------
@@ -166,9 +166,10 @@ class Placed:
         """
         executor = self.placement.executor
         assert executor is not None
-        if self._begun % 2 == 0 and executor.device is not None:
+        like = prompt, bool(options)
+        if self._begun[like] % 2 == 0 and executor.device is not None:
             executor.restart()
-        self._begun += 1
+        self._begun[like] += 1
         self.placement.begin_run()
         found = generate(self.network, prompt, new_tokens, Passes(self._times.take), **options)
         moe = sum(layer.moe for layer in self.layers)
@@ -316,9 +317,8 @@ def parts_of(
         samples["call", "", model.head_params].append(_around_s(step) + around_s)
     params = model.experts.params_each
     samples["deciding", "", params], samples["handing", "", params] = _deciding(steps)
-    samples["joining", "", params] = [
-        max(0.0, fmean(_all(step, EXPERTS)) - fmean(_all(step, PLANNED))) for step in steps
-    ]
+    beyond_s = [fmean(_all(step, EXPERTS)) - fmean(_all(step, PLANNED)) for step in steps]
+    samples["joining", "", params] = beyond_s if median(beyond_s) > 0 else [0.0] * len(beyond_s)
     for params, more in beyond.items():
         samples.setdefault(("feed_forward", "", params), list(more))
     for (term, kind, params), values in samples.items():

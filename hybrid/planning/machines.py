@@ -120,11 +120,12 @@ def emulated_hardware(cpu: HardwareSpec, like: HardwareSpec) -> HardwareSpec:
     """
     if like.gpu is None:
         raise UsageError(f"{like.name} has no GPU to emulate", hint="choose hardware with one")
-    beside_gpu = ("layer_overhead_s", "deciding_s", "prompt_deciding_s")
     return replace(
         cpu,
         name=f"{cpu.name} with the GPU of {like.name}",
-        cpu=replace(cpu.cpu, **{name: getattr(like.cpu, name) for name in beside_gpu}),
+        cpu=replace(
+            cpu.cpu, layer_overhead_s=like.cpu.layer_overhead_s, deciding_s=like.cpu.deciding_s
+        ),
         gpu=like.gpu,
         link=like.link,
         points=tuple(point for point in cpu.points if point.lane in ("cpu", PANELS)),

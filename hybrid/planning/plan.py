@@ -14,6 +14,7 @@ from hybrid import host
 from hybrid.arguments.names import find_hardware, stored_weights
 from hybrid.arguments.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.calibration import calibrated
+from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.subject import Subject, subject
 from hybrid.errors import UsageError
 from hybrid.planning.machines import Machine, this_machine
@@ -76,7 +77,9 @@ def plan(
     """
     machine = machine_for(
         model, hardware, vram=vram, ram=ram, threads=threads, experts=experts, dense=dense
-    ) or Machine(calibrated.require())
+    )
+    if machine is None:
+        raise calibrated.unmeasured(Identity.of_this_machine(threads))
     wanted = _subject(model, experts, dense)
     if context is None:
         context = min(Request.context, wanted.model.context or Request.context)

@@ -36,7 +36,12 @@ class Call(NamedTuple):
 
 
 def calls_of(
-    work: LayerWork, plan: LayerPlan, cost: LayerCost, kept: Collection[int], staging: int
+    work: LayerWork,
+    plan: LayerPlan,
+    cost: LayerCost,
+    tokens: int,
+    kept: Collection[int],
+    staging: int,
 ) -> list[Call]:
     """Cut a plan's experts on the device into calls, in the order of the plan's copies.
 
@@ -46,6 +51,8 @@ def calls_of(
         One layer's step.
     cost
         What the plan was made with.
+    tokens
+        Of the step: a single token's copies are computed one by one.
     kept
         Copied experts that have slots of their own; the others are staged.
     staging
@@ -58,19 +65,15 @@ def calls_of(
     free_s = work.gpu_free_s + cost.gpu_start_s
 
     def until(arrival_s: float) -> tuple[int, ...]:
-        """Residents that the device is done with before the next group is there."""
+        """Residents that the device begins before the next group is there."""
         nonlocal free_s
         found = []
-        while residents:
-            end_s = free_s + cost.gpu_s(loads[residents[0]])
-            if end_s > arrival_s:
-                break
-            free_s = end_s
+        while residents and free_s < arrival_s:
+            free_s += cost.gpu_s(loads[residents[0]])
             found.append(residents.popleft())
         return tuple(found)
 
-    most = GROUP if sum(loads.values()) > len(loads) else 1
-    groups = _groups(plan.copies, kept, most, max(1, staging // 2))
+    groups = _groups(plan.copies, kept, GROUP if tokens > 1 else 1, max(1, staging // 2))
     arrivals_s, link_end_s = [], work.link_free_s
     for group in groups:
         link_end_s += len(group) * cost.copy_s()

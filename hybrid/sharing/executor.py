@@ -331,7 +331,8 @@ class Executor:
         if not plan.copies or (step.tokens == 1 and self._can_wait(decision)):
             calls = [Call(plan.copies, plan.gpu)]
         else:
-            calls = calls_of(work, plan, self.director.cost.experts, kept, residents.staging)
+            cost = self.director.cost.experts
+            calls = calls_of(work, plan, cost, step.tokens, kept, residents.staging)
         for copies, experts in calls:
             for expert in copies:
                 if expert in staged:
