@@ -84,7 +84,11 @@ class GenerationTimes:
 WHOLE = "a step"
 """The name of the term that is all of a phase."""
 LANES = ("cpu", "gpu", "link")
-"""Who works while the experts run; lanes overlap, so they are no parts of the whole."""
+"""Who works while the experts run."""
+JOIN = "join"
+"""How long the host then waits for the device, its own experts being done."""
+WITHIN = (*LANES, JOIN)
+"""What happens while the experts run: all at once, so these are no parts of the whole."""
 _A_LINE = 6
 """Layers in a line of the report."""
 CLOSE = 0.1
@@ -128,9 +132,8 @@ def most_off(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
             continue
         if abs(whole.residual) <= CLOSE:
             continue
-        mine = [
-            term for term in terms if term.phase == whole.phase and term.name not in (WHOLE, *LANES)
-        ]
+        within = (WHOLE, *WITHIN)
+        mine = [term for term in terms if term.phase == whole.phase and term.name not in within]
         parts = [
             (term.measured_s - term.predicted_s, term.name)
             for term in mine
@@ -148,7 +151,7 @@ def by_layer(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
     """Put every layer's share of a step in a few lines a phase."""
     sums: dict[tuple[str, int], list[float]] = {}
     for term in terms:
-        if term.layer is not None and term.name not in LANES:
+        if term.layer is not None and term.name not in WITHIN:
             both = sums.setdefault((term.phase, term.layer), [0.0, 0.0])
             both[0] += term.predicted_s
             both[1] += term.measured_s or 0.0

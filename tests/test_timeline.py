@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hybrid.metrics import JOIN
 from hybrid.sharing.timeline import (
     DECIDING,
     DECODE,
@@ -62,6 +63,7 @@ def test_experts_are_predicted_with_what_joining_them_takes() -> None:
     timeline.add(record(10.0, 12.5), COST)
     timeline.add(record(13.0, 15.5, tokens=4), COST)
     assert timeline.phases[DECODE].predicted.terms[EXPERTS] == 0.5 + 0.125
+    assert timeline.phases[DECODE].predicted.lanes[JOIN] == 0.5 + 0.125
     assert timeline.phases[PREFILL].predicted.terms[EXPERTS] == 0.5 + 0.5
 
 
@@ -76,6 +78,7 @@ def test_a_device_that_ends_after_the_join_computes_experts(
     timeline.step(False, 4.0, 0.0)
     measured = timeline.phases[DECODE].measured
     assert measured.terms[EXPERTS] == experts_s + 1.0
+    assert measured.lanes[JOIN] == experts_s + 1.0  # the CPU had none
     assert measured.terms[ROUTER] == 3.0 - experts_s
     assert measured.step_s == 10.0
     routers = {

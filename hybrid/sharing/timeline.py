@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from gpu_experts.device import Event as DeviceEvent
-from hybrid.metrics import LANES
+from hybrid.metrics import JOIN, LANES, WITHIN
 from planner.director import Decision
 from planner.outcome import Event
 from planner.problem import LayerCost
@@ -65,11 +65,11 @@ class LayerRecord:
 
 @dataclass
 class Sums:
-    """Seconds over all steps of a phase, by term and by lane."""
+    """Seconds over all steps of a phase, by term, and of lanes and joins within them."""
 
     steps: int = 0
     terms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TERMS, 0.0))
-    lanes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
+    lanes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WITHIN, 0.0))
 
     @property
     def step_s(self) -> float:
@@ -227,11 +227,14 @@ class Timeline:
         terms[DECIDING] += record.decided_s - record.routed_s
         terms[EXPERTS] += record.joined_s - record.decided_s
         lanes[CPU] += record.cpu_end_s - record.decided_s if plan.cpu else 0.0
+        lanes[JOIN] += record.joined_s - record.cpu_end_s
         terms, lanes = layer.predicted.terms, layer.predicted.lanes
         terms[ROUTER] += record.dense_s
         terms[DECIDING] += self._usually(record)
-        terms[EXPERTS] += plan.makespan_s + self.joining(record.tokens)
+        joining_s = self.joining(record.tokens)
+        terms[EXPERTS] += plan.makespan_s + joining_s
         lanes[CPU] += plan.cpu_end_s if plan.cpu else 0.0
+        lanes[JOIN] += plan.makespan_s - (plan.cpu_end_s if plan.cpu else 0.0) + joining_s
         if plan.gpu and record.tokens == 1:
             lanes[GPU] += cost.gpu_start_s + len(plan.gpu) * cost.gpu_s(1)
         elif plan.gpu:
@@ -315,6 +318,7 @@ class Timeline:
                     self._show(lane, event.what, *span)
         late_s = last_s - record.joined_s
         measured.terms[EXPERTS] += late_s
+        measured.lanes[JOIN] += late_s
         self._late_s = late_s
         if not keeps:
             return
