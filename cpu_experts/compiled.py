@@ -28,8 +28,13 @@ from cpu_experts.hostcpu import host_features
 from cpu_experts.linking import Kernel
 
 _log = logging.getLogger("cpu_experts")
-_NOT_KEPT = "the compiled kernels are not kept, every start compiles them anew: %s (set %s)"
-_FOLDER = "NUMBA_CACHE_DIR to a folder that can be written"
+_NOT_KEPT = (
+    "the compiled kernels are not kept, every start compiles them anew: %s "
+    "(set NUMBA_CACHE_DIR to a folder that can be written)"
+)
+_DAMAGED = "files of compiled kernels are damaged, they are made anew: %r"
+_warned: set[str] = set()
+
 
 #: Of numba's automatic parallelism only prange: it would make a region of ``a[:] = 0``.
 _PRANGE_ONLY = dict.fromkeys(
@@ -53,9 +58,11 @@ def _announce() -> None:
     _log.info("compiling the kernels for this processor (%s); later starts reuse them", simd.LEVEL)
 
 
-@cache
-def _warn_not_kept(reason: str) -> None:
-    _log.warning(_NOT_KEPT, reason, _FOLDER)
+def _warn_once(text: str, error: Exception) -> None:
+    """Warn of what befalls all kernels alike, with the error of the first."""
+    if text not in _warned:
+        _warned.add(text)
+        _log.warning(text, error)
 
 
 class _SaltedFiles(CompileResultCacheImpl):  # type: ignore[misc]
@@ -73,7 +80,7 @@ class _SaltedCache(FunctionCache):  # type: ignore[misc]
         try:
             found = super().load_overload(sig, target_context)
         except Exception as error:  # what a damaged pickle raises can be anything
-            _log.warning("a file of compiled kernels is damaged, it is made anew: %r", error)
+            _warn_once(_DAMAGED, error)
             with contextlib.suppress(OSError):
                 self.flush()
         if found is None:
@@ -84,7 +91,7 @@ class _SaltedCache(FunctionCache):  # type: ignore[misc]
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            _warn_not_kept(str(error))
+            _warn_once(_NOT_KEPT, error)
 
 
 def kernel(
@@ -109,7 +116,7 @@ def kernel(
         try:
             compiled._cache = _SaltedCache(function)
         except RuntimeError as error:  # numba found no folder that it can write
-            _warn_not_kept(str(error))
+            _warn_once(_NOT_KEPT, error)
         return compiled
 
     return decorate
