@@ -26,6 +26,7 @@ from numba.core.cpu_options import ParallelOptions
 from cpu_experts import simd
 from cpu_experts.hostcpu import host_features
 from cpu_experts.linking import Kernel
+from cpu_experts.threading_layer import check_threading_layer
 
 _log = logging.getLogger("cpu_experts")
 _NOT_KEPT = (
@@ -35,6 +36,7 @@ _NOT_KEPT = (
 _DAMAGED = "files of compiled kernels are damaged, they are made anew: %r"
 _warned: set[str] = set()
 
+check_threading_layer(str(numba.config.THREADING_LAYER))
 
 #: Of numba's automatic parallelism only prange: it would make a region of ``a[:] = 0``.
 _PRANGE_ONLY = dict.fromkeys(
