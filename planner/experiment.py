@@ -24,6 +24,7 @@ from planner.schedule import schedule
 SCHEMA = "hybrid.experiment/1"
 FAR = 0.2
 """A ratio this far from the published one needs an explanation."""
+_LIKE = "an experiment that ships (configs/experiments)"
 _FIELDS = (
     "name",
     "source",
@@ -100,7 +101,7 @@ def read_experiment(
     SpecError
         When a field is missing, unknown or impossible.
     """
-    table = Fields(data, where)
+    table = Fields(data, where, _LIKE)
     table.only(_FIELDS)
     request = Request(
         model=find_model(table.text("model")),
@@ -126,7 +127,7 @@ def read_experiment(
         request=request,
         capacity=table.number("capacity", most=1.0),
         published_s=(table.number("published_prefill_s"), table.number("published_decode_s")),
-        rows=tuple(_row(Fields(row, f"{where} rows[{i}]")) for i, row in enumerate(rows)),
+        rows=tuple(_row(Fields(row, f"{where} rows[{i}]", _LIKE)) for i, row in enumerate(rows)),
         what_if=_what_if(table, request.hardware),
         notes=tuple(str(note) for note in notes),
     )

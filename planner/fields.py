@@ -23,8 +23,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return by_lower[found[0]] if found else None
 
 
-def read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path, what: str | None = None) -> dict[str, Any]:
     """Read a JSON or TOML file whose top level is a table.
+
+    Parameters
+    ----------
+    path
+        The file.
+    what
+        What it was taken for by someone who may have named any file.
 
     Raises
     ------
@@ -33,12 +40,14 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise SpecError(f"cannot read {path}: {error}", hint="check the path") from error
-    return parse_table(text, str(path))
+    except UnicodeDecodeError as error:
+        raise _unfit(str(path), what, error) from error
+    return parse_table(text, str(path), what)
 
 
-def parse_table(text: str, where: str) -> dict[str, Any]:
+def parse_table(text: str, where: str, what: str | None = None) -> dict[str, Any]:
     """Parse JSON, or TOML where the name says so, whose top level is a table.
 
     Raises
@@ -49,14 +58,21 @@ def parse_table(text: str, where: str) -> dict[str, Any]:
     try:
         data = tomllib.loads(text) if where.endswith(".toml") else json.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise SpecError(
-            f"{where} is damaged or cut short: {error}", hint="write or download the file again"
-        ) from error
+        raise _unfit(where, what, error) from error
     if not isinstance(data, dict):
         raise SpecError(
             f"{where} holds a {type(data).__name__}, not a table", hint="expected key-value pairs"
         )
     return data
+
+
+def _unfit(where: str, what: str | None, error: Exception) -> SpecError:
+    """Say that a file is damaged; or what it is not, unless its name says that it is a table."""
+    if what is None or where.endswith((".json", ".toml")):
+        return SpecError(
+            f"{where} is damaged or cut short: {error}", hint="write or download the file again"
+        )
+    return SpecError(f"{where} is no {what}", hint="name a .toml or .json file that is one")
 
 
 class Fields:
@@ -68,11 +84,19 @@ class Fields:
         The table.
     where
         How messages name it, for example ``config.json of Mixtral-8x7B``.
+    like
+        What to compare it with where something is wrong.
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        where: str,
+        like: str = "the publisher's own, complete config.json",
+    ) -> None:
         self.data = data
         self.where = where
+        self.like = like
 
     def has(self, *names: str) -> bool:
         """Whether any of ``names`` is present and not null."""
@@ -84,9 +108,7 @@ class Fields:
             if self.data.get(name) is not None:
                 return name, self.data[name]
         wanted = names[0] if len(names) == 1 else f"{names[0]} (or {', '.join(names[1:])})"
-        raise SpecError(
-            f"{self.where} lacks {wanted}", hint="use the model's own, complete config.json"
-        )
+        raise SpecError(f"{self.where} lacks {wanted}", hint=f"compare with {self.like}")
 
     def count(
         self, *names: str, default: int | None = None, least: int = 1, most: int = LARGEST
@@ -106,7 +128,7 @@ class Fields:
         if not least <= value <= most:
             raise SpecError(
                 f"{self.where}: {name} is {value:g}, outside [{least}, {most:g}]",
-                hint="compare with the publisher's config.json",
+                hint=f"compare with {self.like}",
             )
         return int(value)
 
@@ -171,7 +193,7 @@ class Fields:
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
             raise SpecError(
                 f"{self.where}: {name} is {value!r}, not a list of whole numbers",
-                hint=f"compare {name} with the publisher's config.json",
+                hint=f"compare {name} with {self.like}",
             )
         return value
 
@@ -182,7 +204,7 @@ class Fields:
             raise SpecError(
                 f"{self.where}: {name} is {value!r}, not a table", hint=f"write it as [{name}]"
             )
-        return Fields(value, f"{self.where} [{name}]")
+        return Fields(value, f"{self.where} [{name}]", self.like)
 
     def only(self, known: Iterable[str]) -> None:
         """Refuse fields that are not in ``known``, naming what was probably meant."""

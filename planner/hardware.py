@@ -190,6 +190,7 @@ TERMS = (
     *("deciding", "handing", "joining"),
 )
 TERM_LANES = ("cpu", "gpu")
+_LIKE = "a hardware description that ships (configs/hardware)"
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
 _RATIOS = ("memory_efficiency", "flop_efficiency")
 _MAY_BE_ZERO = (
@@ -227,7 +228,7 @@ class HardwareSpec:
     @classmethod
     def from_table(cls, data: Mapping[str, Any], where: str) -> HardwareSpec:
         """Build from a parsed ``configs/hardware/*.toml`` or what a calibration wrote."""
-        table = Fields(data, where)
+        table = Fields(data, where, _LIKE)
         table.only(("name", "summary", *_PARTS, "points", "terms"))
         parts: dict[str, Any] = {
             part: _part(kind, table.table(part))
@@ -293,7 +294,7 @@ def _quantity(table: Fields, name: str) -> Quantity:
             f"{table.where}: {name} is {raw!r}, without a source",
             hint=f'write {name} = {{ value = 1e9, source = "analytic", from = "data sheet" }}',
         )
-    entry = Fields(raw, f"{table.where} {name}")
+    entry = Fields(raw, f"{table.where} {name}", _LIKE)
     entry.only(("value", "source", "from", "error"))
     most = 1.0 if name in _RATIOS else 1e18
     least = 1.0 if name == "cpu_slowdown" else 0.0
@@ -315,7 +316,7 @@ def _entries(data: Mapping[str, Any], name: str, where: str) -> Iterator[Fields]
     if not isinstance(found, list) or not all(isinstance(entry, Mapping) for entry in found):
         raise SpecError(f"{where}: {name} is not a list of tables", hint=f"write [[{name}]] tables")
     for index, entry in enumerate(found):
-        yield Fields(entry, f"{where} {name}[{index}]")
+        yield Fields(entry, f"{where} {name}[{index}]", _LIKE)
 
 
 def _point(entry: Fields) -> Point:

@@ -282,6 +282,8 @@ def read_trace(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     TraceError
         When the file is missing, damaged, or lacks an array.
     """
+    if not path.is_file():
+        raise TraceError(f"there is no file {path}", hint="check the path")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             ids = np.asarray(arrays["expert_ids"])

@@ -89,7 +89,9 @@ def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("Mixtral", *LAPTOP, "--tokens", "9999999"), "exceeds 8192"),
         (("Mixtral", *LAPTOP, "--experts", "q5_1"), "--experts 'q5_1' is not a weight format"),
         (("Mixtral", *LAPTOP, "--threads", "4"), "threads is 4, but the rates of rtx4060-laptop"),
-        (("Mixtral", *LAPTOP, "--trace", "none.npz"), "none.npz cannot be read"),
+        (("Mixtral", *LAPTOP, "--vram", "100GiB"), "vram is 100.00 GiB, NVIDIA GeForce RTX 4060"),
+        (("Mixtral", *LAPTOP, "--trace", "none.npz"), "there is no file none.npz"),
+        (("--experiment", "none.toml"), "unknown experiment 'none.toml'"),
         (("Mixtral", *LAPTOP, "--json", "--markdown"), "--json and --markdown"),
         (("--experiment", "x", "-t", "4"), "--threads changes nothing of --experiment"),
         (("Mixtral", "--experiment", "x"), "MODEL changes nothing of --experiment"),
@@ -131,6 +133,40 @@ def test_bad_config_json(
     code, _, err = hybrid_plan(str(small), *LAPTOP, capsys=capsys)
     assert code == 2
     assert "cut short" in err
+
+
+@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"GGUF\xff\xfe"])
+def test_any_other_file(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no description is told as that, not as a parser's or a decoder's complaint."""
+    path = tmp_path / "passwd"
+    path.write_bytes(content)
+    for words, what in (
+        ((str(path), *LAPTOP), "model description"),
+        (("Mixtral", "-H", str(path)), "hardware description"),
+        (("--experiment", str(path)), "experiment"),
+    ):
+        code, out, err = hybrid_plan(*words, capsys=capsys)
+        assert (code, out) == (2, "")
+        error, hint = err.splitlines()
+        assert error == f"error: {path} is no {what}"
+        assert ".toml" in hint
+
+
+def test_hints_are_about_the_file_that_lacks_something(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hardware file or an experiment is never told to be like a model's config.json."""
+    machine, experiment = tmp_path / "mine.toml", tmp_path / "x.toml"
+    for words, path, text, hint in (
+        ((str(small), "-H"), machine, toml(machine_table(cpu=None)), "configs/hardware"),
+        (("--experiment",), experiment, "name = 'x'", "configs/experiments"),
+    ):
+        path.write_text(text)
+        code, _, err = hybrid_plan(*words, str(path), capsys=capsys)
+        assert code == 2
+        assert "lacks" in err
+        assert hint in err.splitlines()[1]
+        assert "config.json" not in err
 
 
 def test_own_hardware_file(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

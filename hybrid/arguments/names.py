@@ -25,7 +25,7 @@ def resolve(name: str, kind: str) -> dict[str, Any]:
     name
         As the user typed it; case, a publisher before a slash and punctuation do not matter.
     kind
-        ``models`` or ``hardware``.
+        ``models``, ``hardware`` or ``experiments``.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def resolve(name: str, kind: str) -> dict[str, Any]:
     found = exact or beginning or [stem for stem in known if wanted in _plain(stem)]
     if len(found) == 1:
         return parse_table(known[found[0]].read_text("utf-8"), f"{found[0]}.toml")
-    word = "model" if kind == "models" else "hardware"
+    word = kind.removesuffix("s")
     if found:
         raise UsageError(f"{word} {name!r} could be {_listing(found)}", hint="write one of them")
     near = nearest(name.rsplit("/", 1)[-1], known)
@@ -56,7 +56,7 @@ def find_model(name: str | Path) -> ModelSpec:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        data = read_table(path)
+        data = read_table(path, "model description")
         if path.suffix == ".toml":
             return from_table(data, path.name)
         called = path.parent.resolve().name if path.name == "config.json" else path.stem
@@ -86,7 +86,7 @@ def find_hardware(name: str | Path) -> HardwareSpec:
     """Describe a machine: a shipped name, or a TOML file."""
     path = Path(name)
     if path.is_file():
-        return HardwareSpec.from_table(read_table(path), path.name)
+        return HardwareSpec.from_table(read_table(path, "hardware description"), path.name)
     if path.suffix in (".json", ".toml"):
         raise UsageError(f"there is no file {name}", hint="check the path")
     return HardwareSpec.from_table(resolve(str(name), "hardware"), str(name))

@@ -56,7 +56,7 @@ def subject(name: str | Path, experts: str | None = None, dense: str | None = No
     path = demo_path() if name == "demo" else Path(name)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        data = read_table(path)
+        data = read_table(path, "model description")
         called = path.parent.resolve().name if path.name == "config.json" else path.stem
         called = "demo" if name == "demo" else called
     elif path.suffix in (".json", ".toml"):

@@ -218,7 +218,8 @@ def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
         run_experiment,
     )
 
-    data = read_table(path) if path.is_file() else resolve(path.name, "experiments")
+    own = path.is_file()
+    data = read_table(path, "experiment") if own else resolve(path.name, "experiments")
     experiment = read_experiment(data, path.name, find_model, find_hardware)
     outcomes = run_experiment(experiment)
     other = run_experiment(experiment, experiment.what_if[1]) if experiment.what_if else []
