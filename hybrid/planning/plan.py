@@ -134,9 +134,9 @@ def machine_for(
         if threads is not None:
             threads = host.check_threads(threads, host.most_threads())
         found = this_machine(_subject(model, experts, dense), vram_bytes, threads)
-        gpu = found and not found.emulated and found.spec.gpu
-        if gpu and vram_bytes:
-            vram_bytes = at_most(vram_bytes, int(gpu.vram_bytes.value), "vram", gpu.name)
+    gpu = found and not found.emulated and found.spec.gpu
+    if gpu and vram_bytes:
+        vram_bytes = at_most(vram_bytes, int(gpu.vram_bytes.value), "vram", gpu.name)
     return None if found is None else found.with_memory(vram_bytes, ram_bytes)
 
 
