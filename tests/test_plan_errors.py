@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,35 @@ def test_the_experiment_stands_beside_the_paper(
     # The paper's order holds where its CPU's pace is supposed: every part helps, all help most.
     assert min(ours[1:]) > 1.0
     assert ours[4] == max(ours[:5])
-    assert data["notes"]
+    check_notes(data)
     path = tmp_path / "short.toml"
     path.write_text(experiment_text().replace("tokens = 64", "tokens = 2"))
     text = hybrid_plan("--experiment", str(path), capsys=capsys)[1]
     assert "see notes" in text
     assert "1.86" in text
+
+
+def check_notes(data: dict[str, Any]) -> None:
+    """Check that what the notes say of this table is what it shows.
+
+    Every "ours against published", the seconds of both first rows, and the what-if's gains.
+    """
+    rows, other = data["rows"], data["what_if"]["rows"]
+    shown = {
+        (f"{row[f'{phase}_speedup']:.2f}", f"{row[f'published_{phase}']:.2f}")
+        for row in (*rows, *other)
+        for phase in ("prefill", "decode")
+        if row[f"published_{phase}"]
+    }
+    notes = " ".join(data["notes"])
+    told = re.findall(r"(\d\.\d\d) against (\d\.\d\d)(?! s)", notes)
+    assert len(told) == 8
+    assert set(told) <= shown
+    first, then = ((row["prefill_s"], 1e3 * row["decode_s"]) for row in (rows[0], other[0]))
+    assert "{:.2f} s against 1.47 s and {:.0f} ms against 210 ms".format(*first) in notes
+    assert "first row takes {:.2f} s and {:.0f} ms".format(*then) in notes
+    gains = (other[row]["decode_speedup"] for row in (1, 3, 4))
+    assert "the gains are {:.2f}, {:.2f} and {:.2f}".format(*gains) in notes
 
 
 def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
