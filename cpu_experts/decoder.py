@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from cpu_experts.formats import ACT_GROUP, F32, GROUP, TILE, pad
 from cpu_experts.kv import KeyValues
 from cpu_experts.layers import Layer, Matrix, Norm, check_floats, fill_record
 from cpu_experts.tables import HEAD, LAYER
+from cpu_experts.workers import used_threads
 
 
 def _padded(*shape: int) -> NDArray[np.float32]:
@@ -192,7 +192,7 @@ class Decoder:
         out = np.empty((tokens, layer.o.cols), np.float32)
         many, one = layer.heads // layer.kv_heads, slice(index, index + 1)
         with LOCK:
-            threads = numba.get_num_threads()
+            threads = used_threads()
             self._fill(threads)
             step = max(1, prompt.ROWS // many)
             if self._rows is None or self._rows.threads != threads:
@@ -214,7 +214,7 @@ class Decoder:
         if table.size:
             cache.make_room()
         with LOCK:
-            threads = numba.get_num_threads()
+            threads = used_threads()
             work = self._buffers(threads, cache.capacity)
             states = cache.states[layers]
             work.x[:] = x

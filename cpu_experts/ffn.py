@@ -13,7 +13,6 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +32,7 @@ from cpu_experts.formats import (
 )
 from cpu_experts.layers import Experts, fill_record
 from cpu_experts.tables import EXPERTS
+from cpu_experts.workers import used_threads
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
 
@@ -227,7 +227,7 @@ def run_experts(
     check_matrix("routing_weights", routing_weights, expert_ids.shape)
     _check_ids(expert_ids, x.shape[0])
     ids = np.ascontiguousarray(expert_ids, np.int64)
-    threads = numba.get_num_threads()
+    threads = used_threads()
     with LOCK:
         layer = _prepare(blocks, shape, threads)
         work = _WORKSPACE
@@ -256,7 +256,7 @@ def _project(
         active, experts, first, pairs = _pairs(expert_ids, num_experts)
         if active == 0:
             return
-        threads = numba.get_num_threads()
+        threads = used_threads()
         act, act_stride, inner = _activations(x, fmt, threads)
         targets = pairs[: int(first[active])]
         rows = targets if rows_are_pairs else targets // np.int32(expert_ids.shape[1])

@@ -19,6 +19,8 @@ from gpu_experts.events import failed, timed_out
 
 #: The part of a wait that is spent looking at the clock: a sleep may end this much late.
 SPIN_S = 300e-6
+#: How long closing waits for work that has begun.
+CLOSING_S = 10.0
 
 
 class Clock:
@@ -142,7 +144,7 @@ class ThreadLane:
         self._closed.set()
         self._queue.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(CLOSING_S)  # work that never ends is left behind
 
     def _serve(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cpu_experts.workers import use_threads
 from hybrid import host
 from hybrid.arguments.counts import whole_number
 from hybrid.arguments.formats import DEFAULT_EXPERTS
@@ -224,8 +225,8 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def set_threads(threads: int) -> int:
-    """Give torch and the kernels ``threads`` threads each; numba's are this thread's setting."""
+    """Give torch and the kernels ``threads`` threads each; the kernels' are this thread's."""
     threads = host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
     torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
+    use_threads(threads)
     return threads

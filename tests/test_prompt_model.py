@@ -107,6 +107,38 @@ def test_leaving_a_prompt_leaves_the_model_usable(qwen: Any) -> None:
     assert torch.equal(_prompt(qwen), wanted)
 
 
+@pytest.mark.parametrize("cut", ["while redirecting", "while restoring"])
+def test_an_interrupt_between_layers_leaves_the_model_usable(
+    qwen: Any, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it left of a piece leads nowhere, in any code path, and the next prompt is whole."""
+    wanted = _prompt(qwen)
+    with torch.no_grad():
+        slow = qwen.slow(input_ids=IDS, use_cache=False).logits
+    name = {"while redirecting": "_redirected", "while restoring": "_restore"}[cut]
+    real, calls = getattr(hybrid.fast.prompt, name), 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        # The second layer's redirection, or restoring the first after the prompt.
+        if calls == (2 if cut == "while redirecting" else 3):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hybrid.fast.prompt, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _prompt(qwen)
+    if cut == "while restoring":
+        assert any("forward" in vars(layer.self_attn) for layer in qwen.model.layers)
+    with torch.no_grad():  # transformers' own code, of a batch
+        batch = qwen(input_ids=IDS.repeat(2, 1), use_cache=False).logits
+    assert (batch[1:] - slow).abs().max() < 1e-3 * slow.std()
+    assert torch.equal(_prompt(qwen), wanted)
+    assert not any("forward" in vars(layer.self_attn) for layer in qwen.model.layers)
+
+
 def test_the_bar_is_shown_for_long_prompts_only(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens and rate on a terminal; nothing for a short prompt."""
     screen = io.StringIO()

@@ -23,6 +23,7 @@ from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.ffn import run_experts
 from cpu_experts.formats import pad
 from cpu_experts.kernels import fetch_add
+from cpu_experts.workers import use_threads, used_threads
 from hybrid import host
 from hybrid.bench.record import provenance, spread
 from hybrid.pages import large_pages
@@ -161,8 +162,8 @@ def run(
     """
     if threads is not None:
         host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(threads)
-    threads = numba.get_num_threads()
+        use_threads(threads)
+    threads = used_threads()
     results: list[dict[str, Any]] = []
     all_reads: list[float] = []
     memory: tuple[Any, ...] = ()

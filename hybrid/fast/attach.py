@@ -32,7 +32,7 @@ from transformers import DynamicCache
 from hybrid.dense import restore_dense
 from hybrid.fast.decode import GROWING, FastDecoder, WrongError, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
-from hybrid.fast.prompt import OnPrompt
+from hybrid.fast.prompt import OnPrompt, own_forward
 from hybrid.fast.samples import UnfitError
 
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
@@ -80,7 +80,7 @@ class _Snapshot:
     def __init__(self, model: nn.Module) -> None:
         _, *parts = model.modules()  # without the model itself, which would never be freed
         self._parts = [(part, type(part)) for part in parts]
-        self._forwards = [(vars(part), vars(part).get("forward")) for part in parts]
+        self._forwards = [(vars(part), own_forward(vars(part))) for part in parts]
         self._hooks = _hooks_of(model)
         every = [model, *parts]
         self._children = [(part._modules, dict(part._modules)) for part in every]
@@ -112,7 +112,10 @@ class _Snapshot:
 
     def overridden(self) -> bool:
         """Whether somebody has put a function in the place of a part's forward."""
-        return any(now.get("forward") is not then for now, then in self._forwards)
+        return any(
+            now.get("forward") is not then and own_forward(now) is not then
+            for now, then in self._forwards
+        )
 
     def hooked(self) -> bool:
         """Whether somebody's code waits for the forward of a part by now."""

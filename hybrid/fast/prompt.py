@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +70,17 @@ class Piece:
         The cache that the tokens join.
     cos, sin
         Rotary embedding of their positions, ``[T, pairs]`` float32.
+
+    Attributes
+    ----------
+    under_way
+        Whether attention goes through it: what an interrupt left behind leads nowhere.
     """
 
     def __init__(self, decoder: Decoder, sequence: Sequence, cos: Any, sin: Any) -> None:
         self._decoder, self._sequence = decoder, sequence
         self._cos, self._sin = cos, sin
+        self.under_way = False
 
     def attend(self, index: int, attention: Any, hidden: Tensor) -> Tensor:
         """Return what a layer's attention makes of ``hidden`` ``[1, T, D]``."""
@@ -108,17 +114,16 @@ def in_pieces(ids: Tensor, keep: int | Tensor) -> Iterator[tuple[slice, int | Te
 def attention_in_pieces(layers: Any, piece: Piece) -> Iterator[None]:
     """Let the attention of a model's layers go through ``piece``, for calls of this thread."""
     modules = [layer.self_attn for layer in layers]
-    own = [vars(attention).get("forward") for attention in modules]
-    for index, attention in enumerate(modules):
-        attention.forward = _redirected(attention, index, piece)
     try:
+        for index, attention in enumerate(modules):
+            _restore(attention)
+            attention.forward = _redirected(attention, index, piece)
+        piece.under_way = True
         yield
     finally:
-        for attention, forward in zip(modules, own, strict=True):
-            if forward is None:
-                del attention.forward
-            else:
-                attention.forward = forward
+        piece.under_way = False  # before anything that an interrupt can come between
+        for attention in modules:
+            _restore(attention)
 
 
 def _redirected(attention: Any, index: int, piece: Piece) -> Callable[..., Any]:
@@ -126,12 +131,29 @@ def _redirected(attention: Any, index: int, piece: Piece) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
+        if not piece.under_way or threading.get_ident() != thread:
             return plain(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         return piece.attend(index, attention, hidden), None
 
+    forward.hybrid_own = own_forward(vars(attention))  # type: ignore[attr-defined]
     return forward
+
+
+def own_forward(attributes: Mapping[str, Any]) -> Any:
+    """Return what was set as a module's ``forward``, wherever we redirect it; None if nothing."""
+    forward = attributes.get("forward")
+    return getattr(forward, "hybrid_own", forward)
+
+
+def _restore(attention: Any) -> None:
+    """Give a module its own forward back, if it is redirected."""
+    own, forward = own_forward(vars(attention)), vars(attention).get("forward")
+    if own is not forward:
+        if own is None:
+            del attention.forward
+        else:
+            attention.forward = own
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numba
 import torch
 
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
+from cpu_experts.workers import use_threads
 from gpu_experts.cuda_runtime import ran_out_of_memory
 from gpu_experts.device import F32, I32, U8, Device
 from gpu_experts.emulated import EmulatedDevice
@@ -124,7 +124,7 @@ def emulated_device(capacity_bytes: int, shape: ExpertShape, threads: int) -> Em
     """Return a device that computes with the CPU's kernels, in ``capacity_bytes`` of its own."""
 
     def run(x: F32, slot_ids: I32, weights: F32, slots: U8, out: F32) -> None:
-        numba.set_num_threads(threads)
+        use_threads(threads)
         run_experts(x, slot_ids, weights, slots, shape, out)
 
     return EmulatedDevice(capacity_bytes, run=run)

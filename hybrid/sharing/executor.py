@@ -15,10 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numba
 import numpy as np
 from torch import Tensor
 
+from cpu_experts.workers import use_threads
 from gpu_experts.checks import as_arrays
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
@@ -186,7 +186,7 @@ class Executor:
         """
         self._prompt = prompt
         self._seconds.at(context)
-        numba.set_num_threads(self._threads)  # of this thread: each has its own number
+        use_threads(self._threads)
         self._before_s = time.perf_counter() if self.device is not None else None
 
     def end_step(self, predicted_head_s: float) -> None:
