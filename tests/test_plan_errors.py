@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybrid.errors import UsageError
+from hybrid.planning.plan import plan
 from planner_examples import SMALL, hybrid_plan, machine_table, save_config
 
 LAPTOP = ("--hardware", "rtx4060-laptop")
@@ -107,9 +109,9 @@ def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("Mixtral", *LAPTOP, "--vram", "lots"), "--vram 'lots' is not a size"),
         (("Mixtral", "-H", "cpu-only", "--vram", "6GiB"), "has no gpu to change"),
         (("Mixtral", *LAPTOP, "--context", "99999"), "exceeds the 32768 tokens"),
-        (("Mixtral", *LAPTOP, "--context", "0"), "--context is 0"),
+        (("Mixtral", *LAPTOP, "--context", "0"), "context is 0, it must be a whole"),
         (("Mixtral", *LAPTOP, "--prompt", "5000"), "--prompt 5000 exceeds --context 4096"),
-        (("Mixtral", *LAPTOP, "--batch", "-1"), "--batch is -1"),
+        (("Mixtral", *LAPTOP, "--batch", "-1"), "batch is -1, it must be a whole"),
         (("Mixtral", *LAPTOP, "--tokens", "9999999"), "exceeds 8192"),
         (("Mixtral", *LAPTOP, "--experts", "q5_1"), "--experts 'q5_1' is not a weight format"),
         (("Mixtral", *LAPTOP, "--threads", "4"), "threads is 4, but the rates of rtx4060-laptop"),
@@ -134,6 +136,37 @@ def test_bad_input_is_one_line_and_a_hint(
     assert problem in err
     assert "\nhint: " in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("context", value) for value in ("x", 2.5, True, 0)),
+        *(("prompt", value) for value in ("x", 1.5, 0)),
+        *(("tokens", value) for value in ("x", None, 0)),
+        *(("batch", value) for value in (True, "2", None)),
+        *(("seed", value) for value in ("x", -1, None)),
+        ("hardware", 3),
+        ("hardware", ["rtx4060-laptop"]),
+        ("model", None),
+        ("model", 3),
+    ],
+)
+def test_values_of_the_wrong_kind(name: str, value: Any) -> None:
+    """Python's callers get what the command line gets: an error with the value and a hint."""
+    given: dict[str, Any] = {"model": "demo", "hardware": "rtx4060-laptop", name: value}
+    with pytest.raises(UsageError, match=f"^{name} is ") as caught:
+        plan(**given)
+    assert repr(value) in caught.value.message
+    assert caught.value.hint
+
+
+def test_numbers_of_numpy_are_whole() -> None:
+    """Whatever is a whole number is taken as one."""
+    given: dict[str, Any] = {"context": np.int64(64), "tokens": np.int32(1)}
+    found = plan("demo", "rtx4060-laptop", **given)
+    assert (found.request.context, found.request.tokens) == (64, 1)
+    assert type(found.request.context) is int
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ Loads neither torch nor numba.
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from cpu_experts.formats import is_quantized
 from hybrid import host
+from hybrid.arguments.counts import whole_number
 from hybrid.arguments.names import find_hardware, stored_weights
 from hybrid.arguments.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.calibration import calibrated
@@ -75,6 +77,13 @@ def plan(
     UsageError, PlannerError
         When a name is unknown, a file is damaged, or a value cannot be.
     """
+    if context is not None:
+        context = whole_number(context, "context")
+    if prompt is not None:
+        prompt = whole_number(prompt, "prompt")
+    for name, least in (("tokens", 1), ("batch", 1), ("seed", 0)):
+        if name in options:
+            options[name] = whole_number(options[name], name, least=least)
     machine = machine_for(
         model, hardware, vram=vram, ram=ram, threads=threads, experts=experts, dense=dense
     )
@@ -143,13 +152,25 @@ def machine_for(
 def _described(hardware: str | Path | HardwareSpec | Machine) -> Machine:
     if isinstance(hardware, Machine):
         return hardware
-    return Machine(hardware if isinstance(hardware, HardwareSpec) else find_hardware(hardware))
+    if isinstance(hardware, HardwareSpec):
+        return Machine(hardware)
+    if not isinstance(hardware, str | PathLike):
+        raise UsageError(
+            f"hardware is {hardware!r}, neither a name nor a file nor a description",
+            hint="give a name such as rtx4060-laptop, or leave hardware out for this machine",
+        )
+    return Machine(find_hardware(hardware))
 
 
 def _subject(model: str | Path | ModelSpec, experts: str | None, dense: str | None) -> Subject:
     """Return the model with its own formats, but for those that are asked for."""
     if isinstance(model, ModelSpec):
         found = Subject(model, {}, Request.experts, Request.dense)
+    elif not isinstance(model, str | PathLike):
+        raise UsageError(
+            f"model is {model!r}, neither a name nor a file nor a description",
+            hint='give a name such as Qwen3-30B-A3B, a directory, or "demo"',
+        )
     else:
         found = subject(model)
     return replace(found, experts=experts or found.experts, dense=dense or found.dense)
