@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybrid.arguments.names import find_hardware
 from hybrid.errors import UsageError
+from hybrid.planning.machines import Machine
 from hybrid.planning.plan import plan
 from planner_examples import SMALL, hybrid_plan, machine_table, save_config
 
@@ -159,6 +161,18 @@ def test_values_of_the_wrong_kind(name: str, value: Any) -> None:
         plan(**given)
     assert repr(value) in caught.value.message
     assert caught.value.hint
+
+
+def test_more_than_a_described_gpu_has_is_refused() -> None:
+    """However it is described; a nominal size is all of it, and an emulated GPU has any size."""
+    whole = int(7.9 * 2**30)
+    card = find_hardware("rtx4060-laptop").with_values("gpu", vram_bytes=whole)
+    for described in (card, Machine(card)):
+        assert plan("demo", described, vram="8GiB", tokens=1).fit.vram_bytes == whole
+        with pytest.raises(UsageError, match=r"vram is 9\.00 GiB, NVIDIA .* has 7\.90 GiB"):
+            plan("demo", described, vram="9GiB", tokens=1)
+    emulated = plan("demo", Machine(card, emulated=True), vram="9GiB", tokens=1)
+    assert emulated.fit.vram_bytes == 9 * 2**30
 
 
 def test_numbers_of_numpy_are_whole() -> None:
