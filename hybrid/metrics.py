@@ -141,10 +141,13 @@ def most_off(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
         ]
         if unknown := [term.name for term in mine if term.measured_s is None]:
             rest_s = whole.measured_s - whole.predicted_s - sum(off_s for off_s, _ in parts)
-            parts.append((rest_s, " and ".join(unknown) if len(unknown) < 3 else "the others"))
+            rest = " and ".join(unknown) if len(unknown) < 3 else "what only the whole tells"
+            parts.append((rest_s, rest))
         if parts:
             off_s, name = max(parts, key=lambda part: abs(part[0]))
-            yield f"{whole.phase} is off", f"most by {name}: {off_s * 1e3:+.3g} ms"
+            than = "longer" if off_s > 0 else "less"
+            took = f"took {abs(off_s) * 1e3:.3g} ms {than} than predicted"
+            yield f"{whole.phase} is off", f"most by {name}: {took}"
 
 
 def by_layer(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
