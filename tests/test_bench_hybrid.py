@@ -105,28 +105,6 @@ def test_an_emulated_device(spec: Path) -> None:
     assert table.count("static split") == 2
 
 
-def test_joining_is_measured_before_and_predicted(
-    spec: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What one run's experts took beyond their plan is part of the predictions of the others."""
-    found: list[float] = []
-
-    def known(scene: Scene, share: float) -> float:
-        found.append(measured(scene, share))
-        return 0.5
-
-    measured = bench._joining_s
-    monkeypatch.setattr(bench, "_joining_s", known)
-    result = run(spec, "rtx4060-laptop-8gb", layers=2)
-    assert len(found) == 1
-    assert 0 < found[0] < 0.5
-    for row in result["results"]:
-        terms = row["decode_terms_s"]
-        assert 2 * 0.5 < terms["experts"]["predicted"] < 2 * 0.5 + 0.1
-        assert terms["join"]["predicted"] > 0.9
-        assert row["decode_predicted_s"] > 1.0
-
-
 def test_a_gpu_by_its_stand_in(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's own layers run, every expert call takes part; a calibration comes first.
 

@@ -119,9 +119,6 @@ def run(
                 moe_layers = stage.cost.model.moe_layers
                 routing, known = _routing(wanted.model, prompt, tokens, trace, moe_layers)
                 scene = Scene(stage, prompt, routing, known, threads)
-                if gpu is None:
-                    progress(f"{name}, {prompt} tokens: what joining takes")
-                    scene = replace(scene, joining_s=_joining_s(scene, min(shares)))
                 for share in shares:
                     rows += _compare(scene, name, share, repeat, progress)
     return {
@@ -247,16 +244,6 @@ def _compare(
             "decode_least_s": _least_s(scene, last[rule.name]),
             "decode_measured_mean_s": phase.measured.step_s,
         }
-
-
-def _joining_s(scene: Scene, share: float) -> float:
-    """Measure what the experts of a decode layer take beyond their plan, as a calibration does."""
-    experts = scene.model.experts.count * scene.model.moe_layers
-    rule = next(rule for rule in RULES if rule.name == BASELINE)
-    runner = Runner(scene, rule, int(share * experts))
-    runner.run()
-    runner.executor.timeline.finish()
-    return runner.joining_s()
 
 
 def _least_s(scene: Scene, runner: Runner) -> float:

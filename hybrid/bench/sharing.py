@@ -23,7 +23,7 @@ from hybrid.bench.stages import Stage
 from hybrid.errors import UsageError
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.residents import Opened
-from hybrid.sharing.timeline import DECODE, EXPERTS, Timeline
+from hybrid.sharing.timeline import Timeline
 from planner.baselines import all_cpu, on_demand, static_split
 from planner.cache import ExpertCache, Policy
 from planner.capacity import equal_capacities
@@ -156,9 +156,6 @@ class Scene:
         What other text used.
     threads
         Of the CPU's kernels.
-    joining_s
-        What a decode layer's experts take beyond their plan, measured before; 0 where it was not,
-        or the stage knows.
     """
 
     stage: Stage
@@ -166,7 +163,6 @@ class Scene:
     routing: Routing
     known: Popularity
     threads: int
-    joining_s: float = 0.0
 
     @property
     def model(self) -> ModelSpec:
@@ -272,19 +268,11 @@ class Runner:
         return prefill_s, decode_s
 
     def _timeline(self) -> Timeline:
-        """A timeline that predicts with whatever was measured of deciding and joining."""
+        """A timeline that predicts with what a calibration measured of deciding and joining."""
         found, seconds = Timeline(), self.stage.seconds
         if self.stage.cost.knows():
             found.deciding, found.joining = seconds.deciding, seconds.joining
-        elif self.scene.joining_s:
-            found.joining = lambda tokens: self.scene.joining_s if tokens == 1 else 0.0
         return found
-
-    def joining_s(self) -> float:
-        """What a decode layer's experts took beyond their plan in the last run."""
-        phase = self.executor.timeline.phases[DECODE]
-        beyond_s = phase.measured.terms[EXPERTS] - phase.predicted.terms[EXPERTS]
-        return max(0.0, beyond_s / (len(phase.layers) * phase.steps))
 
     def _check(self) -> None:
         """Raise unless all of it ran as it was meant to."""
