@@ -24,6 +24,7 @@ from cpu_experts.ffn import run_experts
 from cpu_experts.formats import F32
 from hybrid.bench.kernels import fill, read_seconds
 from hybrid.calibration.others import Others, Turns
+from hybrid.calibration.parts import typical
 from hybrid.errors import UsageError
 from hybrid.experts import BareLayer, LayerExperts, compute_on_cpu
 from hybrid.panels import least_load, offered
@@ -215,7 +216,7 @@ def expert_times(
         turns.measure(turn)
     found = ExpertTimes(shape, disturbed=turns.disturbed())
     kept = turns.kept()
-    fits = [_line({n: median(samples) for n, samples in short.items()}) for short, _ in kept]
+    fits = [_line({n: typical(samples) for n, samples in short.items()}) for short, _ in kept]
     found.start_s = [start_s for start_s, _ in fits]
     found.loads[1] = [each_s for _, each_s in fits]
     start_s = median(found.start_s)
