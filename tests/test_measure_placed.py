@@ -126,6 +126,27 @@ def test_passes_are_taken_apart(changes: dict[str, Any]) -> None:
     assert taken_apart(model) == expected
 
 
+@pytest.mark.parametrize(
+    ("ends_s", "expected"), [((2.0, 2.0, -50.0), (2.0, 2.0, 0.0)), ((-1.0, -1.0, 9.0), (0.0,) * 3)]
+)
+def test_a_pass_that_ends_before_its_plan_makes_no_time_negative(
+    ends_s: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    """A calibration could not be read again that had one; passes that end early as a rule join at
+    once."""
+    model = small_model(decoder_sparse_step=1)
+    steps = []
+    for end_s in ends_s:
+        step = one_pass(model)
+        moe = [number for name, number in step.spans if name == PLANNED]
+        spans = step.spans | {(PLANNED, number): EXPERTS_S - end_s for number in moe}
+        steps.append(Pass(step.whole_s, spans))
+    beyond = {layer.ffn_params: [0.0] for layer in model.layers}
+    parts = parts_of(model, model.layers, steps, 1, 9, beyond, 0.0, 0.0)
+    (joining,) = [part for part in parts if part.term == "joining"]
+    assert joining.samples == expected
+
+
 def test_where_nothing_tells_layers_apart_they_share_evenly() -> None:
     """Dense layers before every layer with experts: the sum is right, whatever is whose."""
     model = small_model(decoder_sparse_step=2)

@@ -318,7 +318,9 @@ def parts_of(
     params = model.experts.params_each
     samples["deciding", "", params], samples["handing", "", params] = _deciding(steps)
     beyond_s = [fmean(_all(step, EXPERTS)) - fmean(_all(step, PLANNED)) for step in steps]
-    samples["joining", "", params] = beyond_s if median(beyond_s) > 0 else [0.0] * len(beyond_s)
+    # A pass may end before its plan: what passes do as a rule counts, and no time is below 0.
+    usual = median(beyond_s) > 0
+    samples["joining", "", params] = [max(0.0, seconds) * usual for seconds in beyond_s]
     for params, more in beyond.items():
         samples.setdefault(("feed_forward", "", params), list(more))
     for (term, kind, params), values in samples.items():
