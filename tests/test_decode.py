@@ -17,6 +17,7 @@ from hybrid.conversion.checkpoint import convert
 from hybrid.dense import QuantizedEmbedding
 from hybrid.fast.attach import DecodePath, attach_fast_path
 from hybrid.model import HybridModel
+from hybrid.transformers_api import cache_argument, returned_cache
 from tiny_families import VOCAB, families, tiny_config
 
 FAMILIES = [
@@ -166,9 +167,9 @@ def test_quantized_products_of_a_compressed_cache(family: str, tmp_path: Path) -
     with torch.no_grad():
         for forward in (model, model.slow):
             cache = DynamicCache(config=model.config)
-            forward(input_ids=PROMPT, past_key_values=cache, use_cache=True)
+            forward(input_ids=PROMPT, **cache_argument(cache), use_cache=True)
             steps = [
-                forward(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+                forward(input_ids=tokens[:, at : at + 1], **cache_argument(cache), use_cache=True)
                 for at in range(PROMPT.shape[1], tokens.shape[1])
             ]
             logits.append(torch.cat([step.logits[:, -1] for step in steps]))
@@ -283,15 +284,15 @@ def test_both_paths_take_turns_on_one_cache(
     cache = DynamicCache(config=qwen.config)
     with torch.no_grad():
         wanted = qwen.slow(input_ids=ids, use_cache=True).logits[0]
-        found = [qwen(input_ids=ids[:, :6], past_key_values=cache, use_cache=True).logits[0]]
+        found = [qwen(input_ids=ids[:, :6], **cache_argument(cache), use_cache=True).logits[0]]
         for start, stop in ((6, 7), (7, 8), (8, 12), (12, 13), (13, 14)):
-            part = qwen(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+            part = qwen(input_ids=ids[:, start:stop], **cache_argument(cache), use_cache=True)
             found.append(part.logits[0])
-        qwen(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        qwen(input_ids=ids[:, :1], **cache_argument(cache), use_cache=True)
         cache.crop(-1)
         assert cache.get_seq_length() == 14
         for at in range(14, 24):
-            part = qwen(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            part = qwen(input_ids=ids[:, at : at + 1], **cache_argument(cache), use_cache=True)
             found.append(part.logits[0])
     assert cache.layers[0].keys.shape == keys
     assert cache.layers[0].values.shape == values
@@ -303,16 +304,16 @@ def test_calls_that_the_kernels_do_not_know(qwen: Any, monkeypatch: pytest.Monke
     counted = _Counted(qwen, monkeypatch)
     single = PROMPT[:, :1]
     with torch.no_grad():
-        cache = qwen(input_ids=PROMPT, use_cache=True).past_key_values
-        out = qwen(input_ids=single, past_key_values=cache, output_hidden_states=True)
+        cache = returned_cache(qwen(input_ids=PROMPT, use_cache=True))
+        out = qwen(input_ids=single, **cache_argument(cache), output_hidden_states=True)
         assert len(out.hidden_states) == 3
         mask = torch.ones(1, 9, dtype=torch.long)
         mask[0, 0] = 0
-        qwen(input_ids=single, past_key_values=cache, attention_mask=mask)
-        qwen(input_ids=single, past_key_values=cache, labels=single)
-        two = qwen(input_ids=PROMPT.repeat(2, 1), use_cache=True).past_key_values
-        qwen(input_ids=single.repeat(2, 1), past_key_values=two)
-    qwen(input_ids=single, past_key_values=cache)  # gradients are asked for
+        qwen(input_ids=single, **cache_argument(cache), attention_mask=mask)
+        qwen(input_ids=single, **cache_argument(cache), labels=single)
+        two = returned_cache(qwen(input_ids=PROMPT.repeat(2, 1), use_cache=True))
+        qwen(input_ids=single.repeat(2, 1), **cache_argument(two))
+    qwen(input_ids=single, **cache_argument(cache))  # gradients are asked for
     assert counted.count == 0
 
 

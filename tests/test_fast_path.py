@@ -24,6 +24,7 @@ from hybrid.conversion.checkpoint import convert
 from hybrid.demo import demo_path
 from hybrid.fast.attach import UNTESTED
 from hybrid.slow_paths import slow_paths
+from hybrid.transformers_api import cache_argument, returned_cache
 from test_decode import FAMILIES, PROMPT, _greedy, _save, half_precision_caches
 
 __all__ = ["half_precision_caches"]  # applies to the tests here, too
@@ -169,8 +170,8 @@ def test_a_cache_of_the_user(pair: Any) -> None:
     for model in pair:
         for no_grad in (True, False):
             with torch.set_grad_enabled(not no_grad):
-                cache = model(input_ids=PROMPT, use_cache=True).past_key_values
-            found.append(write(model, ids, past_key_values=cache))
+                cache = returned_cache(model(input_ids=PROMPT, use_cache=True))
+            found.append(write(model, ids, **cache_argument(cache)))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
@@ -204,10 +205,10 @@ def test_several_models_at_once(qwen: Path, demo: Path) -> None:
     rows = [PROMPT] * 3
     with torch.no_grad():
         for index, model in enumerate(models):
-            caches[index] = model(input_ids=PROMPT[:, :-1], use_cache=True).past_key_values
+            caches[index] = returned_cache(model(input_ids=PROMPT[:, :-1], use_cache=True))
         for _ in range(12):
             for index, model in enumerate(models):
-                out = model(input_ids=rows[index][:, -1:], past_key_values=caches[index])
+                out = model(input_ids=rows[index][:, -1:], **cache_argument(caches[index]))
                 rows[index] = torch.cat((rows[index], out.logits[:, -1:].argmax(-1)), dim=1)
     assert all(torch.equal(a, b) for a, b in zip(alone, rows, strict=True))
 
@@ -268,7 +269,7 @@ def test_masks_by_kind_of_layer(tmp_path: Path) -> None:
         write(model)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            out = model(input_ids=PROMPT, past_key_values=cache, attention_mask=mask)
+            out = model(input_ids=PROMPT, **cache_argument(cache), attention_mask=mask)
         found.append(out.logits)
         if model.hybrid_fast.path.fast:
             assert model.hybrid_fast.refused["a mask of dict"]
@@ -284,7 +285,7 @@ def test_a_config_that_wants_tuples(pair: Any) -> None:
             model.config.return_dict = False
             with torch.no_grad():
                 cache = DynamicCache(config=config)
-                found = model(input_ids=PROMPT, past_key_values=cache, use_cache=True)
+                found = model(input_ids=PROMPT, **cache_argument(cache), use_cache=True)
             assert type(found) is tuple
             model.config = config
         assert pair[0].hybrid_fast.path.fast == used
@@ -299,10 +300,10 @@ def test_a_compiled_model(pair: Any) -> None:
     ):
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            rows = [compiled(input_ids=PROMPT, past_key_values=cache, use_cache=True).logits]
+            rows = [compiled(input_ids=PROMPT, **cache_argument(cache), use_cache=True).logits]
             for token in (3, 4):
                 ids = torch.tensor([[token]])
-                rows.append(compiled(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+                rows.append(compiled(input_ids=ids, **cache_argument(cache), use_cache=True).logits)
         found.append(torch.cat(rows, dim=1))
     assert (found[0] - found[1]).abs().max() < 5e-3 * found[1].std()
     assert pair[0].hybrid_fast.path.fast

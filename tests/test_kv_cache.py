@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from cpu_experts.kv import KeyValues
 from hybrid.config import HybridConfig
 from hybrid.conversion.checkpoint import convert
+from hybrid.transformers_api import cache_argument
 from test_decode import PROMPT, _save, half_precision_caches
 from tiny_families import VOCAB
 
@@ -59,7 +60,7 @@ def _read(directory: Path, **options: Any) -> Any:
 @torch.no_grad()
 def _feed(model: Any, ids: Tensor, kept: Any) -> Tensor:
     """Logits ``[V]`` of the last token of ``ids`` ``[1, T]`` behind what is ``kept``."""
-    logits: Tensor = model(input_ids=ids, past_key_values=kept, use_cache=True).logits[0, -1]
+    logits: Tensor = model(input_ids=ids, **cache_argument(kept), use_cache=True).logits[0, -1]
     return logits
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import hybrid.fast.prompt
 from hybrid.fast.prompt import Piece, PromptProgress, prompt_bar, prompts_told
+from hybrid.transformers_api import cache_argument
 from test_decode import VOCAB, _greedy, _load, half_precision_caches, install_fast_decode
 
 __all__ = ["half_precision_caches"]  # applies to the tests here, too
@@ -38,7 +39,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def _prompt(model: Any, **options: Any) -> torch.Tensor:
     cache = DynamicCache(config=model.config)
-    logits = model(input_ids=IDS, past_key_values=cache, use_cache=True, **options).logits
+    logits = model(input_ids=IDS, **cache_argument(cache), use_cache=True, **options).logits
     assert cache.get_seq_length() == IDS.shape[1]
     return logits[0]
 

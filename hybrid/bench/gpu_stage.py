@@ -31,6 +31,7 @@ from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.devices import dtype_on, memory_told
 from hybrid.sharing.placement import RING_BYTES, unfit
 from hybrid.sharing.shared_first import SharedFirst
+from hybrid.transformers_api import cache_argument
 from planner.cost import CostModel
 from planner.memory import STAGING, HostMemory, fit, in_words
 
@@ -133,7 +134,7 @@ class OnGpu:
         ids = self._next.expand(1, tokens)
         with torch.no_grad(), memory_told(self.device, *_RAN_OUT):
             output = self._network(
-                input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(self._cache)
             )
             self._next = output.logits[:, -1:].argmax(-1)
             self._next.item()  # waits for the device, as whoever samples does

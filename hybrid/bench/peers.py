@@ -32,6 +32,7 @@ from hybrid.bench.random_model import write_random_model
 from hybrid.bench.record import provenance, spread
 from hybrid.errors import HybridError, UsageError
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.transformers_api import cache_argument
 
 _PLAIN = "transformers, bfloat16"
 
@@ -94,7 +95,7 @@ class InProcess:
         cache = self._held[1]
         # The first token brings the cache into the layout of those that are timed.
         _, _, decode = generate_once(
-            self._model, case.prompt + 1, case.generate + 1, past_key_values=cache
+            self._model, case.prompt + 1, case.generate + 1, **cache_argument(cache)
         )
         cache.crop(case.prompt - cache.get_seq_length())
         return decode / case.generate
@@ -111,7 +112,8 @@ class InProcess:
 def _random_cache(model: Any, tokens: int) -> Any:
     """A cache of ``tokens`` positions, as large as the model's own would be."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    model(input_ids=ids, use_cache=True, **cache_argument(cache))
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         _, heads, _, dim = layer.keys.shape

@@ -34,10 +34,11 @@ from hybrid.fast.decode import GROWING, FastDecoder, WrongError, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt, own_forward
 from hybrid.fast.samples import UnfitError
+from hybrid.transformers_api import CACHE_NAMES, given_cache
 
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
 _KNOWN = {
-    *("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+    *("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, "use_cache"),
     *("return_dict", "logits_to_keep", "cache_position"),
 }
 #: Settings of a model that ask for more than logits and the cache.
@@ -240,7 +241,7 @@ class FastPath:
             with self._lock:
                 decoder, refusal = self._current(model, kwargs)
                 if decoder is not None and refusal is None:
-                    if can_share(kwargs["past_key_values"], decoder.form):
+                    if can_share(given_cache(kwargs), decoder.form):
                         if kwargs["input_ids"].shape[1] == 1:
                             return decoder.forward(kwargs)
                         return decoder.prompt(kwargs, slow, self.on_prompt)
@@ -272,7 +273,7 @@ class FastPath:
         elif snapshot is not None:
             if snapshot.hooked() and not self.past_hooks:
                 return decoder, "hooks"
-            if prompt or not goes_on(arguments["past_key_values"], decoder.form):
+            if prompt or not goes_on(given_cache(arguments), decoder.form):
                 if snapshot.overridden():
                     return decoder, "a part's forward that was replaced"
                 if not snapshot.holds():
@@ -281,7 +282,7 @@ class FastPath:
 
     def _refusal(self, model: Any, arguments: dict[str, Any]) -> str | None:
         """Why a call is not new tokens of one sequence and nothing special; None if it is."""
-        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        ids, cache = arguments.get("input_ids"), given_cache(arguments)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
             return "no token ids"
         if ids.shape[0] != 1:

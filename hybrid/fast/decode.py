@@ -25,6 +25,7 @@ from hybrid.fast.decoder_parts import read_decoder, rotary_row, rotary_sides
 from hybrid.fast.kv_cache import CacheForm, Sequence
 from hybrid.fast.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
 from hybrid.fast.samples import UnfitError
+from hybrid.transformers_api import cache_argument, causal_output, given_cache
 
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512
@@ -85,7 +86,7 @@ class FastDecoder:
 
     def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast:
         """Compute the single token of a call of the model's ``forward``."""
-        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        ids, cache = arguments["input_ids"], given_cache(arguments)
         sequence = self.packed(cache)
         given = arguments.get("position_ids")
         position = int(cache.get_seq_length() if given is None else given)
@@ -99,7 +100,7 @@ class FastDecoder:
         self.spent_s += time.perf_counter() - start_s
         self.steps += 1
         sequence.advance()
-        return MoeCausalLMOutputWithPast(logits=logits.to(self._dtype), past_key_values=cache)
+        return causal_output(logits.to(self._dtype), cache)
 
     def begin_run(self) -> None:
         """Count anew what single tokens take; the decoder counts it by layer and part."""
@@ -113,7 +114,7 @@ class FastDecoder:
 
         Attention is ours, but over a compressed cache, where it is transformers', too.
         """
-        ids, cache = arguments["input_ids"], arguments["past_key_values"]
+        ids, cache = arguments["input_ids"], given_cache(arguments)
         total = ids.shape[1]
         positions = arguments.get("position_ids")
         if positions is None:
@@ -125,7 +126,7 @@ class FastDecoder:
                 output = slow(
                     input_ids=ids[:, cut],
                     position_ids=positions[:, cut],
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     use_cache=True,
                     logits_to_keep=wanted,
                 )
@@ -208,7 +209,7 @@ def _distance(model: Any, fast: FastDecoder) -> float:
     caches = [DynamicCache(config=config) for _ in range(2)]
     for cache in caches:
         with _seen_by_attention(model) as seen:
-            _plain_forward(model, input_ids=ids, past_key_values=cache)
+            _plain_forward(model, cache, input_ids=ids)
     kv = fast.packed(caches[1]).kv
     longest = getattr(config, "max_position_embeddings", None) or max(_TEST_POSITIONS) + 1
     distances = []
@@ -243,9 +244,9 @@ def _prompt_distance(model: Any, fast: FastDecoder, seen: list[tuple[Tensor, Ten
     return max(distances)
 
 
-def _plain_forward(model: Any, **arguments: Any) -> Any:
+def _plain_forward(model: Any, cache: DynamicCache, **arguments: Any) -> Any:
     """Call the model past hooks of its user, who has not asked for this call."""
-    return type(model).forward(model, use_cache=True, **arguments)
+    return type(model).forward(model, use_cache=True, **cache_argument(cache), **arguments)
 
 
 def _of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
@@ -307,9 +308,9 @@ def _slow_step(
     try:
         output = _plain_forward(
             model,
+            cache,
             input_ids=token.reshape(1, 1),
             position_ids=torch.tensor([[position]]),
-            past_key_values=cache,
         )
     finally:
         for hook in hooks:

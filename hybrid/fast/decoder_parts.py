@@ -35,6 +35,7 @@ from hybrid.dense import (
 )
 from hybrid.fast.router_parts import read_router
 from hybrid.fast.samples import UnfitError, close, floats, packed_rows, sample
+from hybrid.transformers_api import cache_argument
 from planner.memory import in_words
 
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
@@ -321,7 +322,7 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
         x,
         position_embeddings=rotary(x, position),
         attention_mask=None,
-        past_key_values=cache,
+        **cache_argument(cache),
     )
     wanted = cache.key.reshape(-1)
     source = attention.kv_a_proj_with_mqa(x).reshape(-1)[rank:].float().numpy()

@@ -84,7 +84,8 @@ class _SharedLayer(DynamicLayer):
         if self.is_sliding:
             first = max(0, keys.shape[1] - _window(self) + 1)
             keys, values = keys[:, first:], values[:, first:]
-        return _tensor(keys, self.dtype), _tensor(values, self.dtype)
+        dtype = self._sequence.form.dtype
+        return _tensor(keys, dtype), _tensor(values, dtype)
 
     def _unpack(self) -> None:
         if self._packed:
@@ -138,8 +139,9 @@ class _SharedLayer(DynamicLayer):
         """Whether a decoder of this form could have written the content."""
         index = self._index
         if self._packed:
-            same = self._sequence.form.shapes[index] == form.shapes[index]
-            return same and self.dtype == form.dtype and _fits_window(self, form.windows[index])
+            mine = self._sequence.form
+            same = (mine.shapes[index], mine.dtype) == (form.shapes[index], form.dtype)
+            return same and _fits_window(self, form.windows[index])
         return _fits(self, self._tensors, form, index)
 
 
@@ -270,14 +272,11 @@ def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int) -> 
         return True
     heads, dim, turned = form.shapes[index]
     sizes = (dim - turned, turned or dim)
-    return (
-        layer.dtype == form.dtype
-        and all(
-            (x.device.type, x.dtype) == ("cpu", form.dtype)
-            # transformers begins with a tensor of no shape.
-            and (x.shape == (0,) or (x.ndim, *x.shape[:2], x.shape[-1]) == (4, 1, heads, size))
-            for x, size in zip(tensors, sizes, strict=True)
-        )
+    return all(
+        (x.device.type, x.dtype) == ("cpu", form.dtype)
+        # transformers begins with a tensor of no shape.
+        and (x.shape == (0,) or (x.ndim, *x.shape[:2], x.shape[-1]) == (4, 1, heads, size))
+        for x, size in zip(tensors, sizes, strict=True)
     )
 
 

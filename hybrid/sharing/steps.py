@@ -13,6 +13,7 @@ from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid.errors import bare, first_line
 from hybrid.sharing.dense_seconds import DenseSeconds
 from hybrid.sharing.executor import Executor
+from hybrid.transformers_api import given_cache
 
 
 def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
@@ -36,7 +37,8 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal prompt, context
-        lengths = _lengths(kwargs.get("past_key_values"))
+        cache = given_cache(kwargs)
+        lengths = _lengths(cache)
         ids = kwargs.get("input_ids", args[0] if args else None)
         rows, new = (1, 1) if ids is None else ids.shape
         prompt, context = new > 1, new + max((n for n in lengths if n), default=0)
@@ -52,7 +54,7 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
             # What the broken pass held is free by now.
             _check_going_on(device, executor, error)
             executor.shrink(error)
-            _cut_back(kwargs.get("past_key_values"), lengths, error)
+            _cut_back(cache, lengths, error)
         executor.end_step(seconds.head(rows * new))
         return output
 

@@ -1,0 +1,45 @@
+"""What differs between the versions of transformers that we run on, in one place.
+
+Differences are recognised by what a version has, never by its number. Who adds one says here
+which versions it is about:
+
+* Up to 5.23 a model's ``forward`` takes the cache as ``past_key_values`` and its outputs carry
+  it under that name; from 5.24 on both are ``cache``. Calls by the old name still work there,
+  with a warning, and will not from 5.40 on.
+* Up to 5.23 layers of a cache know their ``dtype``; from 5.24 on only their tensors do. So we
+  ask nobody but tensors for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+#: What ``forward`` has called a cache, newest first.
+CACHE_NAMES = ("cache", "past_key_values")
+_FIELDS = {field.name for field in dataclasses.fields(MoeCausalLMOutputWithPast)}
+_CACHE = next(name for name in CACHE_NAMES if name in _FIELDS)
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """Return ``cache`` as the keyword argument that ``forward`` and ``generate`` take."""
+    return {_CACHE: cache}
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among the keyword arguments of a call, by whichever name; None without."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def returned_cache(output: Any) -> Any:
+    """Return the cache that a model's output carries."""
+    return getattr(output, _CACHE)
+
+
+def causal_output(logits: Tensor, cache: Any) -> MoeCausalLMOutputWithPast:
+    """Return what a causal language model's ``forward`` returns."""
+    return MoeCausalLMOutputWithPast(logits=logits, **cache_argument(cache))
