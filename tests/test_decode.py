@@ -345,15 +345,15 @@ def test_a_wrong_result_is_found_and_told(
     monkeypatch.setattr(hybrid.fast.decode, "read_decoder", misread)
     path = install_fast_decode(model)
     assert not path.fast
-    assert "a layer differs from transformers' by" in path.reason
-    assert "slow path: a layer differs" in capsys.readouterr().err
+    assert "layer 1 differs from transformers' by" in path.reason
+    assert "layer 1 differs" in capsys.readouterr().err
     assert model.hybrid_fast.decoder is None
 
 
 def test_the_report_names_the_path(tiny_model: Path) -> None:
     """The report says what computes single tokens, and lists it as slow where it is."""
     model = HybridModel.from_pretrained(tiny_model)
-    assert "one-token kernels (tested: every layer within" in str(model.report())
+    assert "one-token kernels (tested: every part within" in str(model.report())
     model.model.hybrid_fast.path = DecodePath(False, "some reason")
     assert "single tokens in transformers' code: some reason" in str(model.report())
 

@@ -205,7 +205,7 @@ def test_a_cache_of_another_window(
 
 
 def test_a_cache_of_another_dtype(load: Load) -> None:
-    """A bfloat16 cache of a float32 model is not packed, as that would round it anew."""
+    """A bfloat16 cache of a float32 model is not packed until transformers has widened it."""
     model, plain = load("qwen3_moe")
 
     def run(model: Any) -> Tensor:
@@ -213,10 +213,9 @@ def test_a_cache_of_another_dtype(load: Load) -> None:
         _feed(model, PROMPT, kept)
         for layer in kept.layers:
             layer.keys, layer.values = layer.keys.bfloat16(), layer.values.bfloat16()
-            layer.dtype = torch.bfloat16
         return _write(model, kept)
 
-    _assert_same(model, plain, run, refused=_STEPS)
+    _assert_same(model, plain, run, refused=1)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])

@@ -30,10 +30,10 @@ from torch.nn.modules import module as every_module
 from transformers import DynamicCache
 
 from hybrid.dense import restore_dense
-from hybrid.fast.decode import GROWING, FastDecoder, WrongError, build_decoder
+from hybrid.fast.decode import GROWING, FastDecoder, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt, own_forward
-from hybrid.fast.samples import UnfitError
+from hybrid.fast.samples import UnfitError, WrongError
 from hybrid.transformers_api import CACHE_NAMES, given_cache
 
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
@@ -220,7 +220,7 @@ class FastPath:
             if isinstance(unfit, WrongError):
                 print(f"hybrid: single tokens take the slow path: {unfit}", file=sys.stderr)
         else:
-            found = f"tested: every layer within {distance:.1g} of transformers'"
+            found = f"tested: every part within {distance:.1g} of transformers'"
             self.path, self.decoder = DecodePath(True, found), decoder
         self._snapshot = _Snapshot(model)
 

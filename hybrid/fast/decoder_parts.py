@@ -35,6 +35,7 @@ from hybrid.dense import (
 )
 from hybrid.fast.router_parts import read_router
 from hybrid.fast.samples import UnfitError, close, floats, packed_rows, sample
+from hybrid.fast.widened import widened
 from hybrid.transformers_api import cache_argument
 from planner.memory import in_words
 
@@ -56,11 +57,11 @@ def read_norm(module: Any) -> Norm:
     if eps is None or getattr(module, "weight", None) is None:
         raise UnfitError(f"{type(module).__name__} has no eps or no weight")
     weight = module.weight.detach()
-    x = sample(3, weight.numel()).to(weight.dtype) * 2 + 1
-    wanted = module(x)
+    x = sample(3, weight.numel()) * 2 + 1
+    wanted = widened(module)(x)
     bias = getattr(module, "bias", None)
     for offset, centered in product((0.0, 1.0), (False, True)):
-        y = x.float() - (x.float().mean(-1, keepdim=True) if centered else 0)
+        y = x - (x.mean(-1, keepdim=True) if centered else 0)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (weight.float() + offset)
         if close(y if bias is None else y + bias.float(), wanted):
             folded = np.ascontiguousarray((weight.float() + offset).numpy())
@@ -163,7 +164,7 @@ def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
         if 2 * pairs <= head_dim:
             angles = (rotary_row(cos, pairs), rotary_row(sin, pairs))
             kernels.rotate(turned, *angles, paired)
-            if close(torch.from_numpy(turned), wanted.reshape(-1)):
+            if close(torch.from_numpy(turned), wanted.float().reshape(-1)):
                 return paired, pairs
     raise UnfitError("the rotary embedding turns in another way")
 
@@ -316,8 +317,8 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
     how many pairs there are.
     """
     x = sample(1, 1, attention.kv_a_proj_with_mqa.in_features)
-    x = x.to(attention.kv_a_layernorm.weight.dtype)
     position, cache = torch.tensor([[5]]), _LastKey()
+    attention = widened(attention)
     attention(
         x,
         position_embeddings=rotary(x, position),
@@ -325,7 +326,7 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
         **cache_argument(cache),
     )
     wanted = cache.key.reshape(-1)
-    source = attention.kv_a_proj_with_mqa(x).reshape(-1)[rank:].float().numpy()
+    source = attention.kv_a_proj_with_mqa(x).reshape(-1)[rank:].numpy()
     pairs = source.size // 2
     cos, sin = (rotary_row(side, pairs) for side in rotary_sides(rotary, x, position))
     for paired, apart in ((True, True), (True, False), (False, False)):

@@ -17,9 +17,12 @@ from cpu_experts import tables
 from cpu_experts.layers import Router, fill_record
 from hybrid.dense import Arena
 from hybrid.fast.samples import UnfitError, floats, packed_rows, sample
+from hybrid.fast.widened import widened
 
 #: Tokens whose experts tell ways of choosing apart; few do not where there are groups of experts.
 _FEW, _ROUTED = 24, 200
+#: How far weights may be apart, relative to a token's largest.
+_NEAR = 1e-4
 
 
 def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router:
@@ -30,15 +33,13 @@ def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router
     if shared_gate is not None and bias is not None:
         bias = torch.cat((bias, torch.zeros(1).to(bias)))
     matrix = packed_rows(rows, bias, arena)
-    x = sample(_ROUTED, weight.shape[1]).to(weight.dtype)
-    outputs = module(x)
+    x = sample(_ROUTED, weight.shape[1])
+    outputs = widened(module)(x)
     if not isinstance(outputs, tuple) or len(outputs) != 3:
         raise UnfitError(f"{type(module).__name__} returns something else than three tensors")
     _, weights, ids = outputs
     own = getattr(module, "bias", None)
-    logits = [linear(x.float(), weight.float(), None if own is None else own.float())]
-    if weight.dtype != torch.float32:  # families multiply in one or in the other
-        logits.append(linear(x, weight, own).float())
+    logits = linear(x, weight.float(), None if own is None else own.float())
     wanted = _as_rows(ids, weights, weight.shape[0])
     base = Router(
         matrix=matrix,
@@ -46,26 +47,19 @@ def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router
         top_k=ids.shape[-1],
         gated_shared=shared_gate is not None,
     )
-    # In bfloat16 the family's own choice between near equals is a matter of rounding.
-    share, tolerance = (1.0, 1e-4) if weight.dtype == torch.float32 else (0.8, 2e-2)
     for candidate in _router_candidates(module, base):
         some, more = slice(_FEW), slice(_FEW, None if candidate.groups > 1 else _FEW)
-        for found in logits:
-            if all(
-                _agreement(candidate, found[part], wanted[part], tolerance) >= share
-                for part in (some, more)
-            ):
-                return candidate
+        if all(_agrees(candidate, logits[part], wanted[part]) for part in (some, more)):
+            return candidate
     raise UnfitError(f"{type(module).__name__} chooses in another way")
 
 
-def _agreement(candidate: Router, logits: Tensor, wanted: Tensor, tolerance: float) -> float:
-    """Share of tokens for which a router chooses and weighs as the family's code does."""
+def _agrees(candidate: Router, logits: Tensor, wanted: Tensor) -> bool:
+    """Whether a router chooses and weighs for every token as the family's code does."""
     if not len(logits):
-        return 1.0
+        return True
     distances = (_choices(candidate, logits) - wanted).abs().amax(dim=1)
-    near = distances <= tolerance * (1 + wanted.abs().amax(dim=1))
-    return float(near.float().mean())
+    return bool((distances <= _NEAR * wanted.abs().amax(dim=1)).all())
 
 
 def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:

@@ -1,0 +1,267 @@
+"""The test that a decoder passes before it is used: a few tokens, by it and by transformers' code.
+
+The reference is transformers' code in float32 with the model's weights as they are, layer by layer
+on the hidden states of the model's own pass: roundings of quantized layers would add up over
+several. A result in bfloat16 would be no reference. Trained models have a few hidden values in
+the thousands ("massive activations", arXiv 2402.17762), and there a step of bfloat16 is larger
+than what a layer adds to the stream. For the same reason a layer counts by its ordinary channels,
+too: a mistake in them must not hide behind a massive one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hybrid.fast.prompt import Piece
+from hybrid.fast.samples import WrongError
+from hybrid.fast.widened import widened
+from hybrid.transformers_api import cache_argument
+
+if TYPE_CHECKING:
+    from hybrid.fast.decode import FastDecoder
+
+#: How far the kernels may be from float32, relative to what a layer adds. Roundings of
+#: activations to int8 differ by single steps between the two, which is well below this.
+_TOLERANCE = 0.02
+#: And with a compressed cache and quantized products: transformers' code rounds every latent to
+#: int8 before keys are made of it, ours multiplies queries with the unrounded ones.
+_COMPRESSED_TOLERANCE = 0.1
+#: How far logits may be from those that the model itself computes, in types that round more.
+_LOGITS_TOLERANCE = 0.1
+#: A prompt's attention runs between the model's own projections: it may be so many times as far
+#: from float32 as transformers' attention is in the model's type.
+_AS_EXACT = 2.0
+#: Channels beyond so many times the median one are massive.
+_MASSIVE = 30.0
+#: Positions that a token is computed at; far ones show how the rotary embedding turns.
+_POSITIONS = (3, 300, 1500)
+
+
+class _Call(NamedTuple):
+    """One call of a module: what it was given, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    @property
+    def hidden(self) -> Tensor:
+        """The stream that a layer or its attention was given."""
+        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
+
+    @property
+    def made(self) -> Tensor:
+        """The stream that it returned."""
+        made: Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
+        return made
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass of the model.
+
+    Parameters
+    ----------
+    cache
+        What it wrote into.
+    layers, attention
+        The calls of its parts.
+    angles
+        Every result of its rotary embedding, beside the same in float32.
+    logits
+        ``[1, T, V]``.
+    """
+
+    cache: DynamicCache
+    layers: list[_Call]
+    attention: list[_Call]
+    angles: list[tuple[Any, Any]]
+    logits: Tensor
+
+    def again(self, call: _Call, twin: Any, cache: DynamicCache) -> Tensor:
+        """Return what a part's twin makes of a call of the part in float32, with ``cache``."""
+
+        def widen(value: Any) -> Any:
+            for old, new in [(self.cache, cache), *self.angles]:
+                if value is old:
+                    return new
+            return tuple(map(widen, value)) if type(value) is tuple else _wide(value)
+
+        kwargs = {name: widen(value) for name, value in call.kwargs.items()}
+        result = twin(*map(widen, call.args), **kwargs)
+        return _Call((), {}, result).made.float()
+
+
+def check_decoder(model: Any, fast: FastDecoder) -> float:
+    """Compute a short prompt's attention and single tokens at several positions both ways.
+
+    Returns
+    -------
+    The largest relative distance of a part, a layer counting by the middle one of its tokens:
+    where two experts' scores are equal but for rounding, a single token says nothing.
+
+    Raises
+    ------
+    WrongError
+        When a part is further from the reference than it may be.
+    """
+    with torch.no_grad():
+        return max(_Test(model, fast).distances())
+
+
+class _Test:
+    def __init__(self, model: Any, fast: FastDecoder) -> None:
+        self._model, self._fast = model, fast
+        self._base = model.get_decoder()
+        self._config = model.config.get_text_config()
+        self._limit = _COMPRESSED_TOLERANCE if fast.rounds_less else _TOLERANCE
+        #: A cache that holds the reference's keys and values of the prompt, for the kernels.
+        self._prompt = self._new_cache()
+        longest = getattr(self._config, "max_position_embeddings", None) or max(_POSITIONS) + 1
+        self._positions = [min(position, longest - 1) for position in _POSITIONS]
+
+    def distances(self) -> Iterator[float]:
+        """Yield every part's distance, none of which is beyond its limit."""
+        ids = torch.arange(1, len(self._positions) + 1)[None] % self._config.vocab_size
+        cache = self._new_cache()
+        passes = [self._record(cache, input_ids=ids)]
+        for token, position in zip(ids[0], self._positions, strict=True):
+            at = torch.tensor([[position]])
+            passes.append(self._record(cache, input_ids=token.reshape(1, 1), position_ids=at))
+        layers = list(self._base.layers)
+        attend = None if self._fast.compressed else self._piece(ids.shape[1])
+        reference = self._new_cache()
+        wanted = []
+        for index, layer in enumerate(layers):
+            twin = widened(layer)
+            if attend is not None:
+                yield self._attention(index, layer, twin, passes[0], attend)
+            wanted.append(list(self._additions(index, twin, passes, reference)))
+        yield from self._tokens(passes[1:], wanted)
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._config)
+
+    def _piece(self, tokens: int) -> Piece:
+        angles = self._fast.angles_at(torch.arange(tokens)[None])
+        return Piece(self._fast.decoder, self._fast.packed(self._new_cache()), *angles)
+
+    def _attention(self, index: int, layer: Any, twin: Any, given: _Pass, piece: Piece) -> float:
+        """The distance of a prompt's attention, in the model's type between its projections."""
+        call = given.attention[index]
+        exact = given.again(call, twin.self_attn, self._new_cache())
+        theirs = _relative(call.made.float(), exact)
+        found = piece.attend(index, layer.self_attn, call.hidden)
+        limit = max(self._limit, _AS_EXACT * theirs)
+        return _within(f"the attention of layer {index}", _relative(found.float(), exact), limit)
+
+    def _additions(
+        self, index: int, twin: Any, passes: list[_Pass], reference: DynamicCache
+    ) -> Iterator[Tensor]:
+        """What a layer adds to the stream of each single token, after the prompt."""
+        for given in passes:
+            call = given.layers[index]
+            after = given.again(call, twin, reference)
+            if given is passes[0]:
+                layer: Any = reference.layers[index]
+                self._prompt.update(layer.keys, layer.values, index)
+            else:
+                yield (after - call.hidden.float()).reshape(-1)
+
+    def _tokens(self, steps: list[_Pass], wanted: list[list[Tensor]]) -> Iterator[float]:
+        """The distances of the layers and of the head for single tokens."""
+        kv = self._fast.packed(self._prompt).kv
+        rows = []
+        for at, (step, position) in enumerate(zip(steps, self._positions, strict=True)):
+            angles, row = self._fast.rotary(position), []
+            for index, call in enumerate(step.layers):
+                before = call.hidden.float().reshape(-1)
+                found = self._fast.decoder.layer_step(index, before.numpy(), *angles, kv)
+                row.append(_relative(torch.from_numpy(found) - before, wanted[index][at]))
+            logits = np.empty(step.logits.numel(), np.float32)
+            last = step.layers[-1].made.float().reshape(-1)
+            self._fast.decoder.head_step(last.numpy(), logits)
+            row.append(_relative(torch.from_numpy(logits), step.logits.float().reshape(-1)))
+            kv.advance()
+            rows.append(row)
+        *layers, head = (sorted(column)[1] for column in zip(*rows, strict=True))
+        for index, distance in enumerate(layers):
+            yield _within(f"layer {index}", distance, self._limit)
+        exact = self._model.dtype == torch.float32
+        yield _within("the head", head, self._limit if exact else _LOGITS_TOLERANCE)
+
+    def _record(self, cache: DynamicCache, **arguments: Any) -> _Pass:
+        """Run the model past hooks of its user, who has not asked for this call."""
+        calls: dict[str, list[_Call]] = {"layers": [], "attention": [], "rotary": []}
+        places = [("rotary", self._base.rotary_emb)]
+        for layer in self._base.layers:
+            places += [("layers", layer), ("attention", layer.self_attn)]
+        with _noting(calls, places):
+            output = type(self._model).forward(
+                self._model, use_cache=True, **cache_argument(cache), **arguments
+            )
+        angles = [(call.result, self._exact_angles(call)) for call in calls["rotary"]]
+        return _Pass(cache, calls["layers"], calls["attention"], angles, output.logits)
+
+    def _exact_angles(self, call: _Call) -> Any:
+        kwargs = {name: _wide(value) for name, value in call.kwargs.items()}
+        return self._base.rotary_emb(*map(_wide, call.args), **kwargs)
+
+
+@contextmanager
+def _noting(calls: dict[str, list[_Call]], places: list[tuple[str, Any]]) -> Iterator[None]:
+    """Note the calls of modules by this thread: another may compute with them meanwhile."""
+    thread = threading.get_ident()
+
+    def hook(kind: str) -> Callable[..., None]:
+        def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                calls[kind].append(_Call(args, kwargs, output))
+
+        return note
+
+    hooks = [module.register_forward_hook(hook(kind), with_kwargs=True) for kind, module in places]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    """The distance of two results relative to ``wanted``: of all channels or of ordinary ones."""
+    sizes = wanted.abs()
+    typical = sizes.median()
+    distance = _ratio(found - wanted, wanted)
+    if typical > 0:
+        ordinary = sizes <= _MASSIVE * typical
+        distance = max(distance, _ratio((found - wanted)[ordinary], wanted[ordinary]))
+    return distance
+
+
+def _ratio(apart: Tensor, wanted: Tensor) -> float:
+    size, distance = float(wanted.norm()), float(apart.norm())
+    return distance / size if size > 0 else distance
+
+
+def _within(part: str, distance: float, limit: float) -> float:
+    """Return a part's distance, or raise WrongError where it is beyond the limit or no number."""
+    if not distance <= limit:
+        raise WrongError(
+            f"{part} differs from transformers' by {distance:.2g}, more than {limit:.2g}"
+        )
+    return distance
