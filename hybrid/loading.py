@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpu_experts.workers import use_threads
 from hybrid import host
 from hybrid.arguments.counts import whole_number
+from hybrid.arguments.dtypes import automatic_dtype, check_dtype
 from hybrid.arguments.formats import DEFAULT_EXPERTS
 from hybrid.arguments.sizes import checked_ram, size_in_bytes
+from hybrid.calibration.subject import subject
 from hybrid.config import HybridConfig
 from hybrid.conversion.cache import converted_copy
 from hybrid.errors import CheckpointError, UsageError, first_line
@@ -36,6 +38,7 @@ from hybrid.sharing.devices import (
 from hybrid.sharing.keepsakes import weights_of
 from hybrid.sharing.placement import Placement, place_model
 from hybrid.sharing.timeline import Timeline
+from planner.errors import PlannerError
 from planner.popularity import Popularity, read_popularity
 
 ALONE = "none: the one-token kernels are for models on the CPU alone"
@@ -63,7 +66,7 @@ def load_model(
     experts: str | None,
     dense: str | None,
     verify: bool,
-    dtype: torch.dtype | None,
+    dtype: str | torch.dtype | None,
     device: str | int | torch.device | None,
     vram: Size,
     ram: Size,
@@ -78,6 +81,8 @@ def load_model(
     Takes what :meth:`HybridModel.from_pretrained` takes, and checks it before anything else.
     """
     name = choose_device(device, vram)
+    if isinstance(dtype, str):
+        dtype = None if check_dtype(dtype) == "auto" else dtype
     if dtype is None and name is not None and name != "emulated":
         dtype = dtype_on(torch.device(name))
     # Checked even where they change nothing: the same script may find a GPU elsewhere.
@@ -102,7 +107,7 @@ def load_model(
         )
     if name is None:
         beyond = None if ram_bytes is None else beyond_ram(fitted_alone(model, ram_bytes, context))
-        notes = () if beyond is None else (beyond,)
+        notes = (*model.hybrid_fast.notes(), *(() if beyond is None else (beyond,)))
         return _told(Loaded(model, directory, None, context, notes))
     model.hybrid_fast = FastPath(DecodePath(False, f"the model lies on a device ({name})", ALONE))
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
@@ -133,7 +138,7 @@ def load_model(
 def _told(loaded: Loaded) -> Loaded:
     """Say on stderr what is known to be slower or smaller than it could be."""
     for note in loaded.notes:
-        print(f"hybrid: {note.what}: {note.reason}; {note.remedy}", file=sys.stderr)
+        print(f"hybrid: {note}", file=sys.stderr)
     return loaded
 
 
@@ -169,7 +174,7 @@ def load_fast_model(
     experts: str | None = None,
     dense: str | None = None,
     verify: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     fast: bool = True,
 ) -> tuple[Any, Path]:
     """Load a transformers model, converted first if need be, on the CPU.
@@ -187,9 +192,9 @@ def load_fast_model(
         )
     if config.store is None:
         directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
-    model = _load_model(directory, config, _compute_dtype() if dtype is None else dtype)
+    model = _load_model(directory, config, _compute_dtype(dtype, directory))
     model.hybrid_fast.replace = True
-    model.hybrid_fast.settle(model)
+    model.hybrid_fast.settle(model, tell=False)
     return model, directory
 
 
@@ -205,8 +210,18 @@ def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> An
         ) from error
 
 
-def _compute_dtype() -> torch.dtype:
-    return torch.bfloat16 if host.has_native_bf16() else torch.float32
+def _compute_dtype(asked: str | torch.dtype | None, directory: Path) -> torch.dtype:
+    """Return what dense layers compute in: what is asked for, or what suits the model here."""
+    if isinstance(asked, torch.dtype):
+        return asked
+    name = check_dtype("auto" if asked is None else asked)
+    if name == "auto":
+        try:
+            name = automatic_dtype(subject(directory).model)
+        except (PlannerError, UsageError):  # a config.json that the planner does not read
+            name = automatic_dtype(None)
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def load_tokenizer(directory: Path) -> Any:

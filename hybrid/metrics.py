@@ -29,6 +29,9 @@ class SlowPath(NamedTuple):
     reason: str
     remedy: str
 
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}; {self.remedy}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTimes:
@@ -250,7 +253,7 @@ class RunReport:
         if not self.slow_paths:
             yield "slow paths", "none"
         for path in self.slow_paths:
-            yield "slow path", f"{path.what}: {path.reason}; {path.remedy}"
+            yield "slow path", str(path)
 
 
 _LABELS = {

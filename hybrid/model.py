@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from hybrid.metrics import GenerationTimes, RunReport, SlowPath
 from hybrid.report import run_report
 from hybrid.sharing.keepsakes import Keepsakes
 from hybrid.sharing.placement import Placement
+from hybrid.slow_paths import refusals
 from hybrid.textstream import TextStream, as_ids
 from hybrid.watch import OnText, Stopped, Watch
 
@@ -84,7 +86,7 @@ class HybridModel(Keepsakes):
         dense: str | None = None,
         threads: int | None = None,
         verify: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         device: str | int | torch.device | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
@@ -111,10 +113,11 @@ class HybridModel(Keepsakes):
         verify
             Compare the checksum of every expert with the store's index before use.
         dtype
-            What dense layers that are not quantized compute in. Unless given, bfloat16 on
-            processors that multiply it natively and float32 on all others, where torch's
-            bfloat16 products were measured 3 to 10 times slower on prompts and no faster on
-            single tokens.
+            What dense layers that are not quantized compute in: ``"float32"``, ``"bfloat16"``
+            or torch's own name of a type. ``"auto"`` and None are bfloat16 on processors that
+            multiply it natively and float32 on all others, where torch's bfloat16 products were
+            measured 3 to 10 times slower on prompts and no faster on single tokens. Small models,
+            the one that ships among them, are computed in float32 everywhere.
         device
             ``"cuda"``, ``"cuda:1"`` (or as torch takes it), ``"emulated"`` or ``"cpu"``. Unless
             given, the GPU that is there and otherwise the CPU alone, or, where vram is asked for,
@@ -165,6 +168,7 @@ class HybridModel(Keepsakes):
         )
         self.told, self._reserved = loaded.notes, loaded.context
         self._warm_up()
+        self._tell_refusals()
         self._load_s = time.perf_counter() - start
         return self
 
@@ -309,6 +313,14 @@ class HybridModel(Keepsakes):
         self._times = None
         if self.placement is not None and self.placement.executor is not None:
             self.placement.executor.forget_counts()
+
+    def _tell_refusals(self) -> None:
+        """Say why plain steps go past the fast path, if they do; before any text is written."""
+        if self.model.hybrid_fast.path.fast and self.model.hybrid_fast.refused:
+            found = tuple(refusals(self.model.hybrid_fast))
+            for note in found:
+                print(f"hybrid: {note}", file=sys.stderr)
+            self.told = (*self.told, *found)
 
     def _write(
         self,

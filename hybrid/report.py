@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from cpu_experts import simd
 from hybrid import host
@@ -69,7 +72,7 @@ def run_report(
         family=type(network).__name__,
         experts_format=index.format,
         dense_format=network.hf_quantizer.quantization_config.dense or "as in the checkpoint",
-        compute_dtype=f"{network.dtype}".removeprefix("torch."),
+        compute_dtype=_computed_in(network.dtype),
         decode_path=str(network.hybrid_fast.path),
         simd_level=simd.LEVEL,
         threads=f"{threads} (torch and kernels)",
@@ -86,6 +89,18 @@ def run_report(
             *(() if placement is None else _beyond(context, times)),
         ),
     )
+
+
+def _computed_in(dtype: torch.dtype) -> str:
+    """Say what dense layers compute in, and what that costs."""
+    name, native = f"{dtype}".removeprefix("torch."), host.has_native_bf16()
+    if dtype == torch.float32 and native:
+        return f"{name} (exact; bfloat16, for which this processor has units, is faster on prompts)"
+    if dtype == torch.float32:
+        return f"{name} (exact; without units for bfloat16 that would be slower)"
+    bits = round(-math.log2(torch.finfo(dtype).eps)) + 1
+    fast = "on the fast path single tokens are computed in float32"
+    return f"{name} (rounds every layer's results to {bits} bits; {fast})"
 
 
 def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[SlowPath]:

@@ -9,7 +9,8 @@ import numba
 import torch
 
 from cpu_experts import hostcpu, simd
-from hybrid.fast.attach import UNTESTED, FastPath
+from hybrid.arguments.dtypes import SMALL
+from hybrid.fast.attach import LOST, UNTESTED, FastPath
 from hybrid.host import has_native_bf16
 from hybrid.metrics import SlowPath
 
@@ -53,7 +54,13 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
         yield SlowPath(
             "dense layers in bfloat16",
             "this processor does not multiply it natively",
-            "load with dtype=torch.float32",
+            "load with dtype float32",
+        )
+    if model.dtype == torch.float32 and has_native_bf16() and _dense_weights(model) > SMALL:
+        yield SlowPath(
+            "dense layers in float32",
+            "it is asked for, this processor multiplies bfloat16 natively",
+            "leave the dtype out",
         )
     apart = [
         module.hybrid_experts
@@ -76,11 +83,20 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
         )
 
 
+def _dense_weights(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[SlowPath]:
     if fast is None or fast.path == UNTESTED:
         return
     if not fast.path.fast:
-        yield SlowPath("single tokens in transformers' code", fast.path.reason, fast.path.remedy)
+        yield SlowPath(LOST, fast.path.reason, fast.path.remedy)
+    yield from refusals(fast)
+
+
+def refusals(fast: FastPath) -> Iterator[SlowPath]:
+    """Name the steps that went to transformers' code although there is a fast path."""
     for reason, count in fast.refused.items():
         yield SlowPath(
             f"{count} of the model's steps in transformers' code",

@@ -18,6 +18,7 @@ from hybrid.dense import QuantizedEmbedding
 from hybrid.fast.attach import DecodePath, attach_fast_path
 from hybrid.model import HybridModel
 from hybrid.transformers_api import cache_argument, returned_cache
+from massive import make_massive
 from tiny_families import VOCAB, families, tiny_config
 
 FAMILIES = [
@@ -39,7 +40,7 @@ NEW_TOKENS = 20
 PROMPT = torch.tensor([[5, 9, 33, 21, 7, 80, 2]])
 
 
-def _save(family: str, directory: Path, **changes: Any) -> None:
+def _save(family: str, directory: Path, massive: bool = False, **changes: Any) -> None:
     """A tiny model with weights large enough that every part of it shows in the logits."""
     config, kind = families()[family]
     with torch.random.fork_rng():
@@ -53,15 +54,27 @@ def _save(family: str, directory: Path, **changes: Any) -> None:
         for name, buffer in model.named_buffers():
             if "correction" in name:
                 buffer.copy_(torch.rand_like(buffer) * 0.1)
+    if massive:
+        make_massive(model)
     model.save_pretrained(directory)
 
 
-def _load(family: str, folder: Path, store: str = "f32", **changes: Any) -> Any:
+def _load(
+    family: str,
+    folder: Path,
+    store: str = "f32",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Any:
     experts, dense = STORES[store]
     _save(family, folder / "source", **changes)
     convert(folder / "source", folder / "model", experts=experts, dense=dense)
+    return _open(folder / "model", dtype)
+
+
+def _open(converted: Path, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, quantization_config=HybridConfig(fast=False)
+        converted, dtype=dtype, quantization_config=HybridConfig(fast=False)
     )
     model.generation_config.eos_token_id = None  # every run as long as it is asked to be
     return model
@@ -150,6 +163,53 @@ def test_a_family_decodes_as_transformers_does(
     # the other side of a half, and from then on the two caches differ.
     assert distances[0] < 1e-3
     assert distances.max() < (5e-3 if store == "f32" else 0.2)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *COMPRESSED])
+def test_massive_activations_in_float32(family: str, tmp_path: Path) -> None:
+    """A stream with values in the thousands takes the fast path, to the same tokens."""
+    changes: dict[str, Any] = RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    model = _load(family.split()[0], tmp_path, massive=True, **changes)
+    tokens, logits = _greedy(model)
+    path = install_fast_decode(model)
+    assert path.fast, path.reason
+    fast_tokens, fast_logits = _greedy(model)
+    assert torch.equal(fast_tokens, tokens)
+    assert (fast_logits - logits).abs().max() < 5e-3 * logits.std()
+
+
+@pytest.mark.parametrize(
+    ("family", "store"), [*product(FAMILIES, STORES), *product(COMPRESSED, ["f32"])]
+)
+def test_massive_activations_in_bfloat16(family: str, store: str, tmp_path: Path) -> None:
+    """In bfloat16 the path is taken, too, and is at least as exact as transformers' code there.
+
+    Exact is the same model in float32. All read the same tokens, one by one after the prompt.
+    """
+    changes: dict[str, Any] = RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    model = _load(family.split()[0], tmp_path, store, dtype=torch.bfloat16, massive=True, **changes)
+    path = install_fast_decode(model)
+    assert path.fast, path.reason
+    ids = torch.randint(0, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3))
+    wanted, found, theirs = (
+        _step_by_step(forward, other.config, ids)
+        for other in [_open(tmp_path / "model", torch.float32)]
+        for forward in (other, model, model.slow)
+    )
+    apart, theirs_apart = ((logits - wanted).norm(dim=1) for logits in (found, theirs))
+    assert apart.median() <= 1.2 * theirs_apart.median()
+
+
+@torch.no_grad()
+def _step_by_step(forward: Any, config: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits ``[T, V]`` float32 of all tokens but the first eight."""
+    cache = DynamicCache(config=config)
+    forward(input_ids=ids[:, :8], **cache_argument(cache), use_cache=True)
+    steps = [
+        forward(input_ids=ids[:, at : at + 1], **cache_argument(cache), use_cache=True)
+        for at in range(8, ids.shape[1])
+    ]
+    return torch.cat([step.logits[0].float() for step in steps])
 
 
 @pytest.mark.parametrize("family", COMPRESSED)
@@ -329,24 +389,33 @@ def test_an_unfit_family_keeps_its_code_and_says_why(tmp_path: Path) -> None:
     assert str(path).startswith("transformers (the experts' block (AXK1MoE) has")
 
 
+@pytest.mark.parametrize("massive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_result_is_found_and_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    massive: bool,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A decoder that computes something else (its scores unscaled) is not used."""
-    model = _load("qwen3_moe", tmp_path)
-    read = hybrid.fast.decode.read_decoder
+    """A decoder that computes something else (its scores unscaled) is not used.
+
+    What massive activations do to the size of a layer's numbers hides nothing.
+    """
+    model = _load("qwen3_moe", tmp_path, dtype=dtype, massive=massive)
+    read, wrong = hybrid.fast.decode.read_decoder, 0 if massive else 1
 
     def misread(model: Any, **options: Any) -> Any:
-        model.model.layers[1].self_attn.scaling *= 2
+        model.model.layers[wrong].self_attn.scaling *= 2
         decoder = read(model, **options)
-        model.model.layers[1].self_attn.scaling /= 2
+        model.model.layers[wrong].self_attn.scaling /= 2
         return decoder
 
     monkeypatch.setattr(hybrid.fast.decode, "read_decoder", misread)
     path = install_fast_decode(model)
     assert not path.fast
-    assert "layer 1 differs from transformers' by" in path.reason
-    assert "layer 1 differs" in capsys.readouterr().err
+    assert f"layer {wrong} differs from transformers' by" in path.reason
+    assert f"layer {wrong} differs" in capsys.readouterr().err
     assert model.hybrid_fast.decoder is None
 
 

@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from hybrid.arguments.dtypes import automatic_dtype
 from hybrid.bench.random_model import check_room, first_layers, write_random_model
 from hybrid.calibration.parts import Part, Pass, aside
 from hybrid.calibration.timed import DRAWING, SETTLING, Passes, Timed, generate
@@ -79,7 +80,7 @@ class Replica(Timed):
     ) -> None:
         check_room(settings, folder, experts, dense)
         write_random_model(settings, folder, experts=experts, dense=dense)
-        network, _ = load_fast_model(folder)
+        network, _ = load_fast_model(folder, dtype=automatic_dtype(model))
         super().__init__(network, model)
         self._tokenizer = load_tokenizer(demo_path())
 

@@ -70,6 +70,13 @@ Dense = Annotated[
     str | None,
     typer.Option(help="Format to convert all other matrices to.", show_default="the checkpoint's"),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="What dense layers that are not quantized compute in: float32 or bfloat16; auto is "
+        "bfloat16 where the processor multiplies it natively and the model is not small.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -327,7 +334,7 @@ def summarise(model: HybridModel, *, whole: bool = False) -> None:
         if path in model.told:
             continue
         model.told = (*model.told, path)
-        print(f"slow: {path.what}: {path.reason}; {path.remedy}", file=sys.stderr)
+        print(f"slow: {path}", file=sys.stderr)
 
 
 def read_text(file: Path) -> str:

@@ -21,6 +21,7 @@ import operator
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,14 @@ from torch.nn.modules import module as every_module
 from transformers import DynamicCache
 
 from hybrid.dense import restore_dense
+from hybrid.errors import first_line
 from hybrid.fast.decode import GROWING, FastDecoder, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt, own_forward
-from hybrid.fast.samples import UnfitError, WrongError
+from hybrid.fast.samples import UnfitError
+from hybrid.metrics import SlowPath
 from hybrid.transformers_api import CACHE_NAMES, given_cache
+from hybrid.versions import untested
 
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
 _KNOWN = {
@@ -71,8 +75,20 @@ class DecodePath:
         return f"{'one-token kernels' if self.fast else 'transformers'} ({self.reason})"
 
 
+LOST = "single tokens in transformers' code"
+"""What is slow where the path is not taken."""
 UNTESTED = DecodePath(False, "not tested before the first text")
 SWITCHED_OFF = DecodePath(False, "switched off: fast=False", "leave out fast=False")
+
+
+def _unfit(error: Exception) -> DecodePath:
+    """Return why there is no fast path: what it cannot compute, or what its test ended in."""
+    if not isinstance(error, UnfitError):
+        what = f"its test ended in {type(error).__name__}: {first_line(error)}"
+        return DecodePath(False, what, "report it, with the model's config.json")
+    if error.hint is not None:
+        return DecodePath(False, str(error), error.hint)
+    return DecodePath(False, str(error))
 
 
 class _Snapshot:
@@ -194,10 +210,10 @@ class FastPath:
         """Kernels hold addresses: only the decisions of the user are copied."""
         return FastPath, (self._untested, self.replace)
 
-    def settle(self, model: Any) -> FastDecoder | None:
+    def settle(self, model: Any, *, tell: bool = True) -> FastDecoder | None:
         """Read and test the model's decoder, if that is still to be done, and return it.
 
-        A decoder that should be computed and fails its test says so on stderr.
+        Unless the caller does, says on stderr what is lost (:meth:`notes`).
         """
         with self._lock:
             if self.path == UNTESTED:
@@ -208,21 +224,31 @@ class FastPath:
                 except BaseException:
                     self.release(model)
                     raise
+                for note in self.notes() if tell else ():
+                    print(f"hybrid: {note}", file=sys.stderr)
             return self.decoder
 
     def _test(self, model: Any) -> None:
         try:
             decoder, distance = build_decoder(model, replace=self.replace)
-        except UnfitError as unfit:
+        except Exception as error:  # a library that is not the one we know may raise anything
             restore_dense(model)
-            remedy = {} if unfit.hint is None else {"remedy": unfit.hint}
-            self.path = DecodePath(False, str(unfit), **remedy)
-            if isinstance(unfit, WrongError):
-                print(f"hybrid: single tokens take the slow path: {unfit}", file=sys.stderr)
+            self.path = _unfit(error)
         else:
             found = f"tested: every part within {distance:.1g} of transformers'"
             self.path, self.decoder = DecodePath(True, found), decoder
         self._snapshot = _Snapshot(model)
+
+    def notes(self) -> Iterator[SlowPath]:
+        """Name the libraries of versions that nobody tested, and the path, if it is lost."""
+        path = self.path
+        lost = SlowPath(LOST, path.reason, path.remedy)
+        news = tuple(untested())
+        for library in news:
+            here = "the fast path passes its own test" if path.fast else f"{LOST}: {path.reason}"
+            yield SlowPath(str(library), here, library.remedy)
+        if not (path.fast or news or path in (UNTESTED, SWITCHED_OFF)):
+            yield lost
 
     def release(self, model: Any) -> None:
         """Forget the kernels' copies, and put the model's own modules back if they are replaced.

@@ -13,6 +13,7 @@ from typing import Any
 from cpu_experts.formats import is_quantized
 from hybrid import host
 from hybrid.arguments.counts import whole_number
+from hybrid.arguments.dtypes import automatic_dtype
 from hybrid.arguments.names import find_hardware, stored_weights
 from hybrid.arguments.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.calibration import calibrated
@@ -180,4 +181,4 @@ def _dense(wanted: Subject, machine: Machine) -> str:
     """Return the format of dense weights; an emulated GPU's that are not quantized are torch's."""
     if not machine.emulated or is_quantized(wanted.dense):
         return wanted.dense
-    return "bf16" if host.has_native_bf16() else "f32"
+    return "bf16" if automatic_dtype(wanted.model) == "bfloat16" else "f32"
