@@ -268,10 +268,14 @@ class FastPath:
                 decoder, refusal = self._current(model, kwargs)
                 if decoder is not None and refusal is None:
                     if can_share(given_cache(kwargs), decoder.form):
-                        if kwargs["input_ids"].shape[1] == 1:
-                            return decoder.forward(kwargs)
-                        return decoder.prompt(kwargs, slow, self.on_prompt)
-                    refusal = "a cache that the kernels cannot take over"
+                        if kwargs["input_ids"].shape[1] > 1:
+                            return decoder.prompt(kwargs, slow, self.on_prompt)
+                        output = decoder.forward(kwargs)
+                        if output is not None:
+                            return output
+                        refusal = "keys or values beyond half precision"
+                    else:
+                        refusal = "a cache that the kernels cannot take over"
         if self.decoder is not None and refusal is not None:
             self.refused[refusal] += 1
         if not self.replace:

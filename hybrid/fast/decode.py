@@ -6,10 +6,12 @@ attention (see :mod:`hybrid.fast.prompt`). :mod:`hybrid.fast.attach` says for wh
 
 from __future__ import annotations
 
+import functools
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -68,8 +70,11 @@ class FastDecoder:
         self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in GROWING
         self._angles: list[tuple[Any, Any]] = []
 
-    def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast:
-        """Compute the single token of a call of the model's ``forward``."""
+    def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
+        """Compute the single token of a call of the model's ``forward``.
+
+        None, and a cache as before, where numbers leave the range of the kernels' cache.
+        """
         ids, cache = arguments["input_ids"], given_cache(arguments)
         sequence = self.packed(cache)
         given = arguments.get("position_ids")
@@ -83,6 +88,8 @@ class FastDecoder:
         self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
         self.spent_s += time.perf_counter() - start_s
         self.steps += 1
+        if not np.isfinite(logits.numpy().sum()):
+            return None
         sequence.advance()
         return causal_output(logits.to(self._dtype), cache)
 
@@ -96,7 +103,8 @@ class FastDecoder:
     ) -> MoeCausalLMOutputWithPast:
         """Compute the tokens of a call in pieces, through ``slow``, transformers' ``forward``.
 
-        Attention is ours, but over a compressed cache, where it is transformers', too.
+        Attention is ours, but over a compressed cache, where it is transformers', too; and from
+        the piece on whose numbers leave the range of the kernels' cache.
         """
         ids, cache = arguments["input_ids"], given_cache(arguments)
         total = ids.shape[1]
@@ -104,16 +112,24 @@ class FastDecoder:
         if positions is None:
             positions = torch.arange(total)[None] + cache.get_seq_length()
         keep = arguments.get("logits_to_keep", 0)
-        kept, teller = [], Teller(on_prompt, total)
+        kept, teller, ours = [], Teller(on_prompt, total), not self.compressed
         for cut, wanted in in_pieces(ids, keep):
-            with self._attention(cache, positions[:, cut]):
-                output = slow(
-                    input_ids=ids[:, cut],
-                    position_ids=positions[:, cut],
-                    **cache_argument(cache),
-                    use_cache=True,
-                    logits_to_keep=wanted,
-                )
+            piece = functools.partial(
+                slow,
+                input_ids=ids[:, cut],
+                position_ids=positions[:, cut],
+                **cache_argument(cache),
+                use_cache=True,
+                logits_to_keep=wanted,
+            )
+            if ours:
+                with self._attention(cache, positions[:, cut]):
+                    output = piece()
+                if not output.logits[:, -1].isfinite().all():
+                    self.packed(cache).take_back(ids[:, cut].shape[1])
+                    ours = False
+            if not ours:
+                output = piece()
             kept.append(output.logits)
             teller.tell(min(total, cut.stop))
         if len(kept) > 1:
@@ -122,8 +138,6 @@ class FastDecoder:
         return output  # type: ignore[no-any-return]
 
     def _attention(self, cache: DynamicCache, positions: Tensor) -> AbstractContextManager[None]:
-        if self.compressed:
-            return nullcontext()
         piece = Piece(self.decoder, self.packed(cache), *self.angles_at(positions))
         return attention_in_pieces(self._base.layers, piece)
 

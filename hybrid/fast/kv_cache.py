@@ -41,6 +41,10 @@ class CacheForm:
     dtype: torch.dtype
 
 
+#: The largest number in half precision, which the strips are in.
+_LARGEST = torch.finfo(torch.float16).max
+
+
 class _SharedLayer(DynamicLayer):
     """A layer of a :class:`DynamicCache` whose content may lie in a :class:`KeyValues`."""
 
@@ -216,6 +220,13 @@ class Sequence:
         for layer in self._sliding:
             layer.cumulative_length += 1
 
+    def take_back(self, count: int) -> None:
+        """Forget the last ``count`` tokens, all of which :meth:`Decoder.attend` has added."""
+        for index, layer in enumerate(self._layers):
+            self.kv.drop(index, count)
+            if layer.is_sliding:
+                layer.cumulative_length -= count
+
     def advance_layer(self, index: int, count: int) -> None:
         """Tell a layer of tokens that :meth:`Decoder.attend` has added."""
         layer = self._layers[index]
@@ -265,7 +276,10 @@ def _fits_window(layer: Any, window: int) -> bool:
 
 
 def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int) -> bool:
-    """Whether a decoder of this form could have written ``tensors`` into a layer."""
+    """Whether a decoder of this form could have written ``tensors`` into a layer.
+
+    It writes none that are beyond half precision.
+    """
     if not _fits_window(layer, form.windows[index]):
         return False
     if not layer.is_initialized:
@@ -276,6 +290,7 @@ def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int) -> 
         (x.device.type, x.dtype) == ("cpu", form.dtype)
         # transformers begins with a tensor of no shape.
         and (x.shape == (0,) or (x.ndim, *x.shape[:2], x.shape[-1]) == (4, 1, heads, size))
+        and (x.numel() == 0 or bool(x.abs().amax() <= _LARGEST))
         for x, size in zip(tensors, sizes, strict=True)
     )
 
