@@ -19,6 +19,7 @@ from numba import config, njit
 from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY
 
 ROW_BLOCKS = (4, 2, 1)
+READ_WORDS = 64
 
 
 @njit(nogil=True)
@@ -200,6 +201,15 @@ def exp_all(x: Any, at: Any, count: Any, shift: Any) -> Any:
     for i in range(at, at + count):
         x[i] = np.exp(x[i] - shift)
         total += x[i]
+    return total
+
+
+@njit(nogil=True)
+def sum_words(words: Any, at: Any, count: Any) -> Any:
+    """See :func:`cpu_experts.simd_dense.sum_words`."""
+    total = np.uint64(0)
+    for word in words[at : at + count]:
+        total += word
     return total
 
 

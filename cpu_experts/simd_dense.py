@@ -1,10 +1,11 @@
-"""Vector code for what is not a product of matrices: strips of 16, exponents, half precision."""
+"""Vector code for what is not a product: strips of 16, exponents, half precision, plain reads."""
 
 # numba calls the intrinsics with its own types and compiler state.
 # mypy: disable-error-code="no-untyped-def, misc"
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from numba.extending import intrinsic
 
 from cpu_experts.formats import TILE
 from cpu_experts.simd import (
+    _BITS,
     _F32,
     _I16,
     _I32,
@@ -24,12 +26,17 @@ from cpu_experts.simd import (
     Value,
     _call,
     _const,
+    _data,
     _floats_at,
+    _gep,
     _load,
     _loop,
     _splat,
     _store,
 )
+
+#: Words (uint64) that :func:`sum_words` takes at a time, and sums that it keeps of them.
+READ_WORDS, _SUMS = 64, 8
 
 
 def _exp(b: Builder, x: Value) -> Value:
@@ -177,3 +184,32 @@ def to_half(typingctx, x):
         return b.bitcast(b.fptrunc(args[0], ir.HalfType()), _I16)
 
     return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def sum_words(typingctx, words, at, count):
+    """Return the sum (uint64) of the ``count`` uint64 at ``words[at:]``.
+
+    ``count`` is a positive multiple of ``READ_WORDS``. Reads whole vectors, as the micro-kernels
+    do; in so plain a stream the processor looks ahead by itself.
+    """
+
+    def codegen(context, b, signature, args):
+        vector = ir.VectorType(_I64, _BITS // 64)
+        start = b.mul(args[1], ir.Constant(_I64, 8))
+        pointer = _gep(b, _data(context, b, signature.args[0], args[0]), start)
+
+        def body(i: Value, *sums: Value) -> list[Value]:
+            found = list(sums)
+            base = _gep(b, pointer, b.mul(i, ir.Constant(_I64, 8 * READ_WORDS)))
+            for n in range(64 * READ_WORDS // _BITS):
+                read = _load(b, base, n * _BITS // 8, vector)
+                found[n % _SUMS] = b.add(found[n % _SUMS], read)
+            return found
+
+        steps = b.udiv(args[2], ir.Constant(_I64, READ_WORDS))
+        sums = _loop(b, steps, [_const(vector, 0)] * _SUMS, body)
+        total = functools.reduce(b.add, sums)
+        return _call(b, f"llvm.vector.reduce.add.v{vector.count}i64", _I64, [total])
+
+    return types.uint64(words, types.int64, types.int64), codegen

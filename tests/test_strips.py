@@ -18,6 +18,7 @@ from cpu_experts.formats import (
 )
 from cpu_experts.hostcpu import host_level
 from cpu_experts.kernels import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
+from cpu_experts.reading import read_words
 
 OFFSETS = {"q4_0": 8, "q8_0": 0 if host_level().startswith(("avx2", "portable")) else 128}
 
@@ -133,6 +134,15 @@ def test_weights_of_attention() -> None:
     np.testing.assert_allclose(out[16:], want, rtol=1e-5, atol=1e-30)
     np.testing.assert_allclose(total, want.sum(), rtol=1e-6)
     np.testing.assert_array_equal(out[:16], x[:16])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 131071, 131072, 131137, 400000])
+def test_memory_is_read_once(size: int, threads: int) -> None:
+    """The sum of random words is numpy's: none is left out or read twice, at whatever address."""
+    words = np.random.default_rng(size).integers(0, 2**64, size + 1, np.uint64)[1:]
+    with np.errstate(over="ignore"):
+        assert read_words(words, threads) == int(words.sum(dtype=np.uint64))
 
 
 def test_silu_is_accurate_over_the_whole_range() -> None:

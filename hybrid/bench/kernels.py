@@ -18,11 +18,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts.compiled import kernel
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.ffn import run_experts
 from cpu_experts.formats import pad
-from cpu_experts.kernels import fetch_add
+from cpu_experts.reading import read_words
 from cpu_experts.workers import use_threads, used_threads
 from hybrid import host
 from hybrid.bench.record import provenance, spread
@@ -30,7 +29,6 @@ from hybrid.pages import large_pages
 
 ROTATION_BYTES = 1 << 30
 _PAGE = 4096
-_READ_BLOCK = 1 << 17
 
 
 class Case(NamedTuple):
@@ -54,31 +52,10 @@ def cases(formats: tuple[str, ...] = ("q4_0", "q8_0")) -> list[Case]:
     return many + [Case(f, *SHAPES[1], 1) for f in formats]
 
 
-@kernel()
-def _read_items(counter: Any, words: Any, total: Any) -> None:
-    block = _READ_BLOCK
-    acc = np.uint64(0)
-    while True:
-        item = fetch_add(counter, 0)
-        if item * block >= words.size:
-            break
-        for i in range(item * block, min((item + 1) * block, words.size)):
-            acc ^= words[i]
-    total[0] = acc
-
-
-@kernel(parallel=True)
-def _stream(counter: Any, words: Any, totals: Any, threads: Any) -> None:
-    """Read all of ``words`` with every thread taking blocks of 1 MiB in turn."""
-    counter[:] = 0
-    for w in numba.prange(threads):
-        _read_items(counter, words, totals[w])
-
-
 def read_seconds(words: NDArray[np.uint64], threads: int) -> float:
-    counter, totals = np.zeros(1, np.int64), np.zeros((threads, 16), np.uint64)
+    """Return how long all of ``threads`` take to read ``words`` once."""
     start = time.perf_counter()
-    _stream(counter, words, totals, threads)
+    read_words(words, threads)
     return time.perf_counter() - start
 
 
