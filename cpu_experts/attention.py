@@ -73,16 +73,17 @@ def pack_past(keys, values, packed_keys, packed_values):
         start = block * TILE
         stop = min(start + TILE, length)
         base = (head * key_blocks + block) * dim * TILE
-        for i in range(dim):
-            for p in range(start, stop):
-                key = from_keys[(head * length + p) * dim + i]
-                to_keys[base + i * TILE + p - start] = to_half(key)
+        for p in range(start, stop):
+            source = from_keys[(head * length + p) * dim :]
+            target = to_keys[base + p - start :]
+            for i in range(dim):
+                target[i * TILE] = to_half(source[i])
         for s in range(strips):
             for p in range(start, stop):
-                at = (head * length + p) * dim + s * TILE
-                to = ((head * strips + s) * capacity + p) * TILE
+                source = from_values[(head * length + p) * dim + s * TILE :]
+                target = to_values[((head * strips + s) * capacity + p) * TILE :]
                 for i in range(min(TILE, dim - s * TILE)):
-                    to_values[to + i] = to_half(from_values[at + i])
+                    target[i] = to_half(source[i])
 
 
 @kernel(reassociate=True)
@@ -146,16 +147,12 @@ def _weigh(scores, at, first, last, count):
 
     Returns the largest score and the sum of the weights.
     """
-    for i in range(first):
-        scores[at + i] = -np.inf
-    for i in range(last, count):
-        scores[at + i] = -np.inf
+    scores[at : at + first] = -np.inf
+    scores[at + last : at + count] = -np.inf
     largest = largest_of(scores, at, count)
     total = exp_all(scores, at, count, largest)
-    for i in range(first):
-        scores[at + i] = 0
-    for i in range(last, count):
-        scores[at + i] = 0
+    scores[at : at + first] = 0
+    scores[at + last : at + count] = 0
     return largest, total
 
 

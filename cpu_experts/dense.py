@@ -56,8 +56,7 @@ def activate(fmt, offset, x, cols, act):
     if fmt > Q8_0:
         return x.view(np.uint8)
     groups = -(-cols // GROUP)
-    for i in range(cols, groups * GROUP):
-        x[i] = 0
+    x[cols : groups * GROUP] = 0
     for g in range(groups):
         quantize_group(x, g * GROUP, offset, act, g * ACT_GROUP)
     return act
@@ -200,8 +199,7 @@ def _keep_best_groups(router, choice, of_groups):
             if not of_groups[g] > of_groups[worst]:
                 worst = g
         of_groups[worst] = np.inf
-        for i in range(worst * size, (worst + 1) * size):
-            choice[i] = -np.inf
+        choice[worst * size : (worst + 1) * size] = -np.inf
 
 
 @kernel()

@@ -5,6 +5,10 @@ expert ``experts[i]`` has the pairs ``first[i] : first[i + 1]``. A region is one
 join; inside it each thread takes the next item off a shared counter until none is left, so
 that threads finish together whatever slows one of them down. It takes an item while it is still
 at the one before, so that the end of that prefetches the beginning of this.
+
+Inner loops count from 0 over a slice, ``part = x[at:]`` and ``part[i]``: in ``x[at + i]`` an index
+may be negative and mean the end, so LLVM does not see that neighbours lie side by side, and
+gathers them with AVX-512, which can take several times longer.
 """
 
 # numba infers the types of compiled functions from their callers.
@@ -147,8 +151,9 @@ def _quantize_row(x, row, cols, offset, tail, act, stride):
         quantize_group(flat, row * cols + g * GROUP, offset, act, row * stride + g * ACT_GROUP)
     if whole * GROUP < cols:
         tail[:GROUP] = 0
-        for k in range(whole * GROUP, cols):
-            tail[k - whole * GROUP] = x[row, k]
+        rest = x[row, whole * GROUP :]
+        for k in range(cols - whole * GROUP):
+            tail[k] = rest[k]
         quantize_group(tail, 0, offset, act, row * stride + whole * ACT_GROUP)
 
 
@@ -240,15 +245,18 @@ def _up_items(
                     up = ((half * sides + sides - 1) * ROWS + t) * TILE
                     out = h_at + t * GROUP + half * TILE
                     _activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
+                own = h_at + t * GROUP
+                width = min(GROUP, intermediate - group * GROUP)
                 if fmt <= Q8_0:
-                    for i in range(intermediate - group * GROUP, GROUP):
-                        buf[h_at + t * GROUP + i] = 0
+                    if width < GROUP:
+                        buf[own + width : own + GROUP] = 0
                     at = (p + t) * h_stride + group * ACT_GROUP
-                    quantize_group(buf, h_at + t * GROUP, offset, h, at)
+                    quantize_group(buf, own, offset, h, at)
                 else:
                     at = (p + t) * intermediate + group * GROUP
-                    for i in range(min(GROUP, intermediate - group * GROUP)):
-                        flat_h[at + i] = buf[h_at + t * GROUP + i]
+                    source, target = buf[own:], flat_h[at:]
+                    for i in range(width):
+                        target[i] = source[i]
         fetch_add(counter, 2)
         item = following
     # Items are taken and never given back, so whoever waits here waits for running threads only.
@@ -283,17 +291,19 @@ def _down_items(
                     count = min(ROWS, first[run + 1] - p)
                     dot_rows(fmt, blocks, at, then, h, h_stride, rows, p, count, inner, buf, 0)
                     for t in range(count):
+                        own = buf[t * TILE :]
                         if bias_at >= 0:
-                            bias = (base + bias_at) // 4 + s * TILE
+                            bias = floats[(base + bias_at) // 4 + s * TILE :]
                             for i in range(columns):
-                                buf[t * TILE + i] += floats[bias + i]
+                                own[i] += bias[i]
                         pair = pairs[p + t]
                         at_out, weight = pair // top_k * hidden + s * TILE, weights[pair]
                         if columns == TILE:
                             add_strip(buf, t * TILE, weight, flat, at_out)
                         else:
+                            target = flat[at_out:]
                             for i in range(columns):
-                                flat[at_out + i] += weight * buf[t * TILE + i]
+                                target[i] += weight * own[i]
         fetch_add(counter, 3)
         begin = following
 
@@ -384,15 +394,17 @@ def _project_items(
                 )
                 for t in range(count):
                     at_out = targets[p + t] * columns_all + s * TILE
+                    target = flat[at_out:]
                     if columns == TILE:
                         copy_strip(buf, t * TILE, flat, at_out)
                     else:
+                        own = buf[t * TILE :]
                         for i in range(columns):
-                            flat[at_out + i] = buf[t * TILE + i]
+                            target[i] = own[i]
                     if bias_at >= 0:
-                        bias = (base + bias_at) // 4 + s * TILE
+                        bias = floats[(base + bias_at) // 4 + s * TILE :]
                         for i in range(columns):
-                            flat[at_out + i] += floats[bias + i]
+                            target[i] += bias[i]
 
 
 @kernel(parallel=True)

@@ -168,8 +168,7 @@ def _feed_forward(layer, counter, spent, since, work, w):
     ids, weights = work.my_ids[w], work.my_weights[w]
     one = np.float32(1)
     normalize(layer["ffn_norm"], work.x, normed)
-    for i in range(work.x.size, -(-work.x.size // GROUP) * GROUP):
-        normed[i] = 0
+    normed[work.x.size : -(-work.x.size // GROUP) * GROUP] = 0
     share = layer["residual"] * one
     top_k = router["top_k"]
     if top_k:

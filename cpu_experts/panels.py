@@ -26,16 +26,15 @@ def _widen(codes, scales, halves, four_bits, inner, unit, out):
             start = (s * inner + g) * unit
             for r in range(TILE):
                 scale = halves[scales[(start + size) // 2 + r]]
-                row = out[s * TILE + r, g * GROUP :]
-                for chunk in range(size // (4 * TILE)):
-                    at = start + (chunk * TILE + r) * 4
-                    for k in range(4):
-                        if four_bits:
-                            low, high = codes[at + k] & 15, codes[at + k] >> 4
-                            row[chunk * 4 + k] = scale * (np.int32(low) - 8)
-                            row[16 + chunk * 4 + k] = scale * (np.int32(high) - 8)
-                        else:
-                            row[chunk * 4 + k] = scale * np.int8(codes[at + k])
+                row, own = out[s * TILE + r, g * GROUP :], codes[start + 4 * r :]
+                if four_bits:
+                    for i in range(GROUP // 2):
+                        code = own[i // 4 * 4 * TILE + i % 4]
+                        row[i] = scale * np.float32(np.int32(code & 15) - 8)
+                        row[GROUP // 2 + i] = scale * np.float32(np.int32(code >> 4) - 8)
+                else:
+                    for i in range(GROUP):
+                        row[i] = scale * np.float32(np.int8(own[i // 4 * 4 * TILE + i % 4]))
 
 
 def widen(packed: U8, rows: int, cols: int, fmt: str, out: F32) -> None:

@@ -35,20 +35,16 @@ ROWS = 64
 @kernel()
 def _soften(scores, at, first, last, count, row, dim, stats, sums):
     """Turn a row's scores in ``first : last`` into weights relative to the largest so far."""
-    for i in range(min(first, count)):
-        scores[at + i] = -np.inf
-    for i in range(max(last, 0), count):
-        scores[at + i] = -np.inf
+    first, last = min(first, count), max(last, 0)
+    scores[at : at + first] = -np.inf
+    scores[at + last : at + count] = -np.inf
     largest = max(stats[row, 0], largest_of(scores, at, count))
     if largest == -np.inf:  # nothing to see yet
-        for i in range(count):
-            scores[at + i] = 0
+        scores[at : at + count] = 0
         return
     total = exp_all(scores, at, count, largest)
-    for i in range(min(first, count)):
-        scores[at + i] = 0
-    for i in range(max(last, 0), count):
-        scores[at + i] = 0
+    scores[at : at + first] = 0
+    scores[at + last : at + count] = 0
     fade = np.exp(stats[row, 0] - largest)
     stats[row, 0] = largest
     stats[row, 1] = stats[row, 1] * fade + total
