@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
+from planner.bandwidth import check
 from planner.errors import SpecError
 from planner.fields import Fields
 from planner.spec import Source
@@ -118,6 +119,8 @@ class Point:
         What it typically took, and the standard deviation of that.
     disturbed
         Part of the processors' time that other programs took meanwhile, where it was too much.
+    matrices
+        The expert's: 3 with a gate, 2 without; at least 2 where nobody says.
     """
 
     lane: str
@@ -128,6 +131,7 @@ class Point:
     seconds: float
     error: float | None = None
     disturbed: float | None = None
+    matrices: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +217,8 @@ class HardwareSpec:
     Raises
     ------
     SpecError
-        On construction from a table with a missing, misnamed or impossible value.
+        On construction from a table with a missing, misnamed or impossible value, or with points
+        that read faster than the memory.
     """
 
     name: str
@@ -240,13 +245,15 @@ class HardwareSpec:
                 f"{where} has only one of [gpu] and [link]",
                 hint="describe both, or neither for a machine without a GPU",
             )
-        return cls(
+        spec = cls(
             name=table.text("name"),
             summary=table.text("summary", ""),
             points=tuple(map(_point, _entries(data, "points", where))),
             terms=tuple(map(_term, _entries(data, "terms", where))),
             **parts,
         )
+        check(spec, where)
+        return spec
 
     def with_values(self, part: str, **values: float) -> HardwareSpec:
         """Return this machine with numbers of one part replaced, marked as assumed by the user.
@@ -254,7 +261,8 @@ class HardwareSpec:
         Raises
         ------
         SpecError
-            When the machine has no such part, or a value is not positive.
+            When the machine has no such part, or a value is not positive, or is below what the
+            machine's points read at.
         """
         old = getattr(self, part)
         if old is None:
@@ -268,7 +276,9 @@ class HardwareSpec:
                     hint="for a machine without a GPU choose hardware without one",
                 )
         new = {name: Quantity(v, Source.ASSUMED, "set by the user") for name, v in values.items()}
-        return replace(self, **{part: replace(old, **new)})
+        changed = replace(self, **{part: replace(old, **new)})
+        check(changed, f"{self.name} changed")
+        return changed
 
     def emulated(self) -> HardwareSpec:
         """Return this machine with its GPU emulated, which reserves nothing of its memory."""
@@ -334,6 +344,7 @@ def _point(entry: Fields) -> Point:
         seconds=entry.number("seconds"),
         error=entry.number("error") if entry.has("error") else None,
         disturbed=entry.number("disturbed") if entry.has("disturbed") else None,
+        matrices=entry.count("matrices", default=2),
     )
 
 

@@ -49,9 +49,35 @@ def test_the_record_has_every_key_and_adds_up(
         assert read / slowest <= row["bytes_per_s"] <= read / fastest
         flops = 2 * 2 * 3 * 64 * 32
         assert row["gflops"] == pytest.approx(flops / row["seconds_median"] / 1e9)
-        assert row["read_fraction"] == pytest.approx(
-            row["bytes_per_s"] / row["reads_bytes_per_s"][0]
-        )
+        assert len(row["reads_bytes_per_s"]) == 1
+        assert 0 < row["read_fraction"] <= 1
+
+
+def test_shares_are_of_the_read_beside() -> None:
+    """Noise between neighbours is no more than all of the bandwidth, and raises nothing."""
+    assert kernels.shares_of_bandwidth([20e9, 8e9], [40e9, 10e9]) == ([0.5, 0.8], None)
+    assert kernels.shares_of_bandwidth([40.7e9, 8e9], [40e9, 10e9]) == ([1.0, 0.8], None)
+
+
+def test_nothing_is_faster_than_the_bandwidth() -> None:
+    """Where plain reads are slower than a kernel, all shares are of the fastest rate there is."""
+    shares, reached = kernels.shares_of_bandwidth([32e9, 40e9, 8e9], [10e9, 11e9, 10e9])
+    assert (shares, reached) == ([0.8, 1.0, 0.2], 40e9)
+    # A single read that something disturbed: the others' is still the fastest.
+    shares, reached = kernels.shares_of_bandwidth([30e9, 20e9], [10e9, 40e9])
+    assert (shares, reached) == ([0.75, 0.5], 40e9)
+
+
+def test_kernels_that_read_faster_raise_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With reads that take a second the experts' own rate is the bandwidth, and it is said."""
+    monkeypatch.setattr(kernels, "read_seconds", lambda words, threads: 1.0)
+    lines: list[str] = []
+    two = [CASE, CASE._replace(tokens=2)]
+    result = kernels.run(two, repeat=3, threads=1, progress=lines.append)
+    rates = [row["bytes_per_s"] for row in result["results"]]
+    assert result["read_bandwidth_bytes_per_s"] == max(rates)
+    assert [row["read_fraction"] for row in result["results"]] == [r / max(rates) for r in rates]
+    assert "faster than plain reads" in lines[-1]
 
 
 def test_calls_take_turns_over_all_experts() -> None:

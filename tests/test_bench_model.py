@@ -86,11 +86,23 @@ def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.Mon
     per_layer += 16 * 64 * 2 + 2 * 2 * 2 * 16 * 10
     assert result["bytes_per_token"] == 2 * per_layer + 96 * 64 * 18 // 32
     assert len(result["decode"]["samples_s"]) == len(result["prefill"]["samples_s"]) == 3
-    assert result["read_fraction"] > 0
+    assert 0 < result["read_fraction"] <= 1
     assert 0 <= result["disturbed"] <= 1
     assert result["predicted"] is None
     assert result["peak_memory_bytes"] > 0
     json.dumps(result)
+
+
+def test_tokens_that_read_faster_raise_the_bandwidth(
+    spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where plain reads are slow, what a token reads is all of the bandwidth and not more."""
+    _small_read(monkeypatch)
+    monkeypatch.setattr("hybrid.bench.model.read_seconds", lambda words, threads: 60.0)
+    result = run(spec=spec, layers=2, prompt=8, generate=4, repeat=3)
+    assert result["read_fraction"] == 1.0
+    rate = result["bytes_per_token"] * result["decode"]["tokens_per_s"]
+    assert result["read_bandwidth_bytes_per_s"] == pytest.approx(rate)
 
 
 def test_a_written_store_is_whole(spec: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from cpu_experts.experts import ExpertShape
 from fake_machine import WHEN, device_found, measured
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.calibrated_spec import to_spec
-from hybrid.calibration.measure import DiskTimes
+from hybrid.calibration.measure import DiskTimes, ExpertTimes
 from planner.hardware import HardwareSpec, to_toml
 from planner.spec import Source
 
@@ -52,6 +53,56 @@ def test_every_number_has_its_spread_and_origin() -> None:
     assert terms["head", 1, 1].seconds == 2e-3  # contexts are merged
     assert terms["feed_forward", 1, 1].error is None
     assert (terms["expert", 1, 1].format, terms["call", 2, 2].format) == ("q4_0", "bf16")
+
+
+def _experts(rate: float, hidden: int = 2048, **changes: bool) -> ExpertTimes:
+    """Experts of one token that are read at ``rate``."""
+    shape = ExpertShape(hidden=hidden, intermediate=768, format="q4_0", **changes)
+    size = (3 if shape.gated else 2) * hidden * 768 * 4.5 / 8
+    return ExpertTimes(shape, [0.0], {1: [size / rate] * 3, 512: [1.0]})
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_that_read_faster_raise_the_bandwidth(gated: bool) -> None:
+    """Reads of 10 GB/s beside experts at 40: memory does 40, the first experts 32 of them."""
+    found = measured()
+    found.experts = [_experts(32e9, gated=gated), _experts(40e9, 4096, gated=gated)]
+    cpu = (spec := to_spec(found, Identity.of_this_machine(2), WHEN)).cpu
+    assert cpu.memory_bytes_per_s.value == pytest.approx(40e9)
+    assert "experts of 4096 x 768 in q4_0" in cpu.memory_bytes_per_s.origin
+    assert cpu.memory_efficiency.value == pytest.approx(0.8)
+    assert cpu.layer_overhead_s.value == pytest.approx(2e-3 - 2000 / 40e9)
+    assert HardwareSpec.from_table(tomllib.loads(to_toml(spec)), "x") == spec
+
+
+def test_experts_without_a_time_raise_nothing() -> None:
+    """What a token adds is a difference of times; where it is lost in noise it says nothing."""
+    found = measured()
+    found.experts = [_experts(5e9)]
+    found.experts[0].loads[1] = [0.0, 0.0, 1e-3]
+    cpu = to_spec(found, Identity.of_this_machine(2), WHEN).cpu
+    assert cpu.memory_bytes_per_s.value == 10e9
+
+
+def test_experts_from_a_cache_say_nothing_about_memory() -> None:
+    """Experts of a few KB at 40 GB/s: memory still does 10, and they all that can be told of it."""
+    found = measured()
+    found.experts = [_experts(40e9, 64)]
+    cpu = (spec := to_spec(found, Identity.of_this_machine(2), WHEN)).cpu
+    assert cpu.memory_bytes_per_s.value == 10e9
+    assert cpu.memory_efficiency.value == 1.0
+    assert HardwareSpec.from_table(tomllib.loads(to_toml(spec)), "x") == spec
+
+
+def test_what_another_day_read_faster_raises_the_bandwidth() -> None:
+    """A calibration keeps an older one's experts; what is reached of memory stays the same rate."""
+    identity, before, now = Identity.of_this_machine(2), measured(), measured()
+    before.experts, now.experts = [_experts(20e9)], [_experts(8e9, 4096)]
+    both = calibrated.added(to_spec(before, identity, WHEN), to_spec(now, identity, WHEN))
+    assert both.cpu.memory_bytes_per_s.value == pytest.approx(20e9)
+    assert "1e+10 by hybrid calibrate" in both.cpu.memory_bytes_per_s.origin
+    assert both.cpu.memory_efficiency.value == pytest.approx(0.4)
+    assert HardwareSpec.from_table(tomllib.loads(to_toml(both)), "x") == both
 
 
 def test_what_went_wrong_is_remarked() -> None:

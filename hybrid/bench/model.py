@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from hybrid import host
 from hybrid.arguments.counts import whole_number
-from hybrid.bench.kernels import read_seconds
+from hybrid.bench.kernels import read_seconds, shares_of_bandwidth
 from hybrid.bench.record import provenance, spread
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
@@ -122,7 +122,8 @@ def run(
     Returns
     -------
     One record: prefill and decode (median, quartiles and samples), ``bytes_per_token`` of weights
-    and cache, ``read_fraction`` of the bandwidth read beside each repeat, peak memory, how single
+    and cache, ``read_fraction`` of the bandwidth read beside the repeats or, where tokens read
+    faster, of what they reached (never above 1), peak memory, how single
     tokens were computed, which part of the processors' time other programs took meanwhile
     (``disturbed``), and what was ``predicted`` from which ``calibration``, with predicted
     over measured less 1 as ``residuals``, of the whole and of the ``terms``, which are measured
@@ -202,8 +203,10 @@ def _measure(
         prefills.append(ttft)
         decodes.append(decode / (generate - 1))
     per_token = bytes_per_token(model, prompt + generate / 2)
-    rates = [None if per_token is None else per_token / seconds for seconds in decodes]
-    fractions = [rate / read for rate, read in zip(rates, reads, strict=True) if rate is not None]
+    bandwidth, share = median(reads), None
+    if per_token is not None:
+        (share,), reached = shares_of_bandwidth([per_token / median(decodes)], [bandwidth])
+        bandwidth = bandwidth if reached is None else reached
     disturbed = others.lap()
     peak_bytes = host.peak_memory_bytes()
     found = predicted(model, prompt, generate, threads=threads, loads=loads if prompt > 1 else None)
@@ -223,8 +226,8 @@ def _measure(
         "decode": spread(decodes) | {"tokens_per_s": 1 / median(decodes)},
         "bytes_per_token": per_token,
         "disturbed": disturbed,
-        "read_bandwidth_bytes_per_s": median(reads),
-        "read_fraction": median(fractions) if fractions else None,
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "read_fraction": share,
         "store_bytes": model.hybrid_store.index.nbytes,
         "peak_memory_bytes": peak_bytes,
         **about,

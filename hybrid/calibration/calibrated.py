@@ -23,6 +23,7 @@ from hybrid import host
 from hybrid.errors import UsageError
 from hybrid.metrics import SlowPath
 from hybrid.paths import cache_dir, make_cache_folder, write_whole
+from planner.bandwidth import raised
 from planner.cost import weight_bytes
 from planner.errors import SpecError
 from planner.fields import read_table
@@ -315,15 +316,20 @@ def save(spec: HardwareSpec, identity: Identity) -> Path:
 
 
 def added(old: HardwareSpec | None, new: HardwareSpec) -> HardwareSpec:
-    """Return ``new`` with what ``old`` knows of other models' shapes."""
+    """Return ``new`` with what ``old`` knows of other models' shapes.
+
+    Where that was read faster than memory seems to be now, it is the bandwidth.
+    """
     if old is None:
         return new
     points = {_point_key(point) for point in new.points}
     terms = {_term_key(term) for term in new.terms}
-    return replace(
-        new,
-        points=new.points + tuple(p for p in old.points if _point_key(p) not in points),
-        terms=new.terms + tuple(t for t in old.terms if _term_key(t) not in terms),
+    return raised(
+        replace(
+            new,
+            points=new.points + tuple(p for p in old.points if _point_key(p) not in points),
+            terms=new.terms + tuple(t for t in old.terms if _term_key(t) not in terms),
+        )
     )
 
 

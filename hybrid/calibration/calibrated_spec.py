@@ -8,10 +8,12 @@ from datetime import datetime
 from statistics import median, pstdev
 from typing import TYPE_CHECKING
 
+from cpu_experts.experts import ExpertShape
 from hybrid.calibration.calibrated import COMMAND, Identity, layer_overhead
 from hybrid.calibration.measure import DiskTimes, ExpertTimes
 from hybrid.calibration.others import DISTURBED
 from hybrid.calibration.parts import Part, typical
+from planner.bandwidth import MEMORY_BYTES, raised
 from planner.cost import weight_bytes
 from planner.hardware import PANELS, Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
 from planner.spec import Source
@@ -87,7 +89,7 @@ class Measured:
 
 
 def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec:
-    """Describe the machine that was measured."""
+    """Describe the machine that was measured; no bandwidth is below what was read from it."""
     terms = [term for model in found.parts for term in _terms(model)]
     shared = [replace(term, lane="gpu") for model in found.placed for term in _terms(model)]
     points = [point for times in found.experts for point in _cpu_points(times)]
@@ -101,7 +103,7 @@ def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec
     remarks += "".join(f"; not measured: {what}" for what in found.refused)
     if (disturbed := found.disturbed()) >= DISTURBED:
         remarks += f"; other programs used {disturbed:.0%} of the processors meanwhile"
-    return HardwareSpec(
+    spec = HardwareSpec(
         name="this-machine",
         summary=f"{identity.cpu}, {identity.threads} threads, {identity.simd_level}; "
         f"calibrated {when:%Y-%m-%d %H:%M} UTC{remarks}",
@@ -112,6 +114,7 @@ def to_spec(found: Measured, identity: Identity, when: datetime) -> HardwareSpec
         points=tuple(points),
         terms=(*terms, *shared),
     )
+    return raised(spec)
 
 
 def _quantity(samples: Sequence[float], what: str, source: Source = Source.MEASURED) -> Quantity:
@@ -125,13 +128,12 @@ def _quantity(samples: Sequence[float], what: str, source: Source = Source.MEASU
 def _cpu(
     found: Measured, identity: Identity, terms: list[TermPoint], shared: list[TermPoint]
 ) -> Cpu:
-    rate = _quantity(found.reads, f"{identity.threads} threads reading 1 GiB")
+    rate = _bandwidth(found, identity)
     times = found.experts[0]
-    shape, fmt = times.shape, times.shape.format
-    params = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
-    size, most = weight_bytes(params, fmt), max(times.loads)
-    name = f"experts of {shape.hidden} x {shape.intermediate} in {fmt}"
-    shares = [min(1.0, size / max(s, 1e-12) / rate.value) for s in times.loads[1]]
+    params, _, name = _expert(times.shape)
+    most = max(times.loads)
+    # Small experts come from a cache, faster than from memory.
+    shares = [min(1.0, one / rate.value) for one in _rates(times)]
     rates = [2 * params * most / max(s, 1e-12) for s in times.loads[most]]
 
     def overhead(single: bool) -> Quantity:
@@ -171,6 +173,35 @@ def _cpu(
         prompt_start_s=around(single=False),
         deciding_s=_deciding(found.placed),
     )
+
+
+def _expert(shape: ExpertShape) -> tuple[int, int, str]:
+    """Weights of one expert, their bytes, and what such experts are called."""
+    params = _matrices(shape) * shape.hidden * shape.intermediate
+    name = f"experts of {shape.hidden} x {shape.intermediate} in {shape.format}"
+    return params, weight_bytes(params, shape.format), name
+
+
+def _matrices(shape: ExpertShape) -> int:
+    return 3 if shape.gated else 2
+
+
+def _rates(times: ExpertTimes) -> list[float]:
+    """Bytes a second that experts of one token each read, in samples."""
+    _, size, _ = _expert(times.shape)
+    return [size / max(s, 1e-12) for s in times.loads[1]]
+
+
+def _bandwidth(found: Measured, identity: Identity) -> Quantity:
+    """What plain reads reach, or experts where those read faster from memory."""
+    best = _quantity(found.reads, f"{identity.threads} threads reading 1 GiB")
+    for times in found.experts:
+        _, size, name = _expert(times.shape)
+        rate = _quantity(_rates(times), f"{name}, one token each, read faster than plain reads did")
+        told = size >= MEMORY_BYTES and median(times.loads[1]) > 0  # a difference of two times
+        if told and rate.value > best.value:
+            best = rate
+    return best
 
 
 def _deciding(placed: Sequence[ModelParts]) -> Quantity | None:
@@ -213,6 +244,7 @@ def _cpu_points(times: ExpertTimes) -> Iterator[Point]:
                 seconds=typical(samples),
                 error=_spread(samples),
                 disturbed=_worth_telling(times.disturbed),
+                matrices=_matrices(times.shape),
             )
 
 

@@ -121,6 +121,7 @@ class DeviceTimes:
                 load=load,
                 seconds=float(median(samples)),
                 error=float(pstdev(samples)) if len(samples) > 1 else None,
+                matrices=3 if self.shape.gated else 2,
             )
             for lane, load, samples in lanes
         ]
