@@ -32,6 +32,8 @@ CHUNK = 512
 #: Arguments of one type: numba compiles a function anew for every number written out in a call.
 _ZERO, _ONE = np.int64(0), np.int64(1)
 
+#: The largest number in half precision.
+LARGEST_HALF = np.float32(65504)
 _wide, _middle, _one = (strip_dot("f16", n) for n in ROW_BLOCKS)
 
 
@@ -127,7 +129,15 @@ def append(layer, state, slot, head, keys, values, cos, sin, paired, key):
 
 @kernel()
 def keep(state, heads, head, slot, dim, key, value, clip):
-    """Write ``key`` and the clipped ``value`` ``[dim]`` of one of ``heads`` into the cache."""
+    """Write ``key`` and the clipped ``value`` ``[dim]`` of one of ``heads`` into the cache.
+
+    The state notes when one of them is beyond half precision.
+    """
+    largest = np.float32(0)
+    for i in range(dim):
+        largest = max(largest, abs(key[i]), min(abs(value[i]), clip))
+    if largest > LARGEST_HALF:
+        state["beyond"] = np.int64(1)
     capacity, strips = state["capacity"], -(-dim // TILE)
     to_keys = _halves(state["keys"], heads * capacity * dim)
     to_values = _halves(state["values"], heads * strips * capacity * TILE)

@@ -74,10 +74,11 @@ class KeyValues:
     def read(self, layer: int) -> tuple[F32, F32]:
         """Return what a layer holds as new arrays ``[H, T, dim]``."""
         buffers, length = self._buffers(layer), self.length(layer)
-        heads = buffers.values.shape[0]
-        whole = pad(length, TILE) // TILE
-        keys = _widen(buffers.keys[:, :whole].swapaxes(2, 3)).reshape(heads, whole * TILE, -1)
-        values = _widen(buffers.values[:, :, :length].swapaxes(1, 2)).reshape(heads, length, -1)
+        heads, strips = buffers.values.shape[:2]
+        whole, width = pad(length, TILE) // TILE, strips * TILE  # reshape infers nothing of nothing
+        keys = _widen(buffers.keys[:, :whole].swapaxes(2, 3))
+        keys = keys.reshape(heads, whole * TILE, buffers.dim)
+        values = _widen(buffers.values[:, :, :length].swapaxes(1, 2)).reshape(heads, length, width)
         return (
             np.ascontiguousarray(keys[:, :length]),
             np.ascontiguousarray(values[:, :, : buffers.dim]),
@@ -86,6 +87,15 @@ class KeyValues:
     def drop(self, layer: int, count: int) -> None:
         """Forget the last ``count`` positions of a layer."""
         self.states[layer]["length"] = max(0, self.length(layer) - count)
+
+    @property
+    def beyond(self) -> bool:
+        """Whether a number that tokens have written since was too large for half precision."""
+        return bool(self.states["beyond"].any())
+
+    @beyond.setter
+    def beyond(self, value: bool) -> None:
+        self.states["beyond"] = value
 
     def make_room(self) -> None:
         """Give every layer room for one more position."""

@@ -130,5 +130,6 @@ HEAD = np.dtype([("norm", NORM), ("matrix", MATRIX), ("scale", "f4")], align=Tru
 
 #: One layer's keys and values: ``length`` positions are filled, the next token comes behind.
 STATE = np.dtype(
-    [("keys", "i8"), ("values", "i8"), ("capacity", "i8"), ("length", "i8")], align=True
+    [("keys", "i8"), ("values", "i8"), ("capacity", "i8"), ("length", "i8"), ("beyond", "i8")],
+    align=True,
 )

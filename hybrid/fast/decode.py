@@ -11,7 +11,6 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -88,9 +87,10 @@ class FastDecoder:
         self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
         self.spent_s += time.perf_counter() - start_s
         self.steps += 1
-        if not np.isfinite(logits.numpy().sum()):
-            return None
         sequence.advance()
+        if sequence.left_the_range():
+            sequence.take_back(1)
+            return None
         return causal_output(logits.to(self._dtype), cache)
 
     def begin_run(self) -> None:
@@ -123,10 +123,11 @@ class FastDecoder:
                 logits_to_keep=wanted,
             )
             if ours:
-                with self._attention(cache, positions[:, cut]):
+                sequence = self.packed(cache)
+                with self._attention(sequence, positions[:, cut]):
                     output = piece()
-                if not output.logits[:, -1].isfinite().all():
-                    self.packed(cache).take_back(ids[:, cut].shape[1])
+                if sequence.left_the_range():
+                    sequence.take_back(ids[:, cut].shape[1])
                     ours = False
             if not ours:
                 output = piece()
@@ -137,8 +138,8 @@ class FastDecoder:
             output.logits = every[:, -keep:] if keep else every
         return output  # type: ignore[no-any-return]
 
-    def _attention(self, cache: DynamicCache, positions: Tensor) -> AbstractContextManager[None]:
-        piece = Piece(self.decoder, self.packed(cache), *self.angles_at(positions))
+    def _attention(self, sequence: Sequence, positions: Tensor) -> AbstractContextManager[None]:
+        piece = Piece(self.decoder, sequence, *self.angles_at(positions))
         return attention_in_pieces(self._base.layers, piece)
 
     def angles_at(self, positions: Tensor) -> tuple[Any, Any]:

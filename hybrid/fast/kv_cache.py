@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from cpu_experts.attention import LARGEST_HALF
 from cpu_experts.kv import KeyValues
 
 
@@ -39,10 +40,6 @@ class CacheForm:
     shapes: tuple[tuple[int, int, int], ...]
     windows: tuple[int, ...]
     dtype: torch.dtype
-
-
-#: The largest number in half precision, which the strips are in.
-_LARGEST = torch.finfo(torch.float16).max
 
 
 class _SharedLayer(DynamicLayer):
@@ -220,8 +217,15 @@ class Sequence:
         for layer in self._sliding:
             layer.cumulative_length += 1
 
+    def left_the_range(self) -> bool:
+        """Whether what was written since the last call had numbers beyond half precision."""
+        found = self.kv.beyond
+        if found:
+            self.kv.beyond = False
+        return found
+
     def take_back(self, count: int) -> None:
-        """Forget the last ``count`` tokens, all of which :meth:`Decoder.attend` has added."""
+        """Forget the last ``count`` tokens, all of which the kernels have added."""
         for index, layer in enumerate(self._layers):
             self.kv.drop(index, count)
             if layer.is_sliding:
@@ -290,7 +294,7 @@ def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int) -> 
         (x.device.type, x.dtype) == ("cpu", form.dtype)
         # transformers begins with a tensor of no shape.
         and (x.shape == (0,) or (x.ndim, *x.shape[:2], x.shape[-1]) == (4, 1, heads, size))
-        and (x.numel() == 0 or bool(x.abs().amax() <= _LARGEST))
+        and (x.numel() == 0 or bool(x.abs().amax() <= float(LARGEST_HALF)))
         for x, size in zip(tensors, sizes, strict=True)
     )
 
