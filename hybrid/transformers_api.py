@@ -8,6 +8,8 @@ which versions it is about:
   with a warning, and will not from 5.40 on.
 * Up to 5.23 layers of a cache know their ``dtype``; from 5.24 on only their tensors do. So we
   ask nobody but tensors for it.
+* 5.24's Llama 4 with images reads ``image_outputs`` off its language model's output, which has
+  none, and fails at every text. So that output says that there are none.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 CACHE_NAMES = ("cache", "past_key_values")
 _FIELDS = {field.name for field in dataclasses.fields(MoeCausalLMOutputWithPast)}
 _CACHE = next(name for name in CACHE_NAMES if name in _FIELDS)
+
+
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

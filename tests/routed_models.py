@@ -11,6 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hybrid.experts import experts_forward
 from hybrid.families import IMPLEMENTATION, ExpertsSpec, find_experts
+from massive import make_massive
 from tiny_families import LAYERS, VOCAB, families, multimodal, tiny_config
 
 DEPTH = 4
@@ -20,7 +21,7 @@ del KINDS["jetmoe"]
 
 
 def routed_model(
-    kind: str, dtype: torch.dtype = torch.float32, **changes: Any
+    kind: str, dtype: torch.dtype = torch.float32, massive: bool = False, **changes: Any
 ) -> tuple[Any, list[ExpertsSpec]]:
     """Return a random model and its experts; what they compute depends on the routing alone."""
     config_kind, model_kind = KINDS[kind]
@@ -42,6 +43,8 @@ def routed_model(
             buffer.copy_(noise(buffer) * 0.25)
         if "tid2eid" in name:
             buffer.random_(0, 8, generator=seeded)
+    if massive:
+        make_massive(model)
     model.to(dtype)
     specs = find_experts(model)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -19,12 +19,15 @@ from hybrid.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.errors import UnsupportedModelError
 from hybrid.families import ExpertsSpec, find_experts
 from hybrid.store import ExpertStore
+from massive import make_massive
 from tiny_families import VOCAB, families, multimodal, tiny_config
 
 #: jetmoe routes its attention through experts too; no other family is left out.
 UNSUPPORTED = {"jetmoe"}
 #: Families whose gating the kernels have no parameters for.
 OWN_GATING = {"inkling2_text"}
+#: Families whose attention is told from that of the kernels by the decoder's test alone.
+OTHER_ATTENTION = {"exaone_moe", "flint", "lara_mini"}
 FAMILIES = families()
 #: Families of several modalities that have no class for text alone, or are often used so.
 MULTIMODAL = multimodal("step3p7", "llama4", "qwen3_vl_moe", "qwen3_5_moe", "minimax_m3_vl")
@@ -147,6 +150,30 @@ def test_family_runs_from_the_store(kind: str, tmp_path: Path) -> None:
             weight = eager.get_submodule(path).weight
             assert (module.weight - weight).abs().max() <= 0.005 * weight.abs().max()
     assert_runs_like(replace_linears, dense, ids, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", sorted(ALL.keys() - UNSUPPORTED))
+def test_family_with_massive_activations(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Values in the thousands in its stream: as exact as the family's own code in either type.
+
+    Exact is that code in float32. No family loses the fast path to what it does to its numbers.
+    """
+    eager = build(kind).bfloat16().float()
+    make_massive(eager)
+    eager.bfloat16().float().save_pretrained(tmp_path / "src")
+    ids = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed(1))
+    expected = logits(eager, ids)
+    assert expected.isfinite().all()
+    convert(tmp_path / "src", tmp_path / "f32", experts="f32")
+    loaded = type(eager).from_pretrained(tmp_path / "f32", dtype=dtype)
+    apart = (logits(loaded, ids).float() - expected).norm()
+    options = {"dtype": dtype, "experts_implementation": "eager"}
+    own = type(eager).from_pretrained(tmp_path / "src", **options)
+    theirs = (logits(own, ids).float() - expected).norm()
+    assert apart <= 1.5 * theirs + 1e-4 * expected.norm()
+    generate(loaded, ids)
+    assert ("differs" in loaded.hybrid_fast.path.reason) == (kind in OTHER_ATTENTION)
 
 
 def assert_runs_like(

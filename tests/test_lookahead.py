@@ -24,6 +24,8 @@ NOT_PREDICTED = {
 }
 #: Families whose routers see no norm's output as it is; their inputs are taken as they are.
 DIRECT = {"axk2", "flex_olmo", "qwen4_exp_text"}
+#: Families that keep some modules in float32 when they are loaded, but not when they are cast.
+KEEPS_FLOAT32 = {"inkling2_loop_text", "inkling2_text"}
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +101,21 @@ def way_in(model: Any, kind: str, spec: Any, run: Run, router: nn.Module) -> str
     return norms[0] if norms else at.rpartition(".")[0]
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_folded_routers_say_what_the_familys_own_code_says(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "massive"),
+    # Routers that see the stream as it is choose among equals where one channel decides all.
+    [
+        *((kind, False) for kind in sorted(KINDS)),
+        *((kind, True) for kind in sorted(KINDS.keys() - DIRECT)),
+    ],
+)
+def test_folded_routers_say_what_the_familys_own_code_says(kind: str, massive: bool) -> None:
     """A layer's stream put in front of a later layer's norm: same logits, same experts chosen.
 
     The family's own forward is run again with that layer's input swapped; its router's input times
     its matrix is what was folded, and its choice is what the lookahead ranks first.
     """
-    model, specs = routed_model(kind)
+    model, specs = routed_model(kind, massive=massive)
     views = survey(model, specs)
     lookahead = Lookahead(model, views)
     assert lookahead.reason == NOT_PREDICTED.get(kind)
@@ -181,15 +190,19 @@ def test_groups_limit_the_choice(kind: str, changes: dict[str, Any]) -> None:
     assert (np.sort(plain) != np.sort(run.ids[1].numpy())).any()
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe", "gemma4_text"])
-def test_bfloat16_models_are_read_too(kind: str) -> None:
-    """The weights' rounding does not hide what the parts are."""
-    model, specs = routed_model(kind, torch.bfloat16)
+@pytest.mark.parametrize("massive", [False, True])
+@pytest.mark.parametrize(
+    "kind", sorted(KINDS.keys() - NOT_PREDICTED.keys() - DIRECT - KEEPS_FLOAT32)
+)
+def test_bfloat16_models_are_read_too(kind: str, massive: bool) -> None:
+    """The rounding of weights and states does not hide what the parts are."""
+    model, specs = routed_model(kind, torch.bfloat16, massive)
     lookahead = Lookahead.discover(model, specs)
     assert lookahead.reason is None
     scores = lookahead.scores(0, torch.randn(1, 64, dtype=torch.bfloat16))
     assert scores is not None
-    assert scores.shape == (3, 1, 8)
+    assert scores.shape[1] == 1
+    assert scores.shape[2] >= 8
     assert scores.dtype == torch.float32
 
 

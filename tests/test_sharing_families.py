@@ -13,6 +13,7 @@ from hybrid.loading import load_fast_model
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.devices import emulated_device
 from hybrid.sharing.placement import place_model
+from massive import make_massive
 from tiny_families import families, tiny_config
 
 #: Attention of jetmoe is routed through experts too, which is refused; what transformers does not
@@ -24,14 +25,24 @@ FAMILIES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("massive", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
+    ids=["plain", "massive", "massive-bfloat16"],
+)
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_a_shared_family_writes_the_same_tokens(kind: str, tmp_path: Path) -> None:
+def test_a_shared_family_writes_the_same_tokens(
+    kind: str, massive: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """Whatever its cache and its routing are like; experts of its own gating stay on the CPU."""
     config_kind, model_kind = FAMILIES[kind]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model_kind(tiny_config(config_kind)).save_pretrained(tmp_path)
-    model, _ = load_fast_model(tmp_path, fast=False)
+        eager = model_kind(tiny_config(config_kind))
+    if massive:
+        make_massive(eager)
+    eager.save_pretrained(tmp_path)
+    model, _ = load_fast_model(tmp_path, fast=False, dtype=dtype)
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, **options)

@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+import hybrid.transformers_api  # noqa: F401  # a version whose Llama 4 fails needs it
+
 VOCAB = 96
 LAYERS = 2
 EXPERTS = 8

@@ -67,16 +67,18 @@ class Selection:
         grouped = scores.reshape(*scores.shape[:-1], self.groups, -1)
         best = np.partition(grouped, -self.group_best)[..., -self.group_best :].sum(-1)
         worst = np.argpartition(-best, self.top_groups - 1)[..., self.top_groups :]
-        # Far below every score, and still in order among themselves.
-        shift = np.zeros_like(best)
-        np.put_along_axis(shift, worst, np.float32(1e4), axis=-1)
+        # Below every score, whatever their size, and still in order among themselves.
+        shift, span = np.zeros_like(best), np.ptp(scores, axis=-1, keepdims=True) * 2 + 1
+        np.put_along_axis(shift, worst, span, axis=-1)
         limited: F32 = (grouped - shift[..., None]).reshape(scores.shape)
         return limited
 
 
 def _score(scoring: str, logits: F32) -> F32:
     if scoring == "sigmoid":
-        return np.float32(1) / (np.float32(1) + np.exp(-logits))
+        small: F32 = np.exp(-np.abs(logits))  # an exponent that cannot overflow
+        above: F32 = np.float32(1) / (np.float32(1) + small)
+        return above * np.where(logits < 0, small, np.float32(1))
     if scoring == "softmax":
         raised = np.exp(logits - logits.max(-1, keepdims=True))
         normalised: F32 = raised / raised.sum(-1, keepdims=True)
