@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,36 @@ def test_specs_ship_with_the_package() -> None:
 
     for folder in ("models", "hardware", "experiments"):
         assert shipped_names(folder), folder
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_specs_are_those_of_the_copy_that_runs(installed: bool, tmp_path: Path) -> None:
+    """From a bare checkout and an installed copy alike, whatever else can be imported.
+
+    An installed copy has the folder in the package; beside it may be another package's.
+    """
+    for name in ("hybrid", "planner", "cpu_experts", "configs"):
+        inside = "hybrid/configs" if installed and name == "configs" else name
+        shutil.copytree(
+            ROOT / name, tmp_path / inside, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    if installed:
+        (tmp_path / "configs/models").mkdir(parents=True)
+        (tmp_path / "configs/models/foreign.toml").touch()
+    code = (
+        "from hybrid.arguments import names; print(names.__file__, *names.shipped_names('models'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    file, *found = done.stdout.split()
+    assert file.startswith(str(tmp_path))
+    assert found == sorted(path.stem for path in (ROOT / "configs/models").glob("*.toml"))
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hybrid.arguments.names import find_hardware
+from hybrid.arguments.names import configs, find_hardware
 from hybrid.errors import UsageError
 from hybrid.planning.machines import Machine
 from hybrid.planning.plan import plan
@@ -28,8 +27,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def experiment_text() -> str:
-    folder = files("hybrid.configs") / "experiments"
-    return (folder / "hybrimoe-table3.toml").read_text("utf-8")
+    return (configs() / "experiments/hybrimoe-table3.toml").read_text("utf-8")
 
 
 def test_the_experiment_stands_beside_the_paper(

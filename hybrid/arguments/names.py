@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,7 @@ def resolve(name: str, kind: str) -> dict[str, Any]:
     UsageError
         When nothing or more than one thing is meant; the hint names the nearest.
     """
-    known = {entry.name.removesuffix(".toml"): entry for entry in _shipped(kind)}
+    known = {path.stem: path for path in _shipped(kind)}
     wanted = _plain(name.rsplit("/", 1)[-1])
     exact = [stem for stem in known if _plain(stem) == wanted]
     beginning = [stem for stem in known if _plain(stem).startswith(wanted)]
@@ -94,16 +92,22 @@ def find_hardware(name: str | Path) -> HardwareSpec:
 
 def shipped_names(kind: str) -> list[str]:
     """Return the names of the shipped ``models``, ``hardware`` or ``experiments``."""
-    return [entry.name.removesuffix(".toml") for entry in _shipped(kind)]
+    return [path.stem for path in _shipped(kind)]
 
 
-def _shipped(kind: str) -> list[Traversable]:
-    try:
-        folder = files("hybrid.configs") / kind
-    except ModuleNotFoundError:  # imported from a source tree, where nothing maps the folder
-        folder = Path(__file__).parents[2] / "configs" / kind
-    entries = [entry for entry in folder.iterdir() if entry.name.endswith(".toml")]
-    return sorted(entries, key=lambda entry: entry.name)
+def configs() -> Path:
+    """Return the folder of what ships: models, hardware and experiments.
+
+    An installed copy has it inside the package, a checkout beside it. It is looked for there, not
+    imported: nothing maps it in a checkout, and there it could be that of another, installed copy.
+    """
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _shipped(kind: str) -> list[Path]:
+    return sorted((configs() / kind).glob("*.toml"))
 
 
 def _plain(name: str) -> str:
