@@ -32,7 +32,6 @@ from numba.extending import intrinsic
 
 from cpu_experts import hostcpu
 from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY
-from cpu_experts.hostcpu import host_level
 
 PREFETCH_BYTES = 2048
 #: Added to a float32 below 2^22 in size, leaves it rounded (halves to even) in the last bits.
@@ -45,8 +44,7 @@ Value = Any
 Builder = Any
 
 
-LEVEL = host_level().removesuffix(hostcpu.EMULATED)
-EMULATED = host_level().endswith(hostcpu.EMULATED)
+LEVEL, EMULATED = hostcpu.processor().level, hostcpu.processor().emulated
 #: How many activation rows the micro-kernel takes at once: by the wide, the middle and the
 #: one-row variant.
 ROW_BLOCKS = {"avx512vnni": (12, 4, 1)}.get(LEVEL, (4, 2, 1))

@@ -22,8 +22,6 @@ from hybrid.arguments.counts import whole_number
 _GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _NVIDIA_SMI_TIMEOUT_S = 10
 _MOST = "NUMBA_NUM_THREADS sets the most there can be"
-#: Features of processors that multiply bfloat16 natively, under LLVM's names (x86, ARM).
-_BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,12 @@ def check_threads(threads: int, most: int) -> int:
 
 
 def has_native_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 without a detour over float32."""
-    return not _BF16_FEATURES.isdisjoint(hostcpu.host_features())
+    """Whether this processor counts as one that multiplies bfloat16 natively.
+
+    ``HYBRID_SIMD`` can hide its units or have them counted as there, see
+    :mod:`cpu_experts.hostcpu`.
+    """
+    return bool(hostcpu.processor().units)
 
 
 def _cgroup_cpu_quota() -> float | None:

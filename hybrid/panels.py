@@ -11,7 +11,7 @@ know of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -25,26 +25,18 @@ from cpu_experts.panels import widen
 from gpu_experts.layout import BlockLayout
 from gpu_experts.reference import gated
 from hybrid.calibration import calibrated
+from hybrid.host import has_native_bf16
 from planner.hardware import PANELS, HardwareSpec
 
-_UNITS = ("amx_tile", "avx512_bf16")
 _WEIGHTS = 1 << 24
 """The most weights that are laid out at a time, 6 bytes each."""
 _TOKENS = 512
 """The most tokens that are multiplied with them at a time: as many as calibrations try."""
 
 
-def accelerated() -> bool:
-    """Whether torch says that this processor has instructions for products in bfloat16."""
-    checks: list[Callable[[], bool]] = [
-        getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in _UNITS
-    ]
-    return any(check() for check in checks)
-
-
 def offered(shape: ExpertShape) -> bool:
     """Whether it is worth measuring for experts of this shape."""
-    return accelerated() and is_quantized(shape.format)
+    return has_native_bf16() and is_quantized(shape.format)
 
 
 def panels_from(shape: ExpertShape, hardware: HardwareSpec | None = None) -> int | None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from cpu_experts import simd
+from cpu_experts import hostcpu, simd
 from hybrid import host
 from hybrid.calibration.calibrated import Identity, damage
 from hybrid.calibration.prediction import calibrating, cpu_terms
 from hybrid.experts import experts_of
 from hybrid.metrics import Figure, GenerationTimes, RunReport, SlowPath, Term
-from hybrid.panels import accelerated
 from hybrid.sharing.placement import Placement
 from hybrid.slow_paths import slow_paths
 
@@ -149,6 +148,8 @@ def many_tokens(network: Any, *, shared: bool) -> str:
     if found := [load for load in loads if load is not None]:
         least = min(found)
         return f"{where}torch's bfloat16 from {least} tokens on (measured), packed kernels below"
-    if accelerated():
+    if host.has_native_bf16():
         return f"{where}packed kernels (no calibration found torch's bfloat16 faster)"
+    if hostcpu.actual().units:
+        return f"{where}packed kernels ({hostcpu.ENVIRONMENT_VARIABLE} hides the bfloat16 units)"
     return f"{where}packed kernels (this processor has no bfloat16 units)"

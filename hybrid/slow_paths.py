@@ -25,20 +25,8 @@ def _threading_layer() -> str | None:
 
 def slow_paths(model: Any) -> Iterator[SlowPath]:
     """Name everything that runs slower in ``model`` than it could on some machine."""
-    level, best = simd.LEVEL, hostcpu.available_levels(hostcpu.host_features())[0]
-    if simd.EMULATED:
-        yield SlowPath(
-            f"expert kernels at {level}",
-            "its dot product is emulated for a check",
-            f"unset {hostcpu.ENVIRONMENT_VARIABLE}",
-        )
-    elif level != best:
-        yield SlowPath(
-            f"expert kernels at {level}",
-            f"{hostcpu.ENVIRONMENT_VARIABLE} asks for it, this processor runs {best}",
-            f"unset {hostcpu.ENVIRONMENT_VARIABLE}",
-        )
-    elif level == "portable":
+    yield from _as_another_processor(model.dtype)
+    if simd.LEVEL == hostcpu.actual().level == "portable":
         yield SlowPath(
             "expert kernels at portable",
             "there are no vector kernels for this processor",
@@ -85,6 +73,31 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
 
 def _dense_weights(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _as_another_processor(dtype: torch.dtype) -> Iterator[SlowPath]:
+    """Say what runs otherwise because the environment takes this processor for another one."""
+    level, actual, counted = simd.LEVEL, hostcpu.actual(), hostcpu.processor().units
+    variable = hostcpu.ENVIRONMENT_VARIABLE
+    if simd.EMULATED:
+        why = "its dot product is emulated for a check"
+        yield SlowPath(f"expert kernels at {level}", why, f"unset {variable}")
+    elif level != actual.level:
+        why = f"{variable} asks for it, this processor runs {actual.level}"
+        yield SlowPath(f"expert kernels at {level}", why, f"unset {variable}")
+    if actual.units and not counted:
+        units = ", ".join(sorted(actual.units))
+        yield SlowPath(
+            "dense layers and long prompts without bfloat16 units",
+            f"{variable} hides those of this processor ({units})",
+            f"name them there or unset {variable}",
+        )
+    if dtype == torch.bfloat16 and counted and not actual.units:
+        yield SlowPath(
+            "dense layers in bfloat16",
+            f"{variable} counts on {', '.join(sorted(counted))}, this processor has no such units",
+            f"unset {variable}",
+        )
 
 
 def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[SlowPath]:

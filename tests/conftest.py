@@ -1,14 +1,37 @@
-"""What several test files share: an offline Hugging Face, a cache of our own, a tiny model."""
+"""What several test files share: which copy is tested, an offline Hugging Face, a cache of our own,
+what the processor is taken for, Ctrl-C, a tiny model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _tested_copy() -> str:
+    """The folder that ``hybrid`` is imported from; where nothing is installed, this checkout."""
+    if find_spec("hybrid") is None:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+    found = find_spec("hybrid")
+    assert found is not None
+    assert found.origin is not None
+    return str(Path(found.origin).parents[1])
+
+
+# Programs that tests start import that copy, too, whatever folder they start in.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (_tested_copy(), os.environ.get("PYTHONPATH")))
+)
+os.environ["PYTHONSAFEPATH"] = "1"
+
+from cpu_experts import hostcpu  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +41,38 @@ def hybrid_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYBRID_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def bf16_units(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with the units for bfloat16 that this processor is to have for the test, or none.
+
+    The level of the kernels stays, as it is chosen once per process.
+    """
+
+    def have(*units: str) -> None:
+        kernels = hostcpu.processor().kernels
+        monkeypatch.setenv(hostcpu.ENVIRONMENT_VARIABLE, "+".join((kernels, *units)))
+
+    return have
+
+
+@pytest.fixture(params=[(), ("bf16",)], ids=["without bfloat16 units", "with bfloat16 units"])
+def either_processor(request: pytest.FixtureRequest, bf16_units: Callable[..., None]) -> bool:
+    """Run a test as a processor without bfloat16 units would, and as one with; whether with."""
+    bf16_units(*request.param)
+    return bool(request.param)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C reach this process and those that it starts, also where its parent ignores it.
+
+    A shell has background jobs of scripts ignore it, and programs inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import hybrid
+from cpu_experts import hostcpu, simd
 from hybrid import host
 from hybrid.cli import generation, main
 from hybrid.cli.app import COMMANDS
@@ -299,7 +300,11 @@ def test_env_shows_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     environment = json.loads(capsys.readouterr().out)
     assert environment["versions"]["hybrid"] == hybrid.__version__
     assert environment["versions"]["torch"][0].isdigit()
-    assert environment["cpu"]["simd_level"] in environment["cpu"]["simd_levels"]
+    emulated = simd.EMULATED * hostcpu.EMULATED
+    level = environment["cpu"]["simd_level"].removesuffix(emulated)
+    assert level == simd.LEVEL
+    assert emulated or level in environment["cpu"]["simd_levels"]
+    assert environment["cpu"]["bf16_units"] == sorted(hostcpu.processor().units)
     assert environment["cpu"]["simd_levels"][-1] == "portable"
     assert environment["threads"] == host.default_threads() >= 1
     assert environment["memory"]["total"] > environment["memory"]["available"] > 0
@@ -313,13 +318,15 @@ def test_env_shows_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_env_obeys_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forced SIMD level and thread count are shown as such; an unknown level is an error."""
+    """A forced level, hidden units and thread count are shown; an unknown level is an error."""
+    monkeypatch.setattr(hostcpu, "host_features", lambda: frozenset({"amx-bf16"}))
     monkeypatch.setenv("HYBRID_SIMD", "portable")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
     assert main(["env"]) == 0
     text = capsys.readouterr().out
     assert "portable (set by HYBRID_SIMD)" in text
+    assert "bfloat16 units     none (set by HYBRID_SIMD; this processor has amx)" in text
     assert re.search(r"^threads +3$", text, re.MULTILINE)
     monkeypatch.setenv("HYBRID_SIMD", "sse9")
     assert "sse9" in refused(capsys, "env")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import hybrid
-from hybrid import host, slow_paths
+from cpu_experts.hostcpu import Processor
+from hybrid import slow_paths
 from hybrid.errors import CheckpointError, HybridError, StoreError, UsageError
 from hybrid.model import DEFAULT_NEW_TOKENS, HybridModel
 from tiny_model import CONTEXT, TEMPLATE
@@ -356,16 +358,51 @@ def test_unknown_formats(tiny_model: Path) -> None:
 
 
 def test_dense_layers_compute_in_what_the_processor_multiplies(
-    tiny_model: Path, model: HybridModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, either_processor: bool
 ) -> None:
     """bfloat16 only with native instructions, float32 elsewhere, and what is asked for always."""
-    native = host.has_native_bf16()
-    assert model.model.dtype == (torch.bfloat16 if native else torch.float32)
-    loaded = HybridModel.from_pretrained(tiny_model, dtype=torch.bfloat16)
-    assert loaded.model.dtype == torch.bfloat16
-    assert any("bfloat16" in path.what for path in loaded.report().slow_paths) == (not native)
-    monkeypatch.setattr(host, "_BF16_FEATURES", host.hostcpu.host_features())
-    assert not any("bfloat16" in path.what for path in loaded.report().slow_paths)
+    model = HybridModel.from_pretrained(tiny_model)
+    assert model.model.dtype == (torch.bfloat16 if either_processor else torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert HybridModel.from_pretrained(tiny_model, dtype=dtype).model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("there", "counted", "dtype", "told"),
+    [
+        ((), (), torch.float32, ""),
+        ((), (), torch.bfloat16, "this processor does not multiply it natively"),
+        ((), ("bf16",), torch.bfloat16, "HYBRID_SIMD counts on bf16"),
+        ((), ("bf16",), torch.float32, ""),
+        (("avx512bf16",), ("bf16",), torch.bfloat16, ""),
+        (
+            ("avx512bf16", "amx-bf16"),
+            (),
+            torch.float32,
+            "hides those of this processor (amx, bf16)",
+        ),
+        (("avx512bf16", "amx-bf16"), ("bf16", "amx"), torch.bfloat16, ""),
+    ],
+)
+def test_the_report_says_what_bfloat16_costs(
+    there: tuple[str, ...],
+    counted: tuple[str, ...],
+    dtype: torch.dtype,
+    told: str,
+    tiny_model: Path,
+    bf16_units: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Computed without units, as if there were some, or without those that there are."""
+    model = HybridModel.from_pretrained(tiny_model, dtype=dtype)
+    levels = slow_paths.hostcpu.LEVELS
+    vectors = levels[slow_paths.simd.LEVEL] | levels["avx2"]  # what emulation needs
+    monkeypatch.setattr(slow_paths.hostcpu, "host_features", lambda: vectors | set(there))
+    monkeypatch.setattr(slow_paths.simd, "EMULATED", False)
+    bf16_units(*counted)
+    found = [path for path in model.report().slow_paths if "bfloat16" in path.what]
+    assert [told in path.reason for path in found] == [True] * bool(told)
+    assert all(path.remedy for path in found)
 
 
 def test_the_report_counts_and_names_its_sources(model: HybridModel) -> None:
@@ -385,13 +422,17 @@ def test_the_report_counts_and_names_its_sources(model: HybridModel) -> None:
 
 def test_the_report_names_slow_paths(model: HybridModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forced SIMD level and gating outside the kernels are told, with reason and remedy."""
-    best = slow_paths.hostcpu.available_levels(slow_paths.hostcpu.host_features())[0]
-    assert not model.report().slow_paths
-    monkeypatch.setattr(slow_paths.hostcpu, "available_levels", lambda features: ("better", best))
+    level = slow_paths.simd.LEVEL
+    monkeypatch.setattr(slow_paths.simd, "EMULATED", False)
+    monkeypatch.setattr(slow_paths.hostcpu, "actual", slow_paths.hostcpu.processor)
+    plain = [f"expert kernels at {level}"] if level == "portable" else []
+    assert [path.what for path in model.report().slow_paths] == plain
+    better = Processor("better", units=slow_paths.hostcpu.processor().units)
+    monkeypatch.setattr(slow_paths.hostcpu, "actual", lambda: better)
     experts = model.model.model.layers[0].mlp.experts.hybrid_experts
     monkeypatch.setattr(experts, "own_gating", True)
     told = {path.what: path for path in model.report().slow_paths}
-    assert list(told) == [f"expert kernels at {best}", "experts of 1 layers in three steps"]
+    assert list(told) == [f"expert kernels at {level}", "experts of 1 layers in three steps"]
     assert all(path.reason and path.remedy for path in told.values())
     assert "slow path" in str(model.report())
 

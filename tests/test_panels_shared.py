@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -128,9 +129,9 @@ def test_they_stay_when_the_device_fails(taken: list[set[int]]) -> None:
 
 
 @pytest.fixture
-def units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def units(bf16_units: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A processor that has them, and a machine without a calibration."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    bf16_units("amx")
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
 
 

@@ -16,11 +16,11 @@ from cpu_experts.formats import (
     round_activations,
     unpack,
 )
-from cpu_experts.hostcpu import host_level
 from cpu_experts.kernels import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
 from cpu_experts.reading import read_words
+from cpu_experts.simd import LEVEL
 
-OFFSETS = {"q4_0": 8, "q8_0": 0 if host_level().startswith(("avx2", "portable")) else 128}
+OFFSETS = {"q4_0": 8, "q8_0": 0 if LEVEL in ("avx2", "portable") else 128}
 
 
 def _caller(fmt: str, n: int):

@@ -35,7 +35,7 @@ def provenance(command: str, threads: int) -> dict[str, Any]:
             "cpu": host.cpu_name(),
             "cores": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
-            "simd_level": hostcpu.host_level(),
+            "simd_level": str(hostcpu.processor()),
             "system": platform.system(),
         },
         "threads": threads,

@@ -56,7 +56,7 @@ class Identity:
     ----------
     cpu, cores, threads, simd_level
         The processor, how many of its cores this process may use, how many threads compute, and
-        with which vector instructions.
+        with which vector instructions and units for bfloat16 (:class:`hostcpu.Processor`).
     ram_bytes
         Installed memory, rounded.
     device
@@ -83,7 +83,7 @@ class Identity:
             cpu=host.cpu_name(),
             cores=host.usable_cores(),
             threads=host.default_threads() if threads is None else threads,
-            simd_level=hostcpu.host_level(),
+            simd_level=str(hostcpu.processor()),
             ram_bytes=round(psutil.virtual_memory().total / _RAM_STEP) * _RAM_STEP,
             device=device,
             kernels=_kernels(bool(device)),

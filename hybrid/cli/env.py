@@ -42,7 +42,8 @@ class Environment:
     versions
         Installed version of each package, ``"not installed"`` where there is none.
     cpu
-        Name, cores, vector features, the SIMD level in use and the levels that can run.
+        Name, cores, vector features, the SIMD level in use and the levels that can run, the units
+        for bfloat16 that count as there and those that are.
     threads
         Threads that torch and the kernels use unless told otherwise.
     variables
@@ -65,7 +66,7 @@ class Environment:
 
 def collect() -> Environment:
     """Ask the operating system and the installation."""
-    features = hostcpu.host_features()
+    features, processor = hostcpu.host_features(), hostcpu.processor()
     memory = psutil.virtual_memory()
     return Environment(
         versions={"hybrid": __version__, "python": platform.python_version()}
@@ -76,8 +77,10 @@ def collect() -> Environment:
             "physical_cores": psutil.cpu_count(logical=False),
             "logical_cores": os.cpu_count(),
             "features": sorted(features),
-            "simd_level": hostcpu.host_level(),
+            "simd_level": processor.kernels,
             "simd_levels": list(hostcpu.available_levels(features)),
+            "bf16_units": sorted(processor.units),
+            "bf16_units_there": sorted(hostcpu.actual().units),
         },
         threads=host.default_threads(),
         memory={"total": memory.total, "available": memory.available},
@@ -136,13 +139,14 @@ def _version(package: str) -> str:
 def describe(environment: Environment) -> str:
     """Return ``environment`` as aligned lines."""
     cpu, memory = environment.cpu, environment.memory
-    forced = " (set by HYBRID_SIMD)" if "HYBRID_SIMD" in environment.variables else ""
+    forced = " (set by HYBRID_SIMD)" if environment.variables.get("HYBRID_SIMD") else ""
     rows = [
         *environment.versions.items(),
         ("system", environment.system),
         ("CPU", cpu["name"]),
         ("cores", f"{cpu['physical_cores']} physical, {cpu['logical_cores']} logical"),
         ("SIMD level", f"{cpu['simd_level']}{forced}; can run {', '.join(cpu['simd_levels'])}"),
+        ("bfloat16 units", _describe_units(cpu["bf16_units"], cpu["bf16_units_there"])),
         ("features", " ".join(filter(_is_vector_feature, cpu["features"]))),
         ("threads", str(environment.threads)),
         (
@@ -155,6 +159,14 @@ def describe(environment: Environment) -> str:
         *environment.calibration.items(),
     ]
     return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+
+def _describe_units(counted: list[str], there: list[str]) -> str:
+    """Say which units count, and which are there where ``HYBRID_SIMD`` says otherwise."""
+    said = ", ".join(counted) or "none"
+    if counted == there:
+        return said
+    return f"{said} (set by HYBRID_SIMD; this processor has {', '.join(there) or 'none'})"
 
 
 def _describe_gpu(gpu: host.Gpu) -> str:
