@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +178,18 @@ def test_chat_needs_a_template(capsys: pytest.CaptureFixture[str], converted: Pa
     assert "no chat template" in capsys.readouterr().err
 
 
-def start(*args: str, **options: Any) -> subprocess.Popen[bytes]:
-    """The program in a process of its own, as a shell would start it."""
-    return subprocess.Popen([sys.executable, "-m", "hybrid", *args], **options)
+@contextmanager
+def start(*args: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The program in a process of its own, as a shell would start it; a failed test ends it."""
+    with subprocess.Popen([sys.executable, "-m", "hybrid", *args], **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @posix
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_with_what_was_written(converted: Path) -> None:
     """Exit code 130, the figures so far, no traceback; what was written stays written."""
     args = ["run", str(converted), "-p", "a", "-n", str(CONTEXT), "--greedy", "-t", "1"]
@@ -210,6 +217,7 @@ def test_a_closed_pipe_ends_a_run_quietly(converted: Path) -> None:
 
 
 @posix
+@pytest.mark.usefixtures("interruptible")
 def test_chat_at_a_terminal(converted: Path, template: Path) -> None:
     """A terminal session: ask, stop the answer with Ctrl-C, go on, leave with /exit."""
     import pty

@@ -61,14 +61,28 @@ def test_next_to_nothing_is_imported_before() -> None:
     assert set(done.stdout.split()) <= BEFORE
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no signals between processes there")
+#: Interrupts itself while Python ends.
+LATE = (
+    "import atexit, os, signal, sys\n"
+    "atexit.register(print, 'not reached')\n"
+    "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+)
+posix = pytest.mark.skipif(sys.platform == "win32", reason="no signals between processes there")
+
+
+@posix
+@pytest.mark.usefixtures("interruptible")
 def test_when_the_work_is_done() -> None:
     """While Python ends, the program is ended as by any signal, which shells count as 130."""
-    late = (
-        "import atexit, os, signal, sys\n"
-        "atexit.register(print, 'not reached')\n"
-        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
-    )
-    done = run(late + PROGRAM, "--version")
+    done = run(LATE + PROGRAM, "--version")
     assert (done.returncode, done.stderr) == (-2, "")
     assert "not reached" not in done.stdout
+
+
+@posix
+def test_what_the_parent_ignores_stays_ignored() -> None:
+    """A background job of a script is not ended by a Ctrl-C that is meant for others."""
+    ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    done = run(ignoring + LATE.replace("not reached", "reached") + PROGRAM, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("reached\n")

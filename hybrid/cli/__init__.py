@@ -10,13 +10,15 @@ def command() -> int:
     """Run the command line as a program of its own and return its exit code.
 
     Once the work is done, Ctrl-C ends the program where it stands: in what Python tears down on
-    its way out nothing can be interrupted, it would only be shown.
+    its way out nothing can be interrupted, it would only be shown. (Where whoever started it has
+    it ignore Ctrl-C, it goes on ignoring it.)
     """
     try:
         import signal
 
         code = main()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
