@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpu_experts.emulated import EmulatedDevice
 from hybrid.arguments.names import find_hardware
 from hybrid.demo import demo_path
@@ -19,13 +21,16 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
 PROMPT = "def main(argv):\n    "
 
 
-def placed(path: Path | str, slots: int, **options: Any) -> HybridModel:
+def placed(
+    path: Path | str, slots: int, dtype: torch.dtype | None = None, **options: Any
+) -> HybridModel:
     """Load ``path`` with room for ``slots`` resident experts on an exact emulated device."""
     source = demo_path() if path == "demo" else path
-    model, _ = load_fast_model(source, fast=False)
+    model, _ = load_fast_model(source, fast=False, dtype=dtype)
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
     needed = dense_bytes(model) + (slots + STAGING) * layer.blocks.shape[1]
-    return HybridModel.from_pretrained(path, vram=needed, threads=1, context=256, **options)
+    given: dict[str, Any] = {"vram": needed, "threads": 1, "context": 256, "dtype": dtype}
+    return HybridModel.from_pretrained(path, **given | options)
 
 
 def dense_bytes(model: Any) -> int:

@@ -20,7 +20,7 @@ from hybrid.calibration.subject import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from planner.errors import SpecError
-from planner.hardware import HardwareSpec
+from planner.hardware import PANELS, HardwareSpec
 
 
 def test_subjects_are_found_with_their_formats(tmp_path: Path, tiny_model: Path) -> None:
@@ -59,9 +59,12 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_calibrate_from_the_command_line(
-    quick: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    quick: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], either_processor: bool
 ) -> None:
-    """Measured, kept, written and in force: plan and env use it; the second time nothing runs."""
+    """Measured, kept, written and in force: plan and env use it; the second time nothing runs.
+
+    Panels are measured, too, where there are units for bfloat16.
+    """
     out = quick / "machine.toml"
     words = ["calibrate", str(tiny_model), "--threads", "1"]
     assert main([*words, "--out", str(out), "--json"]) == 0
@@ -79,7 +82,9 @@ def test_calibrate_from_the_command_line(
     }
     assert {(t.tokens, t.context) for t in spec.terms if t.term == "attention"} >= {(2, 2), (8, 8)}
     assert sum(t.tokens == 1 for t in spec.terms if t.term == "attention") == 1
-    assert [point.load for point in spec.points] == [1, 2, 4]
+    loads = [(point.lane, point.load) for point in spec.points]
+    panels = [(PANELS, 2), (PANELS, 4)] if either_processor else []
+    assert loads == [("cpu", 1), ("cpu", 2), ("cpu", 4), *panels]
     assert out.read_text() == identity.path.read_text()
     assert sorted(path.name for path in quick.iterdir()) == ["hardware", "machine.toml"]
     before = identity.path.stat().st_mtime_ns

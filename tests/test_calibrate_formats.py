@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybrid.bench.random_model import write_random_model
 from hybrid.calibration import calibrate as calibration
@@ -40,11 +41,11 @@ def test_other_floats_are_measured_as_the_kernels_keep_them(
 
 
 def test_replicas_in_float32_hold_what_bfloat16_does_not(tmp_path: Path, tiny_model: Path) -> None:
-    """Else the kernels would keep its weights in half the bytes."""
+    """Else the kernels would keep its weights in half the bytes, where they compute in float32."""
     settings = json.loads((tiny_model / "config.json").read_text())
     settings.pop("architectures")
     write_random_model(settings, tmp_path, experts="q4_0", dense="f32")
-    network, _ = load_fast_model(tmp_path)
+    network, _ = load_fast_model(tmp_path, dtype=torch.float32)
     assert network.get_output_embeddings().weight_format == "f32"
     assert subject(tmp_path).dense == "f32"
 

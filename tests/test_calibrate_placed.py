@@ -27,7 +27,7 @@ from hybrid.loading import load_fast_model
 from hybrid.model import HybridModel
 from hybrid.planning.plan import plan
 from hybrid.sharing.devices import ToEmulate, hardware_with
-from planner.hardware import HardwareSpec, Point, TermPoint
+from planner.hardware import PANELS, HardwareSpec, Point, TermPoint
 from planner.spec import Source
 from planner_examples import bare_machine, machine, save_config
 from test_calibrate import quick  # noqa: F401
@@ -46,7 +46,7 @@ def home(quick: Path) -> Path:  # noqa: F811
 
 @pytest.fixture
 def measured(home: Path, tiny_model: Path) -> HardwareSpec:
-    """The tiny model on an emulated device, as the command measures it."""
+    """The tiny model on an emulated device, as the command measures it on this processor."""
     words = ["calibrate", str(tiny_model), "--device", "emulated", "--threads", "1"]
     assert main(words) == 0
     spec = calibrated.load(Identity.of_this_machine(1, EMULATED))
@@ -74,7 +74,8 @@ def test_the_devices_terms_are_kept_apart(measured: HardwareSpec) -> None:
     handing = [t for t in on_device if t.term == "handing" and t.tokens == 1]
     assert all(t.error is not None for t in handing if t.seconds)
     assert all(t.error is not None and t.seconds > 0 for t in spread if t.tokens == 1)
-    assert {point.lane for point in measured.points} == {"cpu", "gpu", "copy"}
+    panels = {PANELS} if host.has_native_bf16() else set()
+    assert {point.lane for point in measured.points} == {"cpu", "gpu", "copy"} | panels
     assert "not measured" not in measured.summary
     overhead = measured.cpu.layer_overhead_s
     assert (overhead.source, "on the device" in overhead.origin) == (Source.FITTED, True)
@@ -97,7 +98,7 @@ def test_a_run_is_predicted_from_what_was_measured(
     terms = {term.name: term for term in model.report().terms if term.phase == "decode"}
     dry = plan(tiny_model, vram="640MiB", threads=1, context=64, prompt=8, tokens=5)
     assert dry.request.hardware == placement.hardware
-    assert dry.request.dense == DENSE
+    assert dry.request.dense == ("bf16" if host.has_native_bf16() else "f32")
     assert dry.fit == placement.fit
     assert dry.prediction is not None
     for name in ("attention and router", "output head", "around the layers"):
@@ -108,9 +109,6 @@ def test_a_run_is_predicted_from_what_was_measured(
     whole = terms["a step"]
     parts = ("attention and router", "deciding", "experts", "output head", "around the layers")
     assert sum(terms[name].predicted_s for name in parts) == pytest.approx(whole.predicted_s)
-
-
-DENSE = "bf16" if measure_placed.torch.cpu._is_avx512_bf16_supported() else "f32"
 
 
 def test_a_report_says_that_nothing_was_measured(home: Path, tiny_model: Path) -> None:

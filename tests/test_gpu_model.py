@@ -29,6 +29,7 @@ from hybrid.model import HybridModel
 from hybrid.sharing import devices
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import Placement, place_model
+from planner.hardware import PANELS
 from planner.memory import STAGING
 from shared_demo import GREEDY, PROMPT, dense_bytes
 from test_calibrate import quick  # noqa: F401
@@ -236,6 +237,7 @@ def test_calibrating_a_gpu_from_the_command_line(
     quick: Path,  # noqa: F811
     tiny_model: Path,
     capsys: pytest.CaptureFixture[str],
+    either_processor: bool,
 ) -> None:
     """Its copies and kernels become part of this machine's description, under its name."""
     assert main(["calibrate", str(tiny_model), "--device", "cuda", "--threads", "1"]) == 0
@@ -245,7 +247,8 @@ def test_calibrating_a_gpu_from_the_command_line(
     assert spec.gpu is not None
     assert spec.link is not None
     assert spec.gpu.name == name
-    assert {point.lane for point in spec.points} == {"cpu", "gpu", "copy"}
+    panels = {PANELS} if either_processor else set()
+    assert {point.lane for point in spec.points} == {"cpu", "gpu", "copy"} | panels
     assert all(point.seconds > 0 for point in spec.points)
     assert {term.lane for term in spec.terms} == {"cpu", "gpu"}, spec.summary
     assert f"{name}, link " in capsys.readouterr().out
