@@ -150,5 +150,8 @@ def _describe_usage_error(error: Any) -> str:
 
 
 def _report(text: str) -> int:
+    from hybrid.cli.text import end_line
+
+    end_line()  # of a text that the error cuts off
     print(f"error: {text}", file=sys.stderr)
     return 2

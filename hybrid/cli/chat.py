@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli import generation as cli
+from hybrid.cli.text import end_line, write
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
@@ -129,10 +130,12 @@ def talk(
         except EOFError:
             return
         except KeyboardInterrupt:
-            print("\n/exit or Ctrl-D ends the conversation", file=sys.stderr)
+            end_line(interrupted=True)
+            print("/exit or Ctrl-D ends the conversation", file=sys.stderr)
         except UsageError as error:
             if not patient:
                 raise
+            end_line()
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -148,12 +151,13 @@ def _answer(
 
     def on_text(piece: str) -> None:
         pieces.append(piece)
-        cli.write(piece)
+        write(piece)
 
     try:
         model.chat(asked, on_text=on_text, **options)
     except KeyboardInterrupt:
-        print("\n[stopped]", file=sys.stderr)
+        end_line(interrupted=True)
+        print("[stopped]", file=sys.stderr)
         if not pieces:
             return history
     cli.summarise(model)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybrid.cli.text import end_line
 from hybrid.errors import UsageError
 from hybrid.metrics import summary_line
 from hybrid.paths import check_writable, write_whole
@@ -213,12 +214,6 @@ def set_seed(seed: int | None) -> None:
         torch.manual_seed(seed)
 
 
-def write(piece: str) -> None:
-    """Put ``piece`` on stdout at once."""
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
 def check_files(
     *, perfetto: Path | None = None, routing: Path | None = None, popularity: Path | None = None
 ) -> None:
@@ -315,14 +310,13 @@ def write_routing(model: HybridModel, file: Path | None) -> None:
 
 
 def summarise(model: HybridModel, *, whole: bool = False) -> None:
-    """End the text's line on a terminal, then tell on stderr how it went.
+    """Tell on stderr how it went, on a line of its own.
 
     One line of figures and one for everything that ran slowly and was not told before, or the
     ``whole`` report.
     Without figures, when it was interrupted before the model began, nothing.
     """
-    if sys.stdout.isatty():
-        write("\n")
+    end_line()
     report = model.report()
     if whole:
         print(report, file=sys.stderr)

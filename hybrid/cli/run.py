@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrid.cli import generation as cli
+from hybrid.cli.text import end_line, write
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,17 +89,18 @@ def run(
     cli.require_sharing(loaded, **files)
     cli.set_seed(seed)
     if echo:
-        cli.write(text)
+        write(text)
     try:
         with cli.prompt_progress(loaded):
             loaded.generate(
                 text,
-                on_text=cli.write,
+                on_text=write,
                 stop_strings=stop,
                 max_new_tokens=max_new_tokens,
                 **options,
             )
     except KeyboardInterrupt:
+        end_line(interrupted=True)
         _leave(loaded, report, perfetto, popularity, routing)
         raise
     _leave(loaded, report, perfetto, popularity, routing)
