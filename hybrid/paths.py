@@ -112,8 +112,8 @@ def check_writable(
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` whole or not at all: aside, flushed, then renamed.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content`` whole or not at all: aside, flushed, then renamed.
 
     Raises
     ------
@@ -123,8 +123,8 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with aside.open("wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)

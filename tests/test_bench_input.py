@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from hybrid.bench import hybrid as bench
 from hybrid.bench import kernels, model, peers, planner
-from hybrid.bench.record import check_appendable
+from hybrid.bench.record import check_recordable
 from hybrid.calibration.subject import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
@@ -34,8 +35,14 @@ max_position_embeddings = 256
 """
 
 
+@pytest.fixture
+def missing() -> set[str]:
+    """Modules that are not installed."""
+    return set()
+
+
 @pytest.fixture(autouse=True)
-def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_measured(monkeypatch: pytest.MonkeyPatch, missing: set[str]) -> None:
     """A machine without a GPU on which every measurement fails the test."""
 
     def fail(*_: Any, **__: Any) -> None:
@@ -48,7 +55,7 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HybridModel, "from_pretrained", fail)
     monkeypatch.setattr(planner, "_decisions", fail)
     monkeypatch.setattr(kernels, "read_seconds", fail)
-    monkeypatch.setattr(peers, "find_spec", lambda name: True)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name in missing else True)
     monkeypatch.setattr(peers, "write_random_model", fail)
 
 
@@ -155,6 +162,44 @@ def test_the_others(words: list[str], said: str, spec: Path, capsys: Any) -> Non
     assert said in refused(capsys, *given)
 
 
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["llama_cpp"], "llama-cpp-python"),
+        (["llama_cpp", "gguf"], "llama-cpp-python gguf"),
+    ],
+)
+def test_the_comparison_needs_llama_cpp(
+    gone: list[str], said: str, missing: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One error names all that is missing, its hint the command that installs it."""
+    missing.update(gone)
+    assert main(["bench", "peers"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert all(word in error for word in said.split())
+    assert hint == f"hint: pip install {said}"
+
+
+def test_the_comparison_is_of_one_family(capsys: pytest.CaptureFixture[str]) -> None:
+    """Another one is refused by its name, before weights are written."""
+    assert "qwen3_moe, the model is olmoe" in refused(capsys, "peers", "--spec", "olmoe")
+
+
+def test_the_comparison_has_a_shape_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without options it is twelve layers of Qwen3-30B-A3B."""
+
+    class WrittenError(Exception):
+        pass
+
+    def write(settings: dict[str, Any], *_: Any, **__: Any) -> None:
+        raise WrittenError(settings["num_hidden_layers"], settings["hidden_size"])
+
+    monkeypatch.setattr(peers, "write_random_model", write)
+    with pytest.raises(WrittenError) as caught:
+        main(["bench", "peers"])
+    assert caught.value.args == (12, 2048)
+
+
 def test_a_trace_for_one_of_the_models(spec: Path) -> None:
     """A trace that fits one of several models is no slip: it is used for that one."""
     trace = spec.parent / "mine.npz"
@@ -166,8 +211,10 @@ def test_a_trace_for_one_of_the_models(spec: Path) -> None:
 
 def test_checking_a_record_leaves_nothing(tmp_path: Path) -> None:
     """A record that can be written is not made before there is something to write."""
-    check_appendable(tmp_path / "a.jsonl")
+    check_recordable(tmp_path / "a.jsonl")
     assert not list(tmp_path.iterdir())
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="folder"):
-        check_appendable(tmp_path / "folder")
+    with pytest.raises(UsageError, match="folder: it is no file"):
+        check_recordable(tmp_path / "folder")
+    with pytest.raises(UsageError, match="null: it is no file"):
+        check_recordable(Path(os.devnull))

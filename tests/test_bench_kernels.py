@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cpu_experts.experts import ExpertShape
-from hybrid.bench import kernels, record
+from hybrid.bench import kernels
 from hybrid.cli import main
 
 CASE = kernels.Case("q4_0", 64, 32, 8, 2, 1)
@@ -91,19 +91,3 @@ def test_calls_take_turns_over_all_experts() -> None:
     ids = sorted(int(i) for call, _ in taken for i in call.args[1].reshape(-1))
     assert ids == list(range(8))
     assert len({call.args[3].ctypes.data for call, _ in taken}) == 4
-
-
-def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A result that cannot be written whole leaves no half line behind."""
-    file = tmp_path / "results.jsonl"
-    record.append({"a": 1}, file)
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(record.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        record.append({"b": 2}, file)
-    assert file.read_text() == '{"a": 1}\n'

@@ -20,6 +20,7 @@ from hybrid.calibration.subject import subject
 from hybrid.cli.bench import bench_app
 from hybrid.errors import DiskSpaceError, UsageError
 from hybrid.store import ExpertStore
+from planner.errors import PlannerError
 from planner.hardware import Point, TermPoint
 from planner.outcome import CALL, CPU, HEAD, MIXER
 from planner_examples import bare_machine
@@ -111,7 +112,7 @@ def test_a_written_store_is_whole(spec: Path, tmp_path: Path) -> None:
 
     folder = tmp_path / "model"
     folder.mkdir()
-    write_random_model(read_spec(spec, 1), folder, experts="q8_0", dense=None)
+    write_random_model(read_spec(spec, 1)[1], folder, experts="q8_0", dense=None)
     ExpertStore.open(folder, verify=True)
 
 
@@ -141,19 +142,40 @@ def test_a_full_disk_is_told_before_anything_is_written(
     """What is needed and what is free, and where to turn."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DiskSpaceError, match=r"0\.00 GiB free") as caught:
-        check_room(read_spec(spec, 1), tmp_path, "q4_0", None)
+        check_room(read_spec(spec, 1)[1], tmp_path, "q4_0", None)
     assert "TMPDIR" in str(caught.value.hint)
 
 
 def test_bad_descriptions_are_refused(tmp_path: Path) -> None:
-    """No file, no table, and neither or both of the two sources."""
-    with pytest.raises(UsageError, match="cannot read"):
+    """No file, no table, an unknown name, and both of the two sources."""
+    with pytest.raises(UsageError, match=r"there is no file .*none\.toml"):
         read_spec(tmp_path / "none.toml", None)
     (tmp_path / "bad.toml").write_text("name = 3")
-    with pytest.raises(UsageError, match="describes no model"):
+    with pytest.raises(PlannerError, match="lacks num_hidden_layers"):
         read_spec(tmp_path / "bad.toml", None)
+    with pytest.raises(UsageError, match="unknown model 'nosuch'"):
+        read_spec("nosuch", None)
     with pytest.raises(UsageError, match="either a model directory or --spec"):
-        run()
+        run("demo", spec="qwen3-30b-a3b")
+
+
+def test_a_shape_has_the_names_that_plans_know() -> None:
+    """A shipped name, however it is written, is the file of that name."""
+    shipped = Path(__file__).parents[1] / "configs" / "models" / "qwen3-30b-a3b.toml"
+    name, settings = read_spec(shipped, 5)
+    assert name == "Qwen3-30B-A3B"
+    assert settings["num_hidden_layers"] == 5
+    for given in ("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "qwen3-30b"):
+        assert read_spec(given, 5) == (name, settings)
+    assert "quantization_config" not in read_spec("demo", None)[1]
+
+
+def test_the_demo_is_measured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a model or a shape, what ships with the program."""
+    _small_read(monkeypatch)
+    result = run(prompt=4, generate=3, repeat=1, threads=1)
+    assert result["family"] == "Qwen3MoeForCausalLM"
+    assert "spec" not in result
 
 
 def test_a_calibrated_machine_predicts_the_bench(

@@ -18,7 +18,7 @@ from test_bench_model import SPEC
 def settings(tmp_path: Path) -> dict[str, Any]:
     path = tmp_path / "tiny.toml"
     path.write_text(SPEC)
-    return read_spec(path, 2)
+    return read_spec(path, 2)[1]
 
 
 def test_a_long_cache_is_made_once_and_stays(settings: dict[str, Any]) -> None:

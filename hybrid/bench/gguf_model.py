@@ -14,6 +14,15 @@ from hybrid.errors import UsageError
 _BLOCK = 18  # bytes of a q4_0 block of 32: an fp16 scale and 16 bytes of codes
 
 
+def require_qwen3(settings: dict[str, Any]) -> None:
+    """Raise UsageError for a model of another family."""
+    if settings.get("model_type") != "qwen3_moe":
+        raise UsageError(
+            f"the comparison is written for qwen3_moe, the model is {settings.get('model_type')}",
+            hint="use --spec qwen3-30b-a3b",
+        )
+
+
 def write_gguf(settings: dict[str, Any], path: Path) -> None:
     """Write a model with every matrix in q4_0; norms and routers in float32, as llama.cpp does.
 
@@ -27,11 +36,7 @@ def write_gguf(settings: dict[str, Any], path: Path) -> None:
     UsageError
         For a model of another family.
     """
-    if settings.get("model_type") != "qwen3_moe":
-        raise UsageError(
-            f"the comparison is written for qwen3_moe, the model is {settings.get('model_type')}",
-            hint="use --spec configs/models/qwen3-30b-a3b.toml",
-        )
+    require_qwen3(settings)
     layers, hidden = settings["num_hidden_layers"], settings["hidden_size"]
     heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
     width, experts = settings["head_dim"], settings["num_experts"]

@@ -15,7 +15,7 @@ import psutil
 from hybrid import host
 from hybrid.arguments.counts import whole_number
 from hybrid.arguments.names import find_hardware
-from hybrid.bench.record import provenance, spread
+from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.calibration.calibrate import hardware_for
@@ -62,6 +62,7 @@ def run(
     repeat: int = 3,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    finished: Told = untold,
 ) -> dict[str, Any]:
     """Measure every rule on every model, share of resident experts and prompt.
 
@@ -83,6 +84,10 @@ def run(
         A routing trace for the models that it fits; the others' routing is made up.
     repeat
         Rounds; in each, every rule has its turn.
+    progress
+        Called with a line about what is measured next.
+    finished
+        Called with the record so far and a line a rule after every case.
 
     Raises
     ------
@@ -103,6 +108,8 @@ def run(
         _check_trace(trace, [subject(name, FORMAT).model for name in models], max(prompts), tokens)
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {"emulated": device}
+    origin = provenance("hybrid bench hybrid", threads)
+    result: dict[str, Any] = {}
     for name in models:
         wanted = subject(name, FORMAT)
         options: dict[str, Any] = {"experts": FORMAT, "threads": threads, "progress": progress}
@@ -120,15 +127,27 @@ def run(
                 routing, known = _routing(wanted.model, prompt, tokens, trace, moe_layers)
                 scene = Scene(stage, prompt, routing, known, threads)
                 for share in shares:
-                    rows += _compare(scene, name, share, repeat, progress)
-    return {
-        **provenance("hybrid bench hybrid", threads),
-        **about,
-        "format": FORMAT,
-        "repeat": repeat,
-        "results": rows,
-        "summary": _summary(rows),
-    }
+                    new = list(_compare(scene, name, share, repeat, progress))
+                    rows += new
+                    result = {
+                        **origin,
+                        **about,
+                        "format": FORMAT,
+                        "repeat": repeat,
+                        "results": rows,
+                        "summary": _summary(rows),
+                    }
+                    finished(result, *map(_in_words, new))
+    return result
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    case = f"{row['model']}, {row['prompt']} tokens, {row['resident_share']:.0%} resident"
+    return (
+        f"{case}, {row['rule']}: prefill {row['prefill']['seconds_median'] * 1e3:.1f} ms "
+        f"({row['prefill_speedup']:.2f} x static), decode "
+        f"{row['decode']['seconds_median'] * 1e3:.2f} ms ({row['decode_speedup']:.2f} x static)"
+    )
 
 
 def _check_numbers(

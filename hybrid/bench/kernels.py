@@ -24,7 +24,7 @@ from cpu_experts.formats import pad
 from cpu_experts.reading import read_words
 from cpu_experts.workers import use_threads, used_threads
 from hybrid import host
-from hybrid.bench.record import provenance, spread
+from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.pages import large_pages
 from planner.bandwidth import exceeds
 
@@ -138,6 +138,7 @@ def run(
     repeat: int = 30,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    finished: Told = untold,
 ) -> dict[str, Any]:
     """Measure ``chosen`` cases and return one record.
 
@@ -150,6 +151,8 @@ def run(
         Threads for kernels and reads; as many as numba has by default.
     progress
         Called with a line about what is measured next.
+    finished
+        Called with the record so far and a line after every case.
 
     Returns
     -------
@@ -167,8 +170,11 @@ def run(
         host.check_threads(threads, numba.config.NUMBA_NUM_THREADS)
         use_threads(threads)
     threads = used_threads()
+    about = provenance("hybrid bench kernels", threads)
+    result: dict[str, Any] = {}
     results: list[dict[str, Any]] = []
     all_reads: list[float] = []
+    reached: float | None = None
     memory: tuple[Any, ...] = ()
     blocks = np.empty((0, 0), np.uint8)
     for case in chosen:
@@ -206,15 +212,25 @@ def run(
                 "reads_bytes_per_s": reads,
             }
         )
-    shares, reached = shares_of_bandwidth(
-        [row["bytes_per_s"] for row in results],
-        [median(row["reads_bytes_per_s"]) for row in results],
-    )
-    for row, share in zip(results, shares, strict=True):
-        row["read_fraction"] = share
+        shares, reached = shares_of_bandwidth(
+            [row["bytes_per_s"] for row in results],
+            [median(row["reads_bytes_per_s"]) for row in results],
+        )
+        for row, share in zip(results, shares, strict=True):
+            row["read_fraction"] = share
+        result = about | {
+            "read_bandwidth_bytes_per_s": median(all_reads) if reached is None else reached,
+            "results": results,
+        }
+        finished(result, _in_words(results[-1]))
     if reached is not None:
         progress(f"experts are read faster than plain reads: {reached / 1e9:.1f} GB/s it is then")
-    return provenance("hybrid bench kernels", threads) | {
-        "read_bandwidth_bytes_per_s": median(all_reads) if reached is None else reached,
-        "results": results,
-    }
+    return result
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    return (
+        f"{row['hidden']} x {row['intermediate']} {row['format']}, {row['tokens']} tokens: "
+        f"{row['seconds_median'] * 1e3:.2f} ms, {row['bytes_per_s'] / 1e9:.1f} GB/s "
+        f"({row['read_fraction']:.2f} of read), {row['gflops']:.0f} GFLOP/s"
+    )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid import host
-from hybrid.bench.record import provenance
+from hybrid.bench.record import Told, provenance, untold
 from hybrid.demo.corpus import stdlib_files
 from hybrid.demo.evaluate import windows
 from hybrid.errors import UsageError
@@ -36,6 +36,7 @@ def run(
     context: int = 512,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    finished: Told = untold,
 ) -> dict[str, Any]:
     """Measure the lookahead's recall on text.
 
@@ -50,6 +51,8 @@ def run(
         How many are read, spread over the texts, in windows of ``context``.
     progress
         Called with a line about what is done next.
+    finished
+        Called with the record so far and a line after every window.
 
     Returns
     -------
@@ -77,30 +80,29 @@ def run(
     specs = [m.hybrid_experts.spec for m in loaded.modules() if hasattr(m, "hybrid_experts")]
     lookahead = Lookahead.discover(loaded, specs, sample=context)
     kept = Comparison(lookahead, len(specs))
+    about = provenance("hybrid bench lookahead", threads) | {
+        "model": "demo" if model is None else model,
+        "family": type(loaded).__name__,
+        "experts_format": loaded.hybrid_store.index.format,
+    }
+    result: dict[str, Any] = {}
     try:
         with replaced_experts(specs, kept.experts), torch.no_grad():
             for index, row in enumerate(rows):
                 progress(f"window {index + 1} of {len(rows)}")
                 loaded(input_ids=row[None], use_cache=False)
+                tokens = (index + 1) * row.numel()
+                result = about | kept.record(tokens, context, specs[0].experts, lookahead.reason)
+                finished(result, _in_words(f"window {index + 1} of {len(rows)}", result))
     finally:
         lookahead.remove()
-    experts, top_k = specs[0].experts, kept.chosen[0][0].shape[1]
-    return provenance("hybrid bench lookahead", threads) | {
-        "model": "demo" if model is None else model,
-        "family": type(loaded).__name__,
-        "experts_format": loaded.hybrid_store.index.format,
-        "tokens": rows.numel(),
-        "context": context,
-        "layers": len(specs),
-        "experts": experts,
-        "top_k": top_k,
-        "recall": kept.recall(),
-        "recall_by_layer": kept.recall_by_layer(),
-        "previous_token": kept.previous_token(),
-        "popular": kept.popular(),
-        "chance": top_k / experts,
-        "not_predicted": lookahead.reason,
-    }
+    return result
+
+
+def _in_words(name: str, result: dict[str, Any]) -> str:
+    share = result["recall"]["1"]
+    found = "none" if share is None else f"{share:.1%}"
+    return f"{name}: {found} of the next layer's experts are foretold so far"
 
 
 class Comparison:
@@ -136,6 +138,23 @@ class Comparison:
             for ahead, order in self._lookahead.ranking(layer, logits.cpu().numpy()):
                 self._waiting[ahead, ahead - layer] = order[:, : chosen.shape[1]]
         return real(hidden, ids, weights)
+
+    def record(self, tokens: int, context: int, experts: int, reason: str | None) -> dict[str, Any]:
+        """Return what a record says of it after so many tokens."""
+        top_k = self.chosen[0][0].shape[1]
+        return {
+            "tokens": tokens,
+            "context": context,
+            "layers": len(self.chosen),
+            "experts": experts,
+            "top_k": top_k,
+            "recall": self.recall(),
+            "recall_by_layer": self.recall_by_layer(),
+            "previous_token": self.previous_token(),
+            "popular": self.popular(),
+            "chance": top_k / experts,
+            "not_predicted": reason,
+        }
 
     def recall(self) -> dict[str, float | None]:
         """Return recall by distance over all layers; None where nothing was foretold."""

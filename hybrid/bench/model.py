@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from hybrid import host
 from hybrid.arguments.counts import whole_number
 from hybrid.bench.kernels import read_seconds, shares_of_bandwidth
-from hybrid.bench.record import provenance, spread
+from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
 from hybrid.calibration.coverage import Coverage
@@ -37,7 +36,6 @@ from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.metrics import Term
 from hybrid.sharing.timeline import DECODE, PREFILL
-from planner.families import settings_of
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
@@ -59,37 +57,37 @@ class _Clock:
         pass
 
 
-def read_spec(path: Path, layers: int | None) -> dict[str, Any]:
-    """Return the ``config.json`` values of a model description, with other many layers if given.
+def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any]]:
+    """Return a model's name and its ``config.json`` values, with other many layers if given.
+
+    Parameters
+    ----------
+    spec
+        A shipped name or a file, as for ``hybrid plan``.
+    layers
+        How many instead of its own.
 
     Raises
     ------
-    UsageError
-        When the file cannot be read or describes no model.
+    UsageError, PlannerError
+        When there is no such model, or it cannot be read.
     """
-    try:
-        settings = settings_of(tomllib.loads(path.read_text()))
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}", hint="name a file like configs/models/X.toml"
-        ) from error
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path} describes no model: {error}", hint="it needs a table [config]"
-        ) from error
+    found = subject(spec)
+    name, settings = found.model.name, found.settings
+    settings.pop("quantization_config", None)  # random weights are in the formats asked for
     if layers is not None:
         most = settings.get("num_hidden_layers", layers)
-        whole_number(layers, "--layers", most=most, hint=f"the shape of {path.stem} has {most}")
+        whole_number(layers, "--layers", most=most, hint=f"the shape of {name} has {most}")
         settings["num_hidden_layers"] = layers
         if "layer_types" in settings:
             settings["layer_types"] = settings["layer_types"][:layers]
-    return settings
+    return name, settings
 
 
 def run(
     model: str | None = None,
     *,
-    spec: Path | None = None,
+    spec: str | Path | None = None,
     layers: int | None = None,
     vocabulary: int | None = None,
     experts: str = "q4_0",
@@ -100,15 +98,16 @@ def run(
     threads: int | None = None,
     calibrate: bool = True,
     progress: Callable[[str], None] = lambda text: None,
+    finished: Told = untold,
 ) -> dict[str, Any]:
     """Measure a model directory, or random weights of a described shape.
 
     Parameters
     ----------
     model
-        A directory, or ``"demo"``; exclusive with ``spec``.
+        A directory, or ``"demo"``, the default; exclusive with ``spec``.
     spec, layers, vocabulary
-        A file of ``configs/models``, and how many layers and tokens instead of its own.
+        A shape, named as for ``hybrid plan``, and how many layers and tokens instead of its own.
     experts, dense
         Formats of the random weights; a directory that is converted first takes them too.
     prompt, generate
@@ -118,6 +117,8 @@ def run(
         before, undisturbed; otherwise predictions come from what is there.
     progress
         Called with a line about what is done next.
+    finished
+        Called with the record so far and a line after every repeat.
 
     Returns
     -------
@@ -134,8 +135,9 @@ def run(
     """
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
-    if (model is None) == (spec is None):
+    if model is not None and spec is not None:
         raise UsageError("give either a model directory or --spec", hint="one of the two")
+    model = model or "demo"
     if spec is None:
         for option, value in (("--layers", layers), ("--vocabulary", vocabulary)):
             if value is not None:
@@ -143,12 +145,12 @@ def run(
                     f"{option} {value} is given with {model}, whose own there are",
                     hint=f"use it with --spec, or leave {option} out",
                 )
-        path = demo_path() if model == "demo" else Path(str(model))
+        path = demo_path() if model == "demo" else Path(model)
         _check_length(subject(path).model.context, prompt, generate)
         if calibrate:
             _calibrate(path, None, None, threads, progress)
-        return _measure(str(path), prompt, generate, repeat, threads, progress)
-    settings = read_spec(spec, layers)
+        return _measure(str(path), {}, prompt, generate, repeat, threads, progress, finished)
+    name, settings = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
     _check_length(settings.get("max_position_embeddings"), prompt, generate)
@@ -162,8 +164,8 @@ def run(
         needed = check_room(settings, Path(folder), experts, dense)
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
         write_random_model(settings, Path(folder), experts=experts, dense=dense)
-        shape = {"spec": spec.stem, "layers": settings["num_hidden_layers"]}
-        return shape | _measure(folder, prompt, generate, repeat, threads, progress)
+        shape = {"spec": name, "layers": settings["num_hidden_layers"]}
+        return _measure(folder, shape, prompt, generate, repeat, threads, progress, finished)
 
 
 def _check_length(longest: int | None, prompt: int, generate: int) -> None:
@@ -178,15 +180,26 @@ def _check_length(longest: int | None, prompt: int, generate: int) -> None:
 
 def _measure(
     directory: str,
+    shape: dict[str, Any],
     prompt: int,
     generate: int,
     repeat: int,
     threads: int,
     progress: Callable[[str], None],
+    finished: Told,
 ) -> dict[str, Any]:
     progress("loading")
     model, _ = load_fast_model(directory)
     words = memory_to_read(model)
+    origin = shape | provenance("hybrid bench model", threads)
+    origin |= {
+        "family": type(model).__name__,
+        "experts": model.hybrid_store.index.format,
+        "dense": model.hybrid_store.index.dense_format or "as in the checkpoint",
+        "decode_path": str(model.hybrid_fast.path),
+        "prompt_tokens": prompt,
+        "generated_tokens": generate,
+    }
     prefills: list[float] = []
     decodes: list[float] = []
     reads: list[float] = []
@@ -202,6 +215,11 @@ def _measure(
         _, ttft, decode = generate_once(model, prompt, generate)
         prefills.append(ttft)
         decodes.append(decode / (generate - 1))
+        finished(
+            origin | _times(prompt, prefills, decodes, reads),
+            f"run {turn + 1} of {repeat}: prefill {prompt / ttft:.1f} tokens/s, "
+            f"decode {1 / decodes[-1]:.1f} tokens/s",
+        )
     per_token = bytes_per_token(model, prompt + generate / 2)
     bandwidth, share = median(reads), None
     if per_token is not None:
@@ -215,15 +233,8 @@ def _measure(
         progress("timing its parts")
         about = _compared(model, found, prompt, median(prefills), median(decodes), threads)
     progress("starting anew")
-    return provenance("hybrid bench model", threads) | {
-        "family": type(model).__name__,
-        "experts": model.hybrid_store.index.format,
-        "dense": model.hybrid_store.index.dense_format or "as in the checkpoint",
-        "decode_path": str(model.hybrid_fast.path),
-        "prompt_tokens": prompt,
-        "generated_tokens": generate,
-        "prefill": spread(prefills) | {"tokens_per_s": prompt / median(prefills)},
-        "decode": spread(decodes) | {"tokens_per_s": 1 / median(decodes)},
+    return origin | {
+        **_times(prompt, prefills, decodes, reads),
         "bytes_per_token": per_token,
         "disturbed": disturbed,
         "read_bandwidth_bytes_per_s": bandwidth,
@@ -232,6 +243,17 @@ def _measure(
         "peak_memory_bytes": peak_bytes,
         **about,
         "start": _start(directory, threads, prompt, generate),
+    }
+
+
+def _times(
+    prompt: int, prefills: list[float], decodes: list[float], reads: list[float]
+) -> dict[str, Any]:
+    """Return what a record says of the repeats so far."""
+    return {
+        "prefill": spread(prefills) | {"tokens_per_s": prompt / median(prefills)},
+        "decode": spread(decodes) | {"tokens_per_s": 1 / median(decodes)},
+        "read_bandwidth_bytes_per_s": median(reads),
     }
 
 
@@ -272,6 +294,7 @@ def _start(directory: str, threads: int, prompt: int, generate: int) -> dict[str
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        start_new_session=True,  # Ctrl-C is for us, who end it
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -29,7 +29,7 @@ from hybrid import host
 from hybrid.bench.kernels import read_seconds
 from hybrid.bench.model import bytes_per_token, generate_once, memory_to_read, read_spec
 from hybrid.bench.random_model import write_random_model
-from hybrid.bench.record import provenance, spread
+from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.errors import HybridError, UsageError
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.transformers_api import cache_argument
@@ -166,6 +166,7 @@ def _llama_cpp(settings: dict[str, Any], threads: int, context: int) -> Iterator
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,  # Ctrl-C is for us, who end it
         ) as process:
             try:
                 yield LlamaCpp(process)
@@ -174,7 +175,7 @@ def _llama_cpp(settings: dict[str, Any], threads: int, context: int) -> Iterator
 
 
 def run(
-    spec: Path,
+    spec: str | Path,
     *,
     layers: int | None = 12,
     vocabulary: int | None = 32000,
@@ -183,13 +184,15 @@ def run(
     repeat: int = 5,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    finished: Told = untold,
 ) -> dict[str, Any]:
     """Compare with llama.cpp and with transformers on the shape of ``spec``.
 
     Parameters
     ----------
     spec, layers, vocabulary
-        A Qwen3-MoE file of ``configs/models``, and how many layers and tokens instead of its own.
+        A Qwen3-MoE shape, named as for ``hybrid plan``, and how many layers and tokens instead of
+        its own.
     context
         Also decode with this many tokens in the cache; llama.cpp computes them once.
     plain_layers
@@ -197,6 +200,10 @@ def run(
         size; 0 to leave it out.
     repeat
         Pairs a case.
+    progress
+        Called with a line about what is measured next.
+    finished
+        Called with the record so far and a line after every result.
 
     Returns
     -------
@@ -211,29 +218,47 @@ def run(
     UsageError
         When llama-cpp-python or gguf is not installed, or for another family.
     """
-    for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
-        if find_spec(module) is None:
-            raise UsageError(f"{package} is not installed", hint=f"pip install {package}")
+    _require_packages()
+    from hybrid.bench.gguf_model import require_qwen3
+
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
-    settings = read_spec(spec, layers)
+    name, settings = read_spec(spec, layers)
+    require_qwen3(settings)
     made_for = settings.get("max_position_embeddings")
     if context is not None and made_for is not None and context > made_for:
         raise UsageError(
-            f"--context {context} is asked for, {spec.stem} was made for {made_for}",
+            f"--context {context} is asked for, {name} was made for {made_for}",
             hint=f"give {made_for} or less",
         )
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
     cases = list(CASES) if context is None else [*CASES, long_case(context)]
     longest = max(case.prompt + case.generate for case in cases) + 8
-    results = []
+    results: list[dict[str, Any]] = []
+    record = provenance("hybrid bench peers", threads) | {
+        "spec": name,
+        "layers": settings["num_hidden_layers"],
+        "vocabulary": settings["vocab_size"],
+        "format": "q4_0",
+        "decode_path": None,
+        "peers": {
+            LlamaCpp.name: f"llama-cpp-python {_version('llama-cpp-python')}",
+            _PLAIN: f"transformers {_version('transformers')}",
+        },
+        "results": results,
+    }
+
+    def keep(row: dict[str, Any]) -> None:
+        results.append(row)
+        finished(record, _in_words(row))
+
     with _ours(settings, progress) as ours, _llama_cpp(settings, threads, longest) as llama:
-        path = str(ours.path)
+        record["decode_path"] = str(ours.path)
         for side in (ours.model, llama):
             side.measure(Case("", 32, 4, True))
         for case in cases:
-            results.append(_compare(ours.model, llama, case, repeat, progress, threads))
+            keep(_compare(ours.model, llama, case, repeat, progress, threads))
     if plain_layers:
         few = settings | {"num_hidden_layers": plain_layers}
         with _ours(few, progress) as ours:
@@ -241,20 +266,29 @@ def run(
             for side in (ours.model, plain):
                 side.measure(Case("", 32, 4, True))
             for case in CASES:
-                results.append(_compare(ours.model, plain, case, repeat, progress))
-                results[-1]["layers"] = plain_layers
-    return provenance("hybrid bench peers", threads) | {
-        "spec": spec.stem,
-        "layers": settings["num_hidden_layers"],
-        "vocabulary": settings["vocab_size"],
-        "format": "q4_0",
-        "decode_path": path,
-        "peers": {
-            LlamaCpp.name: f"llama-cpp-python {_version('llama-cpp-python')}",
-            _PLAIN: f"transformers {_version('transformers')}",
-        },
-        "results": results,
-    }
+                row = _compare(ours.model, plain, case, repeat, progress)
+                keep(row | {"layers": plain_layers})
+    return record
+
+
+def _require_packages() -> None:
+    """Refuse to begin without what the comparison needs."""
+    needed = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+    missing = [package for module, package in needed.items() if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"the comparison with llama.cpp needs {' and '.join(missing)}, not installed here",
+            hint=f"pip install {' '.join(missing)}",
+        )
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    low, high = min(row["speedup_samples"]), max(row["speedup_samples"])
+    rates = [f"{row[side]['tokens_per_s']:.1f}" for side in ("ours", "theirs")]
+    return (
+        f"{row['name']}, {row['peer']}: ours {rates[0]}, theirs {rates[1]} tokens/s, "
+        f"{row['speedup']:.2f}x ({low:.2f} to {high:.2f})"
+    )
 
 
 class _Ours(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.arguments.names import find_hardware, find_model
-from hybrid.bench.record import provenance, spread
+from hybrid.bench.record import Told, provenance, spread, untold
 from planner.baselines import BASELINES
 from planner.cache import ExpertCache, Policy
 from planner.capacity import hits_by_capacity, marginal_capacities
@@ -59,6 +59,7 @@ def run_planner_bench(
     instances: int = 200,
     seed: int = 0,
     progress: Progress = lambda text: None,
+    finished: Told = untold,
 ) -> dict[str, Any]:
     """Measure the planner and return one record.
 
@@ -74,6 +75,10 @@ def run_planner_bench(
         Random layers a size whose plans are compared with their lower bounds.
     seed
         Of the random layers.
+    progress
+        Called with a line about what is done next.
+    finished
+        Called with the record so far and a line after every row of it.
 
     Returns
     -------
@@ -86,23 +91,17 @@ def run_planner_bench(
     """
     found = [(path, *read_trace(path)) for path in traces]
     cost = ExpertCost(find_model(MODEL), find_hardware(HARDWARE), FORMAT)
-    progress("timing decisions")
-    decisions = list(_decisions(cost, repeat, seed))
-    progress("timing whole steps")
-    steps = [_steps(ahead, -(-repeat // STEP_SHARE), seed) for ahead in (0, 3)]
-    progress("comparing plans with their bounds")
-    gaps = list(_gaps(cost, instances, seed))
-    caches: list[dict[str, Any]] = []
-    for path, ids, weights in found:
-        caches += _caches(path.name, ids[:tokens], weights[:tokens], progress)
-    return provenance("hybrid bench planner", 1) | {
+    parts: dict[str, list[dict[str, Any]]] = {
+        "decisions": [],
+        "steps": [],
+        "gaps": [],
+        "caches": [],
+    }
+    record = provenance("hybrid bench planner", 1) | {
         "model": MODEL,
         "hardware": HARDWARE,
         "format": FORMAT,
-        "decisions": decisions,
-        "steps": steps,
-        "gaps": gaps,
-        "caches": caches,
+        **parts,
         "cache_method": (
             "One cache per layer, starting empty, all with the same number of slots unless "
             "'marginal'; tokens replayed one by one over all sequences without a break; a hit is "
@@ -112,6 +111,42 @@ def run_planner_bench(
             f"{LEARNED_SHARE:.0%} of the same trace."
         ),
     }
+
+    def measure(part: str, rows: Iterable[dict[str, Any]], in_words: Callable[..., str]) -> None:
+        for row in rows:
+            parts[part].append(row)
+            finished(record, in_words(row))
+
+    progress("timing decisions")
+    measure("decisions", _decisions(cost, repeat, seed), _decision_in_words)
+    progress("timing whole steps")
+    steps = (_steps(ahead, -(-repeat // STEP_SHARE), seed) for ahead in (0, 3))
+    measure("steps", steps, _step_in_words)
+    progress("comparing plans with their bounds")
+    measure("gaps", _gaps(cost, instances, seed), _gap_in_words)
+    for path, ids, weights in found:
+        rows = _caches(path.name, ids[:tokens], weights[:tokens], progress)
+        measure("caches", rows, _cache_in_words)
+    return record
+
+
+def _decision_in_words(row: dict[str, Any]) -> str:
+    micros = row["seconds_median"] * 1e6
+    return f"{row['case']}, {row['experts']} experts, {row['tokens']} tokens: {micros:.1f} us"
+
+
+def _step_in_words(row: dict[str, Any]) -> str:
+    return f"{row['case']}, {row['ahead']} layers ahead: {row['seconds_median'] * 1e6:.1f} us"
+
+
+def _gap_in_words(row: dict[str, Any]) -> str:
+    gaps = f"{row['gap_mean']:.2%} from the bound, {row['gap_max']:.2%} at most"
+    return f"plans of {row['experts']} experts: {gaps}"
+
+
+def _cache_in_words(row: dict[str, Any]) -> str:
+    name = f"{row['trace']}: {row['policy']}, {row['share']:.0%}, {row['capacities']}"
+    return f"{name}, {row['admission']}: {row['hit_rate']:.1%} hits"
 
 
 def _layers(

@@ -1,8 +1,7 @@
-"""What every recorded result says of how it came about, and appending it to a file."""
+"""What every recorded result says of how it came about, and its line in a file."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -11,13 +10,14 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
 from cpu_experts import hostcpu
 from hybrid import __version__, host
 from hybrid.errors import UsageError
+from hybrid.paths import write_whole
 
 
 def provenance(command: str, threads: int) -> dict[str, Any]:
@@ -71,28 +71,63 @@ def spread(samples: list[float]) -> dict[str, Any]:
     }
 
 
-def append(result: dict[str, Any], path: Path) -> None:
-    """Add ``result`` as one line to a ``.jsonl`` file, whole or not at all."""
-    line = (json.dumps(result) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        start = file.tell()
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, "the line was not written as a whole", str(path))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(start)
-            raise
+class Told(Protocol):
+    """What a benchmark tells of every row that it has finished."""
+
+    def __call__(self, so_far: dict[str, Any], *lines: str) -> None:
+        """Take the record so far and what to say of the rows that are new in it."""
+        ...
 
 
-def check_appendable(path: Path) -> None:
-    """Raise UsageError when no line could be appended to ``path``: before anything is measured."""
+def untold(so_far: dict[str, Any], *lines: str) -> None:
+    """Tell nobody."""
+
+
+class Line:
+    """One run's line in a ``.jsonl`` file, which grows as the run goes on.
+
+    Every version takes the place of the one before. The file is written aside and renamed: it holds
+    whole lines at any time, whatever ends the run.
+
+    Parameters
+    ----------
+    path
+        The file; what else is in it stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()  # a link stays one
+        self._written = b""
+
+    def put(self, result: dict[str, Any]) -> None:
+        """Write ``result``.
+
+        Raises
+        ------
+        UsageError
+            When the file cannot be written; it is as it was.
+        """
+        line = (json.dumps(result) + "\n").encode()
+        there = self._path.read_bytes() if self._path.exists() else b""
+        before, found, after = there.rpartition(self._written) if self._written else (b"", b"", b"")
+        if not found:  # the first version, or somebody has taken the last one out
+            before, after = there, b""
+        write_whole(self._path, before + line + after)
+        self._written = line
+
+
+def check_recordable(path: Path) -> None:
+    """Raise UsageError when no line could be put into ``path``: before anything is measured."""
     hint = "check the folder and its permissions"
     try:
         if path.exists():
+            if not path.is_file():
+                raise UsageError(
+                    f"cannot write to {path}: it is no file", hint="name a .jsonl file"
+                )
             path.open("ab").close()
-            return
-        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        folder = path.resolve().parent
+        writable = folder.is_dir() and os.access(folder, os.W_OK)
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror}", hint=hint) from error
     if not writable:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,25 +17,69 @@ bench_app = typer.Typer(
 
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _RECORD = Annotated[
-    Path | None, typer.Option(help="Also append the result as a line to this .jsonl file.")
+    Path | None,
+    typer.Option(
+        help="Also keep the result as a line of this .jsonl file, row by row as it comes."
+    ),
 ]
 
 
-def _check(record: Path | None) -> None:
-    """Refuse a file that nothing can be appended to, before anything is measured."""
+class _Rows:
+    """What is measured: a line to stderr for every row that is finished, and all into the record.
+
+    Attributes
+    ----------
+    count
+        Rows of a run under way that are finished, and kept if there is a record.
+    """
+
+    def __init__(self, record: Path | None) -> None:
+        from hybrid.bench.record import Line
+
+        self.count = 0
+        self._record = record
+        self._line = None if record is None else Line(record)
+
+    def finished(self, so_far: dict[str, Any], *lines: str) -> None:
+        """Keep the record so far, as one that is not complete, and say what is new in it."""
+        if self._line is not None:
+            self._line.put(so_far | {"complete": False})
+        self.count += len(lines)
+        for line in lines:
+            _say(line)
+
+    def deliver(self, result: dict[str, Any], as_json: bool, table: Callable[..., str]) -> None:
+        """Keep the whole record and print it."""
+        if self._line is not None:
+            self._line.put(result)
+            _say(f"appended to {self._record}")
+        self.count = 0  # nothing is left behind
+        print(json.dumps(result) if as_json else table(result))
+
+    def cut(self, why: str) -> None:
+        """Say what there is of a run that has no end."""
+        if self.count == 0:
+            return
+        rows = f"{self.count} finished {'row' if self.count == 1 else 'rows'}"
+        if self._record is None:
+            _say(f"{why} after {rows}, see above; --record FILE keeps them in a file")
+        else:
+            _say(f'{why} after {rows}, kept in {self._record} as a line with "complete": false')
+
+
+@contextmanager
+def _measuring(record: Path | None) -> Iterator[_Rows]:
+    """Refuse a file that nothing can be put into, before anything is measured; keep what was."""
+    from hybrid.bench.record import check_recordable
+
     if record is not None:
-        from hybrid.bench.record import check_appendable
-
-        check_appendable(record)
-
-
-def _deliver(result: dict[str, Any], as_json: bool, record: Path | None, text: str) -> None:
-    print(json.dumps(result) if as_json else text)
-    if record is not None:
-        from hybrid.bench.record import append
-
-        append(result, record)
-        print(f"appended to {record}", file=sys.stderr)
+        check_recordable(record)
+    rows = _Rows(record)
+    try:
+        yield rows
+    except BaseException as error:
+        rows.cut("interrupted" if isinstance(error, KeyboardInterrupt) else "ended by an error")
+        raise
 
 
 @bench_app.command()
@@ -47,33 +92,39 @@ def kernels(
     record: _RECORD = None,
 ) -> None:
     """Expert kernels at several token counts beside the machine's read bandwidth."""
-    _check(record)
-    from cpu_experts.formats import check_format
-    from hybrid.bench import kernels as bench
-    from hybrid.errors import UsageError
+    with _measuring(record) as rows:
+        from cpu_experts.formats import check_format
+        from hybrid.bench import kernels as bench
+        from hybrid.errors import UsageError
 
-    counts = set(_numbers(tokens, "--tokens", int)) if tokens else set(bench.TOKENS)
-    wanted = tuple(check_format(word.strip()) for word in formats.split(","))
-    chosen = [case for case in bench.cases(wanted) if case.tokens in counts]
-    if not chosen:
-        raise UsageError(f"--tokens {tokens!r} selects no case", hint=f"choose from {bench.TOKENS}")
-    result = bench.run(
-        chosen,
-        repeat=repeat,
-        threads=threads,
-        progress=_say,
-    )
-    _deliver(result, as_json, record, _kernels_table(result))
+        counts = set(_numbers(tokens, "--tokens", int)) if tokens else set(bench.TOKENS)
+        wanted = tuple(check_format(word.strip()) for word in formats.split(","))
+        chosen = [case for case in bench.cases(wanted) if case.tokens in counts]
+        if not chosen:
+            raise UsageError(
+                f"--tokens {tokens!r} selects no case", hint=f"choose from {bench.TOKENS}"
+            )
+        result = bench.run(
+            chosen,
+            repeat=repeat,
+            threads=threads,
+            progress=_say,
+            finished=rows.finished,
+        )
+        rows.deliver(result, as_json, _kernels_table)
 
 
 @bench_app.command()
 def model(
     directory: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A model directory, or demo; or use --spec."),
+        typer.Argument(
+            metavar="[MODEL]", help="A model directory; the demo model without it or --spec."
+        ),
     ] = None,
     spec: Annotated[
-        Path | None, typer.Option(help="Random weights of this shape (configs/models/X.toml).")
+        str | None,
+        typer.Option(help="Random weights of this shape: a name as for 'hybrid plan', or a file."),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers, with --spec.")] = None,
     vocabulary: Annotated[int | None, typer.Option(min=32, help="Tokens, with --spec.")] = None,
@@ -94,33 +145,34 @@ def model(
     record: _RECORD = None,
 ) -> None:
     """A whole model: load, prefill and decode, beside what was predicted and the bandwidth."""
-    _check(record)
-    from hybrid.arguments.formats import check_formats
-    from hybrid.bench import model as bench
+    with _measuring(record) as rows:
+        from hybrid.arguments.formats import check_formats
+        from hybrid.bench import model as bench
 
-    check_formats(experts, dense)
-    result = bench.run(
-        directory,
-        spec=spec,
-        layers=layers,
-        vocabulary=vocabulary,
-        experts=experts,
-        dense=dense,
-        prompt=prompt,
-        generate=generate,
-        repeat=repeat,
-        threads=threads,
-        calibrate=calibrate,
-        progress=_say,
-    )
-    _deliver(result, as_json, record, _model_table(result))
+        check_formats(experts, dense)
+        result = bench.run(
+            directory,
+            spec=spec,
+            layers=layers,
+            vocabulary=vocabulary,
+            experts=experts,
+            dense=dense,
+            prompt=prompt,
+            generate=generate,
+            repeat=repeat,
+            threads=threads,
+            calibrate=calibrate,
+            progress=_say,
+            finished=rows.finished,
+        )
+        rows.deliver(result, as_json, _model_table)
 
 
 @bench_app.command()
 def peers(
     spec: Annotated[
-        Path, typer.Option(help="Shape to compare on (configs/models/X.toml of a Qwen3-MoE).")
-    ],
+        str, typer.Option(help="Shape of a Qwen3-MoE: a name as for 'hybrid plan', or a file.")
+    ] = "qwen3-30b-a3b",
     layers: Annotated[int, typer.Option(min=1, help="Layers instead of the shape's own.")] = 12,
     vocabulary: Annotated[int, typer.Option(min=32, help="Tokens, likewise.")] = 32000,
     context: Annotated[
@@ -132,19 +184,20 @@ def peers(
     record: _RECORD = None,
 ) -> None:
     """The same shape and quantization through llama.cpp, turn by turn."""
-    _check(record)
-    from hybrid.bench import peers as bench
+    with _measuring(record) as rows:
+        from hybrid.bench import peers as bench
 
-    result = bench.run(
-        spec,
-        layers=layers,
-        vocabulary=vocabulary,
-        context=context,
-        repeat=repeat,
-        threads=threads,
-        progress=_say,
-    )
-    _deliver(result, as_json, record, bench.peers_table(result))
+        result = bench.run(
+            spec,
+            layers=layers,
+            vocabulary=vocabulary,
+            context=context,
+            repeat=repeat,
+            threads=threads,
+            progress=_say,
+            finished=rows.finished,
+        )
+        rows.deliver(result, as_json, bench.peers_table)
 
 
 @bench_app.command()
@@ -177,22 +230,23 @@ def hybrid(
     record: _RECORD = None,
 ) -> None:
     """Sharing experts with a GPU, an emulated one by default: ours beside other systems' rules."""
-    _check(record)
-    from hybrid.bench import hybrid as bench
+    with _measuring(record) as rows:
+        from hybrid.bench import hybrid as bench
 
-    result = bench.run(
-        [name.strip() for name in models.split(",")],
-        device=device,
-        shares=_numbers(resident, "--resident", float),
-        prompts=_numbers(prompts, "--prompts", int),
-        tokens=generate,
-        layers=layers,
-        trace=trace,
-        repeat=repeat,
-        threads=threads,
-        progress=_say,
-    )
-    _deliver(result, as_json, record, bench.hybrid_table(result))
+        result = bench.run(
+            [name.strip() for name in models.split(",")],
+            device=device,
+            shares=_numbers(resident, "--resident", float),
+            prompts=_numbers(prompts, "--prompts", int),
+            tokens=generate,
+            layers=layers,
+            trace=trace,
+            repeat=repeat,
+            threads=threads,
+            progress=_say,
+            finished=rows.finished,
+        )
+        rows.deliver(result, as_json, bench.hybrid_table)
 
 
 def _numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
@@ -222,13 +276,20 @@ def lookahead(
     record: _RECORD = None,
 ) -> None:
     """How many of a layer's experts are known 1, 2 and 3 layers early."""
-    _check(record)
-    from hybrid.bench import lookahead as bench
-    from hybrid.cli.generation import read_text
+    with _measuring(record) as rows:
+        from hybrid.bench import lookahead as bench
+        from hybrid.cli.generation import read_text
 
-    texts = [read_text(path) for path in file] if file else None
-    result = bench.run(directory, texts=texts, tokens=tokens, threads=threads, progress=_say)
-    _deliver(result, as_json, record, bench.lookahead_table(result))
+        texts = [read_text(path) for path in file] if file else None
+        result = bench.run(
+            directory,
+            texts=texts,
+            tokens=tokens,
+            threads=threads,
+            progress=_say,
+            finished=rows.finished,
+        )
+        rows.deliver(result, as_json, bench.lookahead_table)
 
 
 @bench_app.command()
@@ -245,13 +306,15 @@ def planner(
     record: _RECORD = None,
 ) -> None:
     """Time to decide, distance of plans from their bounds, hit rates of cache policies."""
-    _check(record)
-    from hybrid.bench.planner import planner_table, run_planner_bench
+    with _measuring(record) as rows:
+        from hybrid.bench.planner import planner_table, run_planner_bench
 
-    if not trace:
-        print("no --trace given: cache policies are not replayed", file=sys.stderr)
-    result = run_planner_bench(trace or (), tokens=tokens, repeat=repeat, progress=_say)
-    _deliver(result, as_json, record, planner_table(result))
+        if not trace:
+            print("no --trace given: cache policies are not replayed", file=sys.stderr)
+        result = run_planner_bench(
+            trace or (), tokens=tokens, repeat=repeat, progress=_say, finished=rows.finished
+        )
+        rows.deliver(result, as_json, planner_table)
 
 
 def _say(text: str) -> None:
