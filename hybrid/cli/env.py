@@ -16,6 +16,7 @@ import typer
 from cpu_experts import hostcpu
 from hybrid import __version__, host
 from hybrid.calibration import calibrated
+from hybrid.cli.verdict import Finding, in_one_line, verdict
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.paths import cache_dir
@@ -51,6 +52,8 @@ class Environment:
     calibration
         The file that ``hybrid calibrate`` wrote for this machine and its main numbers; what is
         wrong with it, or how to make one.
+    verdict
+        What all that means for how fast models run here.
     """
 
     versions: dict[str, str]
@@ -62,6 +65,7 @@ class Environment:
     paths: dict[str, str]
     variables: dict[str, str]
     calibration: dict[str, str]
+    verdict: tuple[Finding, ...]
 
 
 def collect() -> Environment:
@@ -93,6 +97,7 @@ def collect() -> Environment:
         },
         variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
         calibration=_calibration() | _device_calibrations(),
+        verdict=verdict(),
     )
 
 
@@ -157,8 +162,11 @@ def describe(environment: Environment) -> str:
         *environment.paths.items(),
         *environment.variables.items(),
         *environment.calibration.items(),
+        ("", ""),
+        ("verdict", in_one_line(environment.verdict)),
+        *((f"  {finding.what}", str(finding)) for finding in environment.verdict),
     ]
-    return "\n".join(f"{name:<18} {value}" for name, value in rows)
+    return "\n".join(f"{name:<18} {value}".rstrip() for name, value in rows)
 
 
 def _describe_units(counted: list[str], there: list[str]) -> str:
@@ -181,10 +189,18 @@ def _is_vector_feature(name: str) -> bool:
 
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Exit with 1 where something is slower than it could be here."
+        ),
+    ] = False,
 ) -> None:
-    """Show what this machine and installation offer."""
+    """Show what this machine and installation offer, and what that means for speed."""
     environment = collect()
     if as_json:
         print(json.dumps(asdict(environment), indent=2))
     else:
         print(describe(environment))
+    if check and any(finding.slower for finding in environment.verdict):
+        raise typer.Exit(1)
