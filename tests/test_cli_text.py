@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[1]
 TEXT = "one\ntwo"
 PROGRAM = (
     "import sys\n"
-    "from hybrid.cli.text import end_line, write\n"
+    "from hybrid.cli.text import apart, end_line, write\n"
     "text = sys.argv[1]\n"
-    "for piece in (text[:2], text[2:], ''):\n"
-    "    write(piece)\n"
-    "end_line(interrupted='interrupted' in sys.argv)\n"
-    "print('how it went', file=sys.stderr)\n"
+    "with apart():\n"
+    "    for piece in (text[:2], text[2:], ''):\n"
+    "        write(piece)\n"
+    "    if 'interrupted' in sys.argv:\n"
+    "        end_line(interrupted=True)\n"
+    "    print('how it went', file=sys.stderr)\n"
 )
 posix = pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
 
@@ -126,25 +128,47 @@ def test_a_terminal_has_shown_what_was_pressed(
     assert show(tmp_path, out, err, f"{TEXT}\n", "interrupted") == seen
 
 
+#: Commands that write a text, and what ends or interrupts it.
+CUT = """
+import logging, sys, warnings
+from hybrid.cli import app, main
+from hybrid.cli.text import write
+from hybrid.errors import UsageError
+def cut(name):
+    write('one')
+    {0}
+app._load_command = cut
+sys.exit(main(['run']))
+"""
+
+
 @posix
-def test_an_error_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
-    """Also one that cuts a text off."""
-    code = (
-        "import sys\n"
-        "from hybrid.cli import app, main\n"
-        "from hybrid.cli.text import write\n"
-        "from hybrid.errors import UsageError\n"
-        "def cut(name):\n"
-        "    write('one')\n"
-        "    raise UsageError('it is cut', hint='go on')\n"
-        "app._load_command = cut\n"
-        "sys.exit(main(['run']))\n"
-    )
+@pytest.mark.parametrize(
+    ("how", "shown"),
+    [
+        ("raise UsageError('it is cut', hint='go on')", ["one", "error: it is cut", "hint: go on"]),
+        ("1 / 0", ["one", "Traceback (most recent call last):"]),
+        (
+            "logging.getLogger('cpu_experts').info('a notice'); write('two'); sys.exit()",
+            ["one", "a notice", "two"],
+        ),
+        (
+            "warnings.warn_explicit('slow', UserWarning, 'a.py', 1); write('two'); sys.exit()",
+            ["one", "a.py:1: UserWarning: slow", "two"],
+        ),
+    ],
+    ids=["error", "bug", "notice", "warning"],
+)
+def test_whoever_speaks_begins_on_a_line_of_its_own(how: str, shown: list[str]) -> None:
+    """Errors that cut a text off, tracebacks, notices and other libraries' warnings within it."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-c", CUT.format(how)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert done.returncode == 2
-    assert done.stdout.splitlines() == [b"one", b"error: it is cut", b"hint: go on"]
+    assert done.stdout.splitlines()[: len(shown)] == shown
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["converted before", "converted first"])

@@ -21,6 +21,7 @@ from cpu_experts.errors import CpuExpertsError
 from gpu_experts.errors import GpuExpertsError
 from hybrid import __version__
 from hybrid.cli import INTERRUPTED
+from hybrid.cli.text import apart
 from hybrid.errors import HybridError
 from planner.errors import PlannerError
 
@@ -117,7 +118,7 @@ def main(args: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        with _engine_notices():
+        with apart(), _engine_notices():
             command = typer.main.get_command(app)
             code = command.main(words, prog_name="hybrid", standalone_mode=False)
     except typer.Abort:
@@ -150,8 +151,5 @@ def _describe_usage_error(error: Any) -> str:
 
 
 def _report(text: str) -> int:
-    from hybrid.cli.text import end_line
-
-    end_line()  # of a text that the error cuts off
     print(f"error: {text}", file=sys.stderr)
     return 2

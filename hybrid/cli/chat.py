@@ -135,7 +135,6 @@ def talk(
         except UsageError as error:
             if not patient:
                 raise
-            end_line()
             print(f"error: {error}", file=sys.stderr)
 
 

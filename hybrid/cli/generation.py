@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.text import end_line
 from hybrid.errors import UsageError
 from hybrid.metrics import summary_line
 from hybrid.paths import check_writable, write_whole
@@ -310,13 +309,12 @@ def write_routing(model: HybridModel, file: Path | None) -> None:
 
 
 def summarise(model: HybridModel, *, whole: bool = False) -> None:
-    """Tell on stderr how it went, on a line of its own.
+    """Tell on stderr how it went.
 
     One line of figures and one for everything that ran slowly and was not told before, or the
     ``whole`` report.
     Without figures, when it was interrupted before the model began, nothing.
     """
-    end_line()
     report = model.report()
     if whole:
         print(report, file=sys.stderr)
