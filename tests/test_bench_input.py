@@ -138,6 +138,8 @@ def test_sharing(
         (["peers", "--spec", "{spec}", "--layers", "4"], "--layers is 4"),
         (["peers", "--spec", "{spec}", "--layers", "3", "--context", "300"], "made for 256"),
         (["peers", "--spec", "{spec}", "--threads", "100000"], "100000"),
+        (["peers", "--dtype", "float64"], "'float64'"),
+        (["model", "--dtype", "float64"], "'float64'"),
         (["lookahead", "--file", "{folder}/none.txt"], "none.txt"),
         (["lookahead", "--threads", "100000"], "100000"),
         (["planner", "--trace", "{folder}/none.npz"], "none.npz"),

@@ -67,7 +67,7 @@ def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_fresh_process_is_timed(tiny_model: Path) -> None:
     """Its steps follow each other, and its memory is that of torch at least."""
-    found = _start(str(tiny_model), threads=1, prompt=4, generate=3)
+    found = _start(str(tiny_model), "auto", threads=1, prompt=4, generate=3)
     assert found.keys() == STARTED.keys()
     assert 0 < found["load_s"] < found["load_to_first_token_s"]
     together = found["import_s"] + found["load_to_first_token_s"]
@@ -133,6 +133,7 @@ def test_the_command_prints_one_json_object(
     assert "first token after 1.50 s (4.50 s with 3.00 s of imports)" in done.stdout
     assert "anonymous       300 MiB at most" in done.stdout
     assert "hybrid calibrate" in done.stdout
+    assert re.search(r"^computed in +(float32|bfloat16)$", done.stdout, re.M)
     assert "disturbed       other programs used 25% of the processors" in done.stdout
 
 
@@ -168,6 +169,19 @@ def test_a_shape_has_the_names_that_plans_know() -> None:
     for given in ("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "qwen3-30b"):
         assert read_spec(given, 5) == (name, settings)
     assert "quantization_config" not in read_spec("demo", None)[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_computed_in(tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As asked for, here and in the fresh process, and recorded; nothing else is taken."""
+    _small_read(monkeypatch)
+    asked: list[str] = []
+    monkeypatch.setattr("hybrid.bench.model._start", lambda *of: asked.append(of[1]) or STARTED)
+    result = run(str(tiny_model), dtype=dtype, prompt=4, generate=3, repeat=1, threads=1)
+    assert result["dtype"] == dtype
+    assert asked == [dtype]
+    with pytest.raises(UsageError, match="unknown dtype to compute in: 'float64'"):
+        run(str(tiny_model), dtype="float64")
 
 
 def test_the_demo_is_measured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

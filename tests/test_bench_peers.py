@@ -24,7 +24,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def test_a_long_cache_is_made_once_and_stays(settings: dict[str, Any]) -> None:
     """Two turns of decoding after 40 tokens: no prompt is computed, and none of it is lost."""
     case = long_case(40)
-    with peers._ours(settings, print) as ours:
+    with peers._ours(settings, "auto", print) as ours:
         assert ours.path.fast
         prompts: list[int] = []
         decoder = ours.model._model.hybrid_fast.decoder
@@ -73,7 +73,7 @@ def test_transformers_side_and_the_table(settings: dict[str, Any]) -> None:
     with torch.no_grad():
         assert torch.isfinite(plain._model(input_ids=torch.arange(5)[None]).logits).all()
     case, notes = Case("decode", 6, 4, decode=True), []
-    with peers._ours(settings, notes.append) as ours:
+    with peers._ours(settings, "auto", notes.append) as ours:
         row = peers._compare(ours.model, plain, case, 3, notes.append, threads=1)
     assert len(row["speedup_samples"]) == len(row["ours"]["samples_s"]) == 3
     assert row["theirs"]["tokens_per_s"] > 0
@@ -83,6 +83,7 @@ def test_transformers_side_and_the_table(settings: dict[str, Any]) -> None:
         "spec": "tiny",
         "layers": 12,
         "format": "q4_0",
+        "dtype": "float32",
         "threads": 2,
         "machine": {"simd_level": "avx2"},
         "peers": {plain.name: "transformers 5"},
@@ -90,4 +91,5 @@ def test_transformers_side_and_the_table(settings: dict[str, Any]) -> None:
     }
     text = peers_table(record)
     assert "transformers, bfloat16, 2 layers" in text
+    assert "q4_0 with float32, 2 threads, avx2" in text
     assert "decode, transformers, bfloat16: pair 3 of 3" in notes

@@ -225,6 +225,7 @@ def test_peers(tmp_path: Path) -> None:
     assert (row["name"], row["peer"], record["spec"]) == ("decode", "llama.cpp", "Tiny")
     assert record["complete"] is False
     assert record["decode_path"].startswith("one-token kernels")
+    assert record["dtype"] in ("float32", "bfloat16")
     assert any(line.startswith("decode, llama.cpp: ours ") for line in said)
     assert err.splitlines()[-1].startswith("interrupted after 1 finished row, kept in ")
 

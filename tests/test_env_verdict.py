@@ -95,7 +95,7 @@ def test_simd_levels(
     [
         (AVX2, "", "this processor has none; dense layers are computed in float32", False),
         (AVX2, "avx2+bf16", f"{SIMD} counts on bf16, this processor has none", True),
-        (AVX2 | UNITS, "", "used: amx, bf16; dense layers are computed in bfloat16", False),
+        (AVX2 | UNITS, "", "used: amx, bf16; large models compute dense layers in bfloat16", False),
         (AVX2 | UNITS, "avx2", f"not used: {SIMD} hides those of this processor (amx, bf16)", True),
     ],
 )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hybrid import host
 from hybrid.arguments.counts import whole_number
+from hybrid.arguments.dtypes import check_dtype
 from hybrid.bench.kernels import read_seconds, shares_of_bandwidth
 from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.calibration import calibrated
@@ -97,6 +98,7 @@ def run(
     repeat: int = 5,
     threads: int | None = None,
     calibrate: bool = True,
+    dtype: str = "auto",
     progress: Callable[[str], None] = lambda text: None,
     finished: Told = untold,
 ) -> dict[str, Any]:
@@ -115,6 +117,9 @@ def run(
     calibrate
         Whether to measure this machine with the model's shape and formats first, unless it was
         before, undisturbed; otherwise predictions come from what is there.
+    dtype
+        What dense layers that are not quantized are computed in: ``"auto"``, ``"float32"`` or
+        ``"bfloat16"``.
     progress
         Called with a line about what is done next.
     finished
@@ -133,6 +138,7 @@ def run(
     import, to load and to the first token, and the most memory in use that no file backs, all the
     way to the end of a text of the same length.
     """
+    check_dtype(dtype)
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     if model is not None and spec is not None:
@@ -149,7 +155,7 @@ def run(
         _check_length(subject(path).model.context, prompt, generate)
         if calibrate:
             _calibrate(path, None, None, threads, progress)
-        return _measure(str(path), {}, prompt, generate, repeat, threads, progress, finished)
+        return _measure(str(path), dtype, {}, prompt, generate, repeat, threads, progress, finished)
     name, settings = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
@@ -165,7 +171,7 @@ def run(
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
         write_random_model(settings, Path(folder), experts=experts, dense=dense)
         shape = {"spec": name, "layers": settings["num_hidden_layers"]}
-        return _measure(folder, shape, prompt, generate, repeat, threads, progress, finished)
+        return _measure(folder, dtype, shape, prompt, generate, repeat, threads, progress, finished)
 
 
 def _check_length(longest: int | None, prompt: int, generate: int) -> None:
@@ -180,6 +186,7 @@ def _check_length(longest: int | None, prompt: int, generate: int) -> None:
 
 def _measure(
     directory: str,
+    dtype: str,
     shape: dict[str, Any],
     prompt: int,
     generate: int,
@@ -189,13 +196,14 @@ def _measure(
     finished: Told,
 ) -> dict[str, Any]:
     progress("loading")
-    model, _ = load_fast_model(directory)
+    model, _ = load_fast_model(directory, dtype=dtype)
     words = memory_to_read(model)
     origin = shape | provenance("hybrid bench model", threads)
     origin |= {
         "family": type(model).__name__,
         "experts": model.hybrid_store.index.format,
         "dense": model.hybrid_store.index.dense_format or "as in the checkpoint",
+        "dtype": str(model.dtype).removeprefix("torch."),
         "decode_path": str(model.hybrid_fast.path),
         "prompt_tokens": prompt,
         "generated_tokens": generate,
@@ -242,7 +250,7 @@ def _measure(
         "store_bytes": model.hybrid_store.index.nbytes,
         "peak_memory_bytes": peak_bytes,
         **about,
-        "start": _start(directory, threads, prompt, generate),
+        "start": _start(directory, dtype, threads, prompt, generate),
     }
 
 
@@ -286,9 +294,9 @@ def _calibrate(
         )
 
 
-def _start(directory: str, threads: int, prompt: int, generate: int) -> dict[str, Any]:
+def _start(directory: str, dtype: str, threads: int, prompt: int, generate: int) -> dict[str, Any]:
     """What a fresh process takes; see :mod:`hybrid.bench.start_worker`."""
-    worker = [sys.executable, "-m", "hybrid.bench.start_worker", directory]
+    worker = [sys.executable, "-m", "hybrid.bench.start_worker", directory, dtype]
     done = subprocess.run(
         [*worker, str(threads), str(prompt), str(generate)],
         stdout=subprocess.PIPE,

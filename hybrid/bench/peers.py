@@ -26,6 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hybrid import host
+from hybrid.arguments.dtypes import check_dtype
 from hybrid.bench.kernels import read_seconds
 from hybrid.bench.model import bytes_per_token, generate_once, memory_to_read, read_spec
 from hybrid.bench.random_model import write_random_model
@@ -183,6 +184,7 @@ def run(
     plain_layers: int = 2,
     repeat: int = 5,
     threads: int | None = None,
+    dtype: str = "auto",
     progress: Callable[[str], None] = lambda text: None,
     finished: Told = untold,
 ) -> dict[str, Any]:
@@ -200,6 +202,9 @@ def run(
         size; 0 to leave it out.
     repeat
         Pairs a case.
+    dtype
+        What our norms and other dense weights that stay as they are are computed in: ``"auto"``,
+        ``"float32"`` or ``"bfloat16"``.
     progress
         Called with a line about what is measured next.
     finished
@@ -218,6 +223,7 @@ def run(
     UsageError
         When llama-cpp-python or gguf is not installed, or for another family.
     """
+    check_dtype(dtype)
     _require_packages()
     from hybrid.bench.gguf_model import require_qwen3
 
@@ -241,6 +247,7 @@ def run(
         "layers": settings["num_hidden_layers"],
         "vocabulary": settings["vocab_size"],
         "format": "q4_0",
+        "dtype": None,
         "decode_path": None,
         "peers": {
             LlamaCpp.name: f"llama-cpp-python {_version('llama-cpp-python')}",
@@ -253,15 +260,18 @@ def run(
         results.append(row)
         finished(record, _in_words(row))
 
-    with _ours(settings, progress) as ours, _llama_cpp(settings, threads, longest) as llama:
-        record["decode_path"] = str(ours.path)
+    with (
+        _ours(settings, dtype, progress) as ours,
+        _llama_cpp(settings, threads, longest) as llama,
+    ):
+        record |= {"dtype": ours.dtype, "decode_path": str(ours.path)}
         for side in (ours.model, llama):
             side.measure(Case("", 32, 4, True))
         for case in cases:
             keep(_compare(ours.model, llama, case, repeat, progress, threads))
     if plain_layers:
         few = settings | {"num_hidden_layers": plain_layers}
-        with _ours(few, progress) as ours:
+        with _ours(few, dtype, progress) as ours:
             plain = _plain(few)
             for side in (ours.model, plain):
                 side.measure(Case("", 32, 4, True))
@@ -294,15 +304,17 @@ def _in_words(row: dict[str, Any]) -> str:
 class _Ours(NamedTuple):
     model: InProcess
     path: Any
+    dtype: str
 
 
 @contextmanager
-def _ours(settings: dict[str, Any], progress: Callable[[str], None]) -> Iterator[_Ours]:
+def _ours(settings: dict[str, Any], dtype: str, progress: Callable[[str], None]) -> Iterator[_Ours]:
     with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
         progress(f"writing random weights of {settings['num_hidden_layers']} layers")
         write_random_model(settings, Path(folder), experts="q4_0", dense="q4_0")
-        model, _ = load_fast_model(folder)
-        yield _Ours(InProcess(model, "ours"), model.hybrid_fast.path)
+        model, _ = load_fast_model(folder, dtype=dtype)
+        computed_in = str(model.dtype).removeprefix("torch.")
+        yield _Ours(InProcess(model, "ours"), model.hybrid_fast.path, computed_in)
 
 
 def _plain(settings: dict[str, Any]) -> InProcess:
@@ -371,8 +383,8 @@ def _version(package: str) -> str:
 def peers_table(result: dict[str, Any]) -> str:
     """Return the record as text."""
     lines = [
-        f"{result['spec']}, {result['layers']} layers, {result['format']},"
-        f" {result['threads']} threads, {result['machine']['simd_level']}",
+        f"{result['spec']}, {result['layers']} layers, {result['format']}"
+        f" with {result['dtype']}, {result['threads']} threads, {result['machine']['simd_level']}",
         *(f"{name}: {version}" for name, version in result["peers"].items()),
         f"{'':<20}{'ours':>10}{'peer':>10}   tokens/s{'speedup':>9}   (range; at full bandwidth)",
     ]

@@ -1,7 +1,7 @@
 """A model in a process of its own, from nothing to a text: when what was done, in which memory.
 
-Started by :mod:`hybrid.bench.model` as ``python -m hybrid.bench.start_worker MODEL THREADS PROMPT
-GENERATE``; prints one line of JSON.
+Started by :mod:`hybrid.bench.model` as ``python -m hybrid.bench.start_worker MODEL DTYPE THREADS
+PROMPT GENERATE``; prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Memory(threading.Thread):
 
 def main() -> None:
     """Import, load, generate a token, then a text, and print what it took."""
-    model_path, threads, prompt, generate = sys.argv[1], *map(int, sys.argv[2:5])
+    (model_path, dtype), numbers = sys.argv[1:3], sys.argv[3:6]
+    threads, prompt, generate = map(int, numbers)
     memory = Memory()
     memory.start()
     from hybrid.bench.model import generate_once
@@ -58,7 +59,7 @@ def main() -> None:
     memory.look()
     before_bytes = memory.most_bytes
     set_threads(threads)
-    model, _ = load_fast_model(model_path)
+    model, _ = load_fast_model(model_path, dtype=dtype)
     loaded = time.perf_counter()
     began, ttft_s, _ = generate_once(model, 1, 2)
     first = began + ttft_s

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hybrid.cli.generation import Dtype
+
 bench_app = typer.Typer(
     help="Measure this machine and this runtime.", no_args_is_help=True, add_completion=False
 )
@@ -141,6 +143,7 @@ def model(
             help="First measure this machine with the model's shape and formats, unless it was.",
         ),
     ] = True,
+    dtype: Dtype = "auto",
     as_json: _JSON = False,
     record: _RECORD = None,
 ) -> None:
@@ -162,6 +165,7 @@ def model(
             repeat=repeat,
             threads=threads,
             calibrate=calibrate,
+            dtype=dtype,
             progress=_say,
             finished=rows.finished,
         )
@@ -180,6 +184,7 @@ def peers(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Pairs a case.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    dtype: Dtype = "auto",
     as_json: _JSON = False,
     record: _RECORD = None,
 ) -> None:
@@ -194,6 +199,7 @@ def peers(
             context=context,
             repeat=repeat,
             threads=threads,
+            dtype=dtype,
             progress=_say,
             finished=rows.finished,
         )
@@ -327,6 +333,7 @@ def _model_table(result: dict[str, Any]) -> str:
     prefill, decode = result["prefill"], result["decode"]
     rows = [
         ("family", f"{result['family']}, experts {result['experts']}, dense {result['dense']}"),
+        ("computed in", result["dtype"]),
         ("single tokens", result["decode_path"]),
         ("start", _started(result["start"])),
         ("prefill", f"{prefill['tokens_per_s']:.1f} tokens/s, {_range(prefill)}"),

@@ -97,7 +97,9 @@ def _bf16_units() -> Finding:
         told = f"{variable} counts on {_listed(counted)}, this processor has none"
         return Finding(what, told, True, _UNSET)
     if counted:
-        return Finding(what, f"used: {_listed(counted)}; dense layers are computed in bfloat16")
+        return Finding(
+            what, f"used: {_listed(counted)}; large models compute dense layers in bfloat16"
+        )
     if there:
         told = f"not used: {variable} hides those of this processor ({_listed(there)})"
         return Finding(what, told, True, _UNSET)
