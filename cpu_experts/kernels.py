@@ -291,9 +291,8 @@ def _down_items(
                     count = min(ROWS, first[run + 1] - p)
                     dot_rows(fmt, blocks, at, then, h, h_stride, rows, p, count, inner, buf, 0)
                     for t in range(count):
-                        own = buf[t * TILE :]
                         if bias_at >= 0:
-                            bias = floats[(base + bias_at) // 4 + s * TILE :]
+                            own, bias = buf[t * TILE :], floats[(base + bias_at) // 4 + s * TILE :]
                             for i in range(columns):
                                 own[i] += bias[i]
                         pair = pairs[p + t]
@@ -301,7 +300,7 @@ def _down_items(
                         if columns == TILE:
                             add_strip(buf, t * TILE, weight, flat, at_out)
                         else:
-                            target = flat[at_out:]
+                            own, target = buf[t * TILE :], flat[at_out:]
                             for i in range(columns):
                                 target[i] += weight * own[i]
         fetch_add(counter, 3)
@@ -394,15 +393,14 @@ def _project_items(
                 )
                 for t in range(count):
                     at_out = targets[p + t] * columns_all + s * TILE
-                    target = flat[at_out:]
                     if columns == TILE:
                         copy_strip(buf, t * TILE, flat, at_out)
                     else:
-                        own = buf[t * TILE :]
+                        own, target = buf[t * TILE :], flat[at_out:]
                         for i in range(columns):
                             target[i] = own[i]
                     if bias_at >= 0:
-                        bias = floats[(base + bias_at) // 4 + s * TILE :]
+                        target, bias = flat[at_out:], floats[(base + bias_at) // 4 + s * TILE :]
                         for i in range(columns):
                             target[i] += bias[i]
 

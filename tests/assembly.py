@@ -93,8 +93,8 @@ def main(cpu: str, folder: Path) -> None:
         name = f"{one.py_func.__module__}.{one.py_func.__name__}"
         # What only other kernels call is a part of theirs.
         assert one.signatures or one._part.signatures, f"nothing here calls {name}"
-        for text in one.inspect_asm().values():
-            (folder / f"{name}.s").write_text(text)
+        if one.signatures:
+            (folder / f"{name}.s").write_text("\n".join(one.inspect_asm().values()))
 
 
 if __name__ == "__main__":
