@@ -25,7 +25,7 @@ from tiny_families import VOCAB, families, multimodal, tiny_config
 #: jetmoe routes its attention through experts too; no other family is left out.
 UNSUPPORTED = {"jetmoe"}
 #: Families whose gating the kernels have no parameters for.
-OWN_GATING = {"inkling2_text"}
+OWN_GATING = {"inkling2_loop_text", "inkling2_text"}
 #: Families whose attention is told from that of the kernels by the decoder's test alone.
 OTHER_ATTENTION = {"exaone_moe", "flint", "lara_mini"}
 FAMILIES = families()

@@ -22,6 +22,19 @@ class BlockDequantize(Fp8Dequantize):
     Published fp8 checkpoints have such matrices: 576 rows in blocks of 128, for example.
     """
 
+    def convert(  # type: ignore[override]  # their own signatures do not agree, either
+        self, input_dict: dict[str, Any], *args: Any, **options: Any
+    ) -> dict[str, Any]:
+        """Dequantize what has scales and leave everything else as it is.
+
+        transformers' own code may cast the rest, which would take 8-bit weights at face value.
+        """
+        if "weight" in input_dict and "weight_scale_inv" not in input_dict:
+            weight = input_dict["weight"]
+            name = options.get("full_layer_name") or "weight"
+            return {name: weight[0] if isinstance(weight, list) else weight}
+        return super().convert(input_dict, *args, **options)
+
     def dequantize(self, weight: Tensor, scales: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Return the weights that ``weight`` ``[N, K]`` and its grid of scales stand for."""
         return self._dequantize_one(weight, scales, dtype)
