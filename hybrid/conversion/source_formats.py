@@ -22,9 +22,7 @@ class BlockDequantize(Fp8Dequantize):
     Published fp8 checkpoints have such matrices: 576 rows in blocks of 128, for example.
     """
 
-    def convert(  # type: ignore[override]  # their own signatures do not agree, either
-        self, input_dict: dict[str, Any], *args: Any, **options: Any
-    ) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **options: Any) -> dict[str, Any]:
         """Dequantize what has scales and leave everything else as it is.
 
         transformers' own code may cast the rest, which would take 8-bit weights at face value.
