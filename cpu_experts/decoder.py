@@ -95,6 +95,11 @@ class Decoder:
         self._work: onetoken.Work | None = None
         self._rows: _Rows | None = None
 
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied with."""
+        return float(self._head[0]["scale"])
+
     def new_cache(self) -> KeyValues:
         """Return an empty cache; :meth:`~cpu_experts.kv.KeyValues.store` every layer first."""
         return KeyValues([layer.window for layer in self.layers])

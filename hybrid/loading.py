@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpu_experts.workers import use_threads
 from hybrid import host
 from hybrid.arguments.counts import whole_number
-from hybrid.arguments.dtypes import automatic_dtype, check_dtype
+from hybrid.arguments.dtypes import DTYPES, automatic_dtype, check_dtype
 from hybrid.arguments.formats import DEFAULT_EXPERTS
 from hybrid.arguments.sizes import checked_ram, size_in_bytes
 from hybrid.calibration.subject import subject
@@ -109,7 +109,8 @@ def load_model(
         beyond = None if ram_bytes is None else beyond_ram(fitted_alone(model, ram_bytes, context))
         notes = (*model.hybrid_fast.notes(), *(() if beyond is None else (beyond,)))
         return _told(Loaded(model, directory, None, context, notes))
-    model.hybrid_fast = FastPath(DecodePath(False, f"the model lies on a device ({name})", ALONE))
+    reason = f"the model lies on a device ({name})"
+    model.hybrid_fast = FastPath(DecodePath(False, reason, ALONE, chosen=True))
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
     asked = size_in_bytes(vram, "vram")
     opened = open_device(name, asked, layer.shape, threads)
@@ -132,7 +133,8 @@ def load_model(
         placement = replace(placement, notes=(note, *placement.notes))
     for line in placement.decision:
         print(f"hybrid: {line}", file=sys.stderr)
-    return _told(Loaded(model, directory, placement, context, placement.known))
+    notes = (*model.hybrid_fast.notes(), *placement.known)
+    return _told(Loaded(model, directory, placement, context, notes))
 
 
 def _told(loaded: Loaded) -> Loaded:
@@ -213,6 +215,10 @@ def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> An
 def _compute_dtype(asked: str | torch.dtype | None, directory: Path) -> torch.dtype:
     """Return what dense layers compute in: what is asked for, or what suits the model here."""
     if isinstance(asked, torch.dtype):
+        if not asked.is_floating_point:
+            raise UsageError(
+                f"{asked} is no type to compute in", hint=f"choose one of: {', '.join(DTYPES)}"
+            )
         return asked
     name = check_dtype("auto" if asked is None else asked)
     if name == "auto":

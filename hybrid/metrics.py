@@ -32,6 +32,11 @@ class SlowPath(NamedTuple):
     def __str__(self) -> str:
         return f"{self.what}: {self.reason}; {self.remedy}"
 
+    @property
+    def cause(self) -> tuple[str, str]:
+        """What and why, whatever number of steps it has befallen so far."""
+        return self.what.lstrip("0123456789"), self.reason
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTimes:

@@ -114,7 +114,7 @@ class HybridModel(Keepsakes):
             Compare the checksum of every expert with the store's index before use.
         dtype
             What dense layers that are not quantized compute in: ``"float32"``, ``"bfloat16"``
-            or torch's own name of a type. ``"auto"`` and None are bfloat16 on processors that
+            or another floating ``torch.dtype``. ``"auto"`` and None are bfloat16 on processors that
             multiply it natively and float32 on all others, where torch's bfloat16 products were
             measured 3 to 10 times slower on prompts and no faster on single tokens. Small models,
             the one that ships among them, are computed in float32 everywhere.

@@ -71,7 +71,7 @@ def run_report(
         family=type(network).__name__,
         experts_format=index.format,
         dense_format=network.hf_quantizer.quantization_config.dense or "as in the checkpoint",
-        compute_dtype=_computed_in(network.dtype),
+        compute_dtype=_computed_in(network),
         decode_path=str(network.hybrid_fast.path),
         simd_level=simd.LEVEL,
         threads=f"{threads} (torch and kernels)",
@@ -81,25 +81,34 @@ def run_report(
         terms=terms,
         layers=layers,
         predictions=predictions,
-        slow_paths=(
+        slow_paths=_each_once(
             *slow_paths(network),
             *_damaged(threads, placement),
-            *(told if placement is None else placement.slow_paths()),
+            *told,
+            *(() if placement is None else placement.slow_paths()),
             *(() if placement is None else _beyond(context, times)),
         ),
     )
 
 
-def _computed_in(dtype: torch.dtype) -> str:
+def _each_once(*paths: SlowPath) -> tuple[SlowPath, ...]:
+    """Return what is slow, each cause once: how often it came may have been told before."""
+    return tuple({path.cause: path for path in reversed(paths)}.values())[::-1]
+
+
+def _computed_in(network: Any) -> str:
     """Say what dense layers compute in, and what that costs."""
-    name, native = f"{dtype}".removeprefix("torch."), host.has_native_bf16()
-    if dtype == torch.float32 and native:
+    dtype: torch.dtype = network.dtype
+    name, fast = f"{dtype}".removeprefix("torch."), network.hybrid_fast.path.fast
+    if dtype != torch.float32:
+        bits = round(-math.log2(torch.finfo(dtype).eps)) + 1
+        single = "; single tokens are computed in float32" if fast else ""
+        return f"{name} (rounds every layer's results to {bits} bits{single})"
+    if network.device.type != "cpu":
+        return name
+    if host.has_native_bf16():
         return f"{name} (exact; bfloat16, for which this processor has units, is faster on prompts)"
-    if dtype == torch.float32:
-        return f"{name} (exact; without units for bfloat16 that would be slower)"
-    bits = round(-math.log2(torch.finfo(dtype).eps)) + 1
-    fast = "on the fast path single tokens are computed in float32"
-    return f"{name} (rounds every layer's results to {bits} bits; {fast})"
+    return f"{name} (exact; without units for bfloat16 that would be slower)"
 
 
 def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[SlowPath]:

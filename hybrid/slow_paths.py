@@ -9,10 +9,12 @@ import numba
 import torch
 
 from cpu_experts import hostcpu, simd
-from hybrid.arguments.dtypes import SMALL
+from hybrid.arguments.dtypes import automatic_dtype
 from hybrid.fast.attach import LOST, UNTESTED, FastPath
 from hybrid.host import has_native_bf16
 from hybrid.metrics import SlowPath
+from planner.errors import PlannerError
+from planner.families import from_hf_config
 
 
 def _threading_layer() -> str | None:
@@ -44,11 +46,12 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
             "this processor does not multiply it natively",
             "load with dtype float32",
         )
-    if model.dtype == torch.float32 and has_native_bf16() and _dense_weights(model) > SMALL:
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if model.dtype == torch.float32 and on_cpu and _automatic_dtype(model) == "bfloat16":
         yield SlowPath(
             "dense layers in float32",
-            "it is asked for, this processor multiplies bfloat16 natively",
-            "leave the dtype out",
+            "this processor multiplies bfloat16 natively, which is faster on prompts",
+            "load with dtype bfloat16 or auto",
         )
     apart = [
         module.hybrid_experts
@@ -71,8 +74,12 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
         )
 
 
-def _dense_weights(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _automatic_dtype(model: Any) -> str:
+    """What a model is computed in on this processor unless something else is asked for."""
+    try:
+        return automatic_dtype(from_hf_config(model.config.to_dict(), type(model).__name__))
+    except PlannerError:
+        return automatic_dtype(None)
 
 
 def _as_another_processor(dtype: torch.dtype) -> Iterator[SlowPath]:
@@ -104,7 +111,7 @@ def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[SlowPath]:
     if fast is None or fast.path == UNTESTED:
         return
     if not fast.path.fast:
-        yield SlowPath(LOST, fast.path.reason, fast.path.remedy)
+        yield from tuple(fast.notes()) or (SlowPath(LOST, fast.path.reason, fast.path.remedy),)
     yield from refusals(fast)
 
 

@@ -68,7 +68,10 @@ def _requirements() -> tuple[str, ...]:
         project = tomllib.loads(sources.read_text(encoding="utf-8")).get("project", {})
         if project.get("name") == _DISTRIBUTION:
             return tuple(project["dependencies"])
-    return tuple(_without_extras(metadata.requires(_DISTRIBUTION) or ()))
+    try:
+        return tuple(_without_extras(metadata.requires(_DISTRIBUTION) or ()))
+    except metadata.PackageNotFoundError:  # a copied folder, which says nothing of itself
+        return ()
 
 
 def _without_extras(requirements: Iterable[str]) -> Iterable[str]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hybrid.fast.decode
+from cpu_experts.decoder import Decoder
 from hybrid.config import HybridConfig
 from hybrid.conversion.checkpoint import convert
 from hybrid.dense import QuantizedEmbedding
@@ -437,3 +438,44 @@ def test_dense_weights_are_packed_without_rounding(tmp_path: Path) -> None:
         assert model.lm_head.weight_format == "bf16"
         assert model.model.layers[0].self_attn.q_proj.weight_format == "f32"
         assert torch.allclose(model(input_ids=PROMPT).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("spoilt", [(0, 2), (2,)])
+def test_a_single_token_that_is_no_number_is_found(
+    spoilt: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer counts by the middle one of its tokens, but NaN is none."""
+    model = _load("qwen3_moe", tmp_path)
+    real, calls = Decoder.layer_step, 0
+
+    def step(self: Any, index: int, *args: Any) -> Any:
+        nonlocal calls
+        found = real(self, index, *args)
+        if index == 1:
+            calls += 1
+            found = found * float("nan") if calls - 1 in spoilt else found
+        return found
+
+    monkeypatch.setattr(Decoder, "layer_step", step)
+    path = install_fast_decode(model)
+    assert calls == 3
+    assert not path.fast
+    assert "layer 1 differs from transformers' by inf" in path.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_off_is_found(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits 5 % too large are wrong in either type, whatever bfloat16 rounds."""
+    model = _load("qwen3_moe", tmp_path, dtype=dtype)
+    real = Decoder.head_step
+
+    def step(self: Any, x: Any, logits: Any) -> None:
+        real(self, x, logits)
+        logits *= 1.05
+
+    monkeypatch.setattr(Decoder, "head_step", step)
+    path = install_fast_decode(model)
+    assert not path.fast
+    assert "the head differs from transformers' by 0.05" in path.reason

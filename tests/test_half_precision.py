@@ -72,5 +72,5 @@ def test_a_model_of_large_keys_is_refused_with_the_cause(tmp_path: Path) -> None
     wanted, _ = _greedy(model)
     path = install_fast_decode(model)
     assert not path.fast
-    assert "layer 1 differs from transformers' by nan" in path.reason
+    assert "keys or values are beyond half precision" in path.reason
     assert torch.equal(_greedy(model)[0], wanted)

@@ -358,13 +358,30 @@ def test_unknown_formats(tiny_model: Path) -> None:
 
 
 def test_dense_layers_compute_in_what_the_processor_multiplies(
-    tiny_model: Path, either_processor: bool
+    tiny_model: Path, either_processor: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16 only with native instructions, float32 elsewhere, and what is asked for always."""
+    """bfloat16 only with native instructions, float32 elsewhere and where a model is small.
+
+    What is asked for always.
+    """
+    assert HybridModel.from_pretrained(tiny_model).model.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float32, "float32", "bfloat16"):
+        found = HybridModel.from_pretrained(tiny_model, dtype=dtype).model.dtype
+        assert f"{found}".endswith(f"{dtype}".removeprefix("torch."))
+    monkeypatch.setattr("hybrid.arguments.dtypes.SMALL", 100)
     model = HybridModel.from_pretrained(tiny_model)
     assert model.model.dtype == (torch.bfloat16 if either_processor else torch.float32)
-    for dtype in (torch.bfloat16, torch.float32):
-        assert HybridModel.from_pretrained(tiny_model, dtype=dtype).model.dtype == dtype
+    model = HybridModel.from_pretrained(tiny_model, dtype="float32")
+    slow = [path for path in model.report().slow_paths if path.what == "dense layers in float32"]
+    assert bool(slow) == either_processor
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", torch.int8])
+def test_other_types_are_refused(tiny_model: Path, dtype: Any) -> None:
+    """By name, with those that there are."""
+    with pytest.raises(UsageError, match=r"int8|float16") as caught:
+        HybridModel.from_pretrained(tiny_model, dtype=dtype)
+    assert "auto, float32, bfloat16" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ def provenance(command: str, threads: int) -> dict[str, Any]:
     ``commit`` is None outside a checkout; a working tree that differs from its commit is
     marked with ``+changes``.
     """
-    versions = {name: metadata.version(name) for name in ("numba", "llvmlite", "numpy", "torch")}
+    versions = {
+        name: metadata.version(name)
+        for name in ("numba", "llvmlite", "numpy", "torch", "transformers")
+    }
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,6 +115,8 @@ class Line:
         before, found, after = there.rpartition(self._written) if self._written else (b"", b"", b"")
         if not found:  # the first version, or somebody has taken the last one out
             before, after = there, b""
+            if before and not before.endswith(b"\n"):
+                before += b"\n"
         write_whole(self._path, before + line + after)
         self._written = line
 

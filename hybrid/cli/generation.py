@@ -323,7 +323,7 @@ def summarise(model: HybridModel, *, whole: bool = False) -> None:
         return
     print(summary_line(report.figures), file=sys.stderr)
     for path in report.slow_paths:
-        if path in model.told:
+        if path.cause in {told.cause for told in model.told}:
             continue
         model.told = (*model.told, path)
         print(f"slow: {path}", file=sys.stderr)

@@ -65,11 +65,14 @@ class DecodePath:
         What was found when the decoder was tested.
     remedy
         What helps where it is not fast.
+    chosen
+        Whether it is what the user chose, and so nothing to be told of.
     """
 
     fast: bool
     reason: str
     remedy: str = "none yet: the one-token kernels do not compute this decoder"
+    chosen: bool = False
 
     def __str__(self) -> str:
         return f"{'one-token kernels' if self.fast else 'transformers'} ({self.reason})"
@@ -77,12 +80,14 @@ class DecodePath:
 
 LOST = "single tokens in transformers' code"
 """What is slow where the path is not taken."""
-UNTESTED = DecodePath(False, "not tested before the first text")
-SWITCHED_OFF = DecodePath(False, "switched off: fast=False", "leave out fast=False")
+UNTESTED = DecodePath(False, "not tested before the first text", chosen=True)
+SWITCHED_OFF = DecodePath(False, "switched off: fast=False", "leave out fast=False", chosen=True)
 
 
 def _unfit(error: Exception) -> DecodePath:
     """Return why there is no fast path: what it cannot compute, or what its test ended in."""
+    if isinstance(error, MemoryError):
+        return DecodePath(False, "memory ran out in its test", "free memory")
     if not isinstance(error, UnfitError):
         what = f"its test ended in {type(error).__name__}: {first_line(error)}"
         return DecodePath(False, what, "report it, with the model's config.json")
@@ -204,6 +209,7 @@ class FastPath:
         self.refused: Counter[str] = Counter()
         self.past_hooks = False
         self._snapshot: _Snapshot | None = None
+        self._told: list[SlowPath] = []
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
@@ -224,8 +230,10 @@ class FastPath:
                 except BaseException:
                     self.release(model)
                     raise
-                for note in self.notes() if tell else ():
-                    print(f"hybrid: {note}", file=sys.stderr)
+                for note in [note for note in self.notes() if note not in self._told]:
+                    self._told.append(note)
+                    if tell:
+                        print(f"hybrid: {note}", file=sys.stderr)
             return self.decoder
 
     def _test(self, model: Any) -> None:
@@ -247,7 +255,7 @@ class FastPath:
         for library in news:
             here = "the fast path passes its own test" if path.fast else f"{LOST}: {path.reason}"
             yield SlowPath(str(library), here, library.remedy)
-        if not (path.fast or news or path in (UNTESTED, SWITCHED_OFF)):
+        if not (path.fast or path.chosen or news):
             yield lost
 
     def release(self, model: Any) -> None:

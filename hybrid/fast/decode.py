@@ -85,12 +85,13 @@ class FastDecoder:
         logits = torch.empty(1, 1, self.decoder.vocabulary)
         start_s = time.perf_counter()
         self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
-        self.spent_s += time.perf_counter() - start_s
-        self.steps += 1
+        spent_s = time.perf_counter() - start_s
         sequence.advance()
         if sequence.left_the_range():
             sequence.take_back(1)
             return None
+        self.spent_s += spent_s
+        self.steps += 1
         return causal_output(logits.to(self._dtype), cache)
 
     def begin_run(self) -> None:

@@ -82,6 +82,11 @@ class Piece:
         self._cos, self._sin = cos, sin
         self.under_way = False
 
+    @property
+    def beyond(self) -> bool:
+        """Whether a key or value was too large for the cache."""
+        return self._sequence.kv.beyond
+
     def attend(self, index: int, attention: Any, hidden: Tensor) -> Tensor:
         """Return what a layer's attention makes of ``hidden`` ``[1, T, D]``."""
         q, k, v = (

@@ -10,10 +10,12 @@ too: a mistake in them must not hide behind a massive one.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from cpu_experts.attention import LARGEST_HALF
 from hybrid.fast.prompt import Piece
 from hybrid.fast.samples import WrongError
 from hybrid.fast.widened import widened
@@ -35,13 +38,15 @@ _TOLERANCE = 0.02
 #: And with a compressed cache and quantized products: transformers' code rounds every latent to
 #: int8 before keys are made of it, ours multiplies queries with the unrounded ones.
 _COMPRESSED_TOLERANCE = 0.1
-#: How far logits may be from those that the model itself computes, in types that round more.
+#: How far logits may be from those that the model itself computes in a type that rounds more: they
+#: show what lies between the head and them, and the head is compared with float32 besides.
 _LOGITS_TOLERANCE = 0.1
-#: A prompt's attention runs between the model's own projections: it may be so many times as far
-#: from float32 as transformers' attention is in the model's type.
-_AS_EXACT = 2.0
+#: How far a single token may be, whatever the others are: another expert of nearly the same score
+#: changes less.
+_TOKEN_TOLERANCE = 2.0
 #: Channels beyond so many times the median one are massive.
 _MASSIVE = 30.0
+_BEYOND = "keys or values are beyond half precision, which the kernels' cache is in"
 #: Positions that a token is computed at; far ones show how the rotary embedding turns.
 _POSITIONS = (3, 300, 1500)
 
@@ -138,14 +143,13 @@ class _Test:
         for token, position in zip(ids[0], self._positions, strict=True):
             at = torch.tensor([[position]])
             passes.append(self._record(cache, input_ids=token.reshape(1, 1), position_ids=at))
-        layers = list(self._base.layers)
         attend = None if self._fast.compressed else self._piece(ids.shape[1])
         reference = self._new_cache()
         wanted = []
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(self._base.layers):
             twin = widened(layer)
             if attend is not None:
-                yield self._attention(index, layer, twin, passes[0], attend)
+                yield self._attention(index, twin, passes[0], attend)
             wanted.append(list(self._additions(index, twin, passes, reference)))
         yield from self._tokens(passes[1:], wanted)
 
@@ -156,14 +160,14 @@ class _Test:
         angles = self._fast.angles_at(torch.arange(tokens)[None])
         return Piece(self._fast.decoder, self._fast.packed(self._new_cache()), *angles)
 
-    def _attention(self, index: int, layer: Any, twin: Any, given: _Pass, piece: Piece) -> float:
-        """The distance of a prompt's attention, in the model's type between its projections."""
+    def _attention(self, index: int, twin: Any, given: _Pass, piece: Piece) -> float:
+        """The distance of a prompt's attention, its projections in float32, too."""
         call = given.attention[index]
         exact = given.again(call, twin.self_attn, self._new_cache())
-        theirs = _relative(call.made.float(), exact)
-        found = piece.attend(index, layer.self_attn, call.hidden)
-        limit = max(self._limit, _AS_EXACT * theirs)
-        return _within(f"the attention of layer {index}", _relative(found.float(), exact), limit)
+        found = piece.attend(index, twin.self_attn, call.hidden.float())
+        if piece.beyond:
+            raise WrongError(_BEYOND)
+        return _within(f"the attention of layer {index}", _relative(found, exact), self._limit)
 
     def _additions(
         self, index: int, twin: Any, passes: list[_Pass], reference: DynamicCache
@@ -180,8 +184,10 @@ class _Test:
 
     def _tokens(self, steps: list[_Pass], wanted: list[list[Tensor]]) -> Iterator[float]:
         """The distances of the layers and of the head for single tokens."""
+        _check_range(self._prompt)
         kv = self._fast.packed(self._prompt).kv
-        rows = []
+        norm, head = widened(self._base.norm), widened(self._model.lm_head)
+        rows, theirs = [], []
         for at, (step, position) in enumerate(zip(steps, self._positions, strict=True)):
             angles, row = self._fast.rotary(position), []
             for index, call in enumerate(step.layers):
@@ -191,14 +197,18 @@ class _Test:
             logits = np.empty(step.logits.numel(), np.float32)
             last = step.layers[-1].made.float().reshape(-1)
             self._fast.decoder.head_step(last.numpy(), logits)
-            row.append(_relative(torch.from_numpy(logits), step.logits.float().reshape(-1)))
+            made = torch.from_numpy(logits)
+            row.append(_relative(made, head(norm(last)).float() * self._fast.decoder.scale))
+            theirs.append(_relative(made, step.logits.float().reshape(-1)))
             kv.advance()
             rows.append(row)
-        *layers, head = (sorted(column)[1] for column in zip(*rows, strict=True))
-        for index, distance in enumerate(layers):
-            yield _within(f"layer {index}", distance, self._limit)
-        exact = self._model.dtype == torch.float32
-        yield _within("the head", head, self._limit if exact else _LOGITS_TOLERANCE)
+        if kv.beyond:
+            raise WrongError(_BEYOND)
+        parts = [*(f"layer {index}" for index in range(len(wanted))), "the head"]
+        for part, column in zip(parts, zip(*rows, strict=True), strict=True):
+            _within(part, max(column), _TOKEN_TOLERANCE)
+            yield _within(part, median(column), self._limit)
+        _within("what the logits are", max(theirs), max(self._limit, _LOGITS_TOLERANCE))
 
     def _record(self, cache: DynamicCache, **arguments: Any) -> _Pass:
         """Run the model past hooks of its user, who has not asked for this call."""
@@ -242,6 +252,14 @@ def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def _check_range(cache: DynamicCache) -> None:
+    """Raise WrongError where the reference's keys or values are none that the kernels keep."""
+    layers: list[Any] = cache.layers
+    for tensor in (tensor for layer in layers for tensor in (layer.keys, layer.values)):
+        if not bool((tensor.abs() <= float(LARGEST_HALF)).all()):
+            raise WrongError(_BEYOND)
+
+
 def _relative(found: Tensor, wanted: Tensor) -> float:
     """The distance of two results relative to ``wanted``: of all channels or of ordinary ones."""
     sizes = wanted.abs()
@@ -255,12 +273,13 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 def _ratio(apart: Tensor, wanted: Tensor) -> float:
     size, distance = float(wanted.norm()), float(apart.norm())
-    return distance / size if size > 0 else distance
+    distance = distance / size if size > 0 else distance
+    return distance if math.isfinite(distance) else math.inf  # which unlike NaN has an order
 
 
 def _within(part: str, distance: float, limit: float) -> float:
-    """Return a part's distance, or raise WrongError where it is beyond the limit or no number."""
-    if not distance <= limit:
+    """Return a part's distance, or raise WrongError where it is beyond the limit."""
+    if distance > limit:
         raise WrongError(
             f"{part} differs from transformers' by {distance:.2g}, more than {limit:.2g}"
         )
