@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hybrid.bench import hybrid, kernels, lookahead, model, planner
+from hybrid.bench import hybrid, kernels, lookahead, model, perplexity, planner
 from hybrid.bench.record import Line
 from hybrid.cli import main
 from hybrid.errors import UsageError
@@ -98,6 +98,23 @@ def test_lookahead(
     assert record["tokens"] == 1024
     assert f"window 2 of 4: {record['recall']['1']:.1%} of the next layer's" in err
     assert "interrupted after 2 finished rows, kept" in err
+
+
+def test_perplexity(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A format is kept while the next one is measured; of that, nothing."""
+    monkeypatch.setattr(perplexity, "predict", interrupted_at(4, perplexity.predict))
+    (tmp_path / "text").write_text("a text " * 200)
+    words = ("perplexity", str(tiny_model), "--file", str(tmp_path / "text"), "--tokens", "1024")
+    record, err = cut(capsys, tmp_path / "a.jsonl", *words, "--decode", "0")
+    (row,) = record["results"]
+    assert (row["experts"], row["phase"], row["tokens"]) == ("f32", "prefill", 2 * 511)
+    assert f"f32, prefill: perplexity {row['perplexity']:.3f}, 1.0000 of" in err
+    assert "interrupted after 1 finished row, kept" in err
 
 
 def test_planner(

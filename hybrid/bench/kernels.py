@@ -234,3 +234,20 @@ def _in_words(row: dict[str, Any]) -> str:
         f"{row['seconds_median'] * 1e3:.2f} ms, {row['bytes_per_s'] / 1e9:.1f} GB/s "
         f"({row['read_fraction']:.2f} of read), {row['gflops']:.0f} GFLOP/s"
     )
+
+
+def kernels_table(result: dict[str, Any]) -> str:
+    """Return the record as text."""
+    head = f"{'format':<7}{'D':>6}{'F':>7}{'E':>5}{'A':>3}{'tokens':>8}"
+    lines = [
+        f"read bandwidth {result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s,"
+        f" {result['threads']} threads, {result['machine']['simd_level']}",
+        f"{head}{'ms':>9}{'GB/s':>8}{'of read':>9}{'GFLOP/s':>9}",
+    ]
+    for row in result["results"]:
+        lines.append(
+            f"{row['format']:<7}{row['hidden']:>6}{row['intermediate']:>7}{row['experts']:>5}"
+            f"{row['top_k']:>3}{row['tokens']:>8}{row['seconds_median'] * 1e3:>9.2f}"
+            f"{row['bytes_per_s'] / 1e9:>8.1f}{row['read_fraction']:>9.2f}{row['gflops']:>9.0f}"
+        )
+    return "\n".join(lines)

@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid import host
+from hybrid.bench.heldout import held_out_windows
 from hybrid.bench.record import Told, provenance, untold
-from hybrid.demo.corpus import stdlib_files
-from hybrid.demo.evaluate import windows
-from hybrid.errors import UsageError
 from hybrid.loading import set_threads
 from hybrid.lookahead.discovery import replaced_experts
 from hybrid.lookahead.predictor import DISTANCES, Lookahead
@@ -72,11 +70,7 @@ def run(
     progress("loading")
     runtime = HybridModel.from_pretrained(model, threads=threads)
     loaded = runtime.model
-    documents = [*stdlib_files(held_out=True).values()] if texts is None else texts
-    try:
-        rows = windows(runtime.tokenizer, documents, context, tokens)
-    except ValueError as error:
-        raise UsageError(str(error), hint="give more text, or a smaller context") from error
+    rows = held_out_windows(runtime.tokenizer, texts, context, tokens)
     specs = [m.hybrid_experts.spec for m in loaded.modules() if hasattr(m, "hybrid_experts")]
     lookahead = Lookahead.discover(loaded, specs, sample=context)
     kept = Comparison(lookahead, len(specs))

@@ -113,7 +113,7 @@ def kernels(
             progress=_say,
             finished=rows.finished,
         )
-        rows.deliver(result, as_json, _kernels_table)
+        rows.deliver(result, as_json, bench.kernels_table)
 
 
 @bench_app.command()
@@ -151,6 +151,7 @@ def model(
     with _measuring(record) as rows:
         from hybrid.arguments.formats import check_formats
         from hybrid.bench import model as bench
+        from hybrid.bench.model_table import model_table
 
         check_formats(experts, dense)
         result = bench.run(
@@ -169,7 +170,7 @@ def model(
             progress=_say,
             finished=rows.finished,
         )
-        rows.deliver(result, as_json, _model_table)
+        rows.deliver(result, as_json, model_table)
 
 
 @bench_app.command()
@@ -299,6 +300,55 @@ def lookahead(
 
 
 @bench_app.command()
+def perplexity(
+    directory: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A checkpoint; the demo model without."),
+    ] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", "-f", help="Text it was not trained on; can be repeated."),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option(help="Formats of experts, comma-separated; compared with the first.")
+    ] = "f32,bf16,q8_0,q4_0",
+    dense: Annotated[
+        str,
+        typer.Option(
+            help="Formats of dense layers, comma-separated, to be measured after them as they are."
+        ),
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=2, help="How many are read.")] = 8192,
+    decode: Annotated[
+        int, typer.Option(min=0, help="How many of them also one at a time, as text is written.")
+    ] = 1024,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    dtype: Dtype = "auto",
+    as_json: _JSON = False,
+    record: _RECORD = None,
+) -> None:
+    """What weight formats cost in perplexity, for prompts and for single tokens."""
+    with _measuring(record) as rows:
+        from hybrid.bench import perplexity as bench
+        from hybrid.cli.generation import read_text
+
+        texts = {str(path): read_text(path) for path in file} if file else None
+        result = bench.run(
+            directory,
+            texts=texts,
+            formats=[word.strip() for word in formats.split(",")],
+            dense=[word.strip() for word in dense.split(",")] if dense else (),
+            tokens=tokens,
+            decode=decode,
+            threads=threads,
+            dtype=dtype,
+            progress=_say,
+            finished=rows.finished,
+        )
+        rows.deliver(result, as_json, bench.perplexity_table)
+
+
+@bench_app.command()
 def planner(
     trace: Annotated[
         list[Path] | None,
@@ -325,97 +375,3 @@ def planner(
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _model_table(result: dict[str, Any]) -> str:
-    from hybrid.calibration.others import DISTURBED
-
-    prefill, decode = result["prefill"], result["decode"]
-    rows = [
-        ("family", f"{result['family']}, experts {result['experts']}, dense {result['dense']}"),
-        ("computed in", result["dtype"]),
-        ("single tokens", result["decode_path"]),
-        ("start", _started(result["start"])),
-        ("prefill", f"{prefill['tokens_per_s']:.1f} tokens/s, {_range(prefill)}"),
-        ("decode", f"{decode['tokens_per_s']:.1f} tokens/s, {_range(decode)} a token"),
-        *_prediction(result),
-        ("read bandwidth", _bandwidth(result)),
-        ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB, mapped files included"),
-        ("anonymous", f"{_mib(result['start'], 'peak_anonymous_bytes')} at most"),
-    ]
-    if result["disturbed"] >= DISTURBED:
-        rows.append(
-            ("disturbed", f"other programs used {result['disturbed']:.0%} of the processors")
-        )
-    if result["read_fraction"] is not None:
-        share = f"{result['bytes_per_token'] / 1e6:.1f} MB, {result['read_fraction']:.2f} of"
-        rows.append(("read a token", f"{share} the bandwidth"))
-    return "\n".join(f"{name:<15} {value}" for name, value in rows)
-
-
-def _bandwidth(result: dict[str, Any]) -> str:
-    """Now, and when it was calibrated: a machine's speed drifts, and predictions with it."""
-    now = f"{result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
-    known = result["calibration"]
-    if known is None:
-        return now
-    return f"{now}, {known['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s when calibrated"
-
-
-def _started(start: dict[str, Any]) -> str:
-    """What a fresh process took."""
-    load, first = start["load_s"], start["load_to_first_token_s"]
-    whole = f"{start['process_to_first_token_s']:.2f} s with {start['import_s']:.2f} s of imports"
-    return f"loaded in {load:.2f} s, first token after {first:.2f} s ({whole})"
-
-
-def _mib(values: dict[str, Any], name: str) -> str:
-    return f"{values[name] / 2**20:,.0f} MiB"
-
-
-def _prediction(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Prefill and a token as they were predicted, from what, and by which terms they are off."""
-    found = result["predicted"]
-    if found is None:
-        from hybrid.calibration.calibrated import REMEDY
-
-        yield "predicted", f"nothing: {REMEDY}"
-        return
-    from hybrid.metrics import WHOLE, Term, most_off
-
-    residuals = result["residuals"]
-    yield (
-        "predicted",
-        f"prefill {found['ttft_s'] * 1e3:.1f} ms ({residuals['ttft']:+.0%} against measured), "
-        f"decode {found['tpot_s'] * 1e3:.1f} ms ({residuals['tpot']:+.0%} against measured)",
-    )
-    yield "", f"from {result['calibration']['from']}; {result['calibration']['machine']}"
-    terms = []
-    for phase, key in (("prefill", "ttft_s"), ("decode", "tpot_s")):
-        terms.append(Term(phase, WHOLE, found[key], result[phase]["seconds_median"]))
-        for term in result["terms"]:
-            if term["phase"] == phase:
-                terms.append(Term(phase, term["name"], term["predicted_s"], term["measured_s"]))
-                yield phase, f"{term['name']}: {terms[-1]}"
-    yield from most_off(terms)
-
-
-def _range(times: dict[str, Any]) -> str:
-    low, high = times["seconds_quartiles"]
-    return f"{times['seconds_median'] * 1e3:.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f})"
-
-
-def _kernels_table(result: dict[str, Any]) -> str:
-    head = f"{'format':<7}{'D':>6}{'F':>7}{'E':>5}{'A':>3}{'tokens':>8}"
-    lines = [
-        f"read bandwidth {result['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s,"
-        f" {result['threads']} threads, {result['machine']['simd_level']}",
-        f"{head}{'ms':>9}{'GB/s':>8}{'of read':>9}{'GFLOP/s':>9}",
-    ]
-    for row in result["results"]:
-        lines.append(
-            f"{row['format']:<7}{row['hidden']:>6}{row['intermediate']:>7}{row['experts']:>5}"
-            f"{row['top_k']:>3}{row['tokens']:>8}{row['seconds_median'] * 1e3:>9.2f}"
-            f"{row['bytes_per_s'] / 1e9:>8.1f}{row['read_fraction']:>9.2f}{row['gflops']:>9.0f}"
-        )
-    return "\n".join(lines)

@@ -201,7 +201,7 @@ class Source:
             raise CheckpointError(
                 f"{path} is converted already: its experts are in "
                 f"{raw['quantization_config'].get('experts')}",
-                hint="convert from the original checkpoint to get another format",
+                hint="name the original checkpoint instead",
             )
         files = weight_files(path)
         try:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 _WINDOWS_AT_ONCE = 4
 
@@ -40,10 +39,11 @@ class Evaluation:
 def windows(
     tokenizer: Any, texts: Sequence[str], context: int, max_tokens: int | None = None
 ) -> torch.Tensor:
-    """Token ids ``[N, context]``: the texts one after another, each closed by the end token.
+    """Token ids ``[N, context]``: the texts one after another, each closed by an end token.
 
-    The last, incomplete window is dropped. With ``max_tokens`` the windows are spread evenly over
-    the texts and hold at most that many tokens, but at least one window.
+    A tokenizer without an end token closes none. The last, incomplete window is dropped. With
+    ``max_tokens`` the windows are spread evenly over the texts and hold at most that many tokens,
+    but at least one window.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def windows(
     ids: list[int] = []
     for text in texts:
         ids += tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        ids.append(tokenizer.eos_token_id)
+        ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     count = len(ids) // context
     if count == 0:
         raise ValueError(f"the texts have {len(ids)} tokens, fewer than one window of {context}")
@@ -62,6 +62,15 @@ def windows(
         kept = max(1, max_tokens // context)
         rows = rows[torch.arange(kept) * count // kept]
     return rows
+
+
+def token_losses(predicted: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods ``[..., T - 1]`` of the tokens after the first.
+
+    ``predicted`` are log-probabilities ``[..., T, V]`` of what follows each of ``ids``
+    ``[..., T]``.
+    """
+    return -predicted[..., :-1, :].gather(-1, ids[..., 1:, None])[..., 0]
 
 
 @torch.inference_mode()
@@ -80,7 +89,7 @@ def evaluate(
     model
         A causal language model with transformers' interface that reports its router's logits.
     tokenizer
-        Its tokenizer; must have an end token.
+        Its tokenizer.
     texts
         Documents.
     context
@@ -103,8 +112,7 @@ def evaluate(
     for first in range(0, len(rows), _WINDOWS_AT_ONCE):
         batch = rows[first : first + _WINDOWS_AT_ONCE]
         output = model(input_ids=batch, use_cache=False, output_router_logits=True)
-        logits = output.logits[:, :-1].flatten(0, 1).float()
-        loss += cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
+        loss += token_losses(output.logits.float().log_softmax(-1), batch).sum().item()
         for load, router_logits in zip(loads, output.router_logits, strict=True):
             chosen = router_logits.topk(config.num_experts_per_tok).indices.flatten()
             load += torch.bincount(chosen, minlength=config.num_experts)
