@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrid.bench import hybrid as bench
-from hybrid.bench import kernels, model, peers, planner
+from hybrid.bench import kernels, model, peers, perplexity, planner
 from hybrid.bench.record import check_recordable
 from hybrid.calibration.subject import subject
 from hybrid.cli import main
@@ -57,6 +57,8 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch, missing: set[str]) -> None
     monkeypatch.setattr(kernels, "read_seconds", fail)
     monkeypatch.setattr(peers, "find_spec", lambda name: None if name in missing else True)
     monkeypatch.setattr(peers, "write_random_model", fail)
+    monkeypatch.setattr(peers, "load_fast_model", fail)
+    monkeypatch.setattr(perplexity, "convert", fail)
 
 
 @pytest.fixture
@@ -139,6 +141,18 @@ def test_sharing(
         (["peers", "--spec", "{spec}", "--layers", "3", "--context", "300"], "made for 256"),
         (["peers", "--spec", "{spec}", "--threads", "100000"], "100000"),
         (["peers", "--dtype", "float64"], "'float64'"),
+        (["peers", "demo", "--layers", "2"], "--layers 2 is given with demo"),
+        (["peers", "demo", "--spec", "{spec}"], "either"),
+        (["peers", "demo", "--context", "2000"], "demo was made for 1024"),
+        (["peers", "{folder}/none"], "none"),
+        (["perplexity", "{folder}/none"], "none"),
+        (["perplexity", "--file", "{folder}/none.txt"], "none.txt"),
+        (["perplexity", "--file", "{spec}"], "fewer than one window of 512"),
+        (["perplexity", "--formats", "f32,q3_0"], "'q3_0'"),
+        (["perplexity", "--formats", ""], "''"),
+        (["perplexity", "--dense", "q3_0"], "'q3_0'"),
+        (["perplexity", "--dtype", "float64"], "'float64'"),
+        (["perplexity", "--threads", "100000"], "100000"),
         (["model", "--dtype", "float64"], "'float64'"),
         (["lookahead", "--file", "{folder}/none.txt"], "none.txt"),
         (["lookahead", "--threads", "100000"], "100000"),
@@ -153,6 +167,7 @@ def test_sharing(
             ("model", ["demo"]),
             ("peers", ["--spec", "{spec}"]),
             ("lookahead", []),
+            ("perplexity", []),
             ("planner", []),
             ("kernels", []),
         )

@@ -10,7 +10,10 @@ import torch
 
 from hybrid.bench import peers
 from hybrid.bench.model import read_spec
-from hybrid.bench.peers import Case, long_case, peers_table
+from hybrid.bench.peers import peers_table, run
+from hybrid.bench.sides import Case, long_case, plain_random
+from hybrid.cli import main
+from hybrid.conversion.checkpoint import convert
 from test_bench_model import SPEC
 
 
@@ -27,7 +30,7 @@ def test_a_long_cache_is_made_once_and_stays(settings: dict[str, Any]) -> None:
     with peers._ours(settings, "auto", print) as ours:
         assert ours.path.fast
         prompts: list[int] = []
-        decoder = ours.model._model.hybrid_fast.decoder
+        decoder = ours.model.model.hybrid_fast.decoder
         real = decoder.prompt
         decoder.prompt = lambda *a: (prompts.append(1), real(*a))[1]
         assert ours.model.measure(case) > 0
@@ -69,9 +72,9 @@ def test_no_side_is_faster_than_what_bounds_it(least: float, most: float) -> Non
 
 def test_transformers_side_and_the_table(settings: dict[str, Any]) -> None:
     """transformers' own model computes finite numbers, and both sides stand in the table."""
-    plain = peers._plain(settings)
+    plain = plain_random(settings)
     with torch.no_grad():
-        assert torch.isfinite(plain._model(input_ids=torch.arange(5)[None]).logits).all()
+        assert torch.isfinite(plain.model(input_ids=torch.arange(5)[None]).logits).all()
     case, notes = Case("decode", 6, 4, decode=True), []
     with peers._ours(settings, "auto", notes.append) as ours:
         row = peers._compare(ours.model, plain, case, 3, notes.append, threads=1)
@@ -93,3 +96,53 @@ def test_transformers_side_and_the_table(settings: dict[str, Any]) -> None:
     assert "transformers, bfloat16, 2 layers" in text
     assert "q4_0 with float32, 2 threads, avx2" in text
     assert "decode, transformers, bfloat16: pair 3 of 3" in notes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_beside_transformers_alone(
+    tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides have its weights and compute in one type; only ours has been converted."""
+    sides: dict[str, Any] = {}
+    compare = peers._compare
+
+    def watched(ours: Any, peer: Any, *rest: Any) -> Any:
+        sides.update(ours=ours.model, theirs=peer.model)
+        return compare(ours, peer, *rest)
+
+    monkeypatch.setattr(peers, "_compare", watched)
+    told: list[str] = []
+    record = run(
+        str(tiny_model),
+        context=20,
+        repeat=2,
+        threads=1,
+        dtype=dtype,
+        finished=lambda so_far, *lines: told.extend(lines),
+    )
+    names = ["decode", "prefill of 512", "prefill of 32", "decode after 20"]
+    assert [row["name"] for row in record["results"]] == names
+    assert all(len(row["speedup_samples"]) == 2 for row in record["results"])
+    assert [line.split(",")[0] for line in told] == names
+    assert sides["ours"].dtype == sides["theirs"].dtype == getattr(torch, dtype)
+    assert sides["ours"].hybrid_fast.path.fast
+    assert not hasattr(sides["theirs"], "hybrid_fast")
+    weight = sides["theirs"].get_input_embeddings().weight
+    assert torch.equal(weight, sides["ours"].get_input_embeddings().weight)
+    assert record["dtype"] == dtype
+    assert record["experts_implementation"] == sides["theirs"].config._experts_implementation
+    head, peer, *_ = peers_table(record).splitlines()
+    assert head.startswith(f"{tiny_model}, 2 layers, q4_0 with {dtype}, 1 threads")
+    assert peer.startswith(f"transformers, {dtype}: transformers 5.")
+
+
+@pytest.mark.parametrize("bench", ["peers", "perplexity"])
+def test_a_converted_directory_is_refused(
+    bench: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers alone cannot load it, and it has one format: the checkpoint is asked for."""
+    convert(tiny_model, tmp_path / "packed")
+    assert main(["bench", bench, str(tmp_path / "packed")]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "is converted already: its experts are in q4_0" in error
+    assert hint == "hint: name the original checkpoint instead"

@@ -141,16 +141,9 @@ def run(
     check_dtype(dtype)
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
-    if model is not None and spec is not None:
-        raise UsageError("give either a model directory or --spec", hint="one of the two")
-    model = model or "demo"
-    if spec is None:
-        for option, value in (("--layers", layers), ("--vocabulary", vocabulary)):
-            if value is not None:
-                raise UsageError(
-                    f"{option} {value} is given with {model}, whose own there are",
-                    hint=f"use it with --spec, or leave {option} out",
-                )
+    if spec is None or model is not None:
+        model = model or "demo"
+        check_no_shape(model, spec, layers, vocabulary)
         path = demo_path() if model == "demo" else Path(model)
         _check_length(subject(path).model.context, prompt, generate)
         if calibrate:
@@ -172,6 +165,20 @@ def run(
         write_random_model(settings, Path(folder), experts=experts, dense=dense)
         shape = {"spec": name, "layers": settings["num_hidden_layers"]}
         return _measure(folder, dtype, shape, prompt, generate, repeat, threads, progress, finished)
+
+
+def check_no_shape(
+    model: str, spec: str | Path | None, layers: int | None, vocabulary: int | None
+) -> None:
+    """Refuse what describes a shape beside a model, which has its own."""
+    if spec is not None:
+        raise UsageError("give either a model directory or --spec", hint="one of the two")
+    for option, value in (("--layers", layers), ("--vocabulary", vocabulary)):
+        if value is not None:
+            raise UsageError(
+                f"{option} {value} is given with {model}, whose own there are",
+                hint=f"use it with --spec, or leave {option} out",
+            )
 
 
 def _check_length(longest: int | None, prompt: int, generate: int) -> None:

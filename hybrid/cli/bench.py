@@ -175,11 +175,27 @@ def model(
 
 @bench_app.command()
 def peers(
+    directory: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A checkpoint to run beside transformers alone, or 'demo'; without, a shape.",
+        ),
+    ] = None,
     spec: Annotated[
-        str, typer.Option(help="Shape of a Qwen3-MoE: a name as for 'hybrid plan', or a file.")
-    ] = "qwen3-30b-a3b",
-    layers: Annotated[int, typer.Option(min=1, help="Layers instead of the shape's own.")] = 12,
-    vocabulary: Annotated[int, typer.Option(min=32, help="Tokens, likewise.")] = 32000,
+        str | None,
+        typer.Option(
+            help="Shape of a Qwen3-MoE: a name as for 'hybrid plan', or a file.",
+            show_default="qwen3-30b-a3b",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers instead of the shape's own.", show_default="12"),
+    ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(min=32, help="Tokens, likewise.", show_default="32000")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Also decode with this many tokens in the cache.")
     ] = None,
@@ -189,12 +205,13 @@ def peers(
     as_json: _JSON = False,
     record: _RECORD = None,
 ) -> None:
-    """The same shape and quantization through llama.cpp, turn by turn."""
+    """A shape through llama.cpp and transformers, or a checkpoint through the latter, in turns."""
     with _measuring(record) as rows:
         from hybrid.bench import peers as bench
 
         result = bench.run(
-            spec,
+            directory,
+            spec=spec,
             layers=layers,
             vocabulary=vocabulary,
             context=context,
