@@ -194,3 +194,22 @@ def test_the_first_minute(tmp_path: Path, demo_text: str, kept: bool) -> None:
     assert ("Converting" in before) == (not kept)
     newline = "" if demo_text.endswith("\n") else "\n"
     assert re.fullmatch(rf"{newline}prompt \d+ tokens.* \| peak memory .*\n", after), after
+
+
+@posix
+@pytest.mark.parametrize("closed", [1, 2])
+@pytest.mark.parametrize("words", [("plan", "nosuch"), ("run", "-p", PROMPT, "-n", "2", "--greedy")])
+def test_streams_that_are_closed(closed: int, words: tuple[str, ...]) -> None:
+    """Whoever closes stdout or stderr gets the other one and the same exit code."""
+    command = [sys.executable, "-m", "hybrid", *words]
+    plain = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == plain.returncode
+    if closed == 2:
+        assert done.stdout == plain.stdout

@@ -19,6 +19,8 @@ from hybrid import __version__, host
 from hybrid.errors import UsageError
 from hybrid.paths import write_whole
 
+_LIBRARIES = ("numba", "llvmlite", "numpy", "torch", "transformers")
+
 
 def provenance(command: str, threads: int) -> dict[str, Any]:
     """Return command, date, commit, machine and versions of a measurement.
@@ -26,10 +28,7 @@ def provenance(command: str, threads: int) -> dict[str, Any]:
     ``commit`` is None outside a checkout; a working tree that differs from its commit is
     marked with ``+changes``.
     """
-    versions = {
-        name: metadata.version(name)
-        for name in ("numba", "llvmlite", "numpy", "torch", "transformers")
-    }
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
