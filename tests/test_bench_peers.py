@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,7 @@ def test_a_checkpoint_beside_transformers_alone(
         return compare(ours, peer, *rest)
 
     monkeypatch.setattr(peers, "_compare", watched)
+    monkeypatch.setattr(peers, "Others", lambda: SimpleNamespace(lap=lambda: 0.25))
     told: list[str] = []
     record = run(
         str(tiny_model),
@@ -131,7 +133,8 @@ def test_a_checkpoint_beside_transformers_alone(
     assert torch.equal(weight, sides["ours"].get_input_embeddings().weight)
     assert record["dtype"] == dtype
     assert record["experts_implementation"] == sides["theirs"].config._experts_implementation
-    head, peer, *_ = peers_table(record).splitlines()
+    head, peer, *_, last = peers_table(record).splitlines()
+    assert last == "disturbed: other programs used up to 25% of the processors"
     assert head.startswith(f"{tiny_model}, 2 layers, q4_0 with {dtype}, 1 threads")
     assert peer.startswith(f"transformers, {dtype}: transformers 5.")
 

@@ -36,6 +36,7 @@ from hybrid.bench.sides import (
     plain_checkpoint,
     plain_random,
 )
+from hybrid.calibration.others import DISTURBED, Others
 from hybrid.conversion.checkpoint import Source
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
@@ -87,7 +88,8 @@ def run(
     -------
     One record with a result a case and peer: both sides' seconds (median, quartiles, samples)
     and ``speedup``, the median of the peer's time over ours pair by pair, with its samples.
-    A checkpoint's record has ``experts_implementation``, by which transformers computes experts.
+    A checkpoint's record has ``experts_implementation``, by which transformers computes experts;
+    its results say which part of the processors' time other programs took (``disturbed``).
     Decoding beside llama.cpp has ``least_s`` too, what reading a token's weights and cache once
     takes, measured with every pair, and ``most_speedup``, the peer's time over that: no program
     that reads the same bytes can be faster than that. A side that was faster is the measure.
@@ -190,8 +192,10 @@ def _of_checkpoint(
     }
     for side in (ours, plain):
         side.measure(Case("", 32, 4, True))
+    others = Others()
     for case in cases:
-        results.append(_compare(ours, plain, case, repeat, progress))
+        row = _compare(ours, plain, case, repeat, progress)
+        results.append(row | {"disturbed": others.lap()})
         finished(record, _in_words(results[-1]))
     return record
 
@@ -310,4 +314,7 @@ def peers_table(result: dict[str, Any]) -> str:
             f"{row['theirs']['tokens_per_s']:>10.1f}{row['speedup']:>19.2f}x"
             f" ({min(spread_of):.2f} to {max(spread_of):.2f}{most})  {row['peer']}{layers}"
         )
+    disturbed = max(row.get("disturbed", 0.0) for row in result["results"])
+    if disturbed >= DISTURBED:
+        lines.append(f"disturbed: other programs used up to {disturbed:.0%} of the processors")
     return "\n".join(lines)
