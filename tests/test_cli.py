@@ -319,7 +319,7 @@ def test_env_shows_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_env_obeys_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forced level, hidden units and thread count are shown; an unknown level is an error."""
+    """A forced level, hidden units and thread count are shown; an unknown level is told, too."""
     monkeypatch.setattr(hostcpu, "host_features", lambda: frozenset({"amx-bf16"}))
     monkeypatch.setenv("HYBRID_SIMD", "portable")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -329,8 +329,11 @@ def test_env_obeys_the_environment(
     assert "portable (set by HYBRID_SIMD)" in text
     assert "bfloat16 units     none (set by HYBRID_SIMD; this processor has amx)" in text
     assert re.search(r"^threads +3$", text, re.MULTILINE)
-    monkeypatch.setenv("HYBRID_SIMD", "sse9")
-    assert "sse9" in refused(capsys, "env")
+    for words, code in ((["env"], 0), (["env", "--check"], 1)):
+        monkeypatch.setenv("HYBRID_SIMD", "sse9")
+        assert main(words) == code
+        row = "HYBRID_SIMD      HYBRID_SIMD='sse9': 'sse9' is no SIMD level, so nothing runs; write"
+        assert row in capsys.readouterr().out
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:

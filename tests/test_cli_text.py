@@ -198,7 +198,9 @@ def test_the_first_minute(tmp_path: Path, demo_text: str, kept: bool) -> None:
 
 @posix
 @pytest.mark.parametrize("closed", [1, 2])
-@pytest.mark.parametrize("words", [("plan", "nosuch"), ("run", "-p", PROMPT, "-n", "2", "--greedy")])
+@pytest.mark.parametrize(
+    "words", [("plan", "nosuch"), ("run", "-p", PROMPT, "-n", "2", "--greedy")]
+)
 def test_streams_that_are_closed(closed: int, words: tuple[str, ...]) -> None:
     """Whoever closes stdout or stderr gets the other one and the same exit code."""
     command = [sys.executable, "-m", "hybrid", *words]

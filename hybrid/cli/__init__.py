@@ -14,8 +14,14 @@ def command() -> int:
     it ignore Ctrl-C, it goes on ignoring it.)
     """
     try:
+        import os
         import signal
+        import sys
 
+        # Python has no object for a stream that whoever started it has closed.
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         code = main()
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)

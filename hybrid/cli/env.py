@@ -16,7 +16,7 @@ import typer
 from cpu_experts import hostcpu
 from hybrid import __version__, host
 from hybrid.calibration import calibrated
-from hybrid.cli.verdict import Finding, in_one_line, verdict
+from hybrid.cli.verdict import Finding, in_one_line, verdict, wrong_switch
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.paths import cache_dir
@@ -70,6 +70,7 @@ class Environment:
 
 def collect() -> Environment:
     """Ask the operating system and the installation."""
+    wrong = wrong_switch()
     features, processor = hostcpu.host_features(), hostcpu.processor()
     memory = psutil.virtual_memory()
     return Environment(
@@ -97,7 +98,7 @@ def collect() -> Environment:
         },
         variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
         calibration=_calibration() | _device_calibrations(),
-        verdict=verdict(),
+        verdict=(*wrong, *verdict()),
     )
 
 

@@ -26,9 +26,6 @@ def write(piece: str) -> None:
 def apart() -> Iterator[None]:
     """Let what stderr says meanwhile begin on a line of its own, whoever says it."""
     stderr = sys.stderr
-    if stderr is None:  # closed by who started the program: nothing is said
-        yield
-        return
     talk: Any = _Talk(stderr)
     sys.stderr = talk
     try:
@@ -68,8 +65,6 @@ def end_line(*, interrupted: bool = False) -> None:
     """
     global _open
     was_open, _open = _open, False
-    if sys.stdout is None or sys.stderr is None:
-        return
     if sys.stdout.isatty():
         if was_open or interrupted:
             print(flush=True)

@@ -5,10 +5,12 @@ Loads neither torch nor numba: what only a model can tell is said to be open.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import metadata
 
 from cpu_experts import hostcpu
+from cpu_experts.errors import BackendError
 from hybrid import host, versions
 from hybrid.calibration import calibrated
 from hybrid.calibration.calibrated import Identity
@@ -39,6 +41,20 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.told}; {self.remedy}" if self.remedy else self.told
+
+
+def wrong_switch() -> tuple[Finding, ...]:
+    """Take a ``HYBRID_SIMD`` that cannot be out of this process's environment; return it if so.
+
+    Everything else is then told as it is without it.
+    """
+    try:
+        hostcpu.processor()
+    except BackendError as error:
+        del os.environ[hostcpu.ENVIRONMENT_VARIABLE]
+        told = f"{error.message}, so nothing runs"
+        return (Finding(hostcpu.ENVIRONMENT_VARIABLE, told, True, error.hint or _UNSET),)
+    return ()
 
 
 def verdict() -> tuple[Finding, ...]:
