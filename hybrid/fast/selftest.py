@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import DynamicCache
 
 from cpu_experts.attention import LARGEST_HALF
@@ -46,6 +47,8 @@ _LOGITS_TOLERANCE = 0.1
 _TOKEN_TOLERANCE = 2.0
 #: Channels beyond so many times the median one are massive.
 _MASSIVE = 30.0
+#: Rows of a head that are copied at a time.
+_ROWS = 4096
 _BEYOND = "keys or values are beyond half precision, which the kernels' cache is in"
 #: Positions that a token is computed at; far ones show how the rotary embedding turns.
 _POSITIONS = (3, 300, 1500)
@@ -67,8 +70,7 @@ class _Call(NamedTuple):
     @property
     def made(self) -> Tensor:
         """The stream that it returned."""
-        made: Tensor = self.result[0] if isinstance(self.result, tuple) else self.result
-        return made
+        return _stream(self.result)
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ class _Pass:
             return tuple(map(widen, value)) if type(value) is tuple else _wide(value)
 
         kwargs = {name: widen(value) for name, value in call.kwargs.items()}
-        result = twin(*map(widen, call.args), **kwargs)
-        return _Call((), {}, result).made.float()
+        return _stream(twin(*map(widen, call.args), **kwargs)).float()
 
 
 def check_decoder(model: Any, fast: FastDecoder) -> float:
@@ -186,8 +187,7 @@ class _Test:
         """The distances of the layers and of the head for single tokens."""
         _check_range(self._prompt)
         kv = self._fast.packed(self._prompt).kv
-        norm, head = widened(self._base.norm), widened(self._model.lm_head)
-        rows, theirs = [], []
+        norm, rows, theirs = widened(self._base.norm), [], []
         for at, (step, position) in enumerate(zip(steps, self._positions, strict=True)):
             angles, row = self._fast.rotary(position), []
             for index, call in enumerate(step.layers):
@@ -198,7 +198,8 @@ class _Test:
             last = step.layers[-1].made.float().reshape(-1)
             self._fast.decoder.head_step(last.numpy(), logits)
             made = torch.from_numpy(logits)
-            row.append(_relative(made, head(norm(last)).float() * self._fast.decoder.scale))
+            exact = _logits(self._model.lm_head, norm(last)) * self._fast.decoder.scale
+            row.append(_relative(made, exact))
             theirs.append(_relative(made, step.logits.float().reshape(-1)))
             kv.advance()
             rows.append(row)
@@ -208,7 +209,7 @@ class _Test:
         for part, column in zip(parts, zip(*rows, strict=True), strict=True):
             _within(part, max(column), _TOKEN_TOLERANCE)
             yield _within(part, median(column), self._limit)
-        _within("what the logits are", max(theirs), max(self._limit, _LOGITS_TOLERANCE))
+        _within("the head, beside all", max(theirs), max(self._limit, _LOGITS_TOLERANCE))
 
     def _record(self, cache: DynamicCache, **arguments: Any) -> _Pass:
         """Run the model past hooks of its user, who has not asked for this call."""
@@ -246,6 +247,21 @@ def _noting(calls: dict[str, list[_Call]], places: list[tuple[str, Any]]) -> Ite
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def _stream(result: Any) -> Tensor:
+    """The stream among what a layer or its attention returned."""
+    stream: Tensor = result[0] if isinstance(result, tuple) else result
+    return stream
+
+
+def _logits(head: Any, x: Tensor) -> Tensor:
+    """What a head makes of ``x`` in float32; a head may be too large to be copied at once."""
+    if type(head) is not nn.Linear:
+        logits: Tensor = widened(head)(x).float()
+        return logits
+    rows = [linear(x, some.float()) for some in torch.split(head.weight, _ROWS)]
+    return torch.cat(rows) if head.bias is None else torch.cat(rows) + head.bias.float()
 
 
 def _wide(value: Any) -> Any:
