@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts import kernels
+from cpu_experts.decoder.layers import Experts, fill_record
+from cpu_experts.decoder.records import EXPERTS
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ExpertShape, separate
 from cpu_experts.formats import (
@@ -30,9 +31,8 @@ from cpu_experts.formats import (
     pad,
     strip_bytes,
 )
-from cpu_experts.layers import Experts, fill_record
-from cpu_experts.tables import EXPERTS
-from cpu_experts.workers import used_threads
+from cpu_experts.jit.workers import used_threads
+from cpu_experts.kernels import experts as kernels
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
 

@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # importing typing, only to know this, takes milliseconds
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
-    from hybrid.model import HybridModel
     from hybrid.planning.plan import plan
+    from hybrid.session.model import HybridModel
+    from hybrid.weights.config import HybridConfig
 
 _HOME = {
-    "HybridConfig": "hybrid.config",
-    "HybridModel": "hybrid.model",
+    "HybridConfig": "hybrid.weights.config",
+    "HybridModel": "hybrid.session.model",
     "plan": "hybrid.planning.plan",
 }
 

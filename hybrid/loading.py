@@ -13,21 +13,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpu_experts.workers import use_threads
-from hybrid import host
-from hybrid.arguments.counts import whole_number
-from hybrid.arguments.dtypes import DTYPES, automatic_dtype, check_dtype
-from hybrid.arguments.formats import DEFAULT_EXPERTS
-from hybrid.arguments.sizes import checked_ram, size_in_bytes
-from hybrid.calibration.subject import subject
-from hybrid.config import HybridConfig
-from hybrid.conversion.cache import converted_copy
+from cpu_experts.jit.workers import use_threads
+from hybrid.ask.asked_model import subject
+from hybrid.ask.counts import whole_number
+from hybrid.ask.dtypes import DTYPES, automatic_dtype, check_dtype
+from hybrid.ask.formats import DEFAULT_EXPERTS
+from hybrid.ask.sizes import checked_ram, size_in_bytes
 from hybrid.errors import CheckpointError, UsageError, first_line
-from hybrid.experts import experts_of
 from hybrid.fast.attach import DecodePath, FastPath
-from hybrid.metrics import SlowPath
-from hybrid.sharing.budget import Budget, beyond_ram, fitted_alone
-from hybrid.sharing.devices import (
+from hybrid.ledger.metrics import SlowPath
+from hybrid.ledger.timeline import Timeline
+from hybrid.machine import host
+from hybrid.machine.devices import (
     Size,
     choose_device,
     dtype_on,
@@ -35,11 +32,14 @@ from hybrid.sharing.devices import (
     hardware_with,
     open_device,
 )
-from hybrid.sharing.keepsakes import weights_of
+from hybrid.packed.experts import experts_of
+from hybrid.session.keepsakes import weights_of
+from hybrid.sharing.budget import Budget, beyond_ram, fitted_alone
 from hybrid.sharing.placement import Placement, place_model
-from hybrid.sharing.timeline import Timeline
+from hybrid.weights.cache import converted_copy
+from hybrid.weights.config import HybridConfig
+from planner.decide.popularity import Popularity, read_popularity
 from planner.errors import PlannerError
-from planner.popularity import Popularity, read_popularity
 
 ALONE = "none: the one-token kernels are for models on the CPU alone"
 DEFAULT_CONTEXT = 4096

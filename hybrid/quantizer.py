@@ -14,11 +14,11 @@ from typing import Any
 from transformers.quantizers.base import HfQuantizer
 
 from cpu_experts.experts import ExpertShape
-from hybrid.arguments.formats import DEFAULT_EXPERTS, QUANT_METHOD
-from hybrid.config import HybridConfig
+from hybrid.anatomy.experts import ExpertsSpec, find_experts
+from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
-from hybrid.families import ExpertsSpec, find_experts
-from hybrid.store import DATA_NAME, ExpertStore, LayerRecord
+from hybrid.weights.config import HybridConfig
+from hybrid.weights.store import DATA_NAME, ExpertStore, LayerRecord
 
 
 class HybridQuantizer(HfQuantizer):
@@ -34,7 +34,7 @@ class HybridQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from hybrid.dense import install_dense
+        from hybrid.packed.dense import install_dense
 
         if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors"):
             raise CheckpointError(
@@ -56,7 +56,7 @@ class HybridQuantizer(HfQuantizer):
         install_dense(model, index.dense, index.dense_format)
 
     def _converted(self, source: Path) -> Path:
-        from hybrid.conversion.cache import converted_copy
+        from hybrid.weights.cache import converted_copy
 
         config = self.quantization_config
         config.experts = config.experts or DEFAULT_EXPERTS
@@ -67,10 +67,10 @@ class HybridQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        from hybrid.experts import LayerExperts, experts_forward
-        from hybrid.families import IMPLEMENTATION
+        from hybrid.anatomy.experts import IMPLEMENTATION
         from hybrid.fast.attach import attach_fast_path
-        from hybrid.panels import panels_from
+        from hybrid.packed.bf16_products import panels_from
+        from hybrid.packed.experts import LayerExperts, experts_forward
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
         least_loads: dict[ExpertShape, int | None] = {}

@@ -30,9 +30,9 @@ def register() -> None:
 
 
 def _register(registry: Any) -> None:
-    from hybrid.arguments.formats import QUANT_METHOD
-    from hybrid.config import HybridConfig
+    from hybrid.ask.formats import QUANT_METHOD
     from hybrid.quantizer import HybridQuantizer, merge_configs
+    from hybrid.weights.config import HybridConfig
 
     if QUANT_METHOD in registry.AUTO_QUANTIZER_MAPPING:
         return

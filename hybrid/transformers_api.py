@@ -11,7 +11,7 @@ which versions it is about:
 * 5.24's Llama 4 with images reads ``image_outputs`` off its language model's output, which has
   none, and fails at every text. So that output says that there are none.
 * 5.24 casts weights of fp8 checkpoints that have no scales to the model's type, 8-bit ones at face
-  value. :class:`hybrid.conversion.source_formats.BlockDequantize` leaves them as they are in every
+  value. :class:`hybrid.weights.source_formats.BlockDequantize` leaves them as they are in every
   version, so that they are refused.
 """
 

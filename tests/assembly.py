@@ -33,7 +33,7 @@ def _pretend(cpu: str) -> None:
 def _kernels() -> Iterator[Any]:
     """All kernels there are."""
     import cpu_experts
-    from cpu_experts.linking import Kernel
+    from cpu_experts.jit.linking import Kernel
 
     for module in pkgutil.iter_modules(cpu_experts.__path__, "cpu_experts."):
         for value in vars(import_module(module.name)).values():
@@ -47,8 +47,8 @@ def _call_all() -> None:
     import test_prompt
     from cpu_experts.ffn import linear, run_experts
     from cpu_experts.formats import pack
-    from cpu_experts.panels import widen
-    from cpu_experts.reading import read_words
+    from cpu_experts.kernels.reading import read_words
+    from cpu_experts.kernels.widen import widen
 
     def zeros(*size: int) -> Any:
         return np.zeros(size, np.float32)
@@ -78,8 +78,8 @@ def _gathering(x, at, out):  # numba infers the types
 def main(cpu: str, folder: Path) -> None:
     """Write the assembly for ``cpu`` into ``folder``."""
     _pretend(cpu)
-    from cpu_experts.compiled import kernel
-    from cpu_experts.linking import Kernel
+    from cpu_experts.jit.compiled import kernel
+    from cpu_experts.jit.linking import Kernel
 
     def only_compile(self: Any, *args: Any) -> np.int64:
         self.compile(tuple(map(self.typeof_pyval, args)))

@@ -31,7 +31,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 os.environ["PYTHONSAFEPATH"] = "1"
 
-from cpu_experts import hostcpu  # noqa: E402
+from cpu_experts.jit import hostcpu  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,7 +88,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_text(hybrid_cache: Path) -> str:
     """What the shipped model writes on the CPU alone; see ``tests/shared_demo.py``."""
-    from hybrid.model import HybridModel
+    from hybrid.session.model import HybridModel
     from shared_demo import GREEDY, PROMPT
 
     return HybridModel.from_pretrained(threads=1).generate(PROMPT, **GREEDY)

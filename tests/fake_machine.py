@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from cpu_experts.experts import ExpertShape
-from hybrid.calibration.calibrated_spec import Measured, ModelParts
-from hybrid.calibration.measure import Budget, DiskTimes, ExpertTimes
-from hybrid.calibration.measure_device import DeviceTimes, device_times
-from hybrid.calibration.others import Times
-from hybrid.calibration.parts import Part
+from hybrid.measure.describe import Measured, ModelParts
+from hybrid.measure.device import DeviceTimes, device_times
+from hybrid.measure.experts import Budget, DiskTimes, ExpertTimes
+from hybrid.measure.interference import Times
+from hybrid.measure.terms_of_step import Part
 
 SHAPE = ExpertShape(hidden=64, intermediate=32, format="q4_0")
 WEIGHTS = 3 * 64 * 32

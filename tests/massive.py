@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hybrid.families import find_experts
+from hybrid.anatomy.experts import find_experts
 
 #: What is massive, and how large: two neighbours, of which one is far from the other.
 CHANNEL, SIZE = 3, 3000.0

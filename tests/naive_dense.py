@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import naive
-from cpu_experts import tables
+from cpu_experts.decoder import records
+from cpu_experts.decoder.layers import Experts, Layer, Matrix, Norm, Router
 from cpu_experts.experts import unpack_expert
 from cpu_experts.formats import is_quantized, round_activations, unpack
-from cpu_experts.layers import Experts, Layer, Matrix, Norm, Router
 
 F64 = NDArray[np.float64]
 
@@ -145,7 +145,7 @@ def route(router: Router, logits: F64) -> dict[int, float]:
     """The chosen experts and their weights, by the families' formulas."""
     count = router.experts
     logits = logits[:count]
-    if router.scoring == tables.SPARSEMIXER:
+    if router.scoring == records.SPARSEMIXER:
         chosen: dict[int, float] = {}
         left = logits.copy()
         for _ in range(2):
@@ -156,9 +156,9 @@ def route(router: Router, logits: F64) -> dict[int, float]:
             left[best] = -np.inf
         return chosen
     scores = {
-        tables.SOFTMAX: softmax,
-        tables.SOFTMAX_OF_CHOSEN: lambda x: x,
-        tables.SIGMOID: lambda x: 1 / (1 + np.exp(-x)),
+        records.SOFTMAX: softmax,
+        records.SOFTMAX_OF_CHOSEN: lambda x: x,
+        records.SIGMOID: lambda x: 1 / (1 + np.exp(-x)),
     }[router.scoring](logits)
     choice = scores + (0 if router.correction is None else router.correction)
     if router.groups > 1:
@@ -169,7 +169,7 @@ def route(router: Router, logits: F64) -> dict[int, float]:
         choice = groups.reshape(-1)
     ids = np.argsort(-choice, kind="stable")[: router.top_k]
     weights = scores[ids]
-    if router.scoring == tables.SOFTMAX_OF_CHOSEN:
+    if router.scoring == records.SOFTMAX_OF_CHOSEN:
         weights = softmax(weights)
     if router.normalize:
         weights = weights / max(weights.sum(), router.floor)

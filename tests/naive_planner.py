@@ -7,7 +7,7 @@ from itertools import chain, combinations, permutations
 
 import numpy as np
 
-from planner.problem import Problem
+from planner.decide.problem import Problem
 
 
 def makespan_s(problem: Problem, on_gpu: Iterable[int], copies: Sequence[int]) -> float:

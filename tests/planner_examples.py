@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from hybrid.cli import main
-from planner.families import from_hf_config
-from planner.hardware import HardwareSpec
-from planner.model import ModelSpec
+from planner.describe.families import from_hf_config
+from planner.describe.hardware import HardwareSpec
+from planner.describe.model import ModelSpec
 
 SMALL: dict[str, Any] = {
     "model_type": "qwen3_moe",

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from gpu_experts.emulated import EmulatedDevice
-from hybrid.arguments.names import find_hardware
+from gpu_experts.emulated.device import EmulatedDevice
+from hybrid.ask.names import find_hardware
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
-from hybrid.model import HybridModel
+from hybrid.machine.devices import emulated_device
+from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
-from hybrid.sharing.devices import emulated_device
 from hybrid.sharing.placement import Placement, place_model
-from planner.memory import STAGING
+from planner.foretell.memory import STAGING
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
 PROMPT = "def main(argv):\n    "

@@ -10,22 +10,22 @@ import torch
 
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.ffn import run_experts
-from gpu_experts.emulated import EmulatedDevice
+from gpu_experts.emulated.device import EmulatedDevice
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
-from hybrid.arguments.names import find_hardware
-from hybrid.sharing.dense_seconds import DenseSeconds
-from hybrid.sharing.devices import emulated_device
+from hybrid.ask.names import find_hardware
+from hybrid.ledger.dense_seconds import DenseSeconds
+from hybrid.machine.devices import emulated_device
+from hybrid.sharing.device_slots import Opened
 from hybrid.sharing.executor import Executor
-from hybrid.sharing.residents import Opened
-from planner.cache import ExpertCache
-from planner.capacity import equal_capacities
-from planner.cost import CostModel
-from planner.director import Director
-from planner.hardware import HardwareSpec
-from planner.memory import STAGING
-from planner.model import Experts, Layer, Mixer, ModelSpec
-from planner.policies import LRU
+from planner.cost.cost import CostModel
+from planner.decide.cache import ExpertCache
+from planner.decide.capacity import equal_capacities
+from planner.decide.director import Director
+from planner.decide.policies import LRU
+from planner.describe.hardware import HardwareSpec
+from planner.describe.model import Experts, Layer, Mixer, ModelSpec
+from planner.foretell.memory import STAGING
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 3, 8, 3, 64, 32
 SHAPE = ExpertShape(hidden=HIDDEN, intermediate=INTERMEDIATE, format="q4_0")

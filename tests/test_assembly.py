@@ -62,5 +62,5 @@ def test_loops_read_side_by_side(cpu: str, assembly: Callable[[str], dict[str, s
     used = {name: dict(Counter(_ANYWHERE.findall(text))) for name, text in found.items()}
     assert used.pop(_CONTROL)
     assert not {name: counts for name, counts in used.items() if counts}
-    assert "vpdpbusd" in found["cpu_experts.kernels.run_routed"]
-    assert re.search(r"vpaddq\s.*%zmm", found["cpu_experts.reading._read"])
+    assert "vpdpbusd" in found["cpu_experts.kernels.experts.run_routed"]
+    assert re.search(r"vpaddq\s.*%zmm", found["cpu_experts.kernels.reading._read"])

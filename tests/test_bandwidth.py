@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from planner.bandwidth import exceeds, raised
+from planner.describe.bandwidth import exceeds, raised
+from planner.describe.hardware import Point
 from planner.errors import SpecError
-from planner.hardware import Point
 from planner_examples import machine
 
 BYTES = 3 * 2048 * 768 * 4.5 / 8

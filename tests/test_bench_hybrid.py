@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from fake_cuda import FakeRuntime
-from gpu_experts import cuda
+from gpu_experts.cuda import device as cuda
 from hybrid.bench import hybrid as bench
 from hybrid.bench.sharing import RULES, Scene
 from hybrid.bench.stages import Emulated
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from planner.cost import CostModel
-from planner.popularity import Popularity
-from planner.routing import synthetic
+from planner.cost.cost import CostModel
+from planner.decide.popularity import Popularity
+from planner.foretell.routing import synthetic
 from planner_examples import machine, small_model
 from test_calibrate import quick  # noqa: F401
 

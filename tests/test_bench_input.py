@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from hybrid.ask.asked_model import subject
 from hybrid.bench import hybrid as bench
 from hybrid.bench import kernels, model, peers, perplexity, planner
 from hybrid.bench.record import check_recordable
-from hybrid.calibration.subject import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from hybrid.model import HybridModel
+from hybrid.session.model import HybridModel
 
 SPEC = """
 name = "Tiny"

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from hybrid.ask.asked_model import subject
 from hybrid.bench.model import _start, read_spec, run
-from hybrid.bench.random_model import check_room
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.subject import subject
 from hybrid.cli.bench import bench_app
 from hybrid.errors import DiskSpaceError, UsageError
-from hybrid.store import ExpertStore
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity
+from hybrid.measure.random_model import check_room
+from hybrid.weights.store import ExpertStore
+from planner.describe.hardware import Point, TermPoint
 from planner.errors import PlannerError
-from planner.hardware import Point, TermPoint
-from planner.outcome import CALL, CPU, HEAD, MIXER
+from planner.foretell.run import CALL, CPU, HEAD, MIXER
 from planner_examples import bare_machine
 
 SPEC = """
@@ -108,7 +108,7 @@ def test_tokens_that_read_faster_raise_the_bandwidth(
 
 def test_a_written_store_is_whole(spec: Path, tmp_path: Path) -> None:
     """Every checksum of the written experts holds."""
-    from hybrid.bench.random_model import write_random_model
+    from hybrid.measure.random_model import write_random_model
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -199,7 +199,7 @@ def test_a_calibrated_machine_predicts_the_bench(
     their terms, each with its residual, and the calibration that they come from."""
     _small_read(monkeypatch)
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
-    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    calibrations.save(bare_machine(), Identity.of_this_machine(1))
     options = ["--prompt", "4", "--generate", "3", "--repeat", "1", "--threads", "1"]
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), "--json", *options])
     result = json.loads(done.stdout)
@@ -260,11 +260,11 @@ def test_the_shape_and_formats_are_calibrated_first(
         points=(Point(lane="cpu", load=1, seconds=1.0, **sizes),),
         terms=(TermPoint(term="attention", params=params, seconds=1.0, **about),),
     )
-    calibrated.save(known, Identity.of_this_machine(1))
+    calibrations.save(known, Identity.of_this_machine(1))
     run(str(tiny_model), threads=1)
     assert len(asked) == 1, "it is known"
     disturbed = replace(known, points=(replace(known.points[0], disturbed=0.3),))
-    calibrated.save(disturbed, Identity.of_this_machine(1))
+    calibrations.save(disturbed, Identity.of_this_machine(1))
     code = 2
     with pytest.raises(UsageError, match="could not be calibrated") as caught:
         run(str(tiny_model), threads=1)

@@ -14,7 +14,7 @@ from hybrid.bench.model import read_spec
 from hybrid.bench.peers import peers_table, run
 from hybrid.bench.sides import Case, long_case, plain_random
 from hybrid.cli import main
-from hybrid.conversion.checkpoint import convert
+from hybrid.weights.checkpoint import convert
 from test_bench_model import SPEC
 
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive_planner as naive
-from planner.cache import ExpertCache, Policy
-from planner.capacity import equal_capacities, hits_by_capacity, marginal_capacities
+from planner.decide.cache import ExpertCache, Policy
+from planner.decide.capacity import equal_capacities, hits_by_capacity, marginal_capacities
+from planner.decide.forecast import Forecast
+from planner.decide.oracles import SCH, Belady
+from planner.decide.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
+from planner.decide.replay import Replay, _one_by_one, replay
 from planner.errors import CapacityError, TraceError
-from planner.forecast import Forecast
-from planner.oracles import SCH, Belady
-from planner.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
-from planner.replay import Replay, _one_by_one, replay
 
 TRACES = Path(__file__).parents[1].parent / "shared" / "traces"
 EXPERTS = 6

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hybrid.cli import main
-from hybrid.conversion.cache import converted_copy
 from hybrid.errors import UsageError
 from hybrid.paths import cache_dir, make_cache_folder
+from hybrid.weights.cache import converted_copy
 
 
 @pytest.mark.parametrize("place", ["{file}", "{file}/below", "~nobody-of-this-name/cache"])

@@ -8,12 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from planner.cache import ExpertCache
+from planner.decide.cache import ExpertCache
+from planner.decide.forecast import Forecast
+from planner.decide.oracles import Belady
+from planner.decide.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
+from planner.decide.replay import replay
 from planner.errors import CapacityError
-from planner.forecast import Forecast
-from planner.oracles import Belady
-from planner.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
-from planner.replay import replay
 
 LAYERS, EXPERTS = 2, 7
 

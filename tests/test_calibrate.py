@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 
 from fake_machine import WHEN, calm, measured
-from hybrid.calibration import calibrate as calibration
-from hybrid.calibration import calibrated, measure
-from hybrid.calibration.calibrate import covers, hardware_for
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.calibrated_spec import to_spec
-from hybrid.calibration.subject import subject
+from hybrid.ask.asked_model import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity
+from hybrid.measure import calibrate as calibration
+from hybrid.measure import experts as measure
+from hybrid.measure.calibrate import covers, hardware_for
+from hybrid.measure.describe import to_spec
+from planner.describe.hardware import PANELS, HardwareSpec
 from planner.errors import SpecError
-from planner.hardware import PANELS, HardwareSpec
 
 
 def test_subjects_are_found_with_their_formats(tmp_path: Path, tiny_model: Path) -> None:
@@ -49,7 +50,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     monkeypatch.setattr(measure, "_READ_BYTES", 1 << 20)
     monkeypatch.setattr(measure, "_DISK_BYTES", 1 << 22)
-    monkeypatch.setattr("hybrid.calibration.others.system_times", calm)
+    monkeypatch.setattr("hybrid.measure.interference.system_times", calm)
     monkeypatch.setattr(measure, "LOADS", (1, 2, 4))
     monkeypatch.setattr(calibration, "PROMPTS", (2, 8))
     monkeypatch.setattr(calibration, "DECODED_AFTER", (8,))
@@ -72,7 +73,7 @@ def test_calibrate_from_the_command_line(
     found = json.loads(printed.out)
     identity = Identity.of_this_machine(1)
     assert found["path"] == str(identity.path)
-    spec = calibrated.load(identity)
+    spec = calibrations.load(identity)
     assert spec is not None
     assert covers(spec, subject(tiny_model))
     assert not covers(spec, subject(tiny_model, dense="q4_0"))
@@ -130,7 +131,7 @@ def test_a_damaged_calibration_is_measured_again_by_force_only(
     """Without --force the user hears of it; other models' points survive a new measurement."""
     spec = to_spec(measured(), Identity.of_this_machine(2), WHEN)
     monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: spec)
-    path = calibrated.save(spec, Identity.of_this_machine(2))
+    path = calibrations.save(spec, Identity.of_this_machine(2))
     path.write_text("[cpu")
     with pytest.raises(UsageError, match="cannot be used"):
         hardware_for(threads=2)
@@ -158,7 +159,7 @@ def test_a_disturbed_calibration_is_measured_again(
 
     left = [0.3, 0.5, 0.1, 0.0]
     monkeypatch.setattr(calibration, "calibrate", calibrate)
-    calibrated.save(disturbed(0.4), Identity.of_this_machine(1))
+    calibrations.save(disturbed(0.4), Identity.of_this_machine(1))
     assert hardware_for(tiny_model, threads=1).summary == "0.3"
     assert hardware_for(tiny_model, threads=1).summary == "0.3", "the new one was worse"
     assert hardware_for(threads=1).summary == "0.1"

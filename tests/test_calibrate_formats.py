@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid.bench.random_model import write_random_model
-from hybrid.calibration import calibrate as calibration
-from hybrid.calibration.calibrate import covers, hardware_for
-from hybrid.calibration.prediction import predicted
-from hybrid.calibration.subject import subject
+from hybrid.ask.asked_model import subject
+from hybrid.ledger.prediction import predicted
 from hybrid.loading import load_fast_model, set_threads
-from planner.outcome import CALL, MIXER
+from hybrid.measure import calibrate as calibration
+from hybrid.measure.calibrate import covers, hardware_for
+from hybrid.measure.random_model import write_random_model
+from planner.foretell.run import CALL, MIXER
 from test_calibrate import quick  # noqa: F401
 
 

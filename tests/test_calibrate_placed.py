@@ -13,22 +13,23 @@ from typing import Any
 
 import pytest
 
-from gpu_experts.emulated import EmulatedDevice
-from hybrid import host
-from hybrid.calibration import calibrate as calibration
-from hybrid.calibration import calibrated, measure_placed, replica
-from hybrid.calibration.calibrate import hardware_for
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.measure_placed import UnmeasuredError
-from hybrid.calibration.subject import subject
+from gpu_experts.emulated.device import EmulatedDevice
+from hybrid.ask.asked_model import subject
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
-from hybrid.model import HybridModel
+from hybrid.machine import calibrations, host
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.devices import ToEmulate, hardware_with
+from hybrid.measure import calibrate as calibration
+from hybrid.measure import replica
+from hybrid.measure import shared as measure_placed
+from hybrid.measure.calibrate import hardware_for
+from hybrid.measure.shared import UnmeasuredError
 from hybrid.planning.plan import plan
-from hybrid.sharing.devices import ToEmulate, hardware_with
-from planner.hardware import PANELS, HardwareSpec, Point, TermPoint
-from planner.spec import Source
+from hybrid.session.model import HybridModel
+from planner.describe.estimate import Source
+from planner.describe.hardware import PANELS, HardwareSpec, Point, TermPoint
 from planner_examples import bare_machine, machine, save_config
 from test_calibrate import quick  # noqa: F401
 
@@ -49,7 +50,7 @@ def measured(home: Path, tiny_model: Path) -> HardwareSpec:
     """The tiny model on an emulated device, as the command measures it on this processor."""
     words = ["calibrate", str(tiny_model), "--device", "emulated", "--threads", "1"]
     assert main(words) == 0
-    spec = calibrated.load(Identity.of_this_machine(1, EMULATED))
+    spec = calibrations.load(Identity.of_this_machine(1, EMULATED))
     assert spec is not None
     return spec
 
@@ -79,8 +80,8 @@ def test_the_devices_terms_are_kept_apart(measured: HardwareSpec) -> None:
     assert "not measured" not in measured.summary
     overhead = measured.cpu.layer_overhead_s
     assert (overhead.source, "on the device" in overhead.origin) == (Source.FITTED, True)
-    assert "qwen3_moe with" in dict(calibrated.main_numbers(measured))["on the device"]
-    assert calibrated.load(Identity.of_this_machine(1)) is None
+    assert "qwen3_moe with" in dict(calibrations.main_numbers(measured))["on the device"]
+    assert calibrations.load(Identity.of_this_machine(1)) is None
 
 
 def test_a_run_is_predicted_from_what_was_measured(
@@ -170,7 +171,7 @@ def test_a_load_measures_only_once(home: Path, monkeypatch: pytest.MonkeyPatch) 
     device: Any = SimpleNamespace(name="Wide (cuda:0)")
     found = [hardware_with(device, demo_path(), 1) for _ in range(3)]
     assert len(made) == 1
-    assert found[1:] == [calibrated.load(Identity.of_this_machine(1, device.name))] * 2
+    assert found[1:] == [calibrations.load(Identity.of_this_machine(1, device.name))] * 2
     hardware_for(demo_path(), device=device, threads=1)
     assert len(made) == 2
 
@@ -284,7 +285,7 @@ def test_a_gpu_that_was_measured_is_planned_with(
         ("first", "Wide (cuda:0)"),
     ):
         spec = machine() if device else machine(gpu=None, link=None)
-        calibrated.save(replace(spec, name=name), Identity.of_this_machine(device=device))
+        calibrations.save(replace(spec, name=name), Identity.of_this_machine(device=device))
         assert main(words) == 0
         out, err = capsys.readouterr()
         expected = "alone" if device in ("", EMULATED) else name
@@ -292,8 +293,8 @@ def test_a_gpu_that_was_measured_is_planned_with(
         assert err.strip().endswith("as it was calibrated") is (expected == "alone")
     assert "Wide (cuda:0)" in err
     stale = Identity.of_this_machine(device="Old (cuda:0)")
-    calibrated.save(replace(machine(), name="stale"), replace(stale, kernels="older"))
-    assert calibrated.in_force()[1] == "Wide (cuda:0)"
+    calibrations.save(replace(machine(), name="stale"), replace(stale, kernels="older"))
+    assert calibrations.in_force()[1] == "Wide (cuda:0)"
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
     assert "with Big (cuda:1)" in shown

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity, added, load, require, save
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from planner.hardware import HardwareSpec, Point, TermPoint
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity, added, load, require, save
+from planner.describe.hardware import HardwareSpec, Point, TermPoint
 from planner_examples import bare_machine, machine
 
 
@@ -63,18 +63,18 @@ def test_identity_is_this_machine_and_these_kernels(
 @pytest.mark.parametrize(
     ("source", "alone", "shared"),
     [
-        ("cpu_experts/kernels.py", True, True),
+        ("cpu_experts/kernels/experts.py", True, True),
         ("hybrid/fast/decode.py", True, True),
-        ("hybrid/experts.py", True, True),
-        ("hybrid/panels.py", True, True),
-        ("hybrid/dense.py", True, True),
-        ("hybrid/calibration/measure.py", True, True),
-        ("gpu_experts/kernels.py", False, True),
+        ("hybrid/packed/experts.py", True, True),
+        ("hybrid/packed/bf16_products.py", True, True),
+        ("hybrid/packed/dense.py", True, True),
+        ("hybrid/measure/experts.py", True, True),
+        ("gpu_experts/cuda/kernels.py", False, True),
         ("hybrid/sharing/executor.py", False, True),
-        ("hybrid/lookahead/predictor.py", False, True),
-        ("planner/director.py", False, True),
+        ("hybrid/sharing/predictor.py", False, True),
+        ("planner/decide/director.py", False, True),
         ("hybrid/cli/env.py", False, False),
-        ("hybrid/report.py", False, False),
+        ("hybrid/session/report.py", False, False),
     ],
 )
 def test_software_is_told_by_its_sources(
@@ -82,12 +82,14 @@ def test_software_is_told_by_its_sources(
 ) -> None:
     """One changed letter of what is timed is another hash; of what runs beside a device, with a
     device only; of all else, never. Each of these files exists."""
-    assert (Path(calibrated.__file__).parents[2] / source).is_file()
+    assert (Path(calibrations.__file__).parents[2] / source).is_file()
     file = tmp_path / source
     file.parent.mkdir(parents=True)
     file.write_text("a = 1")
-    monkeypatch.setattr(calibrated.hostcpu, "__file__", str(tmp_path / "cpu_experts/hostcpu.py"))
-    digest = calibrated._kernels.__wrapped__
+    monkeypatch.setattr(
+        calibrations.hostcpu, "__file__", str(tmp_path / "cpu_experts/jit/hostcpu.py")
+    )
+    digest = calibrations._kernels.__wrapped__
     before = digest(False), digest(True)
     file.write_text("a = 2")
     assert (digest(False) != before[0], digest(True) != before[1]) == (alone, shared)
@@ -95,7 +97,7 @@ def test_software_is_told_by_its_sources(
 
 def test_libraries_are_told_by_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """As installed, without importing them; one that is missing is left out."""
-    found = calibrated._versions()
+    found = calibrations._versions()
     for name in ("torch", "numba", "transformers"):
         assert f"{name} {metadata.version(name)}" in found
     known = {"torch": "3.0", "numba": "1.0"}
@@ -105,8 +107,8 @@ def test_libraries_are_told_by_their_versions(monkeypatch: pytest.MonkeyPatch) -
             raise metadata.PackageNotFoundError(name)
         return known[name]
 
-    monkeypatch.setattr(calibrated.metadata, "version", version)
-    assert calibrated._versions.__wrapped__() == "torch 3.0, numba 1.0"
+    monkeypatch.setattr(calibrations.metadata, "version", version)
+    assert calibrations._versions.__wrapped__() == "torch 3.0, numba 1.0"
 
 
 def test_an_update_is_told_from_a_new_machine(
@@ -114,11 +116,11 @@ def test_an_update_is_told_from_a_new_machine(
 ) -> None:
     """After 'pip install -U' the old calibration is no longer in force, and the user hears why."""
     here = Identity.of_this_machine()
-    assert "not calibrated yet" in calibrated.missing()
+    assert "not calibrated yet" in calibrations.missing()
     save(bare_machine(), replace(here, cpu="another", versions="torch 1"))
-    assert "not calibrated yet" in calibrated.missing()
+    assert "not calibrated yet" in calibrations.missing()
     save(bare_machine(), replace(here, versions="torch 1", kernels="old"))
-    assert "before hybrid or its libraries were updated" in calibrated.missing()
+    assert "before hybrid or its libraries were updated" in calibrations.missing()
     with pytest.raises(UsageError, match="were updated") as caught:
         require()
     assert "hybrid calibrate" in str(caught.value.hint)
@@ -130,7 +132,7 @@ def test_a_stale_calibration_is_known_whatever_the_locale(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A processor's name may hold letters that the locale's encoding has not."""
-    monkeypatch.setattr("hybrid.host.cpu_name", lambda: "Prozessor® für Büros")
+    monkeypatch.setattr("hybrid.machine.host.cpu_name", lambda: "Prozessor® für Büros")
     save(bare_machine(), replace(Identity.of_this_machine(), kernels="old"))
     real = Path.read_text
 
@@ -138,7 +140,7 @@ def test_a_stale_calibration_is_known_whatever_the_locale(
         return real(path, encoding, errors)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert "before hybrid or its libraries were updated" in calibrated.missing()
+    assert "before hybrid or its libraries were updated" in calibrations.missing()
 
 
 def test_what_is_saved_is_in_force(home: Path) -> None:
@@ -216,7 +218,7 @@ def test_another_model_is_added() -> None:
 def test_what_was_disturbed_is_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The worst of it, with the remedy; env shows it, a calm calibration says nothing."""
     calm = replace(bare_machine(), points=(point(1, 1.0),), terms=(term(1, 1.0),))
-    assert "disturbed" not in dict(calibrated.main_numbers(calm))
+    assert "disturbed" not in dict(calibrations.main_numbers(calm))
     points = (replace(point(1, 1.0), disturbed=0.1),)
     save(
         replace(calm, points=points, terms=(replace(term(1, 1.0), disturbed=0.25),)),

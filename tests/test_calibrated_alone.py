@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity, alone, load, save, without_device
-from hybrid.calibration.prediction import predict, prompt_loads
-from hybrid.calibration.subject import subject
+from hybrid.ask.asked_model import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from hybrid.model import HybridModel
+from hybrid.ledger.prediction import predict, prompt_loads
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity, alone, load, save, without_device
 from hybrid.planning.plan import plan
-from planner.hardware import PANELS, HardwareSpec, Point, TermPoint
-from planner.spec import Source
+from hybrid.session.model import HybridModel
+from planner.describe.estimate import Source
+from planner.describe.hardware import PANELS, HardwareSpec, Point, TermPoint
 from planner_examples import bare_machine, machine
 from test_calibrate import quick  # noqa: F401
 from test_calibrate_placed import EMULATED, home, measured  # noqa: F401
@@ -160,8 +160,8 @@ def test_it_measures_what_a_calibration_of_the_cpu_does(
     assert own is not None, "asking for it measures, whatever a device's calibration knows"
 
     def keys(spec: HardwareSpec) -> set[tuple[Any, ...]]:
-        terms = {(*calibrated._term_key(term), term.tokens, term.piece) for term in spec.terms}
-        return terms | {(*calibrated._point_key(point), point.load) for point in spec.points}
+        terms = {(*calibrations._term_key(term), term.tokens, term.piece) for term in spec.terms}
+        return terms | {(*calibrations._point_key(point), point.load) for point in spec.points}
 
     beside = without_device(measured)
     assert keys(own) == keys(beside)

@@ -9,12 +9,12 @@ import pytest
 
 from cpu_experts.experts import ExpertShape
 from fake_machine import WHEN, device_found, measured
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.calibrated_spec import to_spec
-from hybrid.calibration.measure import DiskTimes, ExpertTimes
-from planner.hardware import HardwareSpec, to_toml
-from planner.spec import Source
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity
+from hybrid.measure.describe import to_spec
+from hybrid.measure.experts import DiskTimes, ExpertTimes
+from planner.describe.estimate import Source
+from planner.describe.hardware import HardwareSpec, to_toml
 
 
 def test_every_number_has_its_spread_and_origin() -> None:
@@ -98,7 +98,7 @@ def test_what_another_day_read_faster_raises_the_bandwidth() -> None:
     """A calibration keeps an older one's experts; what is reached of memory stays the same rate."""
     identity, before, now = Identity.of_this_machine(2), measured(), measured()
     before.experts, now.experts = [_experts(20e9)], [_experts(8e9, 4096)]
-    both = calibrated.added(to_spec(before, identity, WHEN), to_spec(now, identity, WHEN))
+    both = calibrations.added(to_spec(before, identity, WHEN), to_spec(now, identity, WHEN))
     assert both.cpu.memory_bytes_per_s.value == pytest.approx(20e9)
     assert "1e+10 by hybrid calibrate" in both.cpu.memory_bytes_per_s.origin
     assert both.cpu.memory_efficiency.value == pytest.approx(0.4)
@@ -118,7 +118,7 @@ def test_what_went_wrong_is_remarked() -> None:
     assert {term.disturbed for term in spec.terms} == {0.3}
     assert {point.disturbed for point in spec.points} == {None}
     assert HardwareSpec.from_table(tomllib.loads(to_toml(spec)), "x") == spec
-    told = dict(calibrated.main_numbers(spec))["disturbed"]
+    told = dict(calibrations.main_numbers(spec))["disturbed"]
     assert "other programs used 30%" in told
     assert "'hybrid calibrate'" in told
 

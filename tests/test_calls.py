@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.sharing.calls import GROUP, Call, calls_of
-from planner.baselines import on_demand
-from planner.plan import LayerPlan
-from planner.spec import LayerWork
+from hybrid.sharing.launches import GROUP, Call, calls_of
+from planner.decide.baselines import on_demand
+from planner.decide.layer_plan import LayerPlan
+from planner.describe.estimate import LayerWork
 
 
 @dataclass(frozen=True)

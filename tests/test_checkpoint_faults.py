@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from checkpoints import WEIGHTS, edit_config, read_weights, write_weights
 from hybrid import HybridConfig
-from hybrid.conversion.checkpoint import convert
-from hybrid.conversion.expert_writer import _Block
 from hybrid.errors import (
     CheckpointError,
     DiskSpaceError,
@@ -29,7 +27,9 @@ from hybrid.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from hybrid.store import DATA_NAME, INDEX_NAME
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.expert_writer import _Block
+from hybrid.weights.store import DATA_NAME, INDEX_NAME
 
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
 

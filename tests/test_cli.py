@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 import hybrid
-from cpu_experts import hostcpu, simd
-from hybrid import host
+from cpu_experts.jit import hostcpu
+from cpu_experts.kernels import simd
 from hybrid.cli import generation, main
 from hybrid.cli.app import COMMANDS
-from hybrid.conversion.cache import converted_copy
 from hybrid.errors import UsageError
-from hybrid.model import HybridModel
+from hybrid.machine import host
+from hybrid.session.model import HybridModel
+from hybrid.weights.cache import converted_copy
 from tiny_model import CONTEXT
 
 HEAVY = {"torch", "numba", "transformers", "scipy", "pandas"}

@@ -16,9 +16,9 @@ import pytest
 
 from hybrid.cli import main
 from hybrid.cli.chat import talk
-from hybrid.conversion.cache import converted_copy
 from hybrid.errors import UsageError
-from hybrid.model import HybridModel
+from hybrid.session.model import HybridModel
+from hybrid.weights.cache import converted_copy
 from tiny_model import CONTEXT, TEMPLATE
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")

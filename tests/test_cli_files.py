@@ -71,7 +71,7 @@ def test_nothing_is_measured_or_planned_for_a_file_that_cannot_be(
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("it was worked on before the file was checked")
 
-    monkeypatch.setattr("hybrid.calibration.calibrate.hardware_for", fail)
+    monkeypatch.setattr("hybrid.measure.calibrate.hardware_for", fail)
     monkeypatch.setattr("hybrid.cli.plan.machine_for", fail)
     there = tmp_path / "there.toml"
     there.write_text("mine")

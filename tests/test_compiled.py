@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numba.core.codegen import CPUCodeLibrary
 
-from cpu_experts import compiled
+from cpu_experts.jit import compiled
 
 SOURCE = """
 from numba import prange

@@ -22,11 +22,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from checkpoints import edit_config, in_fp8_blocks, read_weights, write_big_mixtral, write_weights
 from cpu_experts.formats import round_activations
 from hybrid.cli import main
-from hybrid.conversion.checkpoint import convert
-from hybrid.conversion.expert_writer import _Block
-from hybrid.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.errors import CheckpointError, UsageError
-from hybrid.store import DATA_NAME, INDEX_NAME, ExpertStore
+from hybrid.packed.dense import QuantizedEmbedding, QuantizedLinear
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.expert_writer import _Block
+from hybrid.weights.store import DATA_NAME, INDEX_NAME, ExpertStore
 from tiny_families import families, tiny_config
 
 IDS = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -147,9 +147,9 @@ def test_pieces_make_the_whole(
     """However small the pieces that an expert is read in, its bytes are the same."""
     save_random(kind, tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "whole", experts="q4_0", dense="q8_0")
-    monkeypatch.setattr("hybrid.conversion.weight_map.PIECE_BYTES", size)
-    monkeypatch.setattr("hybrid.conversion.expert_writer._VALUES", size)
-    monkeypatch.setattr("hybrid.conversion.dense_writer._CHUNK_BYTES", size)
+    monkeypatch.setattr("hybrid.weights.weight_map.PIECE_BYTES", size)
+    monkeypatch.setattr("hybrid.weights.expert_writer._VALUES", size)
+    monkeypatch.setattr("hybrid.weights.dense_writer._CHUNK_BYTES", size)
     convert(tmp_path / "src", tmp_path / "pieces", experts="q4_0", dense="q8_0")
     assert content(tmp_path / "pieces") == content(tmp_path / "whole")
 
@@ -201,7 +201,7 @@ def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_random("qwen3_moe", tmp_path / "src")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
-    monkeypatch.setattr("hybrid.conversion.tensor_files.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("hybrid.weights.tensor_files.SHARD_BYTES", 40_000)
     convert(tmp_path / "sharded", tmp_path / "dst", experts="f32")
     assert len(list((tmp_path / "dst").glob("model-*.safetensors"))) > 2
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_two_conversions_of_one_destination(tiny_model: Path, tmp_path: Path) ->
 
 
 MEASURE = """
-import re, sys, hybrid.conversion.checkpoint
+import re, sys, hybrid.weights.checkpoint
 from pathlib import Path
 from transformers import MixtralForCausalLM
 
@@ -302,7 +302,7 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 before = peak()
-hybrid.conversion.checkpoint.convert(sys.argv[1], sys.argv[2], experts=sys.argv[3])
+hybrid.weights.checkpoint.convert(sys.argv[1], sys.argv[2], experts=sys.argv[3])
 print(peak() - before)
 """
 

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from hybrid import host
-from hybrid.calibration import calibrate as calibration
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
 from hybrid.cli import main
-from hybrid.sharing import devices
+from hybrid.machine import calibrations, devices, host
+from hybrid.machine.calibrations import Identity
+from hybrid.measure import calibrate as calibration
 from planner_examples import bare_machine
 
 EMULATED = "emulated, exact"
@@ -26,7 +24,7 @@ def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache whose calibrations of one thread, with a device and without, end in the middle."""
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     for device in ("", EMULATED):
-        path = calibrated.save(bare_machine(), Identity.of_this_machine(1, device))
+        path = calibrations.save(bare_machine(), Identity.of_this_machine(1, device))
         path.write_text(path.read_text()[:200])
     return tmp_path
 
@@ -99,6 +97,6 @@ def test_a_calibration_that_lacks_what_is_needed(
     def fail(*_: Any, **__: Any) -> None:
         raise CostError("there is no rate", hint="measure it")
 
-    monkeypatch.setattr("hybrid.calibration.prediction.predicted", fail)
+    monkeypatch.setattr("hybrid.ledger.prediction.predicted", fail)
     assert main([*RUN, "--report"]) == 0
     assert "none: there is no rate" in capsys.readouterr().err

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hybrid.fast.decode
-from cpu_experts.decoder import Decoder
-from hybrid.config import HybridConfig
-from hybrid.conversion.checkpoint import convert
-from hybrid.dense import QuantizedEmbedding
+from cpu_experts.decoder.decoder import Decoder
 from hybrid.fast.attach import DecodePath, attach_fast_path
-from hybrid.model import HybridModel
+from hybrid.packed.dense import QuantizedEmbedding
+from hybrid.session.model import HybridModel
 from hybrid.transformers_api import cache_argument, returned_cache
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.config import HybridConfig
 from massive import make_massive
 from tiny_families import VOCAB, families, tiny_config
 

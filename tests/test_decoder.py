@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import naive_dense
-from cpu_experts import tables
-from cpu_experts.decoder import Decoder
+from cpu_experts.decoder import records
+from cpu_experts.decoder.decoder import Decoder
+from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm, Router
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import pack, unpack
-from cpu_experts.layers import Experts, Latent, Layer, Matrix, Norm, Router
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 D, DIM, EXPERTS = 72, 16, 8
@@ -286,11 +286,11 @@ ROUTERS = {
     "softmax": {},
     "normalized": {"normalize": True, "floor": 1e-20, "top_k": 3},
     "floor": {"normalize": True, "floor": 0.9},
-    "softmax of chosen": {"scoring": tables.SOFTMAX_OF_CHOSEN},
-    "sigmoid": {"scoring": tables.SIGMOID, "scale": 2.5, "correction": _draw(EXPERTS)},
+    "softmax of chosen": {"scoring": records.SOFTMAX_OF_CHOSEN},
+    "sigmoid": {"scoring": records.SIGMOID, "scale": 2.5, "correction": _draw(EXPERTS)},
     "best of a group": {"groups": 4, "top_groups": 2, "of_group": 1, "scale": 16.0},
-    "groups": {"scoring": tables.SIGMOID, "groups": 4, "top_groups": 2, "top_k": 3},
-    "sparse mixer": {"scoring": tables.SPARSEMIXER, "jitter": 0.1},
+    "groups": {"scoring": records.SIGMOID, "groups": 4, "top_groups": 2, "top_k": 3},
+    "sparse mixer": {"scoring": records.SPARSEMIXER, "jitter": 0.1},
     "all experts": {"top_k": EXPERTS},
 }
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from hybrid.sharing.dense_seconds import DenseSeconds
-from planner.cost import CostModel
-from planner.hardware import TermPoint
-from planner.model import ModelSpec
+from hybrid.ledger.dense_seconds import DenseSeconds
+from planner.cost.cost import CostModel
+from planner.describe.hardware import TermPoint
+from planner.describe.model import ModelSpec
 from planner_examples import machine, small_model
 
 DENSE_AROUND = {"decoder_sparse_step": 2, "num_hidden_layers": 5}

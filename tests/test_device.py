@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import Device
-from gpu_experts.emulated import EmulatedDevice
+from gpu_experts.emulated.device import EmulatedDevice
 from gpu_experts.errors import (
     ArgumentError,
     DeviceFailedError,

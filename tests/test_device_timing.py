@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from gpu_experts.emulated import EmulatedDevice
+from gpu_experts.emulated.device import EmulatedDevice
+from gpu_experts.emulated.lanes import Clock
 from gpu_experts.errors import DeviceTimeoutError
-from gpu_experts.lanes import Clock
 from naive_gpu import Copy, small_layout, timeline
 from test_device import call, programs, stamp
 

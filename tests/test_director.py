@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from planner.cache import ExpertCache
-from planner.cost import CostModel
-from planner.director import Director, contended_s
+from planner.cost.cost import CostModel
+from planner.decide.cache import ExpertCache
+from planner.decide.director import Director, contended_s
+from planner.decide.policies import LRU, Blend
+from planner.decide.prefetch import ValuePrefetch
+from planner.decide.schedule import schedule
 from planner.errors import CapacityError
-from planner.memory import Fit
-from planner.policies import LRU, Blend
-from planner.prefetch import ValuePrefetch
-from planner.routing import synthetic
-from planner.schedule import schedule
-from planner.simulate import Simulator
+from planner.foretell.memory import Fit
+from planner.foretell.routing import synthetic
+from planner.foretell.simulate import Simulator
 from planner_examples import machine, machine_table, quantity, small_model
 
 MODEL = small_model()

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cpu_experts import hostcpu
-from hybrid import host, versions
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
+from cpu_experts.jit import hostcpu
 from hybrid.cli import main, verdict
 from hybrid.cli.verdict import Finding
+from hybrid.machine import calibrations, host, versions
+from hybrid.machine.calibrations import Identity
 from planner_examples import bare_machine
 
 AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -116,7 +115,7 @@ def test_calibrations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hostcpu, "host_features", lambda: AVX2 | UNITS)
     assert found("calibration").slower
     assert "do without the bfloat16 units; measure" in str(found("calibration"))
-    calibrated.save(bare_machine(), Identity.of_this_machine())
+    calibrations.save(bare_machine(), Identity.of_this_machine())
     assert found("calibration") == Finding(
         "calibration", "there is one, for predictions and for experts in prompts"
     )

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from gpu_experts.layout import BlockLayout
-from hybrid.sharing.choices import Choice
-from hybrid.sharing.devices import emulated_device
+from hybrid.ledger.timeline import DECODE, PREFILL, Timeline
+from hybrid.machine.devices import emulated_device
 from hybrid.sharing.executor import Executor
-from hybrid.sharing.timeline import DECODE, PREFILL, Timeline
-from planner.popularity import Popularity, informed
+from hybrid.sharing.routed import Choice
+from planner.decide.popularity import Popularity, informed
 from sharing import (
     EXPERTS,
     HIDDEN,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid.arguments.names import find_hardware
+from hybrid.ask.names import find_hardware
 from sharing import LAYERS, exact, on_cpu, random_layers, random_step, shared_executor
 
 SOON = 1e-9

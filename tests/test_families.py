@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from cpu_experts.experts import pack_expert, unpack_expert
 from cpu_experts.formats import round_activations
 from hybrid import HybridConfig
-from hybrid.conversion.checkpoint import convert
-from hybrid.dense import QuantizedEmbedding, QuantizedLinear
+from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.errors import UnsupportedModelError
-from hybrid.families import ExpertsSpec, find_experts
-from hybrid.store import ExpertStore
+from hybrid.packed.dense import QuantizedEmbedding, QuantizedLinear
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.store import ExpertStore
 from massive import make_massive
 from tiny_families import VOCAB, families, multimodal, tiny_config
 

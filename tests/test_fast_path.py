@@ -19,12 +19,12 @@ from transformers import (
     pipeline,
 )
 
-from hybrid.config import HybridConfig
-from hybrid.conversion.checkpoint import convert
 from hybrid.demo import demo_path
 from hybrid.fast.attach import UNTESTED
-from hybrid.slow_paths import slow_paths
+from hybrid.ledger.slow_paths import slow_paths
 from hybrid.transformers_api import cache_argument, returned_cache
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.config import HybridConfig
 from test_decode import FAMILIES, PROMPT, _greedy, _save, half_precision_caches
 
 __all__ = ["half_precision_caches"]  # applies to the tests here, too

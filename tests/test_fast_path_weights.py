@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 import hybrid.fast.decoder_parts
-from hybrid import host
-from hybrid.conversion.checkpoint import convert
-from hybrid.dense import (
+from hybrid.errors import UsageError
+from hybrid.fast.attach import UNTESTED
+from hybrid.ledger.slow_paths import slow_paths
+from hybrid.machine import host
+from hybrid.packed.dense import (
     PackedMlp,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -26,9 +28,7 @@ from hybrid.dense import (
     replace_modules,
     restore_dense,
 )
-from hybrid.errors import UsageError
-from hybrid.fast.attach import UNTESTED
-from hybrid.slow_paths import slow_paths
+from hybrid.weights.checkpoint import convert
 from test_decode import PROMPT, _save, half_precision_caches
 from test_fast_path import BATCH, converted, load, pair, qwen, write
 

@@ -11,16 +11,17 @@ import psutil
 import pytest
 import torch
 
-from hybrid import host, loading
-from hybrid.arguments.sizes import checked_ram, size_in_bytes
-from hybrid.calibration.calibrated import Identity
+from hybrid import loading
+from hybrid.ask.sizes import checked_ram, size_in_bytes
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
-from hybrid.model import HybridModel
+from hybrid.machine import host
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.devices import choose_device
+from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import beyond_ram, fitted_alone
-from hybrid.sharing.devices import choose_device
-from planner.memory import RAM_RESERVE_BYTES, enough_in_words, in_words
+from planner.foretell.memory import RAM_RESERVE_BYTES, enough_in_words, in_words
 
 RUN = ["run", "-p", "import os", "-n", "3", "--greedy", "-t", "1"]
 

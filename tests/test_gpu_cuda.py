@@ -13,9 +13,9 @@ from hypothesis import given, settings
 import naive_gpu
 from cpu_experts.experts import ExpertShape
 from fake_cuda import FakeRuntime, is_before
-from gpu_experts import kernels
-from gpu_experts.cuda import CudaDevice
-from gpu_experts.cuda_events import CudaEvent
+from gpu_experts.cuda import kernels
+from gpu_experts.cuda.device import CudaDevice
+from gpu_experts.cuda.events import CudaEvent
 from gpu_experts.device import Device
 from gpu_experts.errors import (
     DeviceError,
@@ -332,7 +332,7 @@ def test_an_old_reference_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     old = target._anchor
     target.to_host(torch.zeros(1))
     assert target._anchor is old
-    monkeypatch.setattr("gpu_experts.cuda.ANCHOR_S", -1.0)
+    monkeypatch.setattr("gpu_experts.cuda.device.ANCHOR_S", -1.0)
     target.to_host(torch.zeros(1))
     assert target._anchor is not old
     target.close()

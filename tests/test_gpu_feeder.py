@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_experts.cuda.feeder import Feeder, HostBlocks
 from gpu_experts.errors import DeviceTimeoutError
 from gpu_experts.events import poll
-from gpu_experts.feeder import Feeder, HostBlocks
 
 BLOCK = 128
 
@@ -125,7 +125,7 @@ def test_a_budget_of_nothing_still_makes_one_buffer() -> None:
 @pytest.mark.parametrize("pitch", [BLOCK, BLOCK + 64])
 def test_slabs_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch, pitch: int) -> None:
     """Ring and slabs never take more than was given, though torch rounds up to powers of two."""
-    monkeypatch.setattr("gpu_experts.feeder.SLAB_BYTES", 4 * BLOCK)
+    monkeypatch.setattr("gpu_experts.cuda.feeder.SLAB_BYTES", 4 * BLOCK)
     taken = []
 
     def count(nbytes: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ import naive_gpu
 from cpu_experts.experts import ACTIVATIONS, ExpertShape
 from cpu_experts.ffn import run_experts
 from cpu_experts.formats import FORMATS, pack, unpack
-from gpu_experts import kernels, reference
+from gpu_experts import reference
+from gpu_experts.cuda import kernels
 from gpu_experts.errors import ShapeError
 from gpu_experts.layout import BlockLayout
 from gpu_experts.routing import VECTOR_LOAD, sort_by_slot

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from cpu_experts import experts as cpu
 from cpu_experts import formats
 from gpu_experts import layout as gpu
+from gpu_experts.cuda.kernels import permute_inputs
 from gpu_experts.errors import DeviceMemoryError, GpuExpertsError, ShapeError
-from gpu_experts.kernels import permute_inputs
 from gpu_experts.layout import BlockLayout
 from gpu_experts.routing import TILE_ROWS, VECTOR_LOAD, sort_by_slot
 

@@ -14,23 +14,23 @@ import pytest
 import torch
 
 from fake_cuda import FakeRuntime
-from gpu_experts import cuda, kernels
-from gpu_experts.cuda import CudaDevice
+from gpu_experts.cuda import device as cuda
+from gpu_experts.cuda import kernels
+from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.device import Note
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid import loading
-from hybrid.arguments.names import find_hardware
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
+from hybrid.ask.names import find_hardware
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
-from hybrid.model import HybridModel
-from hybrid.sharing import devices
+from hybrid.machine import calibrations, devices
+from hybrid.machine.calibrations import Identity
+from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import Placement, place_model
-from planner.hardware import PANELS
-from planner.memory import STAGING
+from planner.describe.hardware import PANELS
+from planner.foretell.memory import STAGING
 from shared_demo import GREEDY, PROMPT, dense_bytes
 from test_calibrate import quick  # noqa: F401
 
@@ -242,7 +242,7 @@ def test_calibrating_a_gpu_from_the_command_line(
     """Its copies and kernels become part of this machine's description, under its name."""
     assert main(["calibrate", str(tiny_model), "--device", "cuda", "--threads", "1"]) == 0
     name = device().name
-    spec = calibrated.load(Identity.of_this_machine(1, name))
+    spec = calibrations.load(Identity.of_this_machine(1, name))
     assert spec is not None
     assert spec.gpu is not None
     assert spec.link is not None
@@ -252,7 +252,7 @@ def test_calibrating_a_gpu_from_the_command_line(
     assert all(point.seconds > 0 for point in spec.points)
     assert {term.lane for term in spec.terms} == {"cpu", "gpu"}, spec.summary
     assert f"{name}, link " in capsys.readouterr().out
-    assert calibrated.load(Identity.of_this_machine(1)) is None
+    assert calibrations.load(Identity.of_this_machine(1)) is None
 
 
 @pytest.mark.gpu

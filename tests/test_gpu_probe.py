@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fake_cuda import FakeRuntime
-from gpu_experts import kernels
-from gpu_experts.cuda import CudaDevice
-from gpu_experts.cuda_runtime import runs_on
+from gpu_experts.cuda import kernels
+from gpu_experts.cuda.device import CudaDevice
+from gpu_experts.cuda.runtime import runs_on
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from naive_gpu import small_layout
 from test_device import call, stamp

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 
 import naive_gpu
 from cpu_experts.experts import ExpertShape
-from gpu_experts import kernels
-from gpu_experts.cuda import CudaDevice
+from gpu_experts.cuda import kernels
+from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.errors import DeviceMemoryError
 from gpu_experts.layout import BlockLayout
 from naive_gpu import Copy, contents, small_layout

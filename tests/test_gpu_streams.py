@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_experts import kernels
-from gpu_experts.cuda import CudaDevice
+from gpu_experts.cuda import kernels
+from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.events import poll
-from hybrid.arguments.names import find_hardware
+from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
-from hybrid.model import HybridModel
+from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import place_model
@@ -112,7 +112,7 @@ def test_the_stand_in_notices_what_is_left_out(what: str, monkeypatch: pytest.Mo
     if what == "waits between streams":
         monkeypatch.setattr(StrictStream, "wait_event", unordered)
     elif what == "a ring's buffers":
-        monkeypatch.setattr("gpu_experts.feeder.HostBlocks._buffer", _first_buffer)
+        monkeypatch.setattr("gpu_experts.cuda.feeder.HostBlocks._buffer", _first_buffer)
     wrong = 0
     for seed in [None, *range(12)]:
         runtime = StrictRuntime(seed)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from cpu_experts.kv import KeyValues
-from hybrid.config import HybridConfig
-from hybrid.conversion.checkpoint import convert
+from cpu_experts.decoder.kv import KeyValues
 from hybrid.transformers_api import cache_argument
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.config import HybridConfig
 from test_decode import PROMPT, _save, half_precision_caches
 from tiny_families import VOCAB
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from cpu_experts import hostcpu
 from cpu_experts.errors import BackendError
 from cpu_experts.experts import ExpertShape
-from hybrid.calibration.calibrated import Identity
-from hybrid.host import has_native_bf16
-from hybrid.panels import offered
+from cpu_experts.jit import hostcpu
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.host import has_native_bf16
+from hybrid.packed.bf16_products import offered
 
 HERE = Path(__file__).parent
 ROOT = Path(hostcpu.__file__).parents[1]
@@ -123,7 +123,7 @@ def test_nothing_else_asks_what_the_processor_has() -> None:
         for path in (ROOT / package).rglob("*.py")
         if asks.search(path.read_text(encoding="utf-8"))
     }
-    assert asking == {"cpu_experts/hostcpu.py"}
+    assert asking == {"cpu_experts/jit/hostcpu.py"}
 
 
 def _pytest(level: str, *args: str, **extra: str) -> None:

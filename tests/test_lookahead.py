@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hybrid.anatomy.norms import Scaling, probe
+from hybrid.anatomy.survey import replaced_experts, survey
 from hybrid.errors import UsageError
-from hybrid.lookahead.discovery import replaced_experts, survey
-from hybrid.lookahead.predictor import Lookahead
-from hybrid.lookahead.scaling import Scaling, probe
+from hybrid.sharing.predictor import Lookahead
 from routed_models import DEPTH, KINDS, routed_model, stand_in, token_ids
 
 #: What is not predicted, by family: hash layers look ids up, and zaya's router has layers and a

@@ -10,13 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from hybrid.anatomy.norms import Scaling
+from hybrid.anatomy.routers import Selection, find_selection
+from hybrid.anatomy.survey import LayerView, RouterView
 from hybrid.bench import lookahead as bench
 from hybrid.errors import UsageError
-from hybrid.lookahead.discovery import LayerView, RouterView
-from hybrid.lookahead.hitrates import HitRates
-from hybrid.lookahead.predictor import Lookahead
-from hybrid.lookahead.scaling import Scaling
-from hybrid.lookahead.selection import Selection, find_selection
+from hybrid.sharing.hitrates import HitRates
+from hybrid.sharing.predictor import Lookahead
 
 LAYERS, EXPERTS, TOP_K, SIZE = 5, 12, 3, 16
 Ids = NDArray[np.int64]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fake_machine import SHAPE, Clock, calm, device_found
-from hybrid.calibration import measure
-from hybrid.calibration.measure import LOADS, Budget, ExpertTimes, disk_times, expert_times
-from hybrid.calibration.others import Others, Times
 from hybrid.errors import UsageError
+from hybrid.measure import experts as measure
+from hybrid.measure.experts import LOADS, Budget, ExpertTimes, disk_times, expert_times
+from hybrid.measure.interference import Others, Times
 
 
 def test_repeating_ends_with_the_budget() -> None:

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_experts.emulated import EmulatedDevice
-from hybrid.arguments.names import find_hardware
-from hybrid.calibration import measure_placed
-from hybrid.calibration.measure_placed import (
+from gpu_experts.emulated.device import EmulatedDevice
+from hybrid.ask.asked_model import subject
+from hybrid.ask.names import find_hardware
+from hybrid.ledger.timeline import DECIDING, EXPERTS, HEAD, ROUTER, Timeline
+from hybrid.loading import load_fast_model
+from hybrid.machine.devices import emulated_device
+from hybrid.measure import shared as measure_placed
+from hybrid.measure.alone import SETTLING
+from hybrid.measure.shared import (
     COPIES,
     PLANNED,
     LayerTimes,
@@ -22,14 +27,9 @@ from hybrid.calibration.measure_placed import (
     UnmeasuredError,
     parts_of,
 )
-from hybrid.calibration.parts import Part, Pass
-from hybrid.calibration.subject import subject
-from hybrid.calibration.timed import SETTLING
-from hybrid.experts import experts_of
-from hybrid.loading import load_fast_model
-from hybrid.sharing.devices import emulated_device
-from hybrid.sharing.timeline import DECIDING, EXPERTS, HEAD, ROUTER, Timeline
-from planner.model import ModelSpec
+from hybrid.measure.terms_of_step import Part, Pass
+from hybrid.packed.experts import experts_of
+from planner.describe.model import ModelSpec
 from planner_examples import small_model
 from tiny_families import families, tiny_config
 

@@ -19,10 +19,10 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import hybrid
-from cpu_experts.hostcpu import Processor
-from hybrid import slow_paths
+from cpu_experts.jit.hostcpu import Processor
 from hybrid.errors import CheckpointError, HybridError, StoreError, UsageError
-from hybrid.model import DEFAULT_NEW_TOKENS, HybridModel
+from hybrid.ledger import slow_paths
+from hybrid.session.model import DEFAULT_NEW_TOKENS, HybridModel
 from tiny_model import CONTEXT, TEMPLATE
 
 GREEDY = {"do_sample": False}
@@ -368,7 +368,7 @@ def test_dense_layers_compute_in_what_the_processor_multiplies(
     for dtype in (torch.bfloat16, torch.float32, "float32", "bfloat16"):
         found = HybridModel.from_pretrained(tiny_model, dtype=dtype).model.dtype
         assert f"{found}".endswith(f"{dtype}".removeprefix("torch."))
-    monkeypatch.setattr("hybrid.arguments.dtypes.SMALL", 100)
+    monkeypatch.setattr("hybrid.ask.dtypes.SMALL", 100)
     model = HybridModel.from_pretrained(tiny_model)
     assert model.model.dtype == (torch.bfloat16 if either_processor else torch.float32)
     model = HybridModel.from_pretrained(tiny_model, dtype="float32")
@@ -457,7 +457,7 @@ def test_the_report_names_slow_paths(model: HybridModel, monkeypatch: pytest.Mon
 def test_slow_threads_are_a_slow_path(tiny_model: Path) -> None:
     """Where numba has no OpenMP (here: is told to do without), the report says what to install."""
     code = (
-        "import sys; from hybrid.model import HybridModel;"
+        "import sys; from hybrid.session.model import HybridModel;"
         " print(HybridModel.from_pretrained(sys.argv[1]).report())"
     )
     for layer, told in (("workqueue", True), ("omp", False)):

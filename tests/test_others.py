@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybrid.calibration.others import Others, Times, Turns, system_times
+from hybrid.measure.interference import Others, Times, Turns, system_times
 
 
 class System:

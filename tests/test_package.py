@@ -64,7 +64,7 @@ def test_public_names_resolve() -> None:
 
 def test_specs_ship_with_the_package() -> None:
     """The model, hardware and experiment files are found where the code looks for them."""
-    from hybrid.arguments.names import shipped_names
+    from hybrid.ask.names import shipped_names
 
     for folder in ("models", "hardware", "experiments"):
         assert shipped_names(folder), folder

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid import pages
-from hybrid.dense import Arena
-from hybrid.pages import PAGE_BYTES, AlignedWriter, large_pages
+from hybrid.packed.dense import Arena
+from hybrid.weights import huge_pages
+from hybrid.weights.huge_pages import PAGE_BYTES, AlignedWriter, large_pages
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -33,7 +33,7 @@ class _Noted:
 
 def test_a_file_is_written_in_whole_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of any size, from any position: the same bytes, whole pages but at the ends."""
-    monkeypatch.setattr(pages, "PAGE_BYTES", 64)
+    monkeypatch.setattr(huge_pages, "PAGE_BYTES", 64)
     rng = np.random.default_rng(0)
     sizes = [1, 100, 63, 64, 200, 5]
     parts = [rng.integers(0, 256, size, np.uint8) for size in sizes]

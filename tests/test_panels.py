@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-import hybrid.calibration.measure
-import hybrid.panels
+import hybrid.measure.experts
+import hybrid.packed.bf16_products
 import naive
 from cpu_experts.errors import FormatError, ShapeError
 from cpu_experts.experts import ExpertShape, pack_expert, unpack_expert
 from cpu_experts.formats import pack, unpack
-from cpu_experts.panels import widen
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.measure import Budget, layer_times
-from hybrid.conversion.checkpoint import convert
-from hybrid.experts import BareLayer, compute_on_cpu, experts_of
-from hybrid.model import HybridModel
-from hybrid.panels import faster_from, least_load, panels_from, run_panels
-from planner.fields import read_table
-from planner.hardware import HardwareSpec, Point, to_toml
+from cpu_experts.kernels.widen import widen
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity
+from hybrid.measure.experts import Budget, layer_times
+from hybrid.packed.bf16_products import faster_from, least_load, panels_from, run_panels
+from hybrid.packed.experts import BareLayer, compute_on_cpu, experts_of
+from hybrid.session.model import HybridModel
+from hybrid.weights.checkpoint import convert
+from planner.describe.checked_table import read_table
+from planner.describe.hardware import HardwareSpec, Point, to_toml
 from rounding import last_place
 
 rng = np.random.default_rng(0)
@@ -121,8 +121,8 @@ def test_no_tokens() -> None:
 
 def test_memory_is_that_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of experts is computed in the memory of the largest matrix."""
-    memory = hybrid.panels._Memory()
-    monkeypatch.setattr(hybrid.panels, "_MEMORY", memory)
+    memory = hybrid.packed.bf16_products._Memory()
+    monkeypatch.setattr(hybrid.packed.bf16_products, "_MEMORY", memory)
     shape, blocks = _experts(9, hidden=64, intermediate=64)
     layer, ids = BareLayer(blocks, shape, 1), torch.arange(9)[:, None].repeat(3, 1)
     x, ones = torch.ones(27, 64), torch.ones(27, 1)
@@ -146,17 +146,17 @@ def test_large_matrices_and_long_prompts_take_bounded_memory(
     layer, ids = BareLayer(blocks, shape, 1), torch.zeros(7, 1, dtype=torch.int64)
     x = torch.from_numpy(rng.standard_normal((7, 72), dtype=np.float32))
     wanted = compute_on_cpu(x, ids, torch.ones(7, 1), layer)
-    memory, tokens = hybrid.panels._Memory(), []
-    expert = hybrid.panels._expert
+    memory, tokens = hybrid.packed.bf16_products._Memory(), []
+    expert = hybrid.packed.bf16_products._expert
 
     def counted(layout: Any, block: Any, x: torch.Tensor) -> torch.Tensor:
         tokens.append(len(x))
         return expert(layout, block, x)
 
-    monkeypatch.setattr(hybrid.panels, "_MEMORY", memory)
-    monkeypatch.setattr(hybrid.panels, "_WEIGHTS", 32 * 96)  # of 96 and of 80 rows
-    monkeypatch.setattr(hybrid.panels, "_TOKENS", 3)
-    monkeypatch.setattr(hybrid.panels, "_expert", counted)
+    monkeypatch.setattr(hybrid.packed.bf16_products, "_MEMORY", memory)
+    monkeypatch.setattr(hybrid.packed.bf16_products, "_WEIGHTS", 32 * 96)  # of 96 and of 80 rows
+    monkeypatch.setattr(hybrid.packed.bf16_products, "_TOKENS", 3)
+    monkeypatch.setattr(hybrid.packed.bf16_products, "_expert", counted)
     found = compute_on_cpu(x, ids, torch.ones(7, 1), layer)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2 * last_place(wanted))
     assert tokens == [3, 3, 1]
@@ -165,7 +165,9 @@ def test_large_matrices_and_long_prompts_take_bounded_memory(
 
 def test_memory_outlives_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was allocated in inference mode is written outside of it, and the other way round."""
-    monkeypatch.setattr(hybrid.panels, "_MEMORY", hybrid.panels._Memory())
+    monkeypatch.setattr(
+        hybrid.packed.bf16_products, "_MEMORY", hybrid.packed.bf16_products._Memory()
+    )
     shape, blocks = _experts(2)
     step = torch.ones(3, 72), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     layer = BareLayer(blocks, shape, 1)
@@ -224,7 +226,7 @@ def test_a_calibration_decides(tiny_model: Path, tmp_path: Path) -> None:
     assert faster_from(spec, experts.shape) == 4
     assert experts.panels_from is None
     threads = torch.get_num_threads()
-    calibrated.save(spec, Identity.of_this_machine(threads))
+    calibrations.save(spec, Identity.of_this_machine(threads))
     assert "panels" in to_toml(spec)
     again = HybridModel.from_pretrained(tmp_path / "model", threads=threads)
     assert experts_of(again.model)[0].panels_from == 4
@@ -244,7 +246,7 @@ def test_calibrating_measures_both(units: None, monkeypatch: pytest.MonkeyPatch)
     both = layer_times([blocks], shape, 2, Budget(math.inf))
     assert {1, *both.panels} == both.loads.keys() >= {1, 2, 512}
     assert 1 not in both.panels, "a single token never takes them"
-    monkeypatch.setattr(hybrid.calibration.measure, "offered", lambda shape: False)
+    monkeypatch.setattr(hybrid.measure.experts, "offered", lambda shape: False)
     one = layer_times([blocks], shape, 2, Budget(math.inf))
     assert one.panels == {}
     assert one.panels_from() is None
@@ -273,5 +275,5 @@ def test_without_units_it_is_never(
 ) -> None:
     """No file is even looked for."""
     bf16_units()
-    monkeypatch.setattr(calibrated, "load", lambda identity: pytest.fail("asked"))
+    monkeypatch.setattr(calibrations, "load", lambda identity: pytest.fail("asked"))
     assert panels_from(ExpertShape(hidden=32, intermediate=32, format="q4_0")) is None

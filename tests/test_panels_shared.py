@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-import hybrid.panels
-from hybrid.arguments.names import find_hardware
+import hybrid.packed.bf16_products
+from hybrid.ask.names import find_hardware
 from hybrid.bench.stages import Emulated
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
-from hybrid.conversion.checkpoint import convert
-from hybrid.experts import compute_on_cpu, experts_of
 from hybrid.loading import load_fast_model
-from hybrid.model import HybridModel
-from hybrid.planning.machines import emulated_hardware
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.devices import emulated_device
+from hybrid.machine.machines import emulated_hardware
+from hybrid.packed.experts import compute_on_cpu, experts_of
+from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
-from hybrid.sharing.devices import emulated_device
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import place_model
-from planner.cost import CostModel
-from planner.hardware import PANELS, HardwareSpec, Point
+from hybrid.weights.checkpoint import convert
+from planner.cost.cost import CostModel
+from planner.describe.hardware import PANELS, HardwareSpec, Point
 from planner_examples import bare_machine
 from sharing import (
     EXPERTS,
@@ -49,14 +49,14 @@ TOLERANCE = 0.02
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """The experts that panels computed, call by call."""
     calls: list[set[int]] = []
-    run_panels = hybrid.panels.run_panels
+    run_panels = hybrid.packed.bf16_products.run_panels
 
     def counted(x: Any, expert_ids: Any, *others: Any) -> Any:
         left = run_panels(x, expert_ids, *others)
         calls.append(set(expert_ids[(left != expert_ids) & (expert_ids >= 0)].tolist()))
         return left
 
-    monkeypatch.setattr("hybrid.experts.run_panels", counted)
+    monkeypatch.setattr("hybrid.packed.experts.run_panels", counted)
     return calls
 
 
@@ -104,7 +104,9 @@ def test_prompts_take_them_where_the_cpu_computes(
 
 def test_decode_does_not(taken: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A single token's experts have one token each: nothing is widened."""
-    monkeypatch.setattr(hybrid.panels._Memory, "panel", lambda *_: pytest.fail("widened"))
+    monkeypatch.setattr(
+        hybrid.packed.bf16_products._Memory, "panel", lambda *_: pytest.fail("widened")
+    )
     executor, _ = _executor(5)
     rng = np.random.default_rng(1)
     for _ in range(20):
@@ -155,7 +157,7 @@ def test_a_model_on_a_device_takes_them(
     convert(tiny_model, tmp_path / "model", experts="q8_0")
     kernels = HybridModel.from_pretrained(tmp_path / "model", threads=1)
     spec = _measured(bare_machine(), experts_of(kernels.model)[0].shape)
-    calibrated.save(spec, Identity.of_this_machine(1))
+    calibrations.save(spec, Identity.of_this_machine(1))
     alone = HybridModel.from_pretrained(tmp_path / "model", threads=1)
     shared = HybridModel.from_pretrained(tmp_path / "model", threads=1, vram="1GiB", context=64)
     assert {runner.panels_from for runner in experts_of(shared.model)} == {LEAST}

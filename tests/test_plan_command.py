@@ -13,17 +13,16 @@ from pathlib import Path
 import numba
 import pytest
 
-from hybrid import host
-from hybrid.arguments.names import find_hardware, find_model, resolve
-from hybrid.arguments.sizes import parse_bytes
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
+from hybrid.ask.names import find_hardware, find_model, resolve
+from hybrid.ask.sizes import parse_bytes
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.planning.machines import Machine
+from hybrid.machine import calibrations, host
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.machines import Machine
 from hybrid.planning.plan import machine_for, plan
-from planner.report import SCHEMA, to_dict
+from planner.foretell.report import SCHEMA, to_dict
 from planner_examples import hybrid_plan, save_config
 
 LAPTOP = ("--hardware", "rtx4060-laptop")
@@ -114,9 +113,11 @@ def test_json_is_the_documented_schema(small: Path, capsys: pytest.CaptureFixtur
     assert first == again
     data = json.loads(first)
     assert data["schema"] == SCHEMA == "hybrid.plan/1"
-    import planner.report
+    import planner.foretell.report
 
-    documented = re.findall(r"^(\w+(?:, \w+)*) {2,}\S", str(planner.report.__doc__), re.MULTILINE)
+    documented = re.findall(
+        r"^(\w+(?:, \w+)*) {2,}\S", str(planner.foretell.report.__doc__), re.MULTILINE
+    )
     names = {name for entry in documented for name in entry.split(", ")} - {"field"}
     assert names | {"schema"} == set(data)
     assert data["model"]["name"] == "small-moe"
@@ -324,7 +325,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("HYBRID_CACHE", str(folder))
     monkeypatch.setattr(host, "gpus", list)
     cpu = find_hardware("cpu-only-laptop")
-    calibrated.save(replace(cpu, name="this-machine"), Identity.of_this_machine())
+    calibrations.save(replace(cpu, name="this-machine"), Identity.of_this_machine())
 
 
 def test_a_machine_without_a_gpu_emulates_one(
@@ -375,7 +376,7 @@ def test_more_than_this_machine_has_is_refused(
     assert "ram is 921600.00 GiB, this machine has" in err
     whole = int(7.9 * 2**30)
     card = find_hardware("rtx4060-laptop").with_values("gpu", vram_bytes=whole)
-    monkeypatch.setattr(calibrated, "in_force", lambda threads: (card, "RTX 4060 (cuda:0)"))
+    monkeypatch.setattr(calibrations, "in_force", lambda threads: (card, "RTX 4060 (cuda:0)"))
     code, out, err = hybrid_plan(*words, "--vram", "8GiB", capsys=capsys)
     assert code == 0
     assert "as it was calibrated with RTX 4060" in err

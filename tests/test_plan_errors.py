@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid.arguments.names import configs, find_hardware
+from hybrid.ask.names import configs, find_hardware
 from hybrid.errors import UsageError
-from hybrid.planning.machines import Machine
+from hybrid.machine.machines import Machine
 from hybrid.planning.plan import plan
 from planner_examples import SMALL, hybrid_plan, machine_table, save_config
 

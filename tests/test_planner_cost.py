@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from planner.cost import CostModel, ExpertCost, interpolate, weight_bytes
+from planner.cost.cost import CostModel, ExpertCost, interpolate, weight_bytes
+from planner.cost.term_points import MeasuredTerms
+from planner.describe.estimate import Estimate, Source
+from planner.describe.hardware import Point, TermPoint
 from planner.errors import CostError, WorkError
-from planner.hardware import Point, TermPoint
-from planner.measured import MeasuredTerms
-from planner.spec import Estimate, Source
 from planner_examples import bare_machine, machine, machine_table, quantity, small_model
 
 PARAMS = 3 * 1024 * 512

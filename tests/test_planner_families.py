@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from planner.describe.families import from_hf_config
 from planner.errors import SpecError
-from planner.families import from_hf_config
 
 # transformers is imported inside the tests: collecting them stays quick.
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from planner.describe.checked_table import read_table
+from planner.describe.estimate import Source
+from planner.describe.hardware import HardwareSpec, Point, Quantity, TermPoint, to_toml
 from planner.errors import SpecError
-from planner.fields import read_table
-from planner.hardware import HardwareSpec, Point, Quantity, TermPoint, to_toml
-from planner.spec import Source
 from planner_examples import bare_machine, machine
 
 HARDWARE = Path(__file__).parents[1] / "configs" / "hardware"

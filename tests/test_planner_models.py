@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from planner.describe.checked_table import Fields, read_table
+from planner.describe.families import from_hf_config, from_table
+from planner.describe.model import ModelSpec
 from planner.errors import SpecError
-from planner.families import from_hf_config, from_table
-from planner.fields import Fields, read_table
-from planner.model import ModelSpec
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 

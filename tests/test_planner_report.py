@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from hybrid.cli.plan import to_text
-from hybrid.planning.page import to_html
-from planner.advice import variants
-from planner.dryrun import PlanResult, dry_run
+from hybrid.planning.html import to_html
+from planner.describe.hardware import HardwareSpec
 from planner.errors import SpecError
-from planner.hardware import HardwareSpec
-from planner.report import Table, tables, to_markdown
-from planner.request import Request
+from planner.foretell.advice import variants
+from planner.foretell.dryrun import PlanResult, dry_run
+from planner.foretell.report import Table, tables, to_markdown
+from planner.foretell.request import Request
 from planner_examples import bare_machine, machine, small_model
 
 CASES = Path(__file__).parent / "cases"

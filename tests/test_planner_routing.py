@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from planner.decide.policies import LRU
+from planner.decide.replay import replay
+from planner.describe.checked_table import read_table
+from planner.describe.estimate import Source
+from planner.describe.families import from_table
+from planner.describe.model import ModelSpec
 from planner.errors import TraceError
-from planner.families import from_table
-from planner.fields import read_table
-from planner.model import ModelSpec
-from planner.policies import LRU
-from planner.replay import replay
-from planner.routing import RECALL, SAMPLED, from_trace, read_trace, synthetic
-from planner.spec import Source
+from planner.foretell.routing import RECALL, SAMPLED, from_trace, read_trace, synthetic
 from planner_examples import small_model
 
 ROOT = Path(__file__).parents[1]

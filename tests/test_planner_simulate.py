@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.baselines import all_cpu, on_demand, static_split
-from planner.cache import ExpertCache, Policy
-from planner.cost import CostModel
-from planner.hardware import HardwareSpec, TermPoint
-from planner.memory import Fit
-from planner.outcome import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER, Run
-from planner.policies import LRU, MRS, StaticPopularity
-from planner.routing import Routing, synthetic
-from planner.schedule import schedule
-from planner.simulate import RamCache, Simulator
+from planner.cost.cost import CostModel
+from planner.decide.baselines import all_cpu, on_demand, static_split
+from planner.decide.cache import ExpertCache, Policy
+from planner.decide.policies import LRU, MRS, StaticPopularity
+from planner.decide.schedule import schedule
+from planner.describe.hardware import HardwareSpec, TermPoint
+from planner.foretell.memory import Fit
+from planner.foretell.routing import Routing, synthetic
+from planner.foretell.run import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER, Run
+from planner.foretell.simulate import RamCache, Simulator
 from planner_examples import bare_machine, machine, machine_table, quantity, small_model
 
 MODEL = small_model()

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.arguments.sizes import parse_bytes
-from planner.cache import ExpertCache
-from planner.cost import CostModel
+from hybrid.ask.sizes import parse_bytes
+from planner.cost.cost import CostModel
+from planner.decide.cache import ExpertCache
+from planner.decide.policies import Blend
+from planner.decide.popularity import Popularity, favourites, informed, read_popularity
 from planner.errors import CapacityError, SpecError, TraceError
-from planner.memory import STAGING, HostMemory, enough_in_words, fit, paged
-from planner.policies import Blend
-from planner.popularity import Popularity, favourites, informed, read_popularity
-from planner.request import Request
+from planner.foretell.memory import STAGING, HostMemory, enough_in_words, fit, paged
+from planner.foretell.request import Request
 from planner_examples import bare_machine, hybrid_plan, machine, save_config, small_model
 
 LAYERS, EXPERTS = 6, 16

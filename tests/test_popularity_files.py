@@ -12,11 +12,11 @@ import pytest
 
 from hybrid import plan
 from hybrid.cli import main
-from hybrid.conversion.cache import converted_copy
 from hybrid.errors import UsageError
-from hybrid.model import HybridModel
+from hybrid.session.model import HybridModel
+from hybrid.weights.cache import converted_copy
+from planner.decide.popularity import Popularity, read_popularity
 from planner.errors import TraceError
-from planner.popularity import Popularity, read_popularity
 from tiny_model import save_tiny_model
 
 OPTIONS: dict[str, Any] = {"vram": "1GiB", "threads": 1}

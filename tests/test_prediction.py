@@ -9,22 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid import host
+from hybrid.ask.asked_model import subject
 from hybrid.bench.model import generate_once
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.coverage import Coverage
-from hybrid.calibration.prediction import begin_run, calibrating, predict, prompt_loads
-from hybrid.calibration.subject import subject
-from hybrid.conversion.checkpoint import convert
+from hybrid.ledger.metrics import RunReport, Term
+from hybrid.ledger.prediction import begin_run, calibrating, predict, prompt_loads
 from hybrid.loading import load_fast_model, set_threads
-from hybrid.metrics import RunReport, Term
-from hybrid.model import HybridModel
-from planner.cost import CostModel
-from planner.hardware import Point, TermPoint
-from planner.model import ModelSpec
-from planner.outcome import CALL, CPU, HEAD, MIXER
-from planner.spec import Source
+from hybrid.machine import calibrations, host
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.coverage import Coverage
+from hybrid.session.model import HybridModel
+from hybrid.weights.checkpoint import convert
+from planner.cost.cost import CostModel
+from planner.describe.estimate import Source
+from planner.describe.hardware import Point, TermPoint
+from planner.describe.model import ModelSpec
+from planner.foretell.run import CALL, CPU, HEAD, MIXER
 from planner_examples import bare_machine, machine, small_model
 
 FORMATS = {"experts": "q4_0", "dense": "bf16"}
@@ -116,7 +115,7 @@ def test_a_report_predicts_the_experts_that_ran(
 ) -> None:
     """Its prompt's prediction is that of the loads which the routers made."""
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
-    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    calibrations.save(bare_machine(), Identity.of_this_machine(1))
     model = HybridModel.from_pretrained(tiny_model, threads=1)
     ids = model.encode("abcdefgh" * 8)
     model.generate(ids, max_new_tokens=2)
@@ -203,7 +202,7 @@ def test_a_report_says_what_it_predicts_from(
     command = f"'hybrid calibrate {report.model} --dense q8_0{threads}'"
     assert f"{command} measures it" in report.predictions
     assert f"predictions          {report.predictions}" in str(report).splitlines()
-    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    calibrations.save(bare_machine(), Identity.of_this_machine(1))
     report = model.report()
     assert report.predictions is not None
     assert report.predictions.startswith("from rates of this machine for its experts")
@@ -233,7 +232,7 @@ def test_only_steps_of_the_kernels_are_told_apart(
 ) -> None:
     """A prompt of one token is a step like the others; transformers' own code tells no parts."""
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
-    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    calibrations.save(bare_machine(), Identity.of_this_machine(1))
     model = HybridModel.from_pretrained(tiny_model, dense="q8_0", threads=1)
     fast = model.model.hybrid_fast.decoder
     model.generate(torch.tensor([[3]]), max_new_tokens=4, do_sample=False)
@@ -257,7 +256,7 @@ def test_a_model_whose_directory_is_gone_is_not_taken_for_another(
 ) -> None:
     """Not even when it was called as a model that ships; the text was written all the same."""
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
-    calibrated.save(bare_machine(), Identity.of_this_machine(1))
+    calibrations.save(bare_machine(), Identity.of_this_machine(1))
     convert(tiny_model, tmp_path / "mixtral", experts="q4_0")
     monkeypatch.chdir(tmp_path)
     model = HybridModel.from_pretrained("mixtral", threads=1)

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive_planner as naive
-from planner.cache import ExpertCache
-from planner.decode_table import DecodeTable
-from planner.errors import WorkError
-from planner.policies import LRU
-from planner.prefetch import (
+from planner.decide.cache import ExpertCache
+from planner.decide.decode_table import DecodeTable
+from planner.decide.policies import LRU
+from planner.decide.prefetch import (
     PAUSE,
     WINDOW,
     Ahead,
@@ -21,6 +20,7 @@ from planner.prefetch import (
     ValuePrefetch,
     _knapsack,
 )
+from planner.errors import WorkError
 
 # Two activated experts; each hit saves a second.
 SAVES_A_SECOND = (3.0, 2.0, 1.0)

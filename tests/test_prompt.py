@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import naive_dense
-from cpu_experts.decoder import Decoder
+from cpu_experts.decoder.decoder import Decoder
+from cpu_experts.decoder.kv import KeyValues
+from cpu_experts.decoder.layers import Experts, Layer, Matrix, Norm
 from cpu_experts.errors import ShapeError
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import pack
-from cpu_experts.kv import KeyValues
-from cpu_experts.layers import Experts, Layer, Matrix, Norm
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 D, DIM, PAIRS = 32, 24, 8

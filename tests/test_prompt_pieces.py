@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid.calibration import calibrate as calibration
-from hybrid.calibration.prediction import predict
 from hybrid.fast.prompt import PIECE, in_pieces
-from planner.cost import CostModel
-from planner.hardware import HardwareSpec, TermPoint
-from planner.measured import MeasuredTerms, pieces
-from planner.outcome import CPU, HEAD, MIXER
-from planner.routing import synthetic
-from planner.spec import Estimate, Source
+from hybrid.ledger.prediction import predict
+from hybrid.measure import calibrate as calibration
+from planner.cost.cost import CostModel
+from planner.cost.term_points import MeasuredTerms, pieces
+from planner.describe.estimate import Estimate, Source
+from planner.describe.hardware import HardwareSpec, TermPoint
+from planner.foretell.routing import synthetic
+from planner.foretell.run import CPU, HEAD, MIXER
 from planner_examples import bare_machine, machine, small_model
 
 FORMATS = {"experts": "q4_0", "dense": "bf16"}

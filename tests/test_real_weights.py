@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid import HybridConfig
-from hybrid.conversion.checkpoint import convert
-from hybrid.model import HybridModel
+from hybrid.session.model import HybridModel
 from hybrid.transformers_api import cache_argument, returned_cache
+from hybrid.weights.checkpoint import convert
 from real_model import save_real_model, unpacked
 
 QUESTION = [{"role": "user", "content": "What is the capital of Italy, and what can I see there?"}]

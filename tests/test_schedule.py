@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive_planner as naive
-from planner.baselines import BASELINES, all_cpu, hybrimoe_greedy, on_demand, static_split
-from planner.bounds import relaxations
-from planner.decode_table import DecodeTable
-from planner.dynamic import dynamic_program
+from planner.decide.baselines import BASELINES, all_cpu, hybrimoe_greedy, on_demand, static_split
+from planner.decide.bounds import relaxations
+from planner.decide.decode_table import DecodeTable
+from planner.decide.dynamic import dynamic_program
+from planner.decide.layer_plan import LayerPlan
+from planner.decide.problem import Problem, timeline
+from planner.decide.schedule import exact_rule, schedule, solve
+from planner.describe.estimate import LayerWork
 from planner.errors import CostError, WorkError
-from planner.plan import LayerPlan
-from planner.problem import Problem, timeline
-from planner.schedule import exact_rule, schedule, solve
-from planner.spec import LayerWork
 
 CASES = sorted((Path(__file__).parent / "cases").glob("schedule_*.json"))
 
@@ -265,7 +265,7 @@ def test_the_dynamic_program_merges_states_only_when_it_must(monkeypatch):
         limit_s = min(baseline.solve(problem).makespan_s for baseline in BASELINES) + 1e-9
         wide, exhaustive = dynamic_program(problem, range(10), (), limit_s)
         assert exhaustive
-        monkeypatch.setattr("planner.dynamic.WIDTH", 64)
+        monkeypatch.setattr("planner.decide.dynamic.WIDTH", 64)
         narrow, kept_all = dynamic_program(problem, range(10), (), limit_s)
         monkeypatch.undo()
         merged += not kept_all

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid.lookahead.discovery import LayerView, SharedView, replaced_experts, survey
+from hybrid.anatomy.survey import LayerView, SharedView, replaced_experts, survey
 from hybrid.sharing.shared_first import SharedFirst
 from routed_models import DEPTH, KINDS, routed_model, stand_in, token_ids
 

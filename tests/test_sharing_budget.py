@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from gpu_experts.device import Memory
-from hybrid.arguments.names import find_hardware
+from hybrid.ask.names import find_hardware
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
-from hybrid.model import HybridModel
+from hybrid.machine.devices import choose_device, emulated_device
+from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget, usable_vram
-from hybrid.sharing.devices import choose_device, emulated_device
 from hybrid.sharing.placement import place_model
-from planner.hardware import CONTEXT_BYTES
+from planner.describe.hardware import CONTEXT_BYTES
 from shared_demo import GREEDY, PROMPT, placement_of
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import pytest
 
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from hybrid.model import HybridModel
 from hybrid.planning.plan import plan
+from hybrid.session.model import HybridModel
+from planner.decide.popularity import Popularity
 from planner.errors import PlannerError
-from planner.popularity import Popularity
-from planner.routing import read_trace
+from planner.foretell.routing import read_trace
 from shared_demo import placed, placement_of
 
 

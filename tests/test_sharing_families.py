@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hybrid.arguments.names import find_hardware
+from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
+from hybrid.machine.devices import emulated_device
 from hybrid.sharing.budget import Budget
-from hybrid.sharing.devices import emulated_device
 from hybrid.sharing.placement import place_model
 from massive import make_massive
 from tiny_families import families, tiny_config

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.model import HybridModel
-from hybrid.store import ExpertStore
+from hybrid.session.model import HybridModel
+from hybrid.weights.store import ExpertStore
 from rounding import last_place
 from shared_demo import GREEDY, PROMPT, device_of, placed, placement_of
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.arguments.names import find_hardware
-from hybrid.calibration.calibrated import Identity
-from hybrid.conversion.checkpoint import convert
+from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
-from hybrid.model import HybridModel
+from hybrid.machine.calibrations import Identity
 from hybrid.planning.plan import plan
+from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import cost_of, fitted_alone
-from planner.report import tables
+from hybrid.weights.checkpoint import convert
+from planner.foretell.report import tables
 from shared_demo import placement_of
 
 

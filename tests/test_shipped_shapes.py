@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from hybrid.arguments.names import find_model, shipped_names
-from hybrid.calibration.subject import subject
-from planner.families import from_hf_config, settings_of
+from hybrid.ask.asked_model import subject
+from hybrid.ask.names import find_model, shipped_names
+from planner.describe.families import from_hf_config, settings_of
 
 
 @pytest.mark.parametrize("name", shipped_names("models"))

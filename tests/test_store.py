@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid.conversion.checkpoint import convert
 from hybrid.errors import StoreError
-from hybrid.store import (
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.store import (
     DATA_NAME,
     INDEX_NAME,
     PAGE_BYTES,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numba import njit, types
 
-from cpu_experts.attention import exp_all, largest_of, to_half
+from cpu_experts.decoder.attention import exp_all, largest_of, to_half
 from cpu_experts.formats import (
     ACT_GROUP,
     FORMATS,
@@ -16,9 +16,9 @@ from cpu_experts.formats import (
     round_activations,
     unpack,
 )
-from cpu_experts.kernels import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
-from cpu_experts.reading import read_words
-from cpu_experts.simd import LEVEL
+from cpu_experts.kernels.experts import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
+from cpu_experts.kernels.reading import read_words
+from cpu_experts.kernels.simd import LEVEL
 
 OFFSETS = {"q4_0": 8, "q8_0": 0 if LEVEL in ("avx2", "portable") else 128}
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cpu_experts import threading_layer
 from cpu_experts.errors import BackendError
+from cpu_experts.jit import threading_layer
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hybrid.metrics import JOIN
-from hybrid.sharing.timeline import (
+from hybrid.ledger.metrics import JOIN
+from hybrid.ledger.timeline import (
     DECIDING,
     DECODE,
     EXPERTS,

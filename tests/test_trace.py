@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import hybrid.sharing.trace
+from hybrid.anatomy.survey import replaced_experts
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
-from hybrid.lookahead.discovery import replaced_experts
 from hybrid.sharing.trace import TraceRecorder
-from planner.families import from_hf_config
-from planner.routing import from_trace, read_trace
+from planner.describe.families import from_hf_config
+from planner.foretell.routing import from_trace, read_trace
 
 LAYERS, TOP_K = 3, 2
 

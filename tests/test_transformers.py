@@ -17,9 +17,9 @@ from checkpoints import edit_config, in_fp8_blocks, read_weights, write_weights
 from cpu_experts.experts import ACTIVATIONS, ExpertShape, pack_expert, unpack_expert
 from cpu_experts.ffn import run_experts
 from hybrid import HybridConfig
-from hybrid.conversion.checkpoint import convert
+from hybrid.anatomy.experts import ExpertsSpec, find_experts, recognise_gating
 from hybrid.errors import UnsupportedModelError
-from hybrid.families import ExpertsSpec, find_experts, recognise_gating
+from hybrid.weights.checkpoint import convert
 from tiny_families import families, tiny_config
 
 IDS = torch.arange(40, 52)[None]
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_converted_into_the_cache(
     assert model.config.quantization_config.store
     (first,) = copies()
     monkeypatch.setattr(
-        "hybrid.conversion.cache.convert", lambda *a, **k: pytest.fail("converted twice")
+        "hybrid.weights.cache.convert", lambda *a, **k: pytest.fail("converted twice")
     )
     load(experts="f32")
     monkeypatch.undo()

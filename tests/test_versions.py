@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 
 import hybrid.fast.decode
-from hybrid import versions
-from hybrid.model import HybridModel
+from hybrid.machine import versions
+from hybrid.machine.versions import Untested, untested
+from hybrid.session.model import HybridModel
 from hybrid.transformers_api import cache_argument, given_cache, returned_cache
-from hybrid.versions import Untested, untested
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise metadata.PackageNotFoundError(name)
             return answer
 
-        monkeypatch.setattr("hybrid.versions.metadata.version", version)
+        monkeypatch.setattr("hybrid.machine.versions.metadata.version", version)
 
     return install
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numba.np.ufunc import parallel
 
-from cpu_experts.compiled import kernel
-from cpu_experts.workers import use_threads, used_threads
+from cpu_experts.jit.compiled import kernel
+from cpu_experts.jit.workers import use_threads, used_threads
 
 pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="numba launches no threads")
 

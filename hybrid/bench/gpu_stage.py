@@ -17,23 +17,23 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gpu_experts.device import Device
-from hybrid import host
-from hybrid.bench.random_model import check_room, first_layers, write_random_model
+from hybrid.anatomy.survey import survey
+from hybrid.ask.asked_model import Subject
 from hybrid.bench.stages import FORMAT, Run
-from hybrid.calibration.subject import Subject
 from hybrid.errors import UsageError
+from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.loading import load_fast_model
-from hybrid.lookahead.discovery import survey
-from hybrid.lookahead.predictor import Lookahead
-from hybrid.panels import panels_from
-from hybrid.sharing.dense_move import move_dense
-from hybrid.sharing.dense_seconds import DenseSeconds
-from hybrid.sharing.devices import dtype_on, memory_told
+from hybrid.machine import host
+from hybrid.machine.devices import dtype_on, memory_told
+from hybrid.measure.random_model import check_room, first_layers, write_random_model
+from hybrid.packed.bf16_products import panels_from
+from hybrid.packed.dense_move import move_dense
 from hybrid.sharing.placement import RING_BYTES, unfit
+from hybrid.sharing.predictor import Lookahead
 from hybrid.sharing.shared_first import SharedFirst
 from hybrid.transformers_api import cache_argument
-from planner.cost import CostModel
-from planner.memory import STAGING, HostMemory, fit, in_words
+from planner.cost.cost import CostModel
+from planner.foretell.memory import STAGING, HostMemory, fit, in_words
 
 _RAN_OUT = (
     "ran out of memory",

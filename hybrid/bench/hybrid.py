@@ -12,28 +12,28 @@ from typing import Any
 import numpy as np
 import psutil
 
-from hybrid import host
-from hybrid.arguments.counts import whole_number
-from hybrid.arguments.names import find_hardware
+from hybrid.ask.asked_model import Subject, subject
+from hybrid.ask.counts import whole_number
+from hybrid.ask.names import find_hardware
 from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
-from hybrid.calibration.calibrate import hardware_for
-from hybrid.calibration.subject import Subject, subject
 from hybrid.errors import UsageError
+from hybrid.ledger.metrics import SlowPath
+from hybrid.ledger.timeline import DECODE, HEAD, ROUTER
 from hybrid.loading import set_threads
-from hybrid.metrics import SlowPath
-from hybrid.planning.machines import EMULATED_AS, emulated_hardware
+from hybrid.machine import host
+from hybrid.machine.devices import choose_device
+from hybrid.machine.machines import EMULATED_AS, emulated_hardware
+from hybrid.measure.calibrate import hardware_for
 from hybrid.sharing.budget import Budget, usable_vram
-from hybrid.sharing.devices import choose_device
-from hybrid.sharing.timeline import DECODE, HEAD, ROUTER
-from planner.cost import CostModel, weight_bytes
+from planner.cost.cost import CostModel, weight_bytes
+from planner.decide.popularity import Popularity
+from planner.describe.hardware import HardwareSpec
+from planner.describe.model import ModelSpec
 from planner.errors import TraceError
-from planner.hardware import HardwareSpec
-from planner.memory import STAGING
-from planner.model import ModelSpec
-from planner.popularity import Popularity
-from planner.routing import Routing, from_trace, read_trace, synthetic
+from planner.foretell.memory import STAGING
+from planner.foretell.routing import Routing, from_trace, read_trace, synthetic
 
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite")
 SHARES = (0.25, 0.5, 0.75)
@@ -201,7 +201,7 @@ def _on_gpu(
     options: dict[str, Any],
 ) -> tuple[Stage, dict[str, Any]]:
     """Set a model up on a GPU of this machine; also returns what to record of that GPU."""
-    from gpu_experts.cuda import CudaDevice
+    from gpu_experts.cuda.device import CudaDevice
     from hybrid.bench.gpu_stage import OnGpu, of_gpu
 
     opened = CudaDevice(int(device.partition(":")[2]))

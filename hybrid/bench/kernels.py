@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.ffn import run_experts
 from cpu_experts.formats import pad
-from cpu_experts.reading import read_words
-from cpu_experts.workers import use_threads, used_threads
-from hybrid import host
+from cpu_experts.jit.workers import use_threads, used_threads
+from cpu_experts.kernels.reading import read_words
 from hybrid.bench.record import Told, provenance, spread, untold
-from hybrid.pages import large_pages
-from planner.bandwidth import exceeds
+from hybrid.machine import host
+from hybrid.weights.huge_pages import large_pages
+from planner.describe.bandwidth import exceeds
 
 ROTATION_BYTES = 1 << 30
 _PAGE = 4096

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hybrid import host
+from hybrid.anatomy.survey import replaced_experts
 from hybrid.bench.heldout import held_out_windows
 from hybrid.bench.record import Told, provenance, untold
 from hybrid.loading import set_threads
-from hybrid.lookahead.discovery import replaced_experts
-from hybrid.lookahead.predictor import DISTANCES, Lookahead
-from hybrid.model import HybridModel
+from hybrid.machine import host
+from hybrid.session.model import HybridModel
+from hybrid.sharing.predictor import DISTANCES, Lookahead
 
 Ids = NDArray[np.integer[Any]]
 

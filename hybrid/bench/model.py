@@ -20,23 +20,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybrid import host
-from hybrid.arguments.counts import whole_number
-from hybrid.arguments.dtypes import check_dtype
+from hybrid.ask.asked_model import subject
+from hybrid.ask.counts import whole_number
+from hybrid.ask.dtypes import check_dtype
 from hybrid.bench.kernels import read_seconds, shares_of_bandwidth
 from hybrid.bench.record import Told, provenance, spread, untold
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.coverage import Coverage
-from hybrid.calibration.others import Others
-from hybrid.calibration.prediction import Prediction, begin_run, predicted, prompt_loads
-from hybrid.calibration.subject import subject
-from hybrid.calibration.timed import Timed
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
+from hybrid.ledger.metrics import Term
+from hybrid.ledger.prediction import Prediction, begin_run, predicted, prompt_loads
+from hybrid.ledger.timeline import DECODE, PREFILL
 from hybrid.loading import load_fast_model, set_threads
-from hybrid.metrics import Term
-from hybrid.sharing.timeline import DECODE, PREFILL
+from hybrid.machine import calibrations, host
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.coverage import Coverage
+from hybrid.measure.alone import Timed
+from hybrid.measure.interference import Others
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
@@ -153,7 +152,7 @@ def run(
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
     _check_length(settings.get("max_position_embeddings"), prompt, generate)
-    from hybrid.bench.random_model import check_room, write_random_model
+    from hybrid.measure.random_model import check_room, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
         if calibrate:  # before the disk is busy with the weights
@@ -284,7 +283,7 @@ def _calibrate(
     The replica's memory is no part of what is measured here.
     """
     wanted = subject(model, experts, dense)
-    known = calibrated.load(Identity.of_this_machine(threads))
+    known = calibrations.load(Identity.of_this_machine(threads))
     if known is not None:
         found = Coverage.of(known, wanted.model, wanted.experts, wanted.dense)
         if found.whole and not found.disturbed:
@@ -322,7 +321,7 @@ def _compared(
 
     From here on the model is good for nothing else: its parts are timed.
     """
-    hardware = calibrated.alone(threads)
+    hardware = calibrations.alone(threads)
     assert hardware is not None  # it was predicted from
     timed = Timed(model, subject(model.hybrid_store.path).model)
     runs = [timed.generate(prompt, _TIMED_TOKENS) for _ in range(_TIMED_RUNS)]

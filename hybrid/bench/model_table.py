@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybrid.calibration.calibrated import REMEDY
-from hybrid.calibration.others import DISTURBED
-from hybrid.metrics import WHOLE, Term, most_off
+from hybrid.ledger.metrics import WHOLE, Term, most_off
+from hybrid.machine.calibrations import REMEDY
+from hybrid.measure.interference import DISTURBED
 
 
 def model_table(result: dict[str, Any]) -> str:

@@ -19,10 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from hybrid import host
-from hybrid.arguments.dtypes import check_dtype
+from hybrid.ask.dtypes import check_dtype
 from hybrid.bench.model import check_no_shape, read_spec
-from hybrid.bench.random_model import write_random_model
 from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.bench.sides import (
     CASES,
@@ -36,11 +34,13 @@ from hybrid.bench.sides import (
     plain_checkpoint,
     plain_random,
 )
-from hybrid.calibration.others import DISTURBED, Others
-from hybrid.conversion.checkpoint import Source
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.machine import host
+from hybrid.measure.interference import DISTURBED, Others
+from hybrid.measure.random_model import write_random_model
+from hybrid.weights.checkpoint import Source
 
 #: The shape that is compared unless another is given: what it is, and how much of it.
 _SPEC, _LAYERS, _VOCABULARY = "qwen3-30b-a3b", 12, 32000

@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hybrid import host
-from hybrid.arguments.dtypes import check_dtype
-from hybrid.arguments.formats import check_formats
+from hybrid.ask.dtypes import check_dtype
+from hybrid.ask.formats import check_formats
 from hybrid.bench.heldout import held_out_windows
 from hybrid.bench.record import Told, provenance, untold
-from hybrid.conversion.checkpoint import Source, convert
-from hybrid.conversion.progress import conversion_progress
 from hybrid.demo import demo_path
 from hybrid.demo.evaluate import token_losses
 from hybrid.errors import DiskSpaceError
+from hybrid.ledger.timeline import DECODE, PREFILL
 from hybrid.loading import load_fast_model, load_tokenizer, set_threads
-from hybrid.sharing.timeline import DECODE, PREFILL
+from hybrid.machine import host
 from hybrid.transformers_api import cache_argument, returned_cache
+from hybrid.weights.checkpoint import Source, convert
+from hybrid.weights.progress import conversion_progress
 
 AS_IT_IS = "as it is"
 """Dense layers in no format of ours."""

@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.arguments.names import find_hardware, find_model
+from hybrid.ask.names import find_hardware, find_model
 from hybrid.bench.record import Told, provenance, spread, untold
-from planner.baselines import BASELINES
-from planner.cache import ExpertCache, Policy
-from planner.capacity import hits_by_capacity, marginal_capacities
-from planner.cost import CostModel, ExpertCost
-from planner.decode_table import DecodeTable
-from planner.director import Decision, Director, Fill
-from planner.forecast import Forecast
-from planner.oracles import SCH, Belady
-from planner.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
-from planner.popularity import favourites, informed
-from planner.problem import LayerCost
-from planner.replay import Admission, replay
-from planner.request import Request
-from planner.routing import read_trace
-from planner.schedule import schedule
-from planner.simulate import Simulator
-from planner.spec import LayerWork
+from planner.cost.cost import CostModel, ExpertCost
+from planner.decide.baselines import BASELINES
+from planner.decide.cache import ExpertCache, Policy
+from planner.decide.capacity import hits_by_capacity, marginal_capacities
+from planner.decide.decode_table import DecodeTable
+from planner.decide.director import Decision, Director, Fill
+from planner.decide.forecast import Forecast
+from planner.decide.oracles import SCH, Belady
+from planner.decide.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
+from planner.decide.popularity import favourites, informed
+from planner.decide.problem import LayerCost
+from planner.decide.replay import Admission, replay
+from planner.decide.schedule import schedule
+from planner.describe.estimate import LayerWork
+from planner.foretell.request import Request
+from planner.foretell.routing import read_trace
+from planner.foretell.simulate import Simulator
 
 MODEL, HARDWARE, FORMAT = "Qwen3-30B-A3B", "rtx4060-laptop-8gb", "q4_0"
 """Whose durations are scheduled: 128 experts, 8 of them a token."""

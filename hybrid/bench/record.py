@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import psutil
 
-from cpu_experts import hostcpu
-from hybrid import __version__, host
+from cpu_experts.jit import hostcpu
+from hybrid import __version__
 from hybrid.errors import UsageError
+from hybrid.machine import host
 from hybrid.paths import write_whole
 
 _LIBRARIES = ("numba", "llvmlite", "numpy", "torch", "transformers")

@@ -21,19 +21,19 @@ from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.bench.stages import Stage
 from hybrid.errors import UsageError
+from hybrid.ledger.timeline import Timeline
+from hybrid.sharing.device_slots import Opened
 from hybrid.sharing.executor import Executor
-from hybrid.sharing.residents import Opened
-from hybrid.sharing.timeline import Timeline
-from planner.baselines import all_cpu, on_demand, static_split
-from planner.cache import ExpertCache, Policy
-from planner.capacity import equal_capacities
-from planner.director import Director, Scheduler
-from planner.memory import STAGING
-from planner.model import ModelSpec
-from planner.policies import LRU, StaticPopularity
-from planner.popularity import Popularity, informed
-from planner.routing import RECALL, Routing
-from planner.schedule import schedule
+from planner.decide.baselines import all_cpu, on_demand, static_split
+from planner.decide.cache import ExpertCache, Policy
+from planner.decide.capacity import equal_capacities
+from planner.decide.director import Director, Scheduler
+from planner.decide.policies import LRU, StaticPopularity
+from planner.decide.popularity import Popularity, informed
+from planner.decide.schedule import schedule
+from planner.describe.model import ModelSpec
+from planner.foretell.memory import STAGING
+from planner.foretell.routing import RECALL, Routing
 
 BASELINE = "static split"
 
@@ -51,7 +51,7 @@ class Rule:
     policy
         Makes the cache policy from what other text used.
     prefetch, refill
-        What idle link time is used for; see :class:`planner.director.Director`.
+        What idle link time is used for; see :class:`planner.decide.director.Director`.
     by_layer
         Whether slots go to whole layers, the first ones, instead of being shared out evenly.
     """

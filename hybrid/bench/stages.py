@@ -17,13 +17,13 @@ from torch import Tensor
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import pad
 from gpu_experts.device import Device
-from gpu_experts.emulated import EmulatedDevice
-from hybrid.experts import BareLayer, PackedLayer
-from hybrid.panels import panels_from
-from hybrid.sharing.dense_seconds import DenseSeconds
+from gpu_experts.emulated.device import EmulatedDevice
+from hybrid.ledger.dense_seconds import DenseSeconds
+from hybrid.packed.bf16_products import panels_from
+from hybrid.packed.experts import BareLayer, PackedLayer
 from hybrid.sharing.partners import Launcher
-from planner.cost import CostModel
-from planner.memory import STAGING
+from planner.cost.cost import CostModel
+from planner.foretell.memory import STAGING
 
 FORMAT = "q4_0"
 _PAGE = 4096

@@ -149,7 +149,7 @@ def model(
 ) -> None:
     """A whole model: load, prefill and decode, beside what was predicted and the bandwidth."""
     with _measuring(record) as rows:
-        from hybrid.arguments.formats import check_formats
+        from hybrid.ask.formats import check_formats
         from hybrid.bench import model as bench
         from hybrid.bench.model_table import model_table
 

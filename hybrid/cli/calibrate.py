@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from gpu_experts.device import Device
-    from hybrid.sharing.devices import ToEmulate
+    from hybrid.machine.devices import ToEmulate
 
 
 def calibrate(
@@ -62,9 +62,9 @@ def calibrate(
     from hybrid.paths import check_writable
 
     check_writable("--out", out, replaced=force, remedy=OR_FORCE)
-    from hybrid.calibration.calibrate import LIMIT_S, hardware_for
-    from hybrid.calibration.calibrated import Identity, main_numbers
-    from planner.hardware import to_toml
+    from hybrid.machine.calibrations import Identity, main_numbers
+    from hybrid.measure.calibrate import LIMIT_S, hardware_for
+    from planner.describe.hardware import to_toml
 
     gpu = _gpu(device)
     identity = Identity.of_this_machine(threads, gpu.name if gpu else "")
@@ -123,13 +123,13 @@ class _Progress:
 
 def _gpu(name: str | None) -> Device | ToEmulate | None:
     """Return the GPU to measure, or what stands in for it; None for the CPU alone."""
-    from hybrid.sharing.devices import ToEmulate, choose_device
+    from hybrid.machine.devices import ToEmulate, choose_device
 
     chosen = choose_device(name, None)
     if chosen == "emulated":
         return ToEmulate()
     if chosen is None:
         return None
-    from gpu_experts.cuda import CudaDevice
+    from gpu_experts.cuda.device import CudaDevice
 
     return CudaDevice(int(chosen.partition(":")[2]))

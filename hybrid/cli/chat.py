@@ -15,7 +15,7 @@ from hybrid.cli.text import end_line, write
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
-    from hybrid.model import HybridModel, Message
+    from hybrid.session.model import HybridModel, Message
 
 _WELCOME = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 _EXITS = {"/exit", "/quit", "/bye"}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid.conversion.progress import conversion_progress
+from hybrid.weights.progress import conversion_progress
 
 
 def convert(
@@ -35,7 +35,7 @@ def convert(
     DST is an ordinary Hugging Face directory plus experts.bin, ready for 'hybrid run DST'. A
     conversion that was interrupted goes on where it stopped when it is started again.
     """
-    from hybrid.conversion import checkpoint
+    from hybrid.weights import checkpoint
 
     with conversion_progress(f"Converting {src.name}") as progress:
         result = checkpoint.convert(

@@ -8,17 +8,18 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
 import typer
 
-from cpu_experts import hostcpu
-from hybrid import __version__, host
-from hybrid.calibration import calibrated
+import hybrid
+from cpu_experts.jit import hostcpu
 from hybrid.cli.verdict import Finding, in_one_line, verdict, wrong_switch
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
+from hybrid.machine import calibrations, host
 from hybrid.paths import cache_dir
 
 _GIB = 1 << 30
@@ -74,7 +75,7 @@ def collect() -> Environment:
     features, processor = hostcpu.host_features(), hostcpu.processor()
     memory = psutil.virtual_memory()
     return Environment(
-        versions={"hybrid": __version__, "python": platform.python_version()}
+        versions={"hybrid": hybrid.__version__, "python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
         system=platform.platform(),
         cpu={
@@ -92,7 +93,7 @@ def collect() -> Environment:
         gpus=host.gpus(),
         paths={
             "python": sys.executable,
-            "package": os.path.dirname(host.__file__),
+            "package": str(Path(hybrid.__file__).parent),
             "demo model": str(demo_path()),
             "cache": str(cache_dir()),
         },
@@ -104,33 +105,33 @@ def collect() -> Environment:
 
 def _calibration() -> dict[str, str]:
     """Tell the calibration in force; a damaged one is told, too, and stops nothing else."""
-    identity = calibrated.Identity.of_this_machine()
+    identity = calibrations.Identity.of_this_machine()
     try:
-        spec = calibrated.load(identity)
+        spec = calibrations.load(identity)
     except UsageError as error:
         return {"calibration": f"damaged: {error.message}; {error.hint}"}
-    if spec is None and calibrated.alone() is not None:
+    if spec is None and calibrations.alone() is not None:
         return {"calibration": "none of the CPU alone: the CPU's part of those below counts"}
     if spec is None:
-        return {"calibration": f"none: {calibrated.missing(identity)}; {calibrated.REMEDY}"}
+        return {"calibration": f"none: {calibrations.missing(identity)}; {calibrations.REMEDY}"}
     return {"calibration": f"{identity.path}: {spec.summary}"} | {
-        f"  {name}": text for name, text in calibrated.main_numbers(spec)
+        f"  {name}": text for name, text in calibrations.main_numbers(spec)
     }
 
 
 def _device_calibrations() -> dict[str, str]:
     """Tell the calibrations with a device, a damaged one, too."""
     found: dict[str, str] = {}
-    for identity in calibrated.with_devices():
+    for identity in calibrations.with_devices():
         name = f"with {identity.device}"
         try:
-            spec = calibrated.load(identity)
+            spec = calibrations.load(identity)
         except UsageError as error:
             found[name] = f"damaged: {error.message}; {error.hint}"
             continue
         if spec is not None:
             found[name] = f"{identity.path}: {spec.summary}"
-            numbers = dict(calibrated.main_numbers(spec))
+            numbers = dict(calibrations.main_numbers(spec))
             found |= {f"  {key} ": numbers[key] for key in ("device", "on the device")}
     return found
 

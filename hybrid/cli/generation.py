@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.errors import UsageError
-from hybrid.metrics import summary_line
+from hybrid.ledger.metrics import summary_line
 from hybrid.paths import check_writable, write_whole
 
 if TYPE_CHECKING:
-    from hybrid.model import HybridModel
+    from hybrid.session.model import HybridModel
 
 Model = Annotated[
     str | None,
@@ -189,7 +189,7 @@ def load(model: str | None, **options: Any) -> HybridModel:
     try:
         from transformers.utils import logging
 
-        from hybrid.model import HybridModel
+        from hybrid.session.model import HybridModel
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return HybridModel.from_pretrained(model, **options)
@@ -253,7 +253,7 @@ def require_device(device: str | None, vram: str | None, **files: Path | None) -
     given = [f"--{name}" for name, file in files.items() if file is not None]
     if not given:
         return
-    from hybrid.sharing.devices import choose_device
+    from hybrid.machine.devices import choose_device
 
     if choose_device(device, vram) is None:
         raise UsageError(

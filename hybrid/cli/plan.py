@@ -15,14 +15,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hybrid.arguments.names import find_hardware, find_model, resolve, shipped_names, stored_weights
-from hybrid.calibration import calibrated
+from hybrid.ask.names import find_hardware, find_model, resolve, shipped_names, stored_weights
 from hybrid.errors import UsageError
+from hybrid.machine import calibrations
 from hybrid.paths import check_writable, write_whole
 from hybrid.planning.plan import machine_for
 from hybrid.planning.plan import plan as make_plan
-from planner.fields import read_table
-from planner.report import Table, tables, to_json, to_markdown
+from planner.describe.checked_table import read_table
+from planner.foretell.report import Table, tables, to_json, to_markdown
 
 DOES_NOT_FIT = 1
 """Exit code, so that scripts need not read the report."""
@@ -182,11 +182,11 @@ def plan(
     else:
         _deliver(tables(result), markdown=markdown)
     if html is not None:
-        from hybrid.planning.page import to_html
+        from hybrid.planning.html import to_html
 
         write_file(html, to_html(result))
     if perfetto is not None:
-        from planner.perfetto import to_perfetto
+        from planner.foretell.perfetto import to_perfetto
 
         write_file(perfetto, to_perfetto(result))
     if not result.fit.fits:
@@ -211,7 +211,7 @@ def _deliver(found: list[Table], *, markdown: bool) -> None:
 
 
 def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
-    from planner.experiment import (
+    from planner.foretell.experiment import (
         experiment_dict,
         experiment_tables,
         read_experiment,
@@ -232,7 +232,7 @@ def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
 def _missing(model: str) -> NoReturn:
     """Say which of model and hardware was left out, and what there is to choose from."""
     kind, word = ("hardware", "--hardware") if model else ("models", "MODEL")
-    measure = f"; or {calibrated.REMEDY}" if model else ""
+    measure = f"; or {calibrations.REMEDY}" if model else ""
     raise UsageError(
         f"{word} is missing",
         hint=f"one of {', '.join(shipped_names(kind))}; or a file that describes another{measure}",
@@ -240,7 +240,7 @@ def _missing(model: str) -> NoReturn:
 
 
 def _diff(paths: list[Path]) -> list[Table]:
-    from planner.compare import compare, read_plan
+    from planner.foretell.compare import compare, read_plan
 
     if len(paths) != 2:
         raise UsageError(

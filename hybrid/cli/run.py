@@ -15,7 +15,7 @@ from hybrid.cli.text import end_line, write
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
-    from hybrid.model import HybridModel
+    from hybrid.session.model import HybridModel
 
 
 def run(

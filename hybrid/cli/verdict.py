@@ -9,11 +9,10 @@ import os
 from dataclasses import dataclass
 from importlib import metadata
 
-from cpu_experts import hostcpu
 from cpu_experts.errors import BackendError
-from hybrid import host, versions
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
+from cpu_experts.jit import hostcpu
+from hybrid.machine import calibrations, host, versions
+from hybrid.machine.calibrations import Identity
 
 _UNSET = f"unset {hostcpu.ENVIRONMENT_VARIABLE}"
 
@@ -137,16 +136,16 @@ def _threads() -> Finding:
 def _calibration() -> Finding:
     """Tell whether this machine was measured: needed to predict, and to use bfloat16 units well."""
     identity = Identity.of_this_machine()
-    damaged = calibrated.damage(identity)
+    damaged = calibrations.damage(identity)
     if damaged is not None:
         return Finding("calibration", damaged.reason, True, damaged.remedy)
-    if calibrated.alone() is not None:
+    if calibrations.alone() is not None:
         return Finding("calibration", "there is one, for predictions and for experts in prompts")
-    told = f"none, {calibrated.missing(identity)}: nothing is predicted"
+    told = f"none, {calibrations.missing(identity)}: nothing is predicted"
     units = bool(hostcpu.processor().units)
     if units:
         told += ", and experts in prompts do without the bfloat16 units"
-    return Finding("calibration", told, units, calibrated.REMEDY)
+    return Finding("calibration", told, units, calibrations.REMEDY)
 
 
 def _versions() -> Finding:

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 from transformers import DynamicCache
 
-from hybrid.dense import restore_dense
+from hybrid.anatomy.samples import UnfitError
 from hybrid.errors import first_line
 from hybrid.fast.decode import GROWING, FastDecoder, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt, own_forward
-from hybrid.fast.samples import UnfitError
-from hybrid.metrics import SlowPath
+from hybrid.ledger.metrics import SlowPath
+from hybrid.machine.versions import untested
+from hybrid.packed.dense import restore_dense
 from hybrid.transformers_api import CACHE_NAMES, given_cache
-from hybrid.versions import untested
 
 #: Arguments of ``forward`` that the fast path understands or that change nothing for it.
 _KNOWN = {

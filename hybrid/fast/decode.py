@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from cpu_experts.decoder import Decoder
+from cpu_experts.decoder.decoder import Decoder
 from cpu_experts.formats import is_quantized
 from hybrid.fast.decoder_parts import read_decoder, rotary_row, rotary_sides
 from hybrid.fast.kv_cache import CacheForm, Sequence

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from cpu_experts import dense as kernels
-from cpu_experts.decoder import Decoder
+from cpu_experts.decoder import ops as kernels
+from cpu_experts.decoder.decoder import Decoder
+from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm
 from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
-from cpu_experts.layers import Experts, Latent, Layer, Matrix, Norm
-from hybrid import host
-from hybrid.dense import (
+from hybrid.anatomy.samples import UnfitError, close, floats, packed_rows, sample
+from hybrid.fast.router_parts import read_router
+from hybrid.fast.widened import widened
+from hybrid.machine import host
+from hybrid.packed.dense import (
     Arena,
     PackedMlp,
     QuantizedLinear,
@@ -33,11 +36,8 @@ from hybrid.dense import (
     packed_size,
     replace_modules,
 )
-from hybrid.fast.router_parts import read_router
-from hybrid.fast.samples import UnfitError, close, floats, packed_rows, sample
-from hybrid.fast.widened import widened
 from hybrid.transformers_api import cache_argument
-from planner.memory import in_words
+from planner.foretell.memory import in_words
 
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
 _HEADS_AN_ITEM = 8

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from cpu_experts.attention import LARGEST_HALF
-from cpu_experts.kv import KeyValues
+from cpu_experts.decoder.attention import LARGEST_HALF
+from cpu_experts.decoder.kv import KeyValues
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,8 @@ class CacheForm:
     Attributes
     ----------
     shapes
-        :attr:`cpu_experts.layers.Layer.stored` of every layer: heads, their size, and how much
-        of it is a compressed cache's key.
+        :attr:`cpu_experts.decoder.layers.Layer.stored` of every layer: heads, their size, and
+        how much of it is a compressed cache's key.
     windows
         For every layer how many positions its attention sees, 0 for all.
     dtype

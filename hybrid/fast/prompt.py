@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cpu_experts.decoder import Decoder
+from cpu_experts.decoder.decoder import Decoder
 from hybrid.fast.kv_cache import Sequence
 
 #: Tokens of a prompt that are computed at a time.

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cpu_experts import dense as kernels
-from cpu_experts import tables
-from cpu_experts.layers import Router, fill_record
-from hybrid.dense import Arena
-from hybrid.fast.samples import UnfitError, floats, packed_rows, sample
+from cpu_experts.decoder import ops as kernels
+from cpu_experts.decoder import records
+from cpu_experts.decoder.layers import Router, fill_record
+from hybrid.anatomy.samples import UnfitError, floats, packed_rows, sample
 from hybrid.fast.widened import widened
+from hybrid.packed.dense import Arena
 
 #: Tokens whose experts tell ways of choosing apart; few do not where there are groups of experts.
 _FEW, _ROUTED = 24, 200
@@ -67,7 +67,7 @@ def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
 
 
 def _choices(router: Router, logits: Tensor) -> Tensor:
-    record = np.zeros(1, tables.ROUTER)
+    record = np.zeros(1, records.ROUTER)
     fill_record(record[0], router.record())
     rows = []
     for row in logits.detach().float().numpy():
@@ -89,7 +89,7 @@ def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
     groups = int(getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1)
     top_groups = int(getattr(module, "topk_group", None) or 1)
     floor = float(getattr(module, "norm_min", 1e-20))
-    scorings = (tables.SOFTMAX, tables.SOFTMAX_OF_CHOSEN, tables.SIGMOID)
+    scorings = (records.SOFTMAX, records.SOFTMAX_OF_CHOSEN, records.SIGMOID)
     of_groups = (2, 1) if groups > 1 else (2,)
     for scoring, normalize, scale, of_group in product(
         scorings, (True, False), sorted(scales), of_groups
@@ -107,4 +107,4 @@ def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
         )
     jitter = getattr(module, "router_jitter_noise", None)
     if jitter is not None and base.top_k == 2:
-        yield replace(base, scoring=tables.SPARSEMIXER, jitter=float(jitter))
+        yield replace(base, scoring=records.SPARSEMIXER, jitter=float(jitter))

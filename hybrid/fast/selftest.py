@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import DynamicCache
 
-from cpu_experts.attention import LARGEST_HALF
+from cpu_experts.decoder.attention import LARGEST_HALF
+from hybrid.anatomy.samples import WrongError
 from hybrid.fast.prompt import Piece
-from hybrid.fast.samples import WrongError
 from hybrid.fast.widened import widened
 from hybrid.transformers_api import cache_argument
 

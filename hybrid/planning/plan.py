@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from cpu_experts.formats import is_quantized
-from hybrid import host
-from hybrid.arguments.counts import whole_number
-from hybrid.arguments.dtypes import automatic_dtype
-from hybrid.arguments.names import find_hardware, stored_weights
-from hybrid.arguments.sizes import at_most, checked_ram, size_in_bytes
-from hybrid.calibration import calibrated
-from hybrid.calibration.calibrated import Identity
-from hybrid.calibration.subject import Subject, subject
+from hybrid.ask.asked_model import Subject, subject
+from hybrid.ask.counts import whole_number
+from hybrid.ask.dtypes import automatic_dtype
+from hybrid.ask.names import find_hardware, stored_weights
+from hybrid.ask.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.errors import UsageError
-from hybrid.planning.machines import Machine, this_machine
-from planner.dryrun import PlanResult, dry_run
-from planner.hardware import HardwareSpec
-from planner.model import ModelSpec
-from planner.request import Request
+from hybrid.machine import calibrations, host
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.machines import Machine, this_machine
+from planner.describe.hardware import HardwareSpec
+from planner.describe.model import ModelSpec
+from planner.foretell.dryrun import PlanResult, dry_run
+from planner.foretell.request import Request
 
 
 def plan(
@@ -70,7 +69,7 @@ def plan(
         as bf16, whatever they are stored as; beside an emulated GPU, where they are not
         quantized, as what this machine's processor computes in.
     options
-        Other fields of ``planner.request.Request``: ``tokens``, ``batch``, ``trace``,
+        Other fields of ``planner.foretell.request.Request``: ``tokens``, ``batch``, ``trace``,
         ``popularity``, ``seed``.
 
     Raises
@@ -89,7 +88,7 @@ def plan(
         model, hardware, vram=vram, ram=ram, threads=threads, experts=experts, dense=dense
     )
     if machine is None:
-        raise calibrated.unmeasured(Identity.of_this_machine(threads))
+        raise calibrations.unmeasured(Identity.of_this_machine(threads))
     wanted = _subject(model, experts, dense)
     if context is None:
         context = min(Request.context, wanted.model.context or Request.context)

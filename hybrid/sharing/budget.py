@@ -9,18 +9,18 @@ import torch
 
 from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device
-from hybrid.arguments.names import find_hardware
-from hybrid.arguments.sizes import at_most
-from hybrid.calibration.subject import subject
+from hybrid.ask.asked_model import subject
+from hybrid.ask.names import find_hardware
+from hybrid.ask.sizes import at_most
 from hybrid.errors import UsageError
-from hybrid.experts import experts_of
-from hybrid.metrics import SlowPath
-from planner.cost import CostModel
-from planner.families import from_hf_config
-from planner.hardware import CONTEXT_BYTES, HardwareSpec
-from planner.memory import STAGING, Fit, fit, in_words
-from planner.popularity import Popularity
-from planner.request import Request
+from hybrid.ledger.metrics import SlowPath
+from hybrid.packed.experts import experts_of
+from planner.cost.cost import CostModel
+from planner.decide.popularity import Popularity
+from planner.describe.families import from_hf_config
+from planner.describe.hardware import CONTEXT_BYTES, HardwareSpec
+from planner.foretell.memory import STAGING, Fit, fit, in_words
+from planner.foretell.request import Request
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from cpu_experts.workers import use_threads
+from cpu_experts.jit.workers import use_threads
 from gpu_experts.checks import as_arrays
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
 from hybrid.errors import bare, first_line
-from hybrid.experts import PackedLayer, add_on_cpu, compute_on_cpu
-from hybrid.metrics import SlowPath
-from hybrid.sharing.calls import Call, calls_of
-from hybrid.sharing.choices import F32, Choice, Ids
+from hybrid.ledger.metrics import SlowPath
+from hybrid.ledger.timeline import LayerRecord, Timeline
+from hybrid.packed.experts import PackedLayer, add_on_cpu, compute_on_cpu
+from hybrid.sharing.device_slots import Opened, Residents, Settle
+from hybrid.sharing.launches import Call, calls_of
 from hybrid.sharing.partners import Ahead, Launcher, Predictor, Seconds
-from hybrid.sharing.residents import Opened, Residents, Settle
-from hybrid.sharing.timeline import LayerRecord, Timeline
+from hybrid.sharing.routed import F32, Choice, Ids
 from hybrid.sharing.usage import Usage
-from planner.director import Decision, Director
+from planner.decide.director import Decision, Director
 from planner.errors import PlannerError
 
 SHRINK = 0.75

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hybrid.sharing.choices import F32
+from hybrid.sharing.routed import F32
 
 Ahead = list[tuple[int, NDArray[np.float64]]]
 
@@ -27,7 +27,7 @@ class Seconds(Protocol):
 
 
 class Predictor(Protocol):
-    """What tells the next layers' experts: :mod:`hybrid.lookahead.predictor`, or a replay."""
+    """What tells the next layers' experts: :mod:`hybrid.sharing.predictor`, or a replay."""
 
     def limit(self, layers: int) -> None:
         """Look no more than so many layers ahead from now on."""

@@ -11,30 +11,30 @@ from torch import Tensor
 from gpu_experts.device import Device, Note
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
+from hybrid.anatomy.survey import survey
 from hybrid.errors import UsageError
-from hybrid.experts import LayerExperts, experts_of
-from hybrid.lookahead.discovery import survey
-from hybrid.lookahead.predictor import Lookahead
-from hybrid.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
-from hybrid.panels import panels_from
+from hybrid.ledger.dense_seconds import DenseSeconds
+from hybrid.ledger.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
+from hybrid.ledger.timeline import DECODE, PREFILL, Timeline
+from hybrid.machine.devices import memory_told
+from hybrid.packed.bf16_products import panels_from
+from hybrid.packed.dense_move import move_dense
+from hybrid.packed.experts import LayerExperts, experts_of
 from hybrid.sharing.budget import Budget, fitted
-from hybrid.sharing.dense_move import move_dense
-from hybrid.sharing.dense_seconds import DenseSeconds
-from hybrid.sharing.devices import memory_told
+from hybrid.sharing.device_slots import Opened, Settle
 from hybrid.sharing.executor import Executor
-from hybrid.sharing.residents import Opened, Settle
+from hybrid.sharing.forward import watch_steps
+from hybrid.sharing.predictor import Lookahead
 from hybrid.sharing.shared_first import SharedFirst
-from hybrid.sharing.steps import watch_steps
-from hybrid.sharing.timeline import DECODE, PREFILL, Timeline
-from planner.cache import ExpertCache
-from planner.capacity import equal_capacities
-from planner.cost import CostModel
-from planner.director import REALISED, Director
-from planner.hardware import HardwareSpec
-from planner.memory import STAGING, Fit, HostMemory, enough_in_words, in_words
-from planner.model import ModelSpec
-from planner.outcome import CALL
-from planner.popularity import Popularity, informed
+from planner.cost.cost import CostModel
+from planner.decide.cache import ExpertCache
+from planner.decide.capacity import equal_capacities
+from planner.decide.director import REALISED, Director
+from planner.decide.popularity import Popularity, informed
+from planner.describe.hardware import HardwareSpec
+from planner.describe.model import ModelSpec
+from planner.foretell.memory import STAGING, Fit, HostMemory, enough_in_words, in_words
+from planner.foretell.run import CALL
 
 
 class PlacedExperts:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hybrid.families import ExpertsSpec
-from hybrid.lookahead.discovery import LayerView, SharedView, survey
+from hybrid.anatomy.experts import ExpertsSpec
+from hybrid.anatomy.survey import LayerView, SharedView, survey
 
 
 class SharedFirst:
@@ -49,7 +49,7 @@ class SharedFirst:
         Parameters
         ----------
         model, specs
-            As for :func:`hybrid.lookahead.discovery.survey`.
+            As for :func:`hybrid.anatomy.survey.survey`.
         views
             Its result, where it is there already.
         """

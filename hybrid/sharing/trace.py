@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.conversion.partial import sync
 from hybrid.errors import UsageError
+from hybrid.weights.partial import sync
 
 #: Tokens kept unless told otherwise: some 100 MB of a model of 48 layers with 8 active experts.
 LIMIT = 100_000

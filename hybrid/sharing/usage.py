@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid.errors import UsageError, first_line
-from hybrid.metrics import SlowPath
-from hybrid.sharing.choices import F32, Choice, Ids
+from hybrid.ledger.metrics import SlowPath
+from hybrid.sharing.routed import F32, Choice, Ids
 from hybrid.sharing.trace import TraceRecorder
 
 

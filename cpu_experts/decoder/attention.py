@@ -1,0 +1,287 @@
+"""Attention of one token: its key and value join the cache, its queries look at all of it.
+
+Keys lie in strips of 16 positions ``[kv_heads, capacity / 16, head_dim, 16]``, values in
+strips of 16 dimensions ``[kv_heads, head_dim / 16, capacity, 16]``, as half precision floats:
+matrices as :mod:`cpu_experts.formats` lays them out, so that attention is two micro-kernel
+products. Half precision is what is read per token with a long past; queries, weights and sums
+are float32.
+"""
+
+# numba infers the types of compiled functions from their callers.
+# mypy: disable-error-code="no-untyped-def, assignment, attr-defined"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import config, prange
+
+from cpu_experts.decoder.ops import normalize, rotate
+from cpu_experts.formats import TILE
+from cpu_experts.jit.addresses import bytes_at, floats_at
+from cpu_experts.jit.compiled import kernel
+from cpu_experts.kernels import simd
+from cpu_experts.kernels.experts import MIDDLE, ROW_BLOCKS, WIDE, fetch_add, strip_dot
+
+if simd.LEVEL == "portable" or config.DISABLE_JIT:
+    from cpu_experts.kernels.scalar import exp_all, largest_of, to_half
+else:
+    from cpu_experts.kernels.simd_dense import exp_all, largest_of, to_half
+
+#: Positions that one item of attention looks at.
+CHUNK = 512
+#: Arguments of one type: numba compiles a function anew for every number written out in a call.
+_ZERO, _ONE = np.int64(0), np.int64(1)
+
+#: The largest number in half precision.
+LARGEST_HALF = np.float32(65504)
+_wide, _middle, _one = (strip_dot("f16", n) for n in ROW_BLOCKS)
+
+
+@kernel()
+def dot_halves(w, w_at, act, stride, rows, count, inner, out):
+    """Multiply one strip of halves with the first ``count`` rows into ``out`` ``[count, 16]``."""
+    t = np.int64(0)
+    while t < count:
+        o = TILE * t
+        if count - t >= WIDE:
+            _wide(w, w_at, w_at, act, stride, rows, t, inner, out, o)
+            t += WIDE
+        elif count - t >= MIDDLE:
+            _middle(w, w_at, w_at, act, stride, rows, t, inner, out, o)
+            t += MIDDLE
+        else:
+            _one(w, w_at, w_at, act, stride, rows, t, inner, out, o)
+            t += 1
+
+
+@kernel(parallel=True)
+def pack_past(keys, values, packed_keys, packed_values):
+    """Lay ``keys`` and ``values`` ``[H, T, dim]`` float32 out in strips of halves.
+
+    ``packed_keys`` ``[H, capacity / 16, dim, 16]`` and ``packed_values``
+    ``[H, strips, capacity, 16]`` hold the bits of the halves as uint16.
+    """
+    heads, length, dim = keys.shape
+    blocks = -(-length // TILE)
+    from_keys, from_values = keys.reshape(-1), values.reshape(-1)
+    to_keys, to_values = packed_keys.reshape(-1), packed_values.reshape(-1)
+    key_blocks, strips, capacity = (
+        packed_keys.shape[1],
+        packed_values.shape[1],
+        packed_values.shape[2],
+    )
+    for item in prange(heads * blocks):
+        head, block = item // blocks, item % blocks
+        start = block * TILE
+        stop = min(start + TILE, length)
+        base = (head * key_blocks + block) * dim * TILE
+        for p in range(start, stop):
+            source = from_keys[(head * length + p) * dim :]
+            target = to_keys[base + p - start :]
+            for i in range(dim):
+                target[i * TILE] = to_half(source[i])
+        for s in range(strips):
+            for p in range(start, stop):
+                source = from_values[(head * length + p) * dim + s * TILE :]
+                target = to_values[((head * strips + s) * capacity + p) * TILE :]
+                for i in range(min(TILE, dim - s * TILE)):
+                    target[i] = to_half(source[i])
+
+
+@kernel(reassociate=True)
+def prepare(norm, clip, side, head, dim, cos, sin, paired, out):
+    """Norm, clip and turn one head of ``side`` (the queries or keys) into ``out[:dim]``."""
+    source = side[head * dim :]
+    if norm["size"] == dim:
+        normalize(norm, source, out)
+    else:
+        for i in range(dim):
+            out[i] = source[i]
+    if norm["size"] > dim:  # over all heads together
+        squares = np.float32(0)
+        for i in range(side.size):
+            squares += side[i] * side[i]
+        scale = np.float32(1) / np.sqrt(squares / np.float32(side.size) + norm["eps"])
+        weight = floats_at(norm["weight"], side.size)[head * dim :]
+        for i in range(dim):
+            out[i] *= scale * weight[i]
+    if clip < np.inf:
+        for i in range(dim):
+            out[i] = min(max(out[i], -clip), clip)
+    rotate(out, cos, sin, paired)
+
+
+@kernel()
+def _halves(address, count):
+    return bytes_at(address, 2 * count).view(np.uint16)
+
+
+@kernel()
+def append(layer, state, slot, head, keys, values, cos, sin, paired, key):
+    """Write one head's key and value of a token into the cache.
+
+    ``keys`` and ``values`` are the token's projections; ``key`` ``[dim]`` is scratch.
+    """
+    dim, clip = layer["head_dim"], layer["clip"]
+    prepare(layer["k_norm"], clip, keys, head, dim, cos, sin, paired, key)
+    keep(state, layer["kv_heads"], head, slot, dim, key, values[head * dim :], clip)
+
+
+@kernel()
+def keep(state, heads, head, slot, dim, key, value, clip):
+    """Write ``key`` and the clipped ``value`` ``[dim]`` of one of ``heads`` into the cache.
+
+    The state notes when one of them is beyond half precision.
+    """
+    largest = np.float32(0)
+    for i in range(dim):
+        largest = max(largest, abs(key[i]), min(abs(value[i]), clip))
+    if largest > LARGEST_HALF:
+        state["beyond"] = np.int64(1)
+    capacity, strips = state["capacity"], -(-dim // TILE)
+    to_keys = _halves(state["keys"], heads * capacity * dim)
+    to_values = _halves(state["values"], heads * strips * capacity * TILE)
+    strip = to_keys[((head * (capacity // TILE) + slot // TILE) * dim) * TILE + slot % TILE :]
+    for i in range(dim):
+        strip[i * TILE] = to_half(key[i])
+    for s in range(strips):
+        strip = to_values[((head * strips + s) * capacity + slot) * TILE :]
+        part = value[s * TILE :]
+        for i in range(min(TILE, dim - s * TILE)):
+            strip[i] = to_half(min(max(part[i], -clip), clip))
+
+
+@kernel()
+def _weigh(scores, at, first, last, count):
+    """Turn scores into ``exp(score - largest)``, zero outside ``first : last``.
+
+    Returns the largest score and the sum of the weights.
+    """
+    scores[at : at + first] = -np.inf
+    scores[at + last : at + count] = -np.inf
+    largest = largest_of(scores, at, count)
+    total = exp_all(scores, at, count, largest)
+    scores[at : at + first] = 0
+    scores[at + last : at + count] = 0
+    return largest, total
+
+
+@kernel()
+def _attend(layer, state, head, chunk, queries, scores, rows, buf, parts, part_at, stats):
+    """One chunk of positions for the query heads of one key-value head.
+
+    Writes their weighted sums of values to ``parts[part_at + t]`` and largest score and sum of
+    weights to ``stats``, unnormalised.
+    """
+    dim, capacity = layer["head_dim"], state["capacity"]
+    many = layer["heads"] // layer["kv_heads"]
+    stop = min(state["length"] + 1, (chunk + 1) * CHUNK)
+    start = chunk * CHUNK
+    if layer["window"]:
+        start = max(start, state["length"] + 1 - layer["window"])
+    base = start // TILE * TILE
+    strips = -(-dim // TILE)
+    keys = bytes_at(state["keys"], 2 * layer["kv_heads"] * capacity * dim)
+    values = bytes_at(state["values"], 2 * layer["kv_heads"] * strips * capacity * TILE)
+    act = queries.view(np.uint8)
+    for p in range(base, stop, TILE):
+        at = 2 * (head * capacity + p) * dim
+        dot_halves(keys, at, act, 4 * dim, rows, many, dim, buf)
+        for t in range(many):
+            of_query, found = scores[t * CHUNK + p - base :], buf[t * TILE :]
+            for i in range(TILE):
+                of_query[i] = found[i]
+    count = -(-(stop - base) // TILE) * TILE
+    for t in range(many):
+        largest, total = _weigh(scores, t * CHUNK, start - base, stop - base, count)
+        stats[part_at + t, 0] = largest
+        stats[part_at + t, 1] = total
+    act = scores.view(np.uint8)
+    for s in range(strips):
+        at = 2 * ((head * strips + s) * capacity + base) * TILE
+        dot_halves(values, at, act, np.int64(4 * CHUNK), rows, many, stop - base, buf)
+        for t in range(many):
+            part, found = parts[part_at + t, s * TILE :], buf[t * TILE :]
+            for i in range(min(TILE, dim - s * TILE)):
+                part[i] = found[i]
+
+
+@kernel()
+def _merge(layer, head, chunks, parts, stats, attended):
+    """Add up the chunks of the query heads of one key-value head."""
+    dim = layer["head_dim"]
+    many = layer["heads"] // layer["kv_heads"]
+    for t in range(many):
+        query_head = head * many + t
+        first = head * chunks * many + t
+        largest = np.float32(-np.inf)
+        for c in range(chunks):
+            largest = max(largest, stats[first + c * many, 0])
+        total = np.float32(0)
+        if layer["sinks"]:
+            sink = floats_at(layer["sinks"], layer["heads"])[query_head]
+            largest = max(largest, sink)
+            total = np.exp(sink - largest)
+        out = attended[query_head * dim :]
+        for i in range(dim):
+            out[i] = 0
+        for c in range(chunks):
+            at = first + c * many
+            part, weight = parts[at], np.exp(stats[at, 0] - largest)
+            total += weight * stats[at, 1]
+            for i in range(dim):
+                out[i] += weight * part[i]
+        for i in range(dim):
+            out[i] /= total
+
+
+@kernel()
+def attention_items(
+    counter, at, layer, state, qkv, cos, sin, paired, queries, wide, scores, key, rows, buf,
+    parts, stats, attended,
+):  # fmt: skip
+    """Take (key-value head, chunk) items; whoever ends a head's last chunk merges the head.
+
+    Returns how many heads there are to wait for. ``counter[at + 2 + head]`` counts chunks. With a
+    compressed cache, ``wide`` holds the queries, and the cache the token, whose one key all see.
+    """
+    compressed = layer["latent"]["rank"] > 0
+    dim = layer["head_dim"]
+    many = layer["heads"] // layer["kv_heads"]
+    first_chunk = 0
+    if layer["window"]:
+        first_chunk = max(0, state["length"] + 1 - layer["window"]) // CHUNK
+    chunks = state["length"] // CHUNK + 1 - first_chunk
+    in_q = layer["q"]["rows"]
+    in_k = in_q + layer["k"]["rows"]
+    while True:
+        item = fetch_add(counter, at)
+        if item >= layer["kv_heads"] * chunks:
+            break
+        head, chunk = item // chunks, item % chunks
+        mine, stored = queries, head
+        if compressed:
+            mine, stored = wide[head * many * dim :], _ZERO
+        else:
+            if chunk == chunks - 1:
+                append(
+                    layer, state, state["length"], head, qkv[in_q:in_k], qkv[in_k:], cos, sin,
+                    paired, key,
+                )  # fmt: skip
+            for t in range(many):
+                prepare(
+                    layer["q_norm"], layer["clip"], qkv[:in_q], head * many + t, dim, cos, sin,
+                    paired, queries[t * dim :],
+                )  # fmt: skip
+            scaling = layer["scaling"]
+            for i in range(many * dim):
+                queries[i] *= scaling
+        part_at = (head * chunks + chunk) * many
+        _attend(
+            layer, state, stored, first_chunk + chunk, mine, scores, rows, buf, parts, part_at,
+            stats,
+        )  # fmt: skip
+        if fetch_add(counter, at + 2 + head) == chunks - 1:
+            _merge(layer, head, chunks, parts, stats, attended)
+            fetch_add(counter, at + 1)
+    return layer["kv_heads"]

@@ -1,0 +1,307 @@
+"""The validated way in to the one-token kernels: a decoder made of layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_experts.decoder import decode_step, prompt
+from cpu_experts.decoder.attention import CHUNK
+from cpu_experts.decoder.kv import KeyValues
+from cpu_experts.decoder.layers import Layer, Matrix, Norm, check_floats, fill_record
+from cpu_experts.decoder.records import HEAD, LAYER
+from cpu_experts.errors import ShapeError
+from cpu_experts.ffn import LOCK, check_matrix
+from cpu_experts.formats import ACT_GROUP, F32, GROUP, TILE, pad
+from cpu_experts.jit.workers import used_threads
+from cpu_experts.kernels import experts as kernels
+
+
+def _padded(*shape: int) -> NDArray[np.float32]:
+    """Zeros whose last dimension is whole cache lines, and one more between threads."""
+    return np.zeros((*shape[:-1], pad(int(shape[-1]), TILE) + TILE), np.float32)
+
+
+class _Rows(NamedTuple):
+    """Buffers of :func:`cpu_experts.decoder.prompt.attend`, in the order of its arguments."""
+
+    threads: int
+    counter: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    key: F32
+    queries: F32
+    scores: F32
+    buf: F32
+    stats: F32
+    sums: F32
+
+    @classmethod
+    def allocate(cls, layers: Sequence[Layer], threads: int) -> _Rows:
+        dim = max(layer.head_dim for layer in layers)
+        rows = max(prompt.ROWS, *(layer.heads // layer.kv_heads for layer in layers))
+        return cls(
+            threads=threads,
+            counter=np.zeros(1, np.int64),
+            rows=np.arange(rows, dtype=np.int32),
+            key=_padded(threads, dim),
+            queries=_padded(threads, rows * dim),
+            scores=_padded(threads, rows * prompt.SPAN),
+            buf=_padded(threads, rows * TILE),
+            stats=np.zeros((threads, rows, TILE), np.float32),
+            sums=_padded(threads, rows, dim),
+        )
+
+
+class Decoder:
+    """A decoder that computes one token at a time.
+
+    Parameters
+    ----------
+    layers
+        In order; all see the same rotary embedding.
+    norm, lm_head, scale
+        ``logits = scale * lm_head(norm(x))``.
+    paired
+        Whether the rotary embedding turns neighbours instead of halves.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        norm: Norm,
+        lm_head: Matrix,
+        scale: float = 1.0,
+        paired: bool = False,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.hidden, self.vocabulary = lm_head.cols, lm_head.rows
+        for layer in layers:
+            sizes = [layer.norm.weight.size, layer.q.cols, layer.o.rows, layer.ffn_norm.weight.size]
+            if any(size != self.hidden for size in sizes):
+                raise ShapeError(f"a layer of {sizes} in a decoder of {self.hidden}")
+        self._norm, self._lm_head, self._paired = norm, lm_head, paired
+        self._head = np.zeros(1, HEAD)
+        fill_record(
+            self._head[0], {"norm": norm.record(), "matrix": lm_head.record(), "scale": scale}
+        )
+        self._table = np.zeros(len(self.layers), LAYER)
+        self._threads = 0
+        self._spent = np.zeros((len(self.layers) + 1, 3), np.int64)
+        self._since = (0, 0.0)
+        self._work: decode_step.Work | None = None
+        self._rows: _Rows | None = None
+
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied with."""
+        return float(self._head[0]["scale"])
+
+    def new_cache(self) -> KeyValues:
+        """Return an empty cache; :meth:`~.kv.KeyValues.store` every layer first."""
+        return KeyValues([layer.window for layer in self.layers])
+
+    def step(self, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32) -> None:
+        """Compute one token's logits and add the token to the cache.
+
+        Parameters
+        ----------
+        x
+            The embedded token, ``[D]`` float32.
+        cos, sin
+            Rotary embedding of its position, ``[rotary / 2]`` float32.
+        cache
+            Keys and values of the tokens before it.
+        logits
+            ``[V]`` float32, written.
+
+        Raises
+        ------
+        ShapeError
+            When an array has another shape or type.
+        """
+        check_floats("logits", logits, self.vocabulary)
+        self._run(slice(None), self._head, x, cos, sin, cache, logits)
+        cache.advance()
+
+    def begin_run(self) -> None:
+        """Count anew what steps take."""
+        self._spent[:] = 0
+        self._since = decode_step.clock(), time.perf_counter()
+
+    def spent_s(self) -> NDArray[np.float64] | None:
+        """Return the seconds that steps took since :meth:`begin_run`, by layer and part.
+
+        Returns
+        -------
+        ``[layers + 1, 3]``: attention and router, routed experts, shared experts or a dense layer;
+        of the last row only the first counts, the output head. As the first thread saw it, which
+        waits for the others; without what is done before and after. None where the processor has
+        no clock that the kernels can read.
+        """
+        clock, begun_s = self._since
+        passed = decode_step.clock() - clock
+        if passed <= 0:
+            return None
+        found: NDArray[np.float64] = self._spent * ((time.perf_counter() - begun_s) / passed)
+        return found
+
+    def layer_step(self, index: int, x: F32, cos: F32, sin: F32, cache: KeyValues) -> F32:
+        """Return what a single layer makes of the hidden state ``x``; the cache stays.
+
+        The token's key and value are written behind the layer's last position and not counted.
+        """
+        return self._run(slice(index, index + 1), self._head[:0], x, cos, sin, cache, x)
+
+    def head_step(self, x: F32, logits: F32) -> None:
+        """Write the logits of the last layer's hidden state ``x``."""
+        check_floats("logits", logits, self.vocabulary)
+        nothing = np.zeros(0, np.float32)
+        self._run(slice(0), self._head, x, nothing, nothing, self.new_cache(), logits)
+
+    def attend(
+        self, index: int, q: F32, k: F32, v: F32, cos: F32, sin: F32, cache: KeyValues
+    ) -> F32:
+        """Attention of the next tokens in one layer, between its projections.
+
+        Parameters
+        ----------
+        q, k, v
+            What the layer's projections make of ``T`` tokens, ``[T, rows]`` float32.
+        cos, sin
+            Rotary embedding of their positions, ``[T, rotary / 2]`` float32.
+        cache
+            Keys and values of the tokens before them; theirs are added.
+
+        Returns
+        -------
+        float32 ``[T, heads * head_dim]``, the input of the layer's output projection.
+
+        Raises
+        ------
+        ShapeError
+            When an array has another shape or type.
+        """
+        layer, tokens = self.layers[index], q.shape[0]
+        if layer.latent is not None:
+            raise ShapeError("attention of many tokens takes no compressed cache")
+        sides = (("q", q), ("k", k), ("v", v))
+        for (name, side), matrix in zip(sides, layer.projections, strict=True):
+            check_matrix(name, side, (tokens, matrix.rows))
+        check_matrix("sin", sin, (tokens, None))
+        check_matrix("cos", cos, sin.shape)
+        cache.reserve(index, tokens)
+        out = np.empty((tokens, layer.o.cols), np.float32)
+        many, one = layer.heads // layer.kv_heads, slice(index, index + 1)
+        with LOCK:
+            threads = used_threads()
+            self._fill(threads)
+            step = max(1, prompt.ROWS // many)
+            if self._rows is None or self._rows.threads != threads:
+                self._rows = _Rows.allocate(self.layers, threads)
+            prompt.attend(
+                self._table[one], cache.states[one], q, k, v, cos, sin, self._paired, step,
+                *self._rows[1:], out, threads,
+            )  # fmt: skip
+        cache.advance_layer(index, tokens)
+        return out
+
+    def _run(
+        self, layers: slice, head: Any, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32
+    ) -> F32:
+        check_floats("x", x, self.hidden)
+        check_floats("sin", sin, cos.size)
+        check_floats("cos", cos, min(cos.size, self.layers[0].head_dim // 2))
+        table = self._table[layers]
+        if table.size:
+            cache.make_room()
+        with LOCK:
+            threads = used_threads()
+            work = self._buffers(threads, cache.capacity)
+            states = cache.states[layers]
+            work.x[:] = x
+            decode_step.decode(table, states, head, cos, sin, self._paired, work, logits, threads)
+            result: F32 = work.x.copy()
+            return result
+
+    def _fill(self, threads: int) -> None:
+        """Describe the layers for this number of threads."""
+        if threads != self._threads:
+            for record, layer in zip(self._table, self.layers, strict=True):
+                layer.fill(record, threads)
+            self._work, self._threads = None, threads
+
+    def _buffers(self, threads: int, capacity: int) -> decode_step.Work:
+        self._fill(threads)
+        chunks = capacity // CHUNK + 1
+        heads = max(layer.heads for layer in self.layers)
+        if self._work is None or self._work.parts.shape[0] < heads * chunks:
+            self._work = self._allocate(threads, heads * chunks)
+        return self._work
+
+    def _allocate(self, threads: int, parts: int) -> decode_step.Work:
+        layers = self.layers
+        many = max(layer.heads // layer.kv_heads for layer in layers)
+        dim = max(layer.head_dim for layer in layers)
+        latents = [layer for layer in layers if layer.latent is not None]
+        inner = [m.cols for layer in latents if layer.latent for m in layer.latent.matrices]
+        wide = pad(max(self.hidden, *(layer.o.cols for layer in layers), *inner), GROUP)
+        whole = max((layer.heads * layer.head_dim for layer in layers), default=0)
+        queries = [m.rows for layer in latents if layer.latent for m in layer.latent.matrices[:-2]]
+        routed = [layer for layer in layers if layer.router is not None]
+        experts = max((layer.router.experts for layer in routed if layer.router), default=0)
+        chosen = max((layer.router.top_k for layer in routed if layer.router), default=1)
+        groups = max((layer.router.groups for layer in routed if layer.router), default=1)
+        h = [layer.experts.h_stride for layer in routed if layer.experts]
+        shared = [layer.shared.h_stride for layer in layers if layer.shared]
+        counters = int(decode_step.ATTEND) + 2 + max(layer.kv_heads for layer in layers)
+        count = max(many, chosen, 16) + 1
+        x, floats = np.zeros(self.hidden, np.float32), _padded
+        return decode_step.Work(
+            x=x,
+            x_row=x.reshape(1, -1),
+            qkv=floats(max(sum(m.rows for m in layer.projections) for layer in layers)),
+            queries=floats(max(queries, default=0)),
+            wide=floats(whole if latents else 0),
+            expanded=floats(max((layer.o.cols for layer in latents), default=0)),
+            attended=floats(max(wide, whole)),
+            parts=floats(parts, dim),
+            stats=np.zeros((parts, 2), np.float32),
+            scores=floats(experts + 1),
+            h=np.zeros(chosen * pad(int(max(h, default=0)), 64), np.uint8),
+            h_shared=np.zeros(pad(int(max(shared, default=0)), 64), np.uint8),
+            counters=np.zeros((len(layers) + 1, pad(counters, 8)), np.int64),
+            spent=self._spent,
+            rows=np.arange(count, dtype=np.int32),
+            zeros=np.zeros(count, np.int32),
+            firsts=np.arange(count, dtype=np.int64),
+            my_normed=floats(threads, wide),
+            my_act=np.zeros((threads, wide // GROUP * ACT_GROUP + 64), np.uint8),
+            my_buf=floats(threads, max(kernels.SCRATCH, many * TILE)),
+            my_queries=floats(threads, many * dim),
+            my_scores=floats(threads, many * CHUNK),
+            my_key=floats(threads, dim),
+            my_ids=np.zeros((threads, pad(chosen, 8) + 8), np.int64),
+            my_weights=floats(threads, max(chosen, groups)),
+            my_choice=floats(threads, 2 * max(experts, 1)),
+        )
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a step reads; the cache's come on top."""
+        total = self._lm_head.nbytes
+        for layer in self.layers:
+            total += sum(matrix.nbytes for matrix in (*layer.projections, layer.o))
+            if layer.latent is not None:
+                total += sum(matrix.nbytes for matrix in layer.latent.matrices)
+                kv_b = layer.latent.kv_b  # its rows for keys are absorbed
+                total -= kv_b.nbytes * layer.latent.nope // (layer.latent.nope + layer.latent.value)
+            if layer.router is not None and layer.experts is not None:
+                total += layer.router.matrix.nbytes
+                total += layer.router.top_k * layer.experts.shape.block_bytes
+            if layer.shared is not None:
+                total += layer.shared.shape.block_bytes
+        return total

@@ -1,0 +1,156 @@
+"""Keys and values of one sequence, laid out for the one-token kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_experts.decoder.attention import pack_past
+from cpu_experts.decoder.records import STATE
+from cpu_experts.errors import ShapeError
+from cpu_experts.ffn import LOCK, check_matrix
+from cpu_experts.formats import F32, TILE, pad
+
+#: Positions by which buffers grow at least.
+_STEP = 256
+
+
+@dataclass
+class _Layer:
+    """``keys [H, capacity / 16, dim, 16]``, ``values [H, strips, capacity, 16]``, as bits."""
+
+    keys: NDArray[np.uint16]
+    values: NDArray[np.uint16]
+    dim: int
+
+
+class KeyValues:
+    """Keys and values of all layers in half precision, growing as tokens come.
+
+    Parameters
+    ----------
+    windows
+        For every layer how many positions its attention sees, the token itself included; 0
+        for all. What has left the window is forgotten when the buffer is full.
+    """
+
+    def __init__(self, windows: list[int]) -> None:
+        self.states = np.zeros(len(windows), STATE)
+        self._windows = windows
+        self._layers: list[_Layer | None] = [None] * len(windows)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Point to the buffers of a copy, which lie elsewhere than those it was copied from."""
+        self.__dict__.update(state)
+        for layer, buffers in enumerate(self._layers):
+            if buffers is not None:
+                self._point(layer, buffers)
+
+    def length(self, layer: int) -> int:
+        """How many positions the layer holds."""
+        return int(self.states[layer]["length"])
+
+    @property
+    def capacity(self) -> int:
+        """The most positions that any layer has room for."""
+        return int(self.states["capacity"].max())
+
+    def store(self, layer: int, keys: F32, values: F32) -> None:
+        """Replace what a layer holds by ``keys`` and ``values``, ``[H, T, dim]`` float32."""
+        if keys.shape != values.shape or keys.ndim != 3:
+            raise ShapeError(f"keys are {list(keys.shape)}, values {list(values.shape)}")
+        heads, length, dim = keys.shape
+        check_matrix("keys", keys, keys.shape)
+        check_matrix("values", values, keys.shape)
+        self._allocate(layer, heads, dim, length + 1)
+        buffers = self._buffers(layer)
+        with LOCK:
+            pack_past(keys, values, buffers.keys, buffers.values)
+        self.states[layer]["length"] = length
+
+    def read(self, layer: int) -> tuple[F32, F32]:
+        """Return what a layer holds as new arrays ``[H, T, dim]``."""
+        buffers, length = self._buffers(layer), self.length(layer)
+        heads, strips = buffers.values.shape[:2]
+        whole, width = pad(length, TILE) // TILE, strips * TILE  # reshape infers nothing of nothing
+        keys = _widen(buffers.keys[:, :whole].swapaxes(2, 3))
+        keys = keys.reshape(heads, whole * TILE, buffers.dim)
+        values = _widen(buffers.values[:, :, :length].swapaxes(1, 2)).reshape(heads, length, width)
+        return (
+            np.ascontiguousarray(keys[:, :length]),
+            np.ascontiguousarray(values[:, :, : buffers.dim]),
+        )
+
+    def drop(self, layer: int, count: int) -> None:
+        """Forget the last ``count`` positions of a layer."""
+        self.states[layer]["length"] = max(0, self.length(layer) - count)
+
+    @property
+    def beyond(self) -> bool:
+        """Whether a number that tokens have written since was too large for half precision."""
+        return bool(self.states["beyond"].any())
+
+    @beyond.setter
+    def beyond(self, value: bool) -> None:
+        self.states["beyond"] = value
+
+    def make_room(self) -> None:
+        """Give every layer room for one more position."""
+        for layer in np.flatnonzero(self.states["length"] >= self.states["capacity"]):
+            self.reserve(int(layer), 1)
+
+    def reserve(self, layer: int, count: int) -> None:
+        """Give a layer room for ``count`` more positions."""
+        if self.length(layer) + count > self.states[layer]["capacity"]:
+            self._move(layer, count)
+
+    def _move(self, layer: int, count: int) -> None:
+        """Move a layer into larger buffers, or forget in whole strips what has left the window."""
+        old, length, window = self._buffers(layer), self.length(layer), self._windows[layer]
+        first = max(0, length - window + 1) // TILE if window else 0
+        heads, strips = old.keys.shape[:2]
+        start, stop = first * TILE, strips * TILE
+        self._allocate(layer, heads, old.dim, length - start + count)
+        new = self._buffers(layer)
+        new.keys[:, : strips - first] = old.keys[:, first:]
+        new.values[:, :, : stop - start] = old.values[:, :, start:]
+        self.states[layer]["length"] = length - start
+
+    def advance(self) -> None:
+        """Count the position that a decode step has written."""
+        self.states["length"] += 1
+
+    def advance_layer(self, layer: int, count: int) -> None:
+        """Count ``count`` positions that one layer has written."""
+        self.states[layer]["length"] += count
+
+    def _buffers(self, layer: int) -> _Layer:
+        buffers = self._layers[layer]
+        if buffers is None:
+            raise ShapeError(f"layer {layer} has no keys yet", hint="store some, even of length 0")
+        return buffers
+
+    def _allocate(self, layer: int, heads: int, dim: int, needed: int) -> None:
+        old = self._layers[layer]
+        same = old is not None and (old.keys.shape[0], old.dim) == (heads, dim)
+        if same and self.states[layer]["capacity"] >= needed:
+            return
+        capacity = pad(needed + max(_STEP, needed // 4), _STEP)
+        keys = np.zeros((heads, capacity // TILE, dim, TILE), np.uint16)
+        values = np.zeros((heads, pad(dim, TILE) // TILE, capacity, TILE), np.uint16)
+        self._layers[layer] = new = _Layer(keys, values, dim)
+        self._point(layer, new)
+        self.states[layer]["capacity"] = capacity
+
+    def _point(self, layer: int, buffers: _Layer) -> None:
+        """Tell the kernels where a layer's buffers lie."""
+        state = self.states[layer]
+        state["keys"] = buffers.keys.ctypes.data
+        state["values"] = buffers.values.ctypes.data
+
+
+def _widen(bits: NDArray[np.uint16]) -> F32:
+    return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)

@@ -1,0 +1,423 @@
+"""A decoder layer as values and arrays, validated, and how it becomes a record of the kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cpu_experts.decoder.records import SOFTMAX, SPARSEMIXER
+from cpu_experts.errors import ShapeError
+from cpu_experts.experts import ACTIVATIONS, ExpertShape
+from cpu_experts.formats import (
+    ACT_GROUP,
+    F32,
+    FORMATS,
+    GROUP,
+    TILE,
+    U8,
+    is_quantized,
+    packed_bytes,
+    pad,
+    strip_bytes,
+)
+from cpu_experts.kernels.experts import code_offset
+
+#: Bytes of weights that one item of a product takes, about.
+_ITEM_BYTES = 32768
+
+
+def _address(array: Any) -> int:
+    return 0 if array is None else int(array.ctypes.data)
+
+
+def check_floats(name: str, array: Any, size: int) -> None:
+    """Raise ShapeError unless ``array`` is None or a contiguous float32 vector of ``size``."""
+    if array is None:
+        return
+    if array.dtype != np.float32 or array.shape != (size,) or not array.flags.c_contiguous:
+        raise ShapeError(
+            f"{name} is {array.dtype} {list(array.shape)}; it must be float32 [{size}], contiguous"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A matrix ``[rows, cols]`` packed as ``format``, with an optional bias ``[rows]``."""
+
+    weight: U8
+    rows: int
+    cols: int
+    format: str
+    bias: F32 | None = None
+
+    def __post_init__(self) -> None:
+        size = packed_bytes(self.rows, self.cols, self.format)
+        weight = self.weight
+        if weight.dtype != np.uint8 or weight.shape != (size,) or not weight.flags.c_contiguous:
+            raise ShapeError(
+                f"weight is {weight.dtype} {list(weight.shape)}; {self.format}"
+                f" [{self.rows}, {self.cols}] takes uint8 [{size}], C-contiguous"
+            )
+        check_floats("bias", self.bias, self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product reads."""
+        return self.weight.size
+
+    def record(self) -> dict[str, Any]:
+        """Values of :data:`~cpu_experts.decoder.records.MATRIX`."""
+        strip = strip_bytes(self.cols, self.format)
+        grouped = is_quantized(self.format)
+        return {
+            "at": _address(self.weight),
+            "bias": _address(self.bias),
+            "rows": self.rows,
+            "cols": self.cols,
+            "format": FORMATS.index(self.format),
+            "strip_bytes": strip,
+            "inner": pad(self.cols, GROUP) // GROUP if grouped else self.cols,
+            "strips": max(1, _ITEM_BYTES // strip),
+            "offset": code_offset(self.format),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """``(x - mean) / sqrt(mean of squares + eps) * weight + bias``; mean only if centered."""
+
+    weight: F32
+    eps: float
+    bias: F32 | None = None
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        check_floats("norm weight", self.weight, self.weight.size)
+        check_floats("norm bias", self.bias, self.weight.size)
+
+    def record(self) -> dict[str, Any]:
+        """Values of :data:`~cpu_experts.decoder.records.NORM`."""
+        return {
+            "weight": _address(self.weight),
+            "bias": _address(self.bias),
+            "size": self.weight.size,
+            "centered": self.centered,
+            "eps": self.eps,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """How a token's experts are chosen and weighed.
+
+    Parameters
+    ----------
+    matrix
+        ``[E, D]``; ``[E + 1, D]`` if ``gated_shared``, the last row's sigmoid weighs the shared
+        expert.
+    scoring
+        One of the constants of :mod:`cpu_experts.decoder.records`.
+    correction
+        ``[E]``, added to the scores for the choice and not for the weights.
+    groups, top_groups, of_group
+        Only experts of the ``top_groups`` groups are chosen from whose ``of_group`` best (1 or 2)
+        add up to the most.
+    normalize, floor
+        Divide the weights by their sum, or by ``floor`` if that is larger.
+    scale
+        Multiplies the weights at the end.
+    jitter
+        SparseMixer's tolerance.
+    """
+
+    matrix: Matrix
+    experts: int
+    top_k: int
+    scoring: int = SOFTMAX
+    correction: F32 | None = None
+    groups: int = 1
+    top_groups: int = 1
+    of_group: int = 2
+    normalize: bool = False
+    floor: float = 0.0
+    scale: float = 1.0
+    jitter: float = 0.0
+    gated_shared: bool = False
+
+    def __post_init__(self) -> None:
+        check_floats("correction", self.correction, self.experts)
+        rows = self.experts + self.gated_shared
+        if self.matrix.rows != rows or not 1 <= self.top_k <= self.experts:
+            raise ShapeError(
+                f"a router of {self.experts} experts, {self.top_k} a token, takes {rows} rows,"
+                f" the matrix has {self.matrix.rows}"
+            )
+        if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ShapeError(f"{self.experts} experts in {self.groups} groups, {self.top_groups}")
+        if self.scoring == SPARSEMIXER and self.top_k != 2:
+            raise ShapeError(f"SparseMixer chooses 2 experts, not {self.top_k}")
+
+    def record(self) -> dict[str, Any]:
+        """Values of :data:`~cpu_experts.decoder.records.ROUTER`."""
+        return {
+            "matrix": self.matrix.record(),
+            "correction": _address(self.correction),
+            "scoring": self.scoring,
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "groups": self.groups,
+            "top_groups": self.top_groups,
+            "of_group": self.of_group,
+            "normalize": self.normalize,
+            "gated_shared": self.gated_shared,
+            "floor": self.floor,
+            "scale": self.scale,
+            "jitter": self.jitter,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Experts as blocks ``[E, stride]`` uint8 of one shape; a dense MLP is a single one."""
+
+    blocks: U8
+    shape: ExpertShape
+
+    def __post_init__(self) -> None:
+        blocks, size = self.blocks, self.shape.block_bytes
+        good = blocks.ndim == 2 and blocks.dtype == np.uint8 and blocks.flags.c_contiguous
+        if not good or blocks.shape[1] < size or blocks.shape[1] % 4:
+            raise ShapeError(
+                f"blocks are {blocks.dtype} {list(blocks.shape)}; they must be C-contiguous uint8"
+                f" [experts, at least {size}], rows of a multiple of 4"
+            )
+
+    @property
+    def h_stride(self) -> int:
+        """Bytes of the intermediate activations of one expert."""
+        if is_quantized(self.shape.format):
+            return self.shape.padded_intermediate // GROUP * ACT_GROUP
+        return 4 * self.shape.intermediate
+
+    def record(self, threads: int) -> dict[str, Any]:
+        """Values of :data:`~cpu_experts.decoder.records.EXPERTS`."""
+        shape, grouped = self.shape, is_quantized(self.shape.format)
+        strips = pad(shape.hidden, TILE) // TILE
+        return {
+            "at": _address(self.blocks),
+            "count": self.blocks.shape[0],
+            "stride": self.blocks.shape[1],
+            "format": FORMATS.index(shape.format),
+            "up_strip": shape.up_strip_bytes,
+            "up_inner": pad(shape.hidden, GROUP) // GROUP if grouped else shape.hidden,
+            "section": shape.down_offset,
+            "down_strip": shape.down_strip_bytes,
+            "down_inner": shape.padded_intermediate // GROUP if grouped else shape.intermediate,
+            "kind": ACTIVATIONS.index(shape.activation),
+            "gated": shape.gated,
+            "up_bias": shape.bias_offset if shape.bias else -1,
+            "down_bias": shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
+            "intermediate": shape.intermediate,
+            "h_stride": self.h_stride,
+            "strips": max(1, min(8, strips // (8 * threads))),
+            "alpha": shape.alpha,
+            "limit": shape.limit,
+            "up_offset": shape.up_offset,
+            "offset": code_offset(shape.format),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """A compressed cache; see :mod:`cpu_experts.decoder.mla`.
+
+    Parameters
+    ----------
+    rank, rope
+        Numbers that a position keeps: the latent, and the key that is turned.
+    nope, value
+        A head's numbers of a key without and of a value; its query has ``nope + rope``.
+    q_norm, q_b
+        From what ``q`` of the layer makes to the queries; None where that already is them.
+    kv_norm
+        Of the latent.
+    absorb
+        ``[heads * rank, nope]``: every head's part of ``kv_b`` for keys, transposed.
+    kv_b
+        ``[heads * (nope + value), rank]``; only its rows for values are read.
+    apart
+        Whether turned neighbours are put half a head apart.
+    """
+
+    rank: int
+    rope: int
+    nope: int
+    value: int
+    kv_norm: Norm
+    absorb: Matrix
+    kv_b: Matrix
+    q_norm: Norm | None = None
+    q_b: Matrix | None = None
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        if any(size % TILE for size in (self.rank, self.nope, self.value)) or self.rope % 2:
+            raise ShapeError(
+                f"a latent of {self.rank}, keys of {self.nope} + {self.rope} and values of"
+                f" {self.value}; all but the turned part take multiples of {TILE}"
+            )
+        if (self.q_norm is None) != (self.q_b is None) or self.kv_b.bias is not None:
+            raise ShapeError("compressed queries take a norm and a matrix, kv_b takes no bias")
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What a token is multiplied with besides the layer's own."""
+        return (self.absorb, self.kv_b) if self.q_b is None else (self.q_b, self.absorb, self.kv_b)
+
+    def check(self, layer: Layer) -> None:
+        """Raise ShapeError unless the matrices fit the layer's heads."""
+        heads, queries = layer.heads, layer.q if self.q_b is None else self.q_b
+        found = [queries.rows, layer.k.rows, self.absorb.rows, self.kv_b.rows, layer.o.cols]
+        wanted = [heads * (self.nope + self.rope), self.rank + self.rope, heads * self.rank]
+        wanted += [heads * (self.nope + self.value), heads * self.value]
+        cols = [self.absorb.cols, self.kv_b.cols, self.kv_norm.weight.size]
+        if self.q_b is not None and self.q_norm is not None:
+            cols += [self.q_b.cols, self.q_norm.weight.size]
+        if found != wanted or cols != [
+            self.nope,
+            *2 * [self.rank],
+            *(len(cols) - 3) * [layer.q.rows],
+        ]:
+            raise ShapeError(f"compressed attention has {found} rows, the heads take {wanted}")
+        if layer.head_dim != self.rank + self.rope or layer.v is not None:
+            raise ShapeError("a compressed cache holds latent and key, and no values")
+        if any((layer.q_norm, layer.k_norm, layer.window, layer.sinks is not None)):
+            raise ShapeError("compressed attention takes no norms of heads, windows or sinks")
+
+    def record(self) -> dict[str, Any]:
+        """Values of :data:`~cpu_experts.decoder.records.LATENT`."""
+        values: dict[str, Any] = {
+            name: getattr(self, name) for name in ("rank", "rope", "nope", "value", "apart")
+        }
+        for name in ("q_norm", "q_b", "kv_norm", "absorb", "kv_b"):
+            part = getattr(self, name)
+            if part is not None:
+                values[name] = part.record()
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One decoder layer: ``x += residual * attention(norm(x))``, then the same with the FFN.
+
+    Parameters
+    ----------
+    norm, ffn_norm
+        Before attention and before the experts, ``[D]``.
+    q, k, v, o
+        Projections; the first three in one format.
+    heads, kv_heads, head_dim
+        Of attention. With a compressed cache all heads see one key of ``head_dim``, and
+        ``kv_heads`` are the groups of heads that threads take.
+    latent
+        How the cache is compressed; then ``k`` makes what is kept, and there is no ``v``.
+    q_norm, k_norm
+        ``[head_dim]`` for every head by itself, or as long as the projection for all together.
+    sinks
+        ``[heads]``, a score that takes part in the softmax and has no value.
+    window
+        Positions that attention sees, the token itself included; 0 for all.
+    scaling
+        Multiplies the scores.
+    clip
+        Bounds queries, keys and values after their norm.
+    router, experts
+        Both or neither.
+    shared
+        An expert for every token, or the MLP of a layer without experts.
+    """
+
+    norm: Norm
+    q: Matrix
+    k: Matrix
+    o: Matrix
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    ffn_norm: Norm
+    v: Matrix | None = None
+    latent: Latent | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    sinks: F32 | None = None
+    window: int = 0
+    clip: float = math.inf
+    residual: float = 1.0
+    router: Router | None = None
+    experts: Experts | None = None
+    shared: Experts | None = None
+
+    def __post_init__(self) -> None:
+        wanted = [self.heads * self.head_dim, *2 * [self.kv_heads * self.head_dim]]
+        found = [matrix.rows for matrix in self.projections]
+        if self.latent is not None:
+            self.latent.check(self)
+        elif found != wanted or self.o.cols != wanted[0]:
+            raise ShapeError(f"projections have {found} rows, the heads take {wanted}")
+        if self.heads % self.kv_heads:
+            raise ShapeError(f"{self.heads} heads do not share {self.kv_heads}")
+        if len({matrix.format for matrix in self.projections}) > 1:
+            raise ShapeError("q, k and v must have one format")
+        check_floats("sinks", self.sinks, self.heads)
+        if (self.router is None) != (self.experts is None):
+            raise ShapeError("a layer has a router and experts, or neither")
+        if self.experts is None and self.shared is None:
+            raise ShapeError("a layer needs experts or an MLP")
+        for norm, size in ((self.q_norm, wanted[0]), (self.k_norm, wanted[1])):
+            if norm is not None and norm.weight.size not in (self.head_dim, size):
+                raise ShapeError(f"a norm of {norm.weight.size} for heads of {self.head_dim}")
+            if norm is not None and (norm.centered or norm.bias is not None):
+                raise ShapeError("queries and keys take a norm without mean and bias")
+
+    @property
+    def projections(self) -> tuple[Matrix, ...]:
+        """What the normed hidden state is multiplied with."""
+        return (self.q, self.k) if self.v is None else (self.q, self.k, self.v)
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """Heads of the cache, their size, and how much of it is a compressed cache's key."""
+        if self.latent is None:
+            return self.kv_heads, self.head_dim, 0
+        return 1, self.head_dim, self.latent.rope
+
+    def fill(self, record: Any, threads: int) -> None:
+        """Write the layer into a record of :data:`~cpu_experts.decoder.records.LAYER`."""
+        for name in ("norm", "q", "k", "v", "o", "q_norm", "k_norm", "ffn_norm"):
+            part = getattr(self, name)
+            if part is not None:
+                fill_record(record[name], part.record())
+        for name in ("router", "latent"):
+            part = getattr(self, name)
+            if part is not None:
+                fill_record(record[name], part.record())
+        for name in ("experts", "shared"):
+            part = getattr(self, name)
+            if part is not None:
+                fill_record(record[name], part.record(threads))
+        for name in ("heads", "kv_heads", "head_dim", "window", "scaling", "clip", "residual"):
+            record[name] = getattr(self, name)
+        record["sinks"] = _address(self.sinks)
+
+
+def fill_record(record: Any, values: dict[str, Any]) -> None:
+    """Write values into a record of :mod:`cpu_experts.decoder.records`, nested ones included."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            fill_record(record[name], value)
+        else:
+            record[name] = value

@@ -1,0 +1,154 @@
+"""Attention of many tokens at once, over the cache that single tokens use.
+
+First all keys and values join the cache, then items of a key-value head and a few tokens are
+taken off a counter, the longest first. An item walks over its positions chunk by chunk and
+keeps, for every row (a query head of a token), the largest score so far, the sum of weights and
+the weighted sum of values, rescaled whenever a larger score turns up (2205.14135).
+"""
+
+# numba infers the types of compiled functions from their callers.
+# mypy: disable-error-code="no-untyped-def, assignment, attr-defined"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import config, prange
+
+from cpu_experts.decoder.attention import append, dot_halves, prepare
+from cpu_experts.formats import TILE
+from cpu_experts.jit.addresses import bytes_at, floats_at
+from cpu_experts.jit.compiled import kernel
+from cpu_experts.kernels import simd
+from cpu_experts.kernels.experts import add_strip, copy_strip, fetch_add
+
+if simd.LEVEL == "portable" or config.DISABLE_JIT:
+    from cpu_experts.kernels.scalar import exp_all, largest_of
+else:
+    from cpu_experts.kernels.simd_dense import exp_all, largest_of
+
+#: Positions that a row's scores are computed for at a time.
+SPAN = 256
+#: Rows that an item has, about.
+ROWS = 64
+
+
+@kernel()
+def _soften(scores, at, first, last, count, row, dim, stats, sums):
+    """Turn a row's scores in ``first : last`` into weights relative to the largest so far."""
+    first, last = min(first, count), max(last, 0)
+    scores[at : at + first] = -np.inf
+    scores[at + last : at + count] = -np.inf
+    largest = max(stats[row, 0], largest_of(scores, at, count))
+    if largest == -np.inf:  # nothing to see yet
+        scores[at : at + count] = 0
+        return
+    total = exp_all(scores, at, count, largest)
+    scores[at : at + first] = 0
+    scores[at + last : at + count] = 0
+    fade = np.exp(stats[row, 0] - largest)
+    stats[row, 0] = largest
+    stats[row, 1] = stats[row, 1] * fade + total
+    if fade < 1:
+        own = sums[row]
+        for i in range(dim):
+            own[i] *= fade
+
+
+@kernel()
+def _look(layer, state, head, start, queries, rows, count, scores, buf, stats, sums):
+    """Let ``count`` rows, whose first token is at position ``start``, see their positions."""
+    dim, capacity, window = layer["head_dim"], state["capacity"], layer["window"]
+    many = layer["heads"] // layer["kv_heads"]
+    strips = -(-dim // TILE)
+    keys = bytes_at(state["keys"], 2 * layer["kv_heads"] * capacity * dim)
+    values = bytes_at(state["values"], 2 * layer["kv_heads"] * strips * capacity * TILE)
+    act, weights = queries.view(np.uint8), scores.view(np.uint8)
+    end = start + count // many
+    base = max(0, start + 1 - window) // TILE * TILE if window else np.int64(0)
+    while base < end:
+        stop = min(base + SPAN, end)
+        for p in range(base, stop, TILE):
+            at = 2 * (head * capacity + p) * dim
+            dot_halves(keys, at, act, 4 * dim, rows, count, dim, buf)
+            for r in range(count):
+                copy_strip(buf, r * TILE, scores, r * SPAN + p - base)
+        width = -(-(stop - base) // TILE) * TILE
+        for r in range(count):
+            position = start + r // many
+            first = max(position + 1 - window - base, 0) if window else np.int64(0)
+            last = min(position + 1 - base, width)
+            _soften(scores, r * SPAN, first, last, width, r, dim, stats, sums)
+        flat = sums.reshape(-1)
+        for s in range(strips):
+            at = 2 * ((head * strips + s) * capacity + base) * TILE
+            dot_halves(values, at, weights, np.int64(4 * SPAN), rows, count, stop - base, buf)
+            for r in range(count):
+                add_strip(buf, r * TILE, np.float32(1), flat, r * sums.shape[1] + s * TILE)
+        base += SPAN
+
+
+@kernel()
+def _attend_items(
+    counter, layer, state, q, cos, sin, paired, tokens_an_item, queries, rows, scores, buf,
+    stats, sums, out,
+):  # fmt: skip
+    dim, kv_heads = layer["head_dim"], layer["kv_heads"]
+    many = layer["heads"] // kv_heads
+    parts = -(-q.shape[0] // tokens_an_item)
+    scaling = layer["scaling"]
+    while True:
+        item = fetch_add(counter, np.int64(0))
+        if item >= parts * kv_heads:
+            break
+        part, head = parts - 1 - item // kv_heads, item % kv_heads
+        token = part * tokens_an_item
+        count = many * (min(token + tokens_an_item, q.shape[0]) - token)
+        for r in range(count):
+            t, query_head = token + r // many, head * many + r % many
+            row = queries[r * dim : (r + 1) * dim]
+            prepare(
+                layer["q_norm"], layer["clip"], q[t], query_head, dim, cos[t], sin[t], paired, row
+            )
+            for i in range(dim):
+                row[i] *= scaling
+            stats[r, 0], stats[r, 1] = -np.inf, 0
+            if layer["sinks"]:
+                stats[r, 0] = floats_at(layer["sinks"], layer["heads"])[query_head]
+                stats[r, 1] = 1
+            sums[r, :] = 0
+        _look(
+            layer, state, head, state["length"] + token, queries, rows, count, scores, buf, stats,
+            sums,
+        )  # fmt: skip
+        for r in range(count):
+            t, query_head = token + r // many, head * many + r % many
+            target, own, total = out[t, query_head * dim :], sums[r], stats[r, 1]
+            for i in range(dim):
+                target[i] = own[i] / total
+
+
+@kernel(parallel=True)
+def attend(
+    layers, states, q, k, v, cos, sin, paired, tokens_an_item, counter, rows, my_key, my_queries,
+    my_scores, my_buf, my_stats, my_sums, out, threads,
+):  # fmt: skip
+    """Attention of ``T`` tokens of one layer, from projections to what ``o`` multiplies.
+
+    ``q``, ``k``, ``v`` and ``out`` are ``[T, heads * dim]`` (key-value heads for two of them),
+    ``cos`` and ``sin`` ``[T, pairs]``. Keys and values are written behind ``length`` positions,
+    for which there is room; ``layers`` and ``states`` have one entry.
+    """
+    counter[:] = 0
+    tokens, kv_heads = k.shape[0], layers[0]["kv_heads"]
+    for w in prange(threads):
+        for t in range(w * tokens // threads, (w + 1) * tokens // threads):
+            for head in range(kv_heads):
+                append(
+                    layers[0], states[0], states[0]["length"] + t, head, k[t], v[t], cos[t],
+                    sin[t], paired, my_key[w],
+                )  # fmt: skip
+    for w in prange(threads):
+        _attend_items(
+            counter, layers[0], states[0], q, cos, sin, paired, tokens_an_item, my_queries[w],
+            rows, my_scores[w], my_buf[w], my_stats[w], my_sums[w], out,
+        )  # fmt: skip

@@ -1,0 +1,135 @@
+"""The records that describe a decoder to the one-token kernels: numbers and addresses.
+
+Every weight is given by its address (0: there is none); :mod:`cpu_experts.decoder.layers` fills the
+records in and keeps the arrays alive.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: A packed matrix ``[rows, cols]``: ``inner`` steps of a strip, ``strips`` that one item takes.
+MATRIX = np.dtype(
+    [
+        ("at", "i8"),
+        ("bias", "i8"),
+        ("rows", "i8"),
+        ("cols", "i8"),
+        ("format", "i8"),
+        ("strip_bytes", "i8"),
+        ("inner", "i8"),
+        ("strips", "i8"),
+        ("offset", "i4"),
+    ],
+    align=True,
+)
+
+#: ``(x - mean) / sqrt(mean of squares + eps) * weight + bias``; the mean only if ``centered``.
+NORM = np.dtype(
+    [("weight", "i8"), ("bias", "i8"), ("size", "i8"), ("centered", "i8"), ("eps", "f4")],
+    align=True,
+)
+
+#: How a router's numbers become weights.
+SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID, SPARSEMIXER = range(4)
+
+#: ``top_k`` 0: the layer has no router. ``gated_shared``: one more row weighs the shared expert.
+ROUTER = np.dtype(
+    [
+        ("matrix", MATRIX),
+        ("correction", "i8"),
+        ("scoring", "i8"),
+        ("experts", "i8"),
+        ("top_k", "i8"),
+        ("groups", "i8"),
+        ("top_groups", "i8"),
+        ("of_group", "i8"),
+        ("normalize", "i8"),
+        ("gated_shared", "i8"),
+        ("floor", "f4"),
+        ("scale", "f4"),
+        ("jitter", "f4"),
+    ],
+    align=True,
+)
+
+#: Experts in blocks, see :mod:`cpu_experts.experts`; ``count`` 0: there are none.
+EXPERTS = np.dtype(
+    [
+        ("at", "i8"),
+        ("count", "i8"),
+        ("stride", "i8"),
+        ("format", "i8"),
+        ("up_strip", "i8"),
+        ("up_inner", "i8"),
+        ("section", "i8"),
+        ("down_strip", "i8"),
+        ("down_inner", "i8"),
+        ("kind", "i8"),
+        ("gated", "i8"),
+        ("up_bias", "i8"),
+        ("down_bias", "i8"),
+        ("intermediate", "i8"),
+        ("h_stride", "i8"),
+        ("strips", "i8"),
+        ("alpha", "f4"),
+        ("limit", "f4"),
+        ("up_offset", "f4"),
+        ("offset", "i4"),
+    ],
+    align=True,
+)
+
+#: A compressed cache, see :mod:`cpu_experts.decoder.mla`; ``rank`` 0: there is none. Without
+#: ``q_b`` rows, queries are a single product.
+LATENT = np.dtype(
+    [
+        ("rank", "i8"),
+        ("rope", "i8"),
+        ("nope", "i8"),
+        ("value", "i8"),
+        ("apart", "i8"),
+        ("q_norm", NORM),
+        ("q_b", MATRIX),
+        ("kv_norm", NORM),
+        ("absorb", MATRIX),
+        ("kv_b", MATRIX),
+    ],
+    align=True,
+)
+
+#: One decoder layer. ``window`` 0: attention sees everything. ``clip`` bounds q, k and v.
+LAYER = np.dtype(
+    [
+        ("norm", NORM),
+        ("q", MATRIX),
+        ("k", MATRIX),
+        ("v", MATRIX),
+        ("o", MATRIX),
+        ("q_norm", NORM),
+        ("k_norm", NORM),
+        ("sinks", "i8"),
+        ("heads", "i8"),
+        ("kv_heads", "i8"),
+        ("head_dim", "i8"),
+        ("window", "i8"),
+        ("latent", LATENT),
+        ("ffn_norm", NORM),
+        ("router", ROUTER),
+        ("experts", EXPERTS),
+        ("shared", EXPERTS),
+        ("scaling", "f4"),
+        ("clip", "f4"),
+        ("residual", "f4"),
+    ],
+    align=True,
+)
+
+#: What follows the last layer. ``scale`` multiplies the logits.
+HEAD = np.dtype([("norm", NORM), ("matrix", MATRIX), ("scale", "f4")], align=True)
+
+#: One layer's keys and values: ``length`` positions are filled, the next token comes behind.
+STATE = np.dtype(
+    [("keys", "i8"), ("values", "i8"), ("capacity", "i8"), ("length", "i8"), ("beyond", "i8")],
+    align=True,
+)

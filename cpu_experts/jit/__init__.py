@@ -1,0 +1,1 @@
+"""How functions are compiled: decorator, disk cache, linking, threads, vector units."""

@@ -1,0 +1,1 @@
+"""The inner loops over packed weights: vector intrinsics, scalar twins, the experts' products."""

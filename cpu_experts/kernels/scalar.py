@@ -1,0 +1,234 @@
+"""The micro-kernels of :mod:`cpu_experts.kernels.simd` in plain Python that any processor runs.
+
+Compiled by numba on machines without a vector level of ours, and run uncompiled by the tests
+(``NUMBA_DISABLE_JIT=1``). Same arguments, same results up to the order of float additions.
+"""
+
+# numba infers the types of compiled functions from their callers.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import config, njit
+
+from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY
+
+ROW_BLOCKS = (4, 2, 1)
+READ_WORDS = 64
+
+
+@njit(nogil=True)
+def _half(bits: Any) -> Any:
+    """The value of an fp16 given as 16 bits."""
+    size = np.uint32(np.uint32(bits & 0x7FFF) << np.uint32(13))
+    if size >= 0x0F800000:  # infinite or NaN
+        value = np.uint32(size | np.uint32(0x7F800000)).view(np.float32)
+    else:  # the exponents' biases are 112 apart; this widens subnormal numbers too
+        value = np.uint32(size).view(np.float32) * np.float32(2.0**112)
+    return -value if bits >> 15 else value
+
+
+@njit(nogil=True)
+def to_half(x: Any) -> Any:
+    """See :func:`cpu_experts.kernels.simd_dense.to_half`."""
+    bits = np.float32(x).view(np.uint32)
+    sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
+    if size > 0x7F800000:
+        half = np.uint32(0x7E00)
+    elif size >= 0x47800000:
+        half = np.uint32(0x7C00)
+    elif size < 0x38800000:  # a subnormal half counts in what is 0.5's last place
+        shifted = np.uint32(size).view(np.float32) + np.float32(0.5)
+        half = np.float32(shifted).view(np.uint32) - np.uint32(0x3F000000)
+    else:
+        odd = (size >> np.uint32(13)) & np.uint32(1)
+        half = (size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    return np.uint16(sign | half)
+
+
+@njit(nogil=True)
+def _q4_0(w: Any, w_at: Any, act: Any, act_at: Any, groups: Any, out: Any, out_at: Any) -> None:
+    for g in range(groups):
+        x = act[act_at + g * ACT_GROUP : act_at + g * ACT_GROUP + GROUP].view(np.int8)
+        scale = act[act_at + g * ACT_GROUP + GROUP : act_at + (g + 1) * ACT_GROUP].view(np.float32)
+        block = w[w_at + g * 288 : w_at + (g + 1) * 288]
+        scales = block[256:].view(np.uint16)
+        for row in range(TILE):
+            total = np.int32(0)
+            for chunk in range(4):
+                for byte in range(4):
+                    both = block[64 * chunk + 4 * row + byte]
+                    k = 4 * chunk + byte
+                    total += (np.int32(both & 15) - 8) * np.int32(x[k])
+                    total += (np.int32(both >> 4) - 8) * np.int32(x[16 + k])
+            out[out_at + row] += np.float32(total) * (_half(scales[row]) * scale[0])
+
+
+@njit(nogil=True)
+def _q8_0(w: Any, w_at: Any, act: Any, act_at: Any, groups: Any, out: Any, out_at: Any) -> None:
+    for g in range(groups):
+        x = act[act_at + g * ACT_GROUP : act_at + g * ACT_GROUP + GROUP].view(np.int8)
+        scale = act[act_at + g * ACT_GROUP + GROUP : act_at + (g + 1) * ACT_GROUP].view(np.float32)
+        block = w[w_at + g * 544 : w_at + g * 544 + 512].view(np.int8)
+        scales = w[w_at + g * 544 + 512 : w_at + (g + 1) * 544].view(np.uint16)
+        for row in range(TILE):
+            total = np.int32(0)
+            for chunk in range(8):
+                for byte in range(4):
+                    total += np.int32(block[64 * chunk + 4 * row + byte]) * np.int32(
+                        x[4 * chunk + byte]
+                    )
+            out[out_at + row] += np.float32(total) * (_half(scales[row]) * scale[0])
+
+
+@njit(nogil=True)
+def _f16(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: Any) -> None:
+    x = act[act_at : act_at + 4 * cols].view(np.float32)
+    bits = w[w_at : w_at + 2 * TILE * cols].view(np.uint16)
+    for k in range(cols):
+        for row in range(TILE):
+            out[out_at + row] += _half(bits[TILE * k + row]) * x[k]
+
+
+@njit(nogil=True)
+def _bf16(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: Any) -> None:
+    x = act[act_at : act_at + 4 * cols].view(np.float32)
+    bits = w[w_at : w_at + 2 * TILE * cols].view(np.uint16)
+    for k in range(cols):
+        for row in range(TILE):
+            value = np.uint32(np.uint32(bits[TILE * k + row]) << np.uint32(16)).view(np.float32)
+            out[out_at + row] += value * x[k]
+
+
+@njit(nogil=True)
+def _f32(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: Any) -> None:
+    x = act[act_at : act_at + 4 * cols].view(np.float32)
+    values = w[w_at : w_at + 4 * TILE * cols].view(np.float32)
+    for k in range(cols):
+        for row in range(TILE):
+            out[out_at + row] += values[TILE * k + row] * x[k]
+
+
+_ONE_ROW: dict[str, Callable[..., None]] = {
+    "q4_0": _q4_0,
+    "q8_0": _q8_0,
+    "f16": _f16,
+    "bf16": _bf16,
+    "f32": _f32,
+}
+
+
+def strip_dot(fmt: str, n: int) -> Any:
+    """See :func:`cpu_experts.kernels.simd.strip_dot`."""
+    one = _ONE_ROW[fmt]
+
+    @njit(nogil=True)
+    def dot(w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
+        for t in range(n):
+            at = out_at + TILE * t
+            out[at : at + TILE] = 0
+            one(w, w_at, act, rows[rows_at + t] * stride, inner, out, at)
+
+    return dot
+
+
+@njit(nogil=True)
+def silu_strip(gate: Any, at: Any, alpha: Any, out: Any, out_at: Any) -> None:
+    """See :func:`cpu_experts.kernels.simd.silu_strip`."""
+    for i in range(TILE):
+        g = gate[at + i]
+        out[out_at + i] = g / (np.float32(1) + np.exp(-alpha * g))
+
+
+@njit(nogil=True)
+def add_strip(x: Any, at: Any, scale: Any, out: Any, out_at: Any) -> None:
+    """See :func:`cpu_experts.kernels.simd_dense.add_strip`."""
+    for i in range(TILE):
+        out[out_at + i] += scale * x[at + i]
+
+
+@njit(nogil=True)
+def multiply_strip(x: Any, at: Any, y: Any, y_at: Any, offset: Any) -> None:
+    """See :func:`cpu_experts.kernels.simd_dense.multiply_strip`."""
+    for i in range(TILE):
+        x[at + i] *= y[y_at + i] + offset
+
+
+@njit(nogil=True)
+def copy_strip(x: Any, at: Any, out: Any, out_at: Any) -> None:
+    """See :func:`cpu_experts.kernels.simd_dense.copy_strip`."""
+    for i in range(TILE):
+        out[out_at + i] = x[at + i]
+
+
+@njit(nogil=True)
+def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
+    """See :func:`cpu_experts.kernels.simd.quantize_group`; these kernels need no start value."""
+    top = np.float32(0)
+    for i in range(GROUP):
+        size = abs(x[at + i])
+        if not size <= top:  # true for NaN too
+            top = size
+            if size != size:
+                break
+    codes = act[act_at : act_at + GROUP].view(np.int8)
+    tail = act[act_at + GROUP : act_at + ACT_GROUP].view(np.float32)
+    tail[0], tail[1] = top / np.float32(127), 0
+    finite = top > TINY and top < np.inf
+    inverse = np.float32(127) / top if finite else np.float32(0)
+    for i in range(GROUP):
+        codes[i] = np.int8(np.rint(x[at + i] * inverse)) if finite else np.int8(0)
+
+
+@njit(nogil=True)
+def largest_of(x: Any, at: Any, count: Any) -> Any:
+    """See :func:`cpu_experts.kernels.simd_dense.largest_of`."""
+    most = x[at]
+    for i in range(at, at + count):
+        most = max(most, x[i])
+    return most
+
+
+@njit(nogil=True)
+def exp_all(x: Any, at: Any, count: Any, shift: Any) -> Any:
+    """See :func:`cpu_experts.kernels.simd_dense.exp_all`."""
+    total = np.float32(0)
+    for i in range(at, at + count):
+        x[i] = np.exp(x[i] - shift)
+        total += x[i]
+    return total
+
+
+@njit(nogil=True)
+def sum_words(words: Any, at: Any, count: Any) -> Any:
+    """See :func:`cpu_experts.kernels.simd_dense.sum_words`."""
+    total = np.uint64(0)
+    for word in words[at : at + count]:
+        total += word
+    return total
+
+
+if config.DISABLE_JIT:
+
+    def fetch_add(counter: Any, at: Any) -> Any:
+        """See :func:`cpu_experts.jit.atomics.fetch_add`."""
+        counter[at] += 1
+        return counter[at] - 1
+
+    def wait_for(counter: Any, at: Any, value: Any) -> None:
+        """See :func:`cpu_experts.jit.atomics.wait_for`; one thread has nobody to wait for."""
+        assert counter[at] >= value
+
+    def ticks() -> Any:
+        """See :func:`cpu_experts.jit.atomics.ticks`."""
+        return time.perf_counter_ns()
+
+else:
+    from cpu_experts.jit.atomics import fetch_add as fetch_add
+    from cpu_experts.jit.atomics import ticks as ticks
+    from cpu_experts.jit.atomics import wait_for as wait_for

@@ -1,0 +1,1 @@
+"""The CUDA device: slots in VRAM, copy streams, events, kernels."""

@@ -1,0 +1,1 @@
+"""What a transformers model consists of: experts, norms, routers, read or tried out."""

@@ -1,1 +1,0 @@
-"""What users give, in whatever words: names, sizes, counts and formats, understood or refused."""

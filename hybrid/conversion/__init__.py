@@ -1,1 +1,0 @@
-"""From a Hugging Face checkpoint to a directory with an expert store."""

@@ -1,0 +1,1 @@
+"""Predicted beside measured times, and what a run tells of itself."""

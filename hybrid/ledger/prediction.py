@@ -1,0 +1,372 @@
+"""What a run on the CPU alone should take, term by term, and how far measurements are from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrid.ask.asked_model import subject
+from hybrid.ask.formats import DEFAULT_EXPERTS
+from hybrid.errors import UsageError
+from hybrid.fast.decode import FastDecoder
+from hybrid.ledger.metrics import WHOLE, GenerationTimes, Term
+from hybrid.ledger.timeline import DECODE, PREFILL
+from hybrid.machine import calibrations, host
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.coverage import UNMEASURED, Coverage
+from hybrid.packed.experts import experts_of
+from planner.cost.cost import CostModel
+from planner.describe.estimate import Estimate, Source, weakest
+from planner.describe.hardware import HardwareSpec
+from planner.describe.model import ModelSpec
+from planner.errors import PlannerError
+from planner.foretell.dryrun import OURS, estimates
+from planner.foretell.request import Request
+from planner.foretell.run import CALL, CPU, DENSE, HEAD, MIXER
+
+_MOST_STEPS = 128
+"""Decode steps that are simulated: of longer runs those in the middle."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted durations of a run, term by term.
+
+    Attributes
+    ----------
+    prompt
+        Terms of the time to the first token; they add up to ``ttft``.
+    token
+        Mean terms of a decode step; they add up to ``tpot``. Empty when no step was asked for.
+    coverage
+        Which of them a measurement of this model's shape and formats tells.
+    layers
+        Every decoder layer's share of ``token``, in seconds.
+    """
+
+    prompt: dict[str, Estimate]
+    token: dict[str, Estimate]
+    coverage: Coverage
+    layers: tuple[dict[str, float], ...]
+
+    @property
+    def ttft(self) -> Estimate:
+        """Time to the first token."""
+        return _sum(self.prompt)
+
+    @property
+    def tpot(self) -> Estimate:
+        """Time per token after the first."""
+        return _sum(self.token)
+
+
+def _sum(terms: Mapping[str, Estimate]) -> Estimate:
+    return sum(terms.values(), Estimate(0.0, Source.MEASURED, 0.0))
+
+
+def predict(
+    model: ModelSpec,
+    hardware: HardwareSpec,
+    *,
+    experts: str,
+    dense: str,
+    prompt: int,
+    tokens: int,
+    loads: Sequence[Sequence[int]] | None = None,
+    asides: Sequence[str] = (),
+) -> Prediction:
+    """Predict a run on the CPU alone.
+
+    Parameters
+    ----------
+    model, hardware
+        What runs, and where; a GPU of the machine is left alone.
+    experts, dense
+        Weight formats.
+    prompt, tokens
+        Tokens of the prompt, and new ones.
+    loads
+        Tokens that each expert of each MoE layer got of the prompt, ``[L, E]``, where it is known,
+        or ``[P * L, E]`` of its pieces, one after the other; otherwise they are made up as for
+        ``hybrid plan``.
+    asides
+        ``"sampling"`` where tokens are drawn and not the likeliest ones, ``"text"`` where they are
+        written, too.
+
+    Raises
+    ------
+    SpecError, CostError
+        When lengths or formats cannot be.
+    """
+    machine = replace(hardware, gpu=None, link=None)
+    request = Request(
+        model=model,
+        hardware=machine,
+        experts=experts,
+        dense=dense,
+        context=prompt + tokens,
+        prompt=prompt,
+        tokens=min(max(1, tokens - 1), _MOST_STEPS),
+    )
+    routing = request.routing()
+    if loads is not None:
+        layers, choices = routing.prompt.shape
+        parts = np.zeros((len(loads) // layers, layers, choices), np.int64)
+        parts[:, :, : np.shape(loads)[1]] = np.reshape(loads, (len(parts), layers, -1))
+        routing = replace(
+            routing,
+            prompt=parts.sum(axis=0),
+            parts=parts if len(parts) == len(request.cost.pieces(prompt)) else None,
+            source=Source.MEASURED,
+            origin="as it was routed",
+        )
+    run = OURS.run(request, request.fit(), routing)
+    later = run
+    if tokens - 1 > _MOST_STEPS:  # the steps in the middle stand for all
+        middle = replace(request, prompt=prompt + (tokens - 1 - _MOST_STEPS) // 2)
+        later = OURS.run(middle, middle.fit(), middle.routing())
+    coverage = Coverage.of(machine, model, experts, dense)
+    token = estimates(request.cost, later.decode_terms(), 1) if tokens > 1 else {}
+    found = Prediction(
+        prompt=_doubted(estimates(request.cost, run.prefill.terms, prompt), coverage),
+        token=_doubted(token, coverage),
+        coverage=coverage,
+        layers=_shared_out(token, request.cost, prompt + tokens // 2),
+    )
+    for name in asides:
+        more = request.cost.aside(name)
+        # The first token is there before it is written.
+        for terms in (found.token,) if name == "text" else (found.prompt, found.token):
+            if terms and more.value:
+                terms[CALL] += more
+    return found
+
+
+def _shared_out(
+    token: Mapping[str, Estimate], cost: CostModel, context: int
+) -> tuple[dict[str, float], ...]:
+    """Share a step's terms out among the decoder layers, as each costs alone."""
+    alone = [
+        {
+            MIXER: cost.mixer(layer, 1, context).value,
+            DENSE: cost.ffn(layer, 1).value,
+            CPU: float(layer.moe),
+        }
+        for layer in cost.model.layers
+    ]
+    whole = {name: sum(layer[name] for layer in alone) or 1.0 for name in alone[0]}
+    return tuple(
+        {name: token[name].value * part / whole[name] for name, part in layer.items()}
+        for layer in alone
+        if token
+    )
+
+
+def _doubted(terms: dict[str, Estimate], coverage: Coverage) -> dict[str, Estimate]:
+    """State the larger error of terms that were not measured for this model."""
+
+    def doubted(name: str, term: Estimate) -> Estimate:
+        if not term.value or (coverage.experts if name == CPU else coverage.parts):
+            return term
+        error = max(term.error or 0.0, UNMEASURED * term.value)
+        return Estimate(term.value, weakest(term.source, Source.FITTED), error)
+
+    return {name: doubted(name, term) for name, term in terms.items()}
+
+
+def predicted(
+    network: Any,
+    prompt_tokens: int,
+    new_tokens: int,
+    *,
+    threads: int | None = None,
+    loads: Sequence[Sequence[int]] | None = None,
+    asides: Sequence[str] = (),
+) -> Prediction | None:
+    """Predict a run of a loaded model on this machine; None when no calibration can be used.
+
+    Parameters
+    ----------
+    network
+        A transformers model of this package, on the CPU.
+    prompt_tokens, new_tokens
+        Of the run.
+    threads
+        That it runs on.
+    loads, asides
+        See :func:`predict`.
+
+    Raises
+    ------
+    UsageError, PlannerError
+        When the model's directory is gone, or the run is none that can be predicted.
+    """
+    hardware = calibrations.alone(threads)
+    if hardware is None:
+        return None
+    where = network.hybrid_store.path
+    if not where.is_dir():  # a name that no directory has would be taken for a shipped model's
+        raise UsageError(f"{where} is there no more", hint="load the model from where it lies now")
+    # As calibrations name it: a loaded network's dtype is that of its arithmetic.
+    found = subject(where)
+    return predict(
+        found.model,
+        hardware,
+        experts=found.experts,
+        dense=found.dense,
+        prompt=prompt_tokens,
+        tokens=new_tokens,
+        loads=loads,
+        asides=asides,
+    )
+
+
+def begin_run(network: Any, prompt_tokens: int) -> None:
+    """Forget the last run of a model on the CPU; a prompt of so many tokens comes next."""
+    for experts in experts_of(network):
+        experts.begin_run(prompt_tokens)
+    if network.hybrid_fast.decoder is not None:
+        network.hybrid_fast.decoder.begin_run()
+
+
+def prompt_loads(network: Any) -> list[list[int]]:
+    """Return the tokens that each expert got of the prompt since :func:`begin_run`.
+
+    One row a MoE layer, in order, of one piece of the prompt after the other: as
+    :func:`predict` takes them.
+    """
+    layers = [experts.loads for experts in experts_of(network)]
+    return [loads for piece in zip(*layers, strict=True) for loads in piece]
+
+
+def calibrating(
+    network: Any, name: str, threads: int | None = None, device: str = "", *, force: bool = False
+) -> str:
+    """Return the command that measures this machine with a loaded model, called ``name``.
+
+    ``threads`` and ``device`` are named where they are not what the command takes by itself.
+    """
+    index = network.hybrid_store.index
+    words = ["hybrid calibrate", name]
+    if index.format != DEFAULT_EXPERTS:
+        words += ["--experts", index.format]
+    if index.dense_format is not None:
+        words += ["--dense", index.dense_format]
+    if not device and torch.cuda.is_available():
+        device = "cpu"
+    if device:
+        words += ["--device", device]
+    if threads not in (None, host.default_threads()):
+        words += ["--threads", str(threads)]
+    if force:
+        words.append("--force")
+    return f"'{' '.join(words)}'"
+
+
+@dataclass(frozen=True)
+class CpuTerms:
+    """What a run on the CPU alone consisted of, predicted and as far as it was measured.
+
+    Attributes
+    ----------
+    terms, layers
+        Of whole steps, and of every decoder layer of a step.
+    predictions
+        What was predicted from, and what would make it better; None for a batch, which is not
+        predicted.
+    """
+
+    terms: tuple[Term, ...] = ()
+    layers: tuple[Term, ...] = ()
+    predictions: str | None = None
+
+
+def cpu_terms(network: Any, times: GenerationTimes, threads: int, name: str) -> CpuTerms:
+    """Return what a run on the CPU alone consisted of.
+
+    Of a prompt the experts are measured, of single tokens every part, by the kernels themselves:
+    what they do not see surrounds the layers.
+
+    Parameters
+    ----------
+    network, threads
+        As for :func:`predicted`; :func:`begin_run` was called before the run.
+    times
+        Of the run.
+    name
+        What the user calls the model.
+    """
+    if times.sequences != 1 or times.ttft_s is None:
+        return CpuTerms()
+    try:
+        return _cpu_terms(network, times, times.ttft_s, threads, name)
+    except (PlannerError, UsageError) as error:  # no figure is worth a run
+        remedy = f"; {error.hint}" if error.hint else ""
+        return CpuTerms(predictions=f"none: {error.message}{remedy}")
+
+
+def _cpu_terms(
+    network: Any, times: GenerationTimes, ttft_s: float, threads: int, name: str
+) -> CpuTerms:
+    loads = prompt_loads(network) if times.prompt_tokens > 1 else None
+    found = predicted(
+        network,
+        times.prompt_tokens,
+        times.new_tokens,
+        threads=threads,
+        loads=loads or None,
+        asides=times.asides,
+    )
+    if found is None:
+        here = Identity.of_this_machine(threads)
+        force = calibrations.damage(here) is not None
+        command = calibrating(network, name, threads, force=force)
+        return CpuTerms(predictions=f"none: {calibrations.missing(here)}; {command} measures it")
+    fast, steps = network.hybrid_fast.decoder, times.new_tokens - 1
+    # Where some steps ran in transformers' code, what kernels and experts counted is not the run's.
+    whole = fast is not None and fast.steps >= steps
+    spent_s = sum(layer.spent_s for layer in experts_of(network)) if whole else None
+
+    def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
+        error = estimate.error / estimate.value if estimate.error and estimate.value else None
+        return Term(phase, name, estimate.value, measured_s, error)
+
+    terms = [term(PREFILL, WHOLE, found.ttft, ttft_s)]
+    terms += [
+        term(PREFILL, name, estimate, spent_s if name == CPU else None)
+        for name, estimate in found.prompt.items()
+        if estimate.value
+    ]
+    layers: list[Term] = []
+    if steps:
+        token_s = times.decode_s / steps
+        measured, by_layer = _measured(fast, token_s) if whole else ({}, [])
+        terms.append(term(DECODE, WHOLE, found.tpot, token_s))
+        terms += [
+            term(DECODE, name, estimate, measured.get(name))
+            for name, estimate in found.token.items()
+            if estimate.value or measured.get(name)
+        ]
+        layers = [
+            Term(DECODE, name, share[name], seconds, layer=number)
+            for number, (share, row) in enumerate(zip(found.layers, by_layer, strict=False))
+            for name, seconds in row.items()
+        ]
+    command = calibrating(network, name, threads)
+    return CpuTerms(tuple(terms), tuple(layers), found.coverage.advice(command))
+
+
+def _measured(fast: FastDecoder, token_s: float) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return what the one-token kernels measured, by term, and by layer and term."""
+    spent_s = fast.decoder.spent_s()
+    if spent_s is None:  # no clock that kernels can read: only the whole of them is known
+        return {CALL: token_s - fast.spent_s / fast.steps}, []
+    *rows, head = (spent_s / fast.steps).tolist()
+    layers = [dict(zip((MIXER, CPU, DENSE), row, strict=True)) for row in rows]
+    terms = {name: sum(layer[name] for layer in layers) for name in (MIXER, CPU, DENSE)}
+    terms[HEAD] = head[0]
+    return terms | {CALL: token_s - sum(terms.values())}, layers

@@ -1,1 +1,0 @@
-"""What later layers will choose, before their routers are asked."""

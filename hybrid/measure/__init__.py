@@ -1,0 +1,1 @@
+"""Measures this machine: what experts, devices, layers and whole models take."""

@@ -1,0 +1,247 @@
+"""A loaded model whose parts are timed whenever it generates.
+
+In transformers' code hooks tell the parts apart. Where the fast path fits, a single token's layers
+are one compiled call, which tells by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cpu_experts.decoder.decoder import Decoder
+from hybrid.errors import UsageError
+from hybrid.fast.prompt import PIECE
+from hybrid.measure.terms_of_step import Part, Pass, in_modules, single_tokens, totals
+from hybrid.packed.experts import experts_of
+from planner.describe.model import Layer, ModelSpec
+
+_PAGE = 4096
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
+_PLAIN = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_NEVER = -1e30
+"""The logit of tokens that the head does not have: never chosen."""
+SETTLING = 2
+"""Steps after a prompt that are not counted: the cache changes its layout in the first."""
+DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
+"""How tokens are drawn: with all that most models' settings ask for."""
+
+
+Spans = dict[tuple[str, int], float]
+"""What parts of a pass took, by (part, layer)."""
+
+
+class Passes:
+    """A streamer that cuts a generation into passes; the first is the prompt's.
+
+    Parameters
+    ----------
+    take
+        Returns what the parts of a pass took, and forgets it.
+    write
+        Called for every token.
+    """
+
+    def __init__(self, take: Callable[[], Spans], write: Callable[[], object] = lambda: None):
+        self.found: list[Pass] = []
+        self._take, self._write = take, write
+        self._prompted = False
+        self._last_s = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        """Note that a pass has ended; what comes first is the prompt itself."""
+        if not self._prompted:
+            self._prompted = True
+            self._take()
+            return
+        self._write()
+        self.found.append(Pass(time.perf_counter() - self._last_s, self._take()))
+        self._last_s = time.perf_counter()
+
+    def end(self) -> None:
+        """Do nothing: the last token was put."""
+
+
+def generate(
+    network: Any, prompt: int, new_tokens: int, passes: Passes, **options: Any
+) -> list[Pass]:
+    """Generate after a random prompt; ``options`` go to ``generate()``."""
+    vocabulary, draw = network.config.get_text_config().vocab_size, torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (1, prompt), generator=draw).to(network.device)
+    network.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        streamer=passes,
+        **{"do_sample": False, **options},
+    )
+    return passes.found
+
+
+class Timed:
+    """A loaded model whose parts are timed whenever it generates; for nothing else from then on.
+
+    Parameters
+    ----------
+    network
+        A transformers model of this package, on the CPU.
+    model
+        What it is, or what it is the first layers of.
+
+    Attributes
+    ----------
+    layers
+        Those of ``model`` that are there.
+    scale
+        How many times as large the head of ``model`` is.
+    """
+
+    def __init__(self, network: Any, model: ModelSpec) -> None:
+        self.network, self.model = network, model
+        network.hybrid_fast.past_hooks = True
+        network.generation_config.eos_token_id = None
+        network.generation_config.pad_token_id = 0
+        self.scale = model.vocab / int(network.config.get_text_config().vocab_size)
+        modules = network.get_decoder().layers
+        self.layers: tuple[Layer, ...] = model.layers[: len(modules)]
+        self._spans: defaultdict[tuple[str, int], float] = defaultdict(float)
+        for index, module in enumerate(modules):
+            self._watch(module, ("layer", index))
+            for part in _beside_attention(module):
+                experts_too = hasattr(part, "hybrid_experts")
+                self._watch(part, ("experts" if experts_too else "feed_forward", index))
+        self._watch(network.get_output_embeddings(), ("head", 0))
+        for runner in experts_of(network):  # so that no call is the first to use a page
+            runner.blocks[:, ::_PAGE].sum()
+        self.fast = network.hybrid_fast.decoder
+        if self.fast is not None:
+            self.fast.decoder = _Told(self.fast.decoder, self)
+
+    def note(self, key: tuple[str, int], seconds: float) -> None:
+        """Add to a part's time in the present pass."""
+        self._spans[key] += seconds
+
+    def passes(self, write: Callable[[], object] = lambda: None) -> Passes:
+        """Return what cuts the next generation into passes; ``write`` is called for every token."""
+        return Passes(self._take, write)
+
+    def _take(self) -> Spans:
+        found = dict(self._spans)
+        self._spans.clear()
+        return found
+
+    def generate(self, prompt: int, new_tokens: int, **options: Any) -> list[Pass]:
+        """Generate after a random prompt; the first pass is the prompt's.
+
+        ``options`` go to ``generate()``.
+        """
+        return generate(self.network, prompt, new_tokens, self.passes(), **options)
+
+    def parts(self, runs: Mapping[int, list[list[Pass]]]) -> Iterator[Part]:
+        """Turn generations into parts.
+
+        Parameters
+        ----------
+        runs
+            For every length of the prompt what :meth:`generate` returned, once or repeatedly.
+        """
+        steps: dict[int, list[Pass]] = {}
+        for prompt, passes in runs.items():
+            prompts = [run[0] for run in passes]
+            piece = PIECE if self.fast else 0
+            yield from in_modules(
+                self.model, self.layers, self.scale, prompts, prompt, prompt, piece
+            )
+            # The steps' contexts differ by a few tokens; their middle stands for all.
+            context = prompt + 1 + (SETTLING + len(passes[0])) // 2
+            if decoded := [step for run in passes for step in run[1 + SETTLING :]]:
+                steps[context] = decoded
+        if self.fast is not None and steps:
+            yield from single_tokens(self.model, self.layers, self.scale, steps)
+        else:
+            for context, decoded in steps.items():
+                yield from in_modules(self.model, self.layers, self.scale, decoded, 1, context)
+
+    def terms(self, runs: Sequence[list[Pass]], prompt: int) -> tuple[dict[str, float], ...]:
+        """Return what the prompt and what a single token consisted of, by the planner's names.
+
+        Parameters
+        ----------
+        runs
+            What :meth:`generate` returned for a ``prompt`` of several tokens.
+        """
+        parts = list(self.parts({prompt: list(runs)}))
+        first = [run[0] for run in runs]
+        later = [step for run in runs for step in run[1 + SETTLING :]]
+        return tuple(
+            totals(self.model, self.layers, passes, [p for p in parts if p.tokens == tokens])
+            for passes, tokens in ((first, prompt), (later, 1))
+        )
+
+    def _watch(self, module: Any, key: tuple[str, int]) -> None:
+        """Note what a module takes whenever transformers' code calls it."""
+        started_s: list[float] = []
+
+        def before(*_: Any) -> None:
+            started_s.append(time.perf_counter())
+
+        def after(*_: Any) -> None:
+            self.note(key, time.perf_counter() - started_s.pop())
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+
+def _beside_attention(layer: Any) -> Iterator[Any]:
+    """The modules of a decoder layer that are experts, shared experts or a dense MLP."""
+    experts = [name for name, part in layer.named_modules() if hasattr(part, "hybrid_experts")]
+    if not experts:
+        yield from (getattr(layer, name) for name in _PLAIN if hasattr(layer, name))
+        return
+    for path in experts:
+        yield layer.get_submodule(path)
+    blocks = {layer, *(layer.get_submodule(path.rpartition(".")[0]) for path in experts)}
+    for block in blocks:
+        for name in _SHARED:
+            if isinstance(getattr(block, name, None), torch.nn.Module):
+                yield getattr(block, name)
+
+
+class _Told:
+    """Stands in for a decoder whose compiled calls tell what their parts took.
+
+    Attributes
+    ----------
+    vocabulary
+        Tokens of the model that is stood for: choosing among them takes as long as there are many.
+    """
+
+    def __init__(self, decoder: Decoder, timed: Timed) -> None:
+        self._decoder, self._timed = decoder, timed
+        self.vocabulary = timed.model.vocab
+
+    def step(self, x: Any, cos: Any, sin: Any, cache: Any, logits: Any) -> None:
+        """Compute a token and note what its parts took."""
+        decoder = self._decoder
+        logits.fill(_NEVER)
+        decoder.begin_run()
+        decoder.step(x, cos, sin, cache, logits[: decoder.vocabulary])
+        spent_s = decoder.spent_s()
+        if spent_s is None:
+            raise UsageError(
+                "the clock of this processor cannot be read by compiled code",
+                hint="use hybrid without a calibration: only predictions need one",
+            )
+        *layers, head = spent_s.tolist()
+        for index, (attention_s, experts_s, dense_s) in enumerate(layers):
+            self._timed.note(("layer", index), attention_s + experts_s + dense_s)
+            self._timed.note(("experts", index), experts_s)
+            self._timed.note(("feed_forward", index), dense_s)
+        self._timed.note(("head", 0), head[0])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)

@@ -1,0 +1,1 @@
+"""Modules that stand in a model and compute with packed weights."""

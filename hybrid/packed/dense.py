@@ -1,0 +1,345 @@
+"""Matrices outside the experts in quantized form: linear layers, embeddings and the lm_head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpu_experts.experts import ExpertShape, unpack_expert
+from cpu_experts.ffn import linear, run_experts
+from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, unpack, unpack_rows
+from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
+from hybrid.errors import UnsupportedModelError, UsageError
+from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
+
+#: Memory that is taken at a time for dense weights, and what each of them starts on.
+_CHUNK_BYTES = 32 * PAGE_BYTES
+_LINE_BYTES = 64
+
+
+class Arena:
+    """Memory in large pages for tensors that live as long as their model."""
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def move(self, tensor: Tensor) -> None:
+        """Move the content of a CPU tensor here; the tensor object stays the same."""
+        size = tensor.numel() * tensor.element_size()
+        if size == 0:
+            return
+        if self._used + size > self._chunk.numel():
+            memory = large_pages(max(size, _CHUNK_BYTES))
+            self._chunk = torch.frombuffer(memory, dtype=torch.uint8)
+            self._used = 0
+        place = self._chunk[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
+        self._used += -(-size // _LINE_BYTES) * _LINE_BYTES
+        with torch.no_grad():
+            tensor.data = place.copy_(tensor)
+
+
+class _Packed(nn.Module):
+    """A matrix ``[rows, cols]`` in a quantized format, as one uint8 parameter."""
+
+    def __init__(self, rows: int, cols: int, fmt: str) -> None:
+        super().__init__()
+        self.rows, self.cols, self.weight_format = rows, cols, fmt
+        self.packed = nn.Parameter(
+            torch.empty(packed_bytes(rows, cols, fmt), dtype=torch.uint8), requires_grad=False
+        )
+        self._is_hf_initialized = True
+
+    def give_back(self) -> None:
+        """Give the weights back to the module that this one stands for."""
+        weight = vars(self)[_REPLACED].weight
+        if weight.numel() == 0:  # a tied one has them by now
+            weight.data = self.weight.to(weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix in float32, for the rare code that reaches for it; made anew each time."""
+        return torch.from_numpy(unpack(self._bytes(), self.rows, self.cols, self.weight_format))
+
+    def _bytes(self) -> Any:
+        if self.packed.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"dense weights in {self.weight_format} run on the CPU, they were moved to "
+                f"{self.packed.device}",
+                hint="convert with --dense bf16 to place dense weights on a GPU",
+            )
+        return self.packed.numpy()
+
+    def extra_repr(self) -> str:
+        return f"{self.rows} x {self.cols}, {self.weight_format}"
+
+
+class QuantizedLinear(_Packed):
+    """``nn.Linear`` on quantized weights, run by the experts' kernels."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: int, cols: int, fmt: str, bias: nn.Parameter | None) -> None:
+        super().__init__(rows, cols, fmt)
+        self.in_features, self.out_features = cols, rows
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_no_gradients(self, x)
+        flat = x.detach().reshape(-1, self.cols).float().contiguous()
+        out = torch.empty(flat.shape[0], self.rows)
+        bias = None if self.bias is None else self.bias.float().numpy()
+        linear(flat.numpy(), self._bytes(), self.weight_format, bias, out.numpy())
+        return out.view(*x.shape[:-1], self.rows).to(x.dtype)
+
+
+class QuantizedEmbedding(_Packed):
+    """``nn.Embedding`` whose rows are dequantized when they are looked up."""
+
+    def __init__(self, rows: int, cols: int, fmt: str, dtype: torch.dtype) -> None:
+        super().__init__(rows, cols, fmt)
+        self.num_embeddings, self.embedding_dim, self.dtype = rows, cols, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        wanted = ids.reshape(-1).numpy()
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.rows:
+            raise IndexError(f"token ids must be in [0, {self.rows}), got {wanted.tolist()}")
+        chosen = unpack_rows(self._bytes(), self.cols, self.weight_format, wanted)
+        return torch.from_numpy(chosen).to(self.dtype).view(*ids.shape, self.cols)
+
+
+class PackedMlp(nn.Module):
+    """A gated MLP as one expert's block, run by the experts' kernels."""
+
+    def __init__(self, block: Tensor, shape: ExpertShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.block = nn.Parameter(block, requires_grad=False)
+
+    def give_back(self) -> None:
+        """Give the weights back to the MLP that this one stands for."""
+        parts = unpack_expert(self.shape, self.block.numpy())
+        for name in ("gate", "up", "down"):
+            weight = getattr(vars(self)[_REPLACED], f"{name}_proj").weight
+            weight.data = torch.from_numpy(getattr(parts, name)).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_no_gradients(self, x)
+        flat = x.detach().reshape(-1, self.shape.hidden).float().contiguous()
+        ids = torch.zeros(len(flat), 1, dtype=torch.int64)
+        out = torch.zeros_like(flat)
+        block = self.block.numpy()[None]
+        run_experts(
+            flat.numpy(), ids.numpy(), torch.ones(ids.shape).numpy(), block, self.shape, out.numpy()
+        )
+        return out.view(x.shape).to(x.dtype)
+
+
+#: Attribute of a packed module: the ordinary one that it stands for, its weights emptied.
+_REPLACED = "_hybrid_replaced"
+#: And, where embedding and lm_head were tied, the model's own note of it.
+_TIED = "_hybrid_tied"
+
+
+def _check_no_gradients(module: nn.Module, x: Tensor) -> None:
+    """Refuse to cut the gradients off where an ordinary module would have passed them on."""
+    if _REPLACED in vars(module) and torch.is_grad_enabled() and x.requires_grad:
+        raise UsageError(
+            f"gradients cannot pass through {type(module).__name__}, which stands for a "
+            f"{type(vars(module)[_REPLACED]).__name__} as long as the fast path is in use",
+            hint="call the whole model, which brings the ordinary modules back, or "
+            "model.hybrid_fast.release(model) first; texts need torch.no_grad()",
+        )
+
+
+def replace_modules(places: Iterable[tuple[Any, str, nn.Module]]) -> None:
+    """Put packed modules in the places of others, until :func:`restore_dense`.
+
+    An ordinary module stays the same object, parameters included, but its weights hold nothing
+    meanwhile. One that is quantized has nothing to come back for. Weights are emptied when
+    every new module stands, so that :func:`restore_dense` finds all of them after Ctrl-C, too.
+
+    Parameters
+    ----------
+    places
+        Owners, names and new modules; those that share weights belong in one call.
+    """
+    emptied: list[Any] = []
+    for owner, name, new in places:
+        old: nn.Module = getattr(owner, name)
+        ordinary = [m for m in old.modules() if type(m) in (nn.Linear, nn.Embedding)]
+        if ordinary:
+            vars(new)[_REPLACED] = old  # not a submodule
+        setattr(owner, name, new)
+        emptied += ordinary
+    for module in emptied:
+        module.weight.data = torch.empty(0, dtype=module.weight.dtype)
+
+
+def restore_dense(model: nn.Module) -> None:
+    """Put the ordinary modules back that packed ones stand for; where none does, do nothing."""
+    with torch.inference_mode(False), torch.no_grad():
+        for owner in list(model.modules()):
+            for name, child in list(owner.named_children()):
+                old = vars(child).get(_REPLACED)
+                if old is None:
+                    continue
+                child.give_back()  # type: ignore[operator]
+                setattr(owner, name, old)
+                if _TIED in vars(child):
+                    model.all_tied_weights_keys = vars(child)[_TIED]
+
+
+def packed_size(linear: nn.Linear) -> int:
+    """Return about how many bytes :func:`pack_linear` needs; a row speaks for the others."""
+    row = linear.weight[:1].detach()
+    short = torch.equal(row.bfloat16().to(row.dtype), row)
+    return linear.weight.numel() * (2 if short else 4)
+
+
+def pack_linear(linear: nn.Linear) -> QuantizedLinear:
+    """Lay an ordinary linear layer's weights out for the kernels, without rounding them.
+
+    As bfloat16 where that holds every one of them (they were stored so), as float32 elsewhere.
+    """
+    weight = linear.weight.detach()
+    short = weight.bfloat16()
+    exact = weight.dtype == torch.bfloat16 or torch.equal(short.to(weight.dtype), weight)
+    values = short if exact else weight.float()
+    rows, cols = weight.shape
+    strips = nn.functional.pad(values, (0, 0, 0, -rows % TILE)).view(-1, TILE, cols)
+    packed = strips.transpose(1, 2).contiguous().view(torch.uint8).reshape(-1)
+    new = QuantizedLinear(rows, cols, "bf16" if exact else "f32", linear.bias)
+    new.packed = nn.Parameter(packed, requires_grad=False)
+    return new
+
+
+def pack_tied(model: Any) -> None:
+    """Pack an lm_head that shares its weights with the input embedding, for both."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is not nn.Linear or type(embedding) is not nn.Embedding:
+        return
+    if head.weight.data_ptr() == embedding.weight.data_ptr():
+        packed = pack_linear(head)
+        new = QuantizedEmbedding(
+            packed.rows, packed.cols, packed.weight_format, embedding.weight.dtype
+        )
+        new.packed = packed.packed
+        vars(new)[_TIED] = model.all_tied_weights_keys
+        places = []
+        for old, module in ((head, packed), (embedding, new)):
+            path = next(path for path, found in model.named_modules() if found is old)
+            owner, _, name = path.rpartition(".")
+            places.append((model.get_submodule(owner), name, module))
+        replace_modules(places)
+        model.all_tied_weights_keys = {}
+
+
+def pack_mlp(mlp: Any) -> PackedMlp | None:
+    """Return a gated MLP as one expert; None when the kernels have no such expert."""
+    parts: list[Any] = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        module = getattr(mlp, name, None)
+        module = pack_linear(module) if type(module) is nn.Linear else module
+        if type(module) is not QuantizedLinear:
+            return None
+        parts.append(module)
+    gate, up, down = parts
+    biases = [part.bias is not None for part in parts]
+    if len({part.weight_format for part in parts}) > 1 or any(biases) != all(biases):
+        return None
+    shape = ExpertShape(
+        hidden=up.cols, intermediate=up.rows, format=up.weight_format, bias=all(biases)
+    )
+    spec = ExpertsSpec(
+        path="",
+        module=mlp,
+        experts=1,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        gated=True,
+        bias=shape.bias,
+        up=("gate_proj", "up_proj"),
+        down="down_proj",
+    )
+    known = recognise_gating(spec, shape)
+    if known is None:
+        return None
+    block = torch.zeros(known.block_bytes, dtype=torch.uint8)
+    strips = [side.packed.view(-1, known.up_strip_bytes) for side in (gate, up)]
+    sides = block[: known.up_rows // TILE * known.up_strip_bytes]
+    for at, side in enumerate(strips):
+        sides.view(-1, 2, known.up_strip_bytes)[: len(side), at] = side
+    block[known.down_offset : known.down_offset + down.packed.numel()] = down.packed
+    if known.bias:
+        floats = block[known.bias_offset :].view(torch.float32)
+        for at, part in enumerate((gate, up)):
+            bias = nn.functional.pad(part.bias.float(), (0, -part.rows % GROUP))
+            floats[: known.up_rows].view(-1, 2, TILE)[:, at] = bias.view(-1, TILE)
+        floats[known.up_rows : known.up_rows + down.rows] = down.bias.float()
+    return PackedMlp(block, known)
+
+
+def dense_matrices(model: Any, specs: Iterable[ExpertsSpec]) -> dict[str, tuple[int, int]]:
+    """List the modules that ``--dense`` quantizes: path to ``[rows, cols]``.
+
+    Linear layers and the embeddings of the text model. Routers keep their precision, as in
+    llama.cpp, and so do matrices smaller than a group and matrices that are tied to one that
+    cannot be quantized.
+    """
+    kept = tuple(prefix for spec in specs for prefix in _router_prefixes(model, spec))
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    text = {id(module) for module in (*embeddings, *model.get_decoder().modules())}
+    found = {
+        path: (module.weight.shape[0], module.weight.shape[1])
+        for path, module in model.named_modules()
+        if (type(module) is nn.Linear or (type(module) is nn.Embedding and module in embeddings))
+        and id(module) in text
+        and min(module.weight.shape) >= GROUP
+        and not f"{path}.".startswith(kept)
+    }
+    for names in model.all_tied_weights_keys.items():
+        paths = [name.removesuffix(".weight") for name in names]
+        if not all(path in found for path in paths):
+            for path in paths:
+                found.pop(path, None)
+    return found
+
+
+def _router_prefixes(model: nn.Module, spec: ExpertsSpec) -> list[str]:
+    """Paths of the experts themselves and of the routers beside them."""
+    block = spec.path.rpartition(".")[0]
+    routers = [
+        name
+        for name, child in model.get_submodule(block).named_children()
+        if name == "gate" or "router" in name
+    ]
+    return [f"{spec.path}.", *(f"{block}.{name}." for name in routers)]
+
+
+def install_dense(model: Any, matrices: Mapping[str, tuple[int, int]], fmt: str | None) -> None:
+    """Replace the modules that a store's index lists by quantized ones."""
+    if fmt is None or not is_quantized(fmt):
+        return
+    for path, (rows, cols) in matrices.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        old = getattr(parent, name)
+        new: nn.Module
+        if isinstance(old, nn.Embedding):
+            new = QuantizedEmbedding(rows, cols, fmt, old.weight.dtype)
+        else:
+            new = QuantizedLinear(rows, cols, fmt, old.bias)
+        setattr(parent, name, new)
+    model.all_tied_weights_keys = {
+        _packed_name(target, matrices): _packed_name(source, matrices)
+        for target, source in model.all_tied_weights_keys.items()
+    }
+
+
+def _packed_name(name: str, matrices: Mapping[str, tuple[int, int]]) -> str:
+    path = name.removesuffix(".weight")
+    return f"{path}.packed" if path in matrices else name

@@ -1,0 +1,1 @@
+"""A loaded model: opening it, generating with it, its report."""

@@ -1,0 +1,165 @@
+"""The report of a loaded model's last call, put together from whoever knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cpu_experts.jit import hostcpu
+from cpu_experts.kernels import simd
+from hybrid.ledger.metrics import Figure, GenerationTimes, RunReport, SlowPath, Term
+from hybrid.ledger.prediction import calibrating, cpu_terms
+from hybrid.ledger.slow_paths import slow_paths
+from hybrid.machine import host
+from hybrid.machine.calibrations import Identity, damage
+from hybrid.packed.experts import experts_of
+from hybrid.sharing.placement import Placement
+
+
+def run_report(
+    network: Any,
+    placement: Placement | None,
+    times: GenerationTimes | None,
+    *,
+    name: str,
+    threads: int,
+    load_s: float,
+    context: int | None = None,
+    told: tuple[SlowPath, ...] = (),
+) -> RunReport:
+    """Say what runs, how, how fast the last call was, and what ran slower than it could.
+
+    Parameters
+    ----------
+    network
+        A transformers model of this package.
+    placement
+        How it lies on a device; None on the CPU alone.
+    times
+        Of the last call; None before the first.
+    name, threads, load_s
+        What was loaded, how many threads compute, and how long loading took.
+    context
+        Tokens of cache that a device's memory is kept for.
+    told
+        What was found to be slower or smaller than it could be then.
+    """
+    index = network.hybrid_store.index
+    figures = {
+        "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
+        "load_s": Figure(load_s, "s", "measured"),
+    }
+    terms: tuple[Term, ...] = ()
+    layers: tuple[Term, ...] = ()
+    predictions = None
+    if times is not None:
+        figures |= times.figures()
+        if placement is None:
+            found = cpu_terms(network, times, threads, name)
+            terms, layers, predictions = found.terms, found.layers, found.predictions
+        else:
+            figures |= placement.figures()
+            terms, layers = placement.terms(times), placement.by_layer()
+            predictions = _predicted_from(network, placement, name, threads)
+    figures["peak_memory_bytes"] = Figure(
+        host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
+    )
+    return RunReport(
+        model=name,
+        family=type(network).__name__,
+        experts_format=index.format,
+        dense_format=network.hf_quantizer.quantization_config.dense or "as in the checkpoint",
+        compute_dtype=_computed_in(network),
+        decode_path=str(network.hybrid_fast.path),
+        simd_level=simd.LEVEL,
+        threads=f"{threads} (torch and kernels)",
+        many_tokens=many_tokens(network, shared=placement is not None),
+        placement=None if placement is None else str(placement),
+        figures=figures,
+        terms=terms,
+        layers=layers,
+        predictions=predictions,
+        slow_paths=_each_once(
+            *slow_paths(network),
+            *_damaged(threads, placement),
+            *told,
+            *(() if placement is None else placement.slow_paths()),
+            *(() if placement is None else _beyond(context, times)),
+        ),
+    )
+
+
+def _each_once(*paths: SlowPath) -> tuple[SlowPath, ...]:
+    """Return what is slow, each cause once: how often it came may have been told before."""
+    return tuple({path.cause: path for path in reversed(paths)}.values())[::-1]
+
+
+def _computed_in(network: Any) -> str:
+    """Say what dense layers compute in, and what that costs."""
+    dtype: torch.dtype = network.dtype
+    name, fast = f"{dtype}".removeprefix("torch."), network.hybrid_fast.path.fast
+    if dtype != torch.float32:
+        bits = round(-math.log2(torch.finfo(dtype).eps)) + 1
+        single = "; single tokens are computed in float32" if fast else ""
+        return f"{name} (rounds every layer's results to {bits} bits{single})"
+    if network.device.type != "cpu":
+        return name
+    if host.has_native_bf16():
+        return f"{name} (exact; bfloat16, for which this processor has units, is faster on prompts)"
+    return f"{name} (exact; without units for bfloat16 that would be slower)"
+
+
+def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[SlowPath]:
+    """Say when a call took more cache than memory is kept for."""
+    if context is None or times is None:
+        return
+    tokens = times.prompt_tokens + times.new_tokens
+    if tokens * times.sequences > context:
+        batch = f" in each of {times.sequences} sequences" if times.sequences > 1 else ""
+        yield SlowPath(
+            "the cache is larger than planned",
+            f"the last call took {tokens} tokens{batch}, memory is kept for {context}",
+            f"load with a context of {tokens * times.sequences} or more: what is missing is taken "
+            "from the experts, if there is anything",
+        )
+
+
+def _damaged(threads: int, placement: Placement | None) -> Iterator[SlowPath]:
+    """Name the calibrations that could not be used."""
+    for device in ("",) if placement is None else ("", placement.device):
+        found = damage(Identity.of_this_machine(threads, device))
+        if found is not None:
+            yield found
+
+
+def _predicted_from(network: Any, placement: Placement, name: str, threads: int) -> str:
+    """Say what the predictions of a placed model are made of, and what would make them better."""
+    hardware = placement.hardware
+    found = f"for {hardware.name}: {hardware.summary}"
+    if placement.cost.knows():
+        return found
+    emulated = placement.device.startswith("emulated")
+    device = "emulated" if emulated else str(next(network.parameters()).device)
+    command = calibrating(network, name, threads, device, force=not emulated)
+    return f"{found}; attention and dense layers from its rates only, {command} measures them"
+
+
+def many_tokens(network: Any, *, shared: bool) -> str:
+    """Say which products the CPU's experts take whose load is more than one token.
+
+    ``shared`` is whether a device may have others.
+    """
+    where = "on the CPU " if shared else ""
+    # A family's own gating runs between the kernels' projections, and between no others.
+    loads = [runner.panels_from for runner in experts_of(network) if not runner.own_gating]
+    if found := [load for load in loads if load is not None]:
+        least = min(found)
+        return f"{where}torch's bfloat16 from {least} tokens on (measured), packed kernels below"
+    if host.has_native_bf16():
+        return f"{where}packed kernels (no calibration found torch's bfloat16 faster)"
+    if hostcpu.actual().units:
+        return f"{where}packed kernels ({hostcpu.ENVIRONMENT_VARIABLE} hides the bfloat16 units)"
+    return f"{where}packed kernels (this processor has no bfloat16 units)"

@@ -1,0 +1,160 @@
+"""Quantizes experts piece by piece into ``experts.bin``."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpu_experts.errors import FormatError
+from cpu_experts.experts import ExpertShape
+from cpu_experts.formats import F32, GROUP, TILE, pack
+from hybrid.anatomy.experts import ExpertsSpec
+from hybrid.errors import CheckpointError
+from hybrid.weights.huge_pages import AlignedWriter
+from hybrid.weights.partial import Partial
+from hybrid.weights.store import DATA_NAME, LayerRecord, StoreIndex, header_page
+from hybrid.weights.weight_map import WeightMap
+
+#: Values that are widened to float32 and quantized at a time: few enough to stay in the cache.
+_VALUES = 1 << 17
+
+#: Told how many bytes were written, and of what.
+Advance = Callable[[int, str], None]
+
+
+def write_experts(
+    partial: Partial,
+    weights: WeightMap,
+    specs: list[ExpertsSpec],
+    index: StoreIndex,
+    advance: Advance,
+) -> tuple[StoreIndex, int]:
+    """Write every layer's experts; return the index with checksums, and layers taken over.
+
+    A layer that the journal calls complete is read and compared with its checksums first.
+    """
+    layers: list[LayerRecord] = []
+    resumed = 0
+    path = partial.path / DATA_NAME
+    with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
+        file.write(header_page(index.id))
+        file.truncate(index.nbytes)
+        writer = AlignedWriter(file)
+        for spec, record in zip(specs, index.layers, strict=True):
+            known = partial.checksums(record.module)
+            if known is not None and _intact(file, record, index.format, known):
+                resumed += 1
+                advance(record.nbytes(index.format), record.module)
+            else:
+                known = _write_layer(writer, weights, spec, record, index.format, advance)
+                os.fsync(file.fileno())
+                partial.layer_done(record.module, known)
+            layers.append(replace(record, checksums=tuple(known)))
+    return replace(index, layers=tuple(layers)), resumed
+
+
+def _intact(file: IO[bytes], record: LayerRecord, fmt: str, checksums: list[int]) -> bool:
+    stride = record.stride_bytes(fmt)
+    file.seek(record.offset)
+    return len(checksums) == record.experts and all(
+        zlib.crc32(file.read(stride)) == checksum for checksum in checksums
+    )
+
+
+def _write_layer(
+    file: AlignedWriter,
+    weights: WeightMap,
+    spec: ExpertsSpec,
+    record: LayerRecord,
+    fmt: str,
+    advance: Advance,
+) -> list[int]:
+    shape, stride = record.shape(fmt), record.stride_bytes(fmt)
+    file.seek(record.offset)
+    checksums = []
+    for expert in range(record.experts):
+        block = _Block(file)
+        try:
+            _write_expert(block, weights, spec, shape, expert)
+        except FormatError as error:
+            raise CheckpointError(
+                f"expert {expert} of {record.module}: {error.message}", hint=error.hint
+            ) from error
+        block.pad_to(stride)
+        checksums.append(block.checksum)
+        advance(stride, record.module)
+    file.flush()
+    return checksums
+
+
+def _write_expert(
+    block: _Block, weights: WeightMap, spec: ExpertsSpec, shape: ExpertShape, expert: int
+) -> None:
+    """Write one expert as :func:`cpu_experts.experts.pack_expert` would, without holding it."""
+    for sides in weights.read_up(spec, expert):
+        for chunk in _chunks(sides):
+            packed = [pack(_whole_groups(side), shape.format) for side in chunk]
+            strips = len(_whole_groups(chunk[0])) // TILE
+            block.write(_alternate([side.reshape(strips, -1) for side in packed]))
+    block.pad_to(shape.down_offset)
+    for down in weights.read_down(spec, expert):
+        for (rows,) in _chunks([down]):
+            block.write(pack(rows, shape.format))
+    block.pad_to(shape.bias_offset)
+    if spec.bias:
+        sides, down_bias = weights.read_biases(spec, expert)
+        block.write(_alternate([_whole_groups(_floats(side)).reshape(-1, TILE) for side in sides]))
+        block.write(_floats(down_bias))
+    block.pad_to(shape.block_bytes)
+
+
+def _chunks(sides: list[Tensor]) -> Iterator[list[F32]]:
+    """Widen matrices to float32, some rows (whole groups of them) at a time."""
+    rows, cols = sides[0].shape
+    step = max(GROUP, _VALUES // cols // GROUP * GROUP)
+    for start in range(0, rows, step):
+        yield [_floats(side[start : start + step]) for side in sides]
+
+
+def _floats(tensor: Tensor) -> F32:
+    values = tensor.to(torch.float32).contiguous().numpy()
+    if not np.isfinite(values).all():
+        raise FormatError("the weights hold inf or NaN", hint="the checkpoint is damaged")
+    return values
+
+
+def _whole_groups(rows: F32) -> F32:
+    """Append zero rows up to a multiple of 32."""
+    missing = -len(rows) % GROUP
+    return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
+
+
+def _alternate(sides: list[NDArray[Any]]) -> NDArray[Any]:
+    """Interleave the strips of gate and up."""
+    return np.ascontiguousarray(np.stack(sides, axis=1))
+
+
+class _Block:
+    """One expert's bytes on their way into the file: position and checksum."""
+
+    def __init__(self, file: AlignedWriter) -> None:
+        self._file = file
+        self._written = 0
+        self.checksum = 0
+
+    def write(self, data: NDArray[Any]) -> None:
+        self._file.write(data.data)
+        self.checksum = zlib.crc32(data.data, self.checksum)
+        self._written += data.nbytes
+
+    def pad_to(self, n_bytes: int) -> None:
+        if n_bytes > self._written:
+            self.write(np.zeros(n_bytes - self._written, np.uint8))

@@ -1,0 +1,1 @@
+"""How long things take: compute, copies, the terms of a step."""

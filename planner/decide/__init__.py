@@ -1,0 +1,1 @@
+"""What runs where: schedules, caches, policies, prefetch, capacity."""

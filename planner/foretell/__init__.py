@@ -1,0 +1,1 @@
+"""What will happen: memory fit, simulation, dry run, advice, reports."""
