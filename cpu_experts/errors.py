@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
+from hybrid.formats.errors import FormatError, HybridError, ShapeError
 
-class CpuExpertsError(Exception):
-    """Base class: ``message`` says what is wrong with both values, ``hint`` what to do."""
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+__all__ = ["BackendError", "FormatError", "ShapeError"]
 
 
-class FormatError(CpuExpertsError):
-    """A quantization format is unknown or a packed buffer does not fit its shape."""
-
-
-class ShapeError(CpuExpertsError):
-    """Arrays handed to a kernel disagree in shape, type or memory layout."""
-
-
-class BackendError(CpuExpertsError):
+class BackendError(HybridError):
     """The asked SIMD level does not exist or this processor cannot run it."""

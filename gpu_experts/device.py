@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_experts.layout import BlockLayout
+from hybrid.formats.notes import Note
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +39,6 @@ class Memory(NamedTuple):
 
     total_bytes: int
     free_bytes: int
-
-
-class Note(NamedTuple):
-    """Something that runs slower or holds less than it could: what, why, and what helps."""
-
-    what: str
-    reason: str
-    remedy: str
 
 
 class Event(Protocol):

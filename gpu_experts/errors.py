@@ -1,26 +1,12 @@
-"""What devices and slots raise on purpose: what is wrong, both values, the remedy as ``hint``."""
+"""What devices and slots raise on purpose."""
 
 from __future__ import annotations
 
+from hybrid.formats.errors import HybridError
 
-class GpuExpertsError(Exception):
-    """Base of every error this package raises on purpose.
 
-    Parameters
-    ----------
-    message
-        What is wrong, naming the thing and both values.
-    hint
-        What to do about it; the command line prints it on its own line.
-    """
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+class GpuExpertsError(HybridError):
+    """Base of what this package raises, which callers answer by computing on the CPU."""
 
 
 class ArgumentError(GpuExpertsError):

@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from hybrid.formats.errors import HybridError
+
 _Error = TypeVar("_Error", bound=BaseException)
-
-
-class HybridError(Exception):
-    """Base of every error this package raises on purpose.
-
-    Parameters
-    ----------
-    message
-        What is wrong, naming the thing and both values.
-    hint
-        What to do about it; the command line prints it on its own line.
-    """
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
 class UsageError(HybridError):

@@ -21,7 +21,7 @@ from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.ask.sizes import checked_ram, size_in_bytes
 from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.fast.attach import DecodePath, FastPath
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.ledger.timeline import Timeline
 from hybrid.machine import host
 from hybrid.machine.devices import (
@@ -56,7 +56,7 @@ class Loaded(NamedTuple):
     """How it lies on a device; None on the CPU alone."""
     context: int
     """Tokens of cache that memory is kept for."""
-    notes: tuple[SlowPath, ...]
+    notes: tuple[Note, ...]
     """What it said is slower or smaller than it could be."""
 
 

@@ -17,12 +17,12 @@ from fake_cuda import FakeRuntime
 from gpu_experts.cuda import device as cuda
 from gpu_experts.cuda import kernels
 from gpu_experts.cuda.device import CudaDevice
-from gpu_experts.device import Note
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid import loading
 from hybrid.ask.names import find_hardware
 from hybrid.cli import main
 from hybrid.demo import demo_path
+from hybrid.formats.notes import Note
 from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations, devices
 from hybrid.machine.calibrations import Identity

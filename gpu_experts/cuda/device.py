@@ -33,11 +33,12 @@ from gpu_experts.cuda import kernels
 from gpu_experts.cuda.events import ANCHOR_S, Anchor, CudaEvent
 from gpu_experts.cuda.feeder import Feeder, HostBlocks
 from gpu_experts.cuda.runtime import CudaRuntime, Runtime, ran_out_of_memory
-from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
+from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory
 from gpu_experts.errors import DeviceError, DeviceMemoryError, ShapeError
 from gpu_experts.events import DoneEvent, failed, poll
 from gpu_experts.layout import BlockLayout
 from gpu_experts.routing import sort_by_slot
+from hybrid.formats.notes import Note
 
 #: How long closing waits for what still runs.
 CLOSE_S = 5.0

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gpu_experts import reference
 from gpu_experts.cuda.runtime import ran_out_of_memory
-from gpu_experts.device import Note
 from gpu_experts.layout import GROUP, TILE, UNITS, BlockLayout, pad, strip_bytes
 from gpu_experts.routing import TILE_ROWS, VECTOR_LOAD, Routing, sort_by_slot
+from hybrid.formats.notes import Note
 
 Implementation = Literal["torch", "triton"]
 #: Brings an array to where kernels can read it: to the device, or to pinned memory.

@@ -32,11 +32,12 @@ from gpu_experts.checks import (
     opened,
     require_content,
 )
-from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Note
+from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory
 from gpu_experts.emulated.lanes import Clock, ClockLane, Lane, ThreadLane
 from gpu_experts.errors import ArgumentError, DeviceFailedError, DeviceMemoryError
 from gpu_experts.events import DoneEvent
 from gpu_experts.layout import BlockLayout
+from hybrid.formats.notes import Note
 
 #: ``run(x, slot_ids, routing_weights, slots, out)``: add the experts' weighted outputs to out.
 Run = Callable[[F32, I32, F32, U8, F32], object]

@@ -19,7 +19,7 @@ from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.errors import UsageError
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.ledger.timeline import DECODE, HEAD, ROUTER
 from hybrid.loading import set_threads
 from hybrid.machine import host
@@ -280,7 +280,7 @@ def _least_s(scene: Scene, runner: Runner) -> float:
 
 def _notes(runner: Runner) -> list[str]:
     """What was slower than it could be."""
-    notes = [*(SlowPath(*note) for note in runner.stage.device.notes), *runner.executor.notes]
+    notes = [*(Note(*note) for note in runner.stage.device.notes), *runner.executor.notes]
     return [f"{note.what}: {note.reason}" for note in notes]
 
 

@@ -17,13 +17,10 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from cpu_experts.errors import CpuExpertsError
-from gpu_experts.errors import GpuExpertsError
 from hybrid import __version__
 from hybrid.cli import INTERRUPTED
 from hybrid.cli.text import apart
-from hybrid.errors import HybridError
-from planner.errors import PlannerError
+from hybrid.formats.errors import HybridError
 
 
 class _Mount(NamedTuple):
@@ -125,7 +122,7 @@ def main(args: Sequence[str] | None = None) -> int:
         code = INTERRUPTED
     except _UsageError as error:
         code = _report(_describe_usage_error(error))
-    except (HybridError, CpuExpertsError, GpuExpertsError, PlannerError) as error:
+    except HybridError as error:
         code = _report(str(error))
     return code if isinstance(code, int) else 0
 

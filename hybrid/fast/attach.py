@@ -35,7 +35,7 @@ from hybrid.errors import first_line
 from hybrid.fast.decode import GROWING, FastDecoder, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt, own_forward
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.machine.versions import untested
 from hybrid.packed.dense import restore_dense
 from hybrid.transformers_api import CACHE_NAMES, given_cache
@@ -209,7 +209,7 @@ class FastPath:
         self.refused: Counter[str] = Counter()
         self.past_hooks = False
         self._snapshot: _Snapshot | None = None
-        self._told: list[SlowPath] = []
+        self._told: list[Note] = []
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
@@ -247,14 +247,14 @@ class FastPath:
             self.path, self.decoder = DecodePath(True, found), decoder
         self._snapshot = _Snapshot(model)
 
-    def notes(self) -> Iterator[SlowPath]:
+    def notes(self) -> Iterator[Note]:
         """Name the libraries of versions that nobody tested, and the path, if it is lost."""
         path = self.path
-        lost = SlowPath(LOST, path.reason, path.remedy)
+        lost = Note(LOST, path.reason, path.remedy)
         news = tuple(untested())
         for library in news:
             here = "the fast path passes its own test" if path.fast else f"{LOST}: {path.reason}"
-            yield SlowPath(str(library), here, library.remedy)
+            yield Note(str(library), here, library.remedy)
         if not (path.fast or path.chosen or news):
             yield lost
 

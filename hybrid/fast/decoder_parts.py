@@ -20,11 +20,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder.decoder import Decoder
 from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm
-from cpu_experts.errors import CpuExpertsError
 from cpu_experts.formats import F32
 from hybrid.anatomy.samples import UnfitError, close, floats, packed_rows, sample
 from hybrid.fast.router_parts import read_router
 from hybrid.fast.widened import widened
+from hybrid.formats.errors import HybridError
 from hybrid.machine import host
 from hybrid.packed.dense import (
     Arena,
@@ -392,6 +392,6 @@ def read_decoder(model: Any, *, replace: bool) -> tuple[Decoder, int]:
             paired=paired,
         )
         return decoder, pairs
-    except (CpuExpertsError, AttributeError, TypeError, ValueError, IndexError) as error:
+    except (HybridError, AttributeError, TypeError, ValueError, IndexError) as error:
         # A family whose parts are called or shaped in other ways than those that fit.
         raise UnfitError(str(error).splitlines()[0]) from error

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from hybrid.formats.notes import Note
+
 _MIB = 1 << 20
 
 
@@ -20,22 +22,6 @@ class Figure(NamedTuple):
         if self.value is None:
             return f"not measured ({self.source})"
         return f"{_format(self.value, self.unit)} ({self.source})"
-
-
-class SlowPath(NamedTuple):
-    """Something that ran slower than it could, why, and what makes it fast."""
-
-    what: str
-    reason: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.reason}; {self.remedy}"
-
-    @property
-    def cause(self) -> tuple[str, str]:
-        """What and why, whatever number of steps it has befallen so far."""
-        return self.what.lstrip("0123456789"), self.reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +209,7 @@ class RunReport:
     terms: tuple[Term, ...] = ()
     layers: tuple[Term, ...] = ()
     predictions: str | None = None
-    slow_paths: tuple[SlowPath, ...]
+    slow_paths: tuple[Note, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return a value that ``json.dumps`` takes."""

@@ -12,7 +12,7 @@ from cpu_experts.jit import hostcpu
 from cpu_experts.kernels import simd
 from hybrid.ask.dtypes import automatic_dtype
 from hybrid.fast.attach import LOST, UNTESTED, FastPath
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.machine.host import has_native_bf16
 from planner.describe.families import from_hf_config
 from planner.errors import PlannerError
@@ -26,30 +26,30 @@ def _threading_layer() -> str | None:
         return None
 
 
-def slow_paths(model: Any) -> Iterator[SlowPath]:
+def slow_paths(model: Any) -> Iterator[Note]:
     """Name everything that runs slower in ``model`` than it could on some machine."""
     yield from _as_another_processor(model.dtype)
     if simd.LEVEL == hostcpu.actual().level == "portable":
-        yield SlowPath(
+        yield Note(
             "expert kernels at portable",
             "there are no vector kernels for this processor",
             "use an x86 processor with AVX2 or newer",
         )
     if _threading_layer() == "workqueue":
-        yield SlowPath(
+        yield Note(
             "the kernels' threads",
             "numba runs them with its own work queue, which wakes them slowly: it found no OpenMP",
             "install OpenMP (on Debian libgomp1), and leave NUMBA_THREADING_LAYER unset",
         )
     if model.dtype == torch.bfloat16 and not has_native_bf16():
-        yield SlowPath(
+        yield Note(
             "dense layers in bfloat16",
             "this processor does not multiply it natively",
             "load with dtype float32",
         )
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if model.dtype == torch.float32 and on_cpu and _automatic_dtype(model) == "bfloat16":
-        yield SlowPath(
+        yield Note(
             "dense layers in float32",
             "this processor multiplies bfloat16 natively, which is faster on prompts",
             "load with dtype bfloat16 or auto",
@@ -60,7 +60,7 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
         if hasattr(module, "hybrid_experts") and module.hybrid_experts.own_gating
     ]
     if apart:
-        yield SlowPath(
+        yield Note(
             f"experts of {len(apart)} layers in three steps",
             "the kernels have no parameters for this family's activation",
             "none yet: the family's own code runs between the projections",
@@ -68,7 +68,7 @@ def slow_paths(model: Any) -> Iterator[SlowPath]:
     yield from _calls_past_the_fast_path(getattr(model, "hybrid_fast", None))
     attention = model.config.get_text_config()._attn_implementation
     if attention == "eager":
-        yield SlowPath(
+        yield Note(
             "attention in eager mode",
             "transformers has no fused attention for this family",
             "none yet",
@@ -83,43 +83,43 @@ def _automatic_dtype(model: Any) -> str:
         return automatic_dtype(None)
 
 
-def _as_another_processor(dtype: torch.dtype) -> Iterator[SlowPath]:
+def _as_another_processor(dtype: torch.dtype) -> Iterator[Note]:
     """Say what runs otherwise because the environment takes this processor for another one."""
     level, actual, counted = simd.LEVEL, hostcpu.actual(), hostcpu.processor().units
     variable = hostcpu.ENVIRONMENT_VARIABLE
     if simd.EMULATED:
         why = "its dot product is emulated for a check"
-        yield SlowPath(f"expert kernels at {level}", why, f"unset {variable}")
+        yield Note(f"expert kernels at {level}", why, f"unset {variable}")
     elif level != actual.level:
         why = f"{variable} asks for it, this processor runs {actual.level}"
-        yield SlowPath(f"expert kernels at {level}", why, f"unset {variable}")
+        yield Note(f"expert kernels at {level}", why, f"unset {variable}")
     if actual.units and not counted:
         units = ", ".join(sorted(actual.units))
-        yield SlowPath(
+        yield Note(
             "dense layers and long prompts without bfloat16 units",
             f"{variable} hides those of this processor ({units})",
             f"name them there or unset {variable}",
         )
     if dtype == torch.bfloat16 and counted and not actual.units:
-        yield SlowPath(
+        yield Note(
             "dense layers in bfloat16",
             f"{variable} counts on {', '.join(sorted(counted))}, this processor has no such units",
             f"unset {variable}",
         )
 
 
-def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[SlowPath]:
+def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[Note]:
     if fast is None or fast.path == UNTESTED:
         return
     if not fast.path.fast:
-        yield from tuple(fast.notes()) or (SlowPath(LOST, fast.path.reason, fast.path.remedy),)
+        yield from tuple(fast.notes()) or (Note(LOST, fast.path.reason, fast.path.remedy),)
     yield from refusals(fast)
 
 
-def refusals(fast: FastPath) -> Iterator[SlowPath]:
+def refusals(fast: FastPath) -> Iterator[Note]:
     """Name the steps that went to transformers' code although there is a fast path."""
     for reason, count in fast.refused.items():
-        yield SlowPath(
+        yield Note(
             f"{count} of the model's steps in transformers' code",
             reason,
             "none yet: the fast path computes new tokens of one sequence, and nothing else",

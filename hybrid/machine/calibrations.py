@@ -20,7 +20,7 @@ import psutil
 
 from cpu_experts.jit import hostcpu
 from hybrid.errors import UsageError
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.machine import host
 from hybrid.machine.code_hash import code_hash
 from hybrid.paths import cache_dir, make_cache_folder, write_whole
@@ -156,12 +156,12 @@ def usable(identity: Identity) -> HardwareSpec | None:
         return None
 
 
-def damage(identity: Identity) -> SlowPath | None:
+def damage(identity: Identity) -> Note | None:
     """Say that a calibration is damaged, and what helps; None when it is not."""
     try:
         load(identity)
     except UsageError as error:
-        return SlowPath("a damaged calibration", error.message, str(error.hint))
+        return Note("a damaged calibration", error.message, str(error.hint))
     return None
 
 

@@ -20,7 +20,7 @@ from hybrid.ask.asked_model import subject
 from hybrid.ask.names import find_hardware
 from hybrid.ask.sizes import size_in_bytes
 from hybrid.errors import UsageError, first_line
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.machines import EMULATED, EMULATED_AS, with_emulated
@@ -175,10 +175,10 @@ def memory_told(
         raise UsageError(f"{device.name} {what}: {first_line(error)}", hint=remedy) from error
 
 
-def emulation_note(*, by_name: bool) -> SlowPath:
+def emulation_note(*, by_name: bool) -> Note:
     """Say that there is no GPU and what that means."""
     reason = "it was asked for by name" if by_name else "vram was asked for and there is none"
-    return SlowPath(
+    return Note(
         "an emulated device instead of a GPU",
         f"{reason}; it computes on the CPU, exactly but slower than the CPU alone",
         "leave out vram and device, or run on a machine with a CUDA GPU",

@@ -18,7 +18,8 @@ import torch
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import prompts_told
-from hybrid.ledger.metrics import GenerationTimes, RunReport, SlowPath
+from hybrid.formats.notes import Note
+from hybrid.ledger.metrics import GenerationTimes, RunReport
 from hybrid.ledger.prediction import begin_run
 from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_model, load_tokenizer, set_threads
@@ -70,7 +71,7 @@ class HybridModel(Keepsakes):
         self.tokenizer = tokenizer
         self.threads = threads
         self.placement = placement
-        self.told: tuple[SlowPath, ...] = ()
+        self.told: tuple[Note, ...] = ()
         self._name = name
         self._load_s = 0.0
         self._reserved: int | None = None

@@ -10,7 +10,8 @@ import torch
 
 from cpu_experts.jit import hostcpu
 from cpu_experts.kernels import simd
-from hybrid.ledger.metrics import Figure, GenerationTimes, RunReport, SlowPath, Term
+from hybrid.formats.notes import Note
+from hybrid.ledger.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.ledger.prediction import calibrating, cpu_terms
 from hybrid.ledger.slow_paths import slow_paths
 from hybrid.machine import host
@@ -28,7 +29,7 @@ def run_report(
     threads: int,
     load_s: float,
     context: int | None = None,
-    told: tuple[SlowPath, ...] = (),
+    told: tuple[Note, ...] = (),
 ) -> RunReport:
     """Say what runs, how, how fast the last call was, and what ran slower than it could.
 
@@ -92,7 +93,7 @@ def run_report(
     )
 
 
-def _each_once(*paths: SlowPath) -> tuple[SlowPath, ...]:
+def _each_once(*paths: Note) -> tuple[Note, ...]:
     """Return what is slow, each cause once: how often it came may have been told before."""
     return tuple({path.cause: path for path in reversed(paths)}.values())[::-1]
 
@@ -112,14 +113,14 @@ def _computed_in(network: Any) -> str:
     return f"{name} (exact; without units for bfloat16 that would be slower)"
 
 
-def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[SlowPath]:
+def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[Note]:
     """Say when a call took more cache than memory is kept for."""
     if context is None or times is None:
         return
     tokens = times.prompt_tokens + times.new_tokens
     if tokens * times.sequences > context:
         batch = f" in each of {times.sequences} sequences" if times.sequences > 1 else ""
-        yield SlowPath(
+        yield Note(
             "the cache is larger than planned",
             f"the last call took {tokens} tokens{batch}, memory is kept for {context}",
             f"load with a context of {tokens * times.sequences} or more: what is missing is taken "
@@ -127,7 +128,7 @@ def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[Slow
         )
 
 
-def _damaged(threads: int, placement: Placement | None) -> Iterator[SlowPath]:
+def _damaged(threads: int, placement: Placement | None) -> Iterator[Note]:
     """Name the calibrations that could not be used."""
     for device in ("",) if placement is None else ("", placement.device):
         found = damage(Identity.of_this_machine(threads, device))

@@ -13,7 +13,7 @@ from hybrid.ask.asked_model import subject
 from hybrid.ask.names import find_hardware
 from hybrid.ask.sizes import at_most
 from hybrid.errors import UsageError
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.packed.experts import experts_of
 from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
@@ -109,7 +109,7 @@ def fitted_alone(model: Any, ram_bytes: int, context: int) -> Fit:
     return placed
 
 
-def beyond_ram(placed: Fit) -> SlowPath | None:
+def beyond_ram(placed: Fit) -> Note | None:
     """Say how many experts memory has no room for; None when it has for all."""
     if placed.in_ram >= 1:
         return None
@@ -117,7 +117,7 @@ def beyond_ram(placed: Fit) -> SlowPath | None:
         sum(item.bytes for item in placed.items if item.name.startswith(what))
         for what in ("expert store", "experts in RAM")
     )
-    return SlowPath(
+    return Note(
         "experts beyond ram",
         f"of {in_words(placed.ram_bytes)}, {in_words(kept)} are left for experts: "
         f"{1 - placed.in_ram:.0%} of them stay on disk, and are read again when they are used "

@@ -23,7 +23,7 @@ from gpu_experts.checks import as_arrays
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import DeviceError, DeviceMemoryError, GpuExpertsError
 from hybrid.errors import bare, first_line
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.ledger.timeline import LayerRecord, Timeline
 from hybrid.packed.experts import PackedLayer, add_on_cpu, compute_on_cpu
 from hybrid.sharing.device_slots import Opened, Residents, Settle
@@ -116,7 +116,7 @@ class Executor:
         self.device: Device | None = device
         self.slot_count = slots
         self.timeline = timeline or Timeline()
-        self.notes: list[SlowPath] = []
+        self.notes: list[Note] = []
         self._settle = settle
         self._seconds = seconds
         self._threads = threads
@@ -149,7 +149,7 @@ class Executor:
             self.slot_count = int(self.slot_count * SHRINK)
             fewer = f"{self.slot_count} expert slots instead of {slots}"
             reason = f"the device has less memory than was planned with ({first_line(error)})"
-            self._note(SlowPath(fewer, reason, "give the model less vram"))
+            self._note(Note(fewer, reason, "give the model less vram"))
 
     def warm(self) -> None:
         """Fill free slots with whom the cache's policy values most."""
@@ -398,7 +398,7 @@ class Executor:
             self._give_up(device, error)
             return
         self._note(
-            SlowPath(
+            Note(
                 f"{self.slot_count} expert slots instead of {before}",
                 f"{device.name} ran out of memory ({first_line(error)})",
                 "give the model less vram, or a shorter context, from the start",
@@ -410,14 +410,14 @@ class Executor:
         self.device = self._before_s = None
         what = f"all experts on the CPU since {device.name} failed"
         remedy = "load the model again to try the device again"
-        self._note(SlowPath(what, first_line(error), remedy))
+        self._note(Note(what, first_line(error), remedy))
         try:
             device.close()
         except GpuExpertsError as late:
             reason, remedy = first_line(late), "end this process to free its memory"
-            self._note(SlowPath(f"closing {device.name}", reason, remedy))
+            self._note(Note(f"closing {device.name}", reason, remedy))
 
-    def _note(self, note: SlowPath | None) -> None:
+    def _note(self, note: Note | None) -> None:
         """Keep a note for the report and say it; None is nothing to say."""
         if note is not None:
             self.notes.append(note)

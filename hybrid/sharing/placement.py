@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gpu_experts.device import Device, Note
+from gpu_experts.device import Device
 from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.anatomy.survey import survey
 from hybrid.errors import UsageError
+from hybrid.formats.notes import Note
 from hybrid.ledger.dense_seconds import DenseSeconds
-from hybrid.ledger.metrics import WHOLE, Figure, GenerationTimes, SlowPath, Term
+from hybrid.ledger.metrics import WHOLE, Figure, GenerationTimes, Term
 from hybrid.ledger.timeline import DECODE, PREFILL, Timeline
 from hybrid.machine.devices import memory_told
 from hybrid.packed.bf16_products import panels_from
@@ -83,15 +84,15 @@ class Placement:
     fit: Fit
     cost: CostModel
     executor: Executor | None
-    notes: tuple[SlowPath, ...]
+    notes: tuple[Note, ...]
     popularity: Popularity | None = None
     shared: SharedFirst | None = None
     told: Sequence[Note] = ()
 
     @property
-    def known(self) -> tuple[SlowPath, ...]:
+    def known(self) -> tuple[Note, ...]:
         """What is slower or smaller than it could be, as far as that is known by now."""
-        return (*self.notes, *(SlowPath(*note) for note in self.told))
+        return (*self.notes, *(Note(*note) for note in self.told))
 
     @property
     def spec(self) -> ModelSpec:
@@ -183,7 +184,7 @@ class Placement:
                 predicted += self.cost.aside(name)
         return predicted.value, max(0.0, whole_s - layers_s)
 
-    def slow_paths(self) -> tuple[SlowPath, ...]:
+    def slow_paths(self) -> tuple[Note, ...]:
         """Return what is slower or smaller than it could be, and what went wrong since."""
         if self.executor is None:
             return self.known
@@ -191,10 +192,10 @@ class Placement:
         if not director.looks_ahead:
             saved = director.most_saved_s * REALISED * 1e6
             reason = f"it takes {director.deciding_s * 1e6:.0f} us a layer to save {saved:.0f} us"
-            found.append(SlowPath("no prefetching in decode", reason, "none needed"))
+            found.append(Note("no prefetching in decode", reason, "none needed"))
         elif not director.prefetcher.active:
             reason = "most of what it fetched lately was not used"
-            found.append(SlowPath("prefetching pauses", reason, "none needed: it tries again"))
+            found.append(Note("prefetching pauses", reason, "none needed: it tries again"))
         return tuple(found)
 
     @property
@@ -262,7 +263,7 @@ def place_model(
     executor, shared = None, None
     if reason is not None:
         remedy = "none yet: attention and dense layers run on the device"
-        notes.append(SlowPath("all experts on the CPU", reason, remedy))
+        notes.append(Note("all experts on the CPU", reason, remedy))
     else:
         with memory_told(device):
             executor, shared = _share_experts(
@@ -322,7 +323,7 @@ def _share_experts(
         executor.warm()
     if lookahead.reason is not None:
         remedy = "none yet: experts of those layers are not copied ahead"
-        executor.notes.append(SlowPath("layers without lookahead", lookahead.reason, remedy))
+        executor.notes.append(Note("layers without lookahead", lookahead.reason, remedy))
     for number, module in enumerate(modules):
         module.hybrid_experts = PlacedExperts(executor, number, layers[number])
     watch_steps(model, executor, seconds)

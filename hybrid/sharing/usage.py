@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid.errors import UsageError, first_line
-from hybrid.ledger.metrics import SlowPath
+from hybrid.formats.notes import Note
 from hybrid.sharing.routed import F32, Choice, Ids
 from hybrid.sharing.trace import TraceRecorder
 
@@ -49,7 +49,7 @@ class Usage:
         for expert, load in loads:
             self.uses[layer, expert] += load
 
-    def record(self, layer: int, ids: Ids, factors: F32) -> SlowPath | None:
+    def record(self, layer: int, ids: Ids, factors: F32) -> Note | None:
         """Keep what the router chose, if somebody wants to know.
 
         Returns a note when the choice fits no trace, which ends the recording.
@@ -61,10 +61,10 @@ class Usage:
         except UsageError as error:
             self.recorder = None
             reason, remedy = first_line(error), "leave --routing out"
-            return SlowPath("routing is recorded no more", reason, remedy)
+            return Note("routing is recorded no more", reason, remedy)
         return None
 
-    def of_cpu(self, layer: int, expert_ids: Tensor, weights: Tensor) -> SlowPath | None:
+    def of_cpu(self, layer: int, expert_ids: Tensor, weights: Tensor) -> Note | None:
         """Count and record a layer that is computed without a device."""
         ids, factors = expert_ids.detach().cpu().numpy(), weights.detach().float().cpu().numpy()
         self.count(layer, len(ids), Choice(ids, factors, self.uses.shape[1]).loads)

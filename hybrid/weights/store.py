@@ -23,10 +23,10 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from cpu_experts.errors import CpuExpertsError
 from cpu_experts.experts import ExpertShape
 from cpu_experts.formats import pad
 from hybrid.errors import StoreError
+from hybrid.formats.errors import HybridError
 from hybrid.weights.huge_pages import ask_for_large_pages
 
 DATA_NAME = "experts.bin"
@@ -158,7 +158,7 @@ class StoreIndex:
                 dense={name: (int(n), int(k)) for name, (n, k) in body["dense"].items()},
             )
             intact = index.id == body["id"] and index.nbytes == body["bytes"]
-        except (KeyError, TypeError, ValueError, AttributeError, CpuExpertsError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, HybridError) as error:
             raise StoreError(
                 f"{path} is damaged ({type(error).__name__}: {error})", hint=_REMAKE
             ) from error
