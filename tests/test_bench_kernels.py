@@ -11,6 +11,7 @@ import pytest
 from cpu_experts.experts import ExpertShape
 from hybrid.bench import kernels
 from hybrid.cli import main
+from hybrid.measure import reads
 
 CASE = kernels.Case("q4_0", 64, 32, 8, 2, 1)
 
@@ -18,7 +19,7 @@ CASE = kernels.Case("q4_0", 64, 32, 8, 2, 1)
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory, and one case for each token count."""
-    monkeypatch.setattr(kernels, "ROTATION_BYTES", 1 << 20)
+    monkeypatch.setattr(reads, "ROTATION_BYTES", 1 << 20)
     monkeypatch.setattr(
         kernels, "cases", lambda formats: [CASE._replace(format=f, tokens=1) for f in formats]
     )
@@ -84,7 +85,7 @@ def test_calls_take_turns_over_all_experts() -> None:
     """Few experts a call: each comes once before any comes again, from ever other layers."""
     shape = ExpertShape(hidden=64, intermediate=32, format="q4_0")
     blocks = kernels.fill(shape, 8)
-    assert blocks.nbytes >= kernels.ROTATION_BYTES
+    assert blocks.nbytes >= reads.ROTATION_BYTES
     calls = kernels._calls(CASE, blocks, shape)
     taken = [next(calls) for _ in range(4)]
     assert [active for _, active in taken] == [2] * 4

@@ -20,9 +20,9 @@ from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.measure.random_model import check_room
 from hybrid.weights.store import ExpertStore
+from planner.cost.terms import CALL, CPU, HEAD, MIXER
 from planner.describe.hardware import Point, TermPoint
 from planner.errors import PlannerError
-from planner.foretell.run import CALL, CPU, HEAD, MIXER
 from planner_examples import bare_machine
 
 SPEC = """

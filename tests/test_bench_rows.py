@@ -17,6 +17,7 @@ from hybrid.bench import hybrid, kernels, lookahead, model, perplexity, planner
 from hybrid.bench.record import Line
 from hybrid.cli import main
 from hybrid.errors import UsageError
+from hybrid.measure import reads
 from test_bench_hybrid import spec  # noqa: F401
 from test_bench_model import _small_read
 from test_calibrate import quick  # noqa: F401
@@ -61,7 +62,7 @@ def test_kernels(
 ) -> None:
     """A case is kept while the next one is prepared."""
     case = kernels.Case("q4_0", 64, 32, 8, 2, 1)
-    monkeypatch.setattr(kernels, "ROTATION_BYTES", 1 << 20)
+    monkeypatch.setattr(reads, "ROTATION_BYTES", 1 << 20)
     monkeypatch.setattr(kernels, "cases", lambda fs: [case._replace(format=f) for f in fs])
     monkeypatch.setattr(kernels, "fill", interrupted_at(2, kernels.fill))
     record, err = cut(capsys, tmp_path / "a.jsonl", "kernels", "--repeat", "3")

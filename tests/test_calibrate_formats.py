@@ -14,7 +14,7 @@ from hybrid.loading import load_fast_model, set_threads
 from hybrid.measure import calibrate as calibration
 from hybrid.measure.calibrate import covers, hardware_for
 from hybrid.measure.random_model import write_random_model
-from planner.foretell.run import CALL, MIXER
+from planner.cost.terms import CALL, MIXER
 from test_calibrate import quick  # noqa: F401
 
 

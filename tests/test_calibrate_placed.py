@@ -20,7 +20,7 @@ from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
-from hybrid.machine.devices import ToEmulate, hardware_with
+from hybrid.machine.devices import ToEmulate
 from hybrid.measure import calibrate as calibration
 from hybrid.measure import replica
 from hybrid.measure import shared as measure_placed
@@ -28,6 +28,7 @@ from hybrid.measure.calibrate import hardware_for
 from hybrid.measure.shared import UnmeasuredError
 from hybrid.planning.plan import plan
 from hybrid.session.model import HybridModel
+from hybrid.session.open import hardware_with
 from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, HardwareSpec, Point, TermPoint
 from planner_examples import bare_machine, machine, save_config

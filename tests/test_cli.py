@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 import hybrid
-from cpu_experts.jit import hostcpu
-from cpu_experts.kernels import simd
+from cpu_experts.jit import hostcpu, simd
 from hybrid.cli import generation, main
 from hybrid.cli.app import COMMANDS
 from hybrid.errors import UsageError

@@ -21,7 +21,8 @@ from hybrid.machine.calibrations import Identity
 from hybrid.machine.devices import choose_device
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import beyond_ram, fitted_alone
-from planner.foretell.memory import RAM_RESERVE_BYTES, enough_in_words, in_words
+from planner.describe.words import enough_in_words, in_words
+from planner.foretell.memory import RAM_RESERVE_BYTES
 
 RUN = ["run", "-p", "import os", "-n", "3", "--greedy", "-t", "1"]
 

@@ -368,7 +368,7 @@ def test_dense_layers_compute_in_what_the_processor_multiplies(
     for dtype in (torch.bfloat16, torch.float32, "float32", "bfloat16"):
         found = HybridModel.from_pretrained(tiny_model, dtype=dtype).model.dtype
         assert f"{found}".endswith(f"{dtype}".removeprefix("torch."))
-    monkeypatch.setattr("hybrid.ask.dtypes.SMALL", 100)
+    monkeypatch.setattr("hybrid.machine.compute_dtype.SMALL", 100)
     model = HybridModel.from_pretrained(tiny_model)
     assert model.model.dtype == (torch.bfloat16 if either_processor else torch.float32)
     model = HybridModel.from_pretrained(tiny_model, dtype="float32")

@@ -16,9 +16,9 @@ from hybrid.measure.terms_of_step import (
     totals,
     typical,
 )
+from planner.cost.terms import CALL, CPU, DENSE, HEAD, MIXER
 from planner.describe.families import from_hf_config
 from planner.describe.model import ModelSpec
-from planner.foretell.run import CALL, CPU, DENSE, HEAD, MIXER
 from planner_examples import SMALL, small_model
 
 ATTENTION_S, EXPERT_S, SHARED_S, HEAD_S, CALL_S, DENSE_S = 0.5, 0.125, 0.25, 2.0, 1.0, 4.0

@@ -15,8 +15,9 @@ from planner.describe.checked_table import read_table
 from planner.describe.estimate import Source
 from planner.describe.families import from_table
 from planner.describe.model import ModelSpec
+from planner.describe.traces import read_trace
 from planner.errors import TraceError
-from planner.foretell.routing import RECALL, SAMPLED, from_trace, read_trace, synthetic
+from planner.foretell.routing import RECALL, SAMPLED, from_trace, synthetic
 from planner_examples import small_model
 
 ROOT = Path(__file__).parents[1]

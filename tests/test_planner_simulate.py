@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from planner.cost.cost import CostModel
+from planner.cost.terms import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER
 from planner.decide.baselines import all_cpu, on_demand, static_split
 from planner.decide.cache import ExpertCache, Policy
 from planner.decide.policies import LRU, MRS, StaticPopularity
@@ -17,7 +18,7 @@ from planner.decide.schedule import schedule
 from planner.describe.hardware import HardwareSpec, TermPoint
 from planner.foretell.memory import Fit
 from planner.foretell.routing import Routing, synthetic
-from planner.foretell.run import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER, Run
+from planner.foretell.run import Run
 from planner.foretell.simulate import RamCache, Simulator
 from planner_examples import bare_machine, machine, machine_table, quantity, small_model
 

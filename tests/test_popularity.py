@@ -15,8 +15,9 @@ from planner.cost.cost import CostModel
 from planner.decide.cache import ExpertCache
 from planner.decide.policies import Blend
 from planner.decide.popularity import Popularity, favourites, informed, read_popularity
+from planner.describe.words import enough_in_words
 from planner.errors import CapacityError, SpecError, TraceError
-from planner.foretell.memory import STAGING, HostMemory, enough_in_words, fit, paged
+from planner.foretell.memory import STAGING, HostMemory, fit, paged
 from planner.foretell.request import Request
 from planner_examples import bare_machine, hybrid_plan, machine, save_config, small_model
 

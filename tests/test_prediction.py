@@ -20,10 +20,10 @@ from hybrid.machine.coverage import Coverage
 from hybrid.session.model import HybridModel
 from hybrid.weights.checkpoint import convert
 from planner.cost.cost import CostModel
+from planner.cost.terms import CALL, CPU, HEAD, MIXER
 from planner.describe.estimate import Source
 from planner.describe.hardware import Point, TermPoint
 from planner.describe.model import ModelSpec
-from planner.foretell.run import CALL, CPU, HEAD, MIXER
 from planner_examples import bare_machine, machine, small_model
 
 FORMATS = {"experts": "q4_0", "dense": "bf16"}

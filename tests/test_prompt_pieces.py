@@ -13,10 +13,10 @@ from hybrid.ledger.prediction import predict
 from hybrid.measure import calibrate as calibration
 from planner.cost.cost import CostModel
 from planner.cost.term_points import MeasuredTerms, pieces
+from planner.cost.terms import CPU, HEAD, MIXER
 from planner.describe.estimate import Estimate, Source
 from planner.describe.hardware import HardwareSpec, TermPoint
 from planner.foretell.routing import synthetic
-from planner.foretell.run import CPU, HEAD, MIXER
 from planner_examples import bare_machine, machine, small_model
 
 FORMATS = {"experts": "q4_0", "dense": "bf16"}

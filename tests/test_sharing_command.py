@@ -15,8 +15,8 @@ from hybrid.errors import UsageError
 from hybrid.planning.plan import plan
 from hybrid.session.model import HybridModel
 from planner.decide.popularity import Popularity
+from planner.describe.traces import read_trace
 from planner.errors import PlannerError
-from planner.foretell.routing import read_trace
 from shared_demo import placed, placement_of
 
 

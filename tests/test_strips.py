@@ -16,9 +16,9 @@ from cpu_experts.formats import (
     round_activations,
     unpack,
 )
+from cpu_experts.jit.simd import LEVEL
 from cpu_experts.kernels.experts import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
 from cpu_experts.kernels.reading import read_words
-from cpu_experts.kernels.simd import LEVEL
 
 OFFSETS = {"q4_0": 8, "q8_0": 0 if LEVEL in ("avx2", "portable") else 128}
 

@@ -17,7 +17,8 @@ from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.sharing.trace import TraceRecorder
 from planner.describe.families import from_hf_config
-from planner.foretell.routing import from_trace, read_trace
+from planner.describe.traces import read_trace
+from planner.foretell.routing import from_trace
 
 LAYERS, TOP_K = 3, 2
 

@@ -17,15 +17,15 @@ from numba import config, prange
 
 from cpu_experts.decoder.ops import normalize, rotate
 from cpu_experts.formats import TILE
+from cpu_experts.jit import simd
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels import simd
 from cpu_experts.kernels.experts import MIDDLE, ROW_BLOCKS, WIDE, fetch_add, strip_dot
 
 if simd.LEVEL == "portable" or config.DISABLE_JIT:
     from cpu_experts.kernels.scalar import exp_all, largest_of, to_half
 else:
-    from cpu_experts.kernels.simd_dense import exp_all, largest_of, to_half
+    from cpu_experts.jit.simd_dense import exp_all, largest_of, to_half
 
 #: Positions that one item of attention looks at.
 CHUNK = 512

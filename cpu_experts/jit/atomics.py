@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cpu_experts.kernels.simd import _I32, _I64, Builder, Value, _call, _data, _gep
+from cpu_experts.jit.simd import _I32, _I64, Builder, Value, _call, _data, _gep
 
 #: Looks at a counter before the waiting thread offers its core to others.
 _SPINS = 2000

@@ -23,10 +23,10 @@ from llvmlite.binding import get_host_cpu_name
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.cpu_options import ParallelOptions
 
+from cpu_experts.jit import simd
 from cpu_experts.jit.hostcpu import host_features
 from cpu_experts.jit.linking import Kernel
 from cpu_experts.jit.threading_layer import check_threading_layer
-from cpu_experts.kernels import simd
 
 _log = logging.getLogger("cpu_experts")
 _NOT_KEPT = (

@@ -22,9 +22,9 @@ import numpy as np
 from numba import config, prange
 
 from cpu_experts.formats import ACT_GROUP, GROUP, TILE
+from cpu_experts.jit import simd
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels import simd
 
 if simd.LEVEL == "portable" or config.DISABLE_JIT:
     from cpu_experts.kernels.scalar import (
@@ -37,8 +37,8 @@ if simd.LEVEL == "portable" or config.DISABLE_JIT:
         strip_dot,
     )
 else:
-    from cpu_experts.kernels.simd import ROW_BLOCKS, quantize_group, strip_dot
-    from cpu_experts.kernels.simd_dense import add_strip, copy_strip, multiply_strip, silu_strip
+    from cpu_experts.jit.simd import ROW_BLOCKS, quantize_group, strip_dot
+    from cpu_experts.jit.simd_dense import add_strip, copy_strip, multiply_strip, silu_strip
 from cpu_experts.kernels.scalar import fetch_add as fetch_add
 from cpu_experts.kernels.scalar import ticks as ticks
 from cpu_experts.kernels.scalar import wait_for

@@ -1,4 +1,4 @@
-"""The micro-kernels of :mod:`cpu_experts.kernels.simd` in plain Python that any processor runs.
+"""The micro-kernels of :mod:`cpu_experts.jit.simd` in plain Python that any processor runs.
 
 Compiled by numba on machines without a vector level of ours, and run uncompiled by the tests
 (``NUMBA_DISABLE_JIT=1``). Same arguments, same results up to the order of float additions.
@@ -35,7 +35,7 @@ def _half(bits: Any) -> Any:
 
 @njit(nogil=True)
 def to_half(x: Any) -> Any:
-    """See :func:`cpu_experts.kernels.simd_dense.to_half`."""
+    """See :func:`cpu_experts.jit.simd_dense.to_half`."""
     bits = np.float32(x).view(np.uint32)
     sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
     if size > 0x7F800000:
@@ -124,7 +124,7 @@ _ONE_ROW: dict[str, Callable[..., None]] = {
 
 
 def strip_dot(fmt: str, n: int) -> Any:
-    """See :func:`cpu_experts.kernels.simd.strip_dot`."""
+    """See :func:`cpu_experts.jit.simd.strip_dot`."""
     one = _ONE_ROW[fmt]
 
     @njit(nogil=True)
@@ -139,7 +139,7 @@ def strip_dot(fmt: str, n: int) -> Any:
 
 @njit(nogil=True)
 def silu_strip(gate: Any, at: Any, alpha: Any, out: Any, out_at: Any) -> None:
-    """See :func:`cpu_experts.kernels.simd.silu_strip`."""
+    """See :func:`cpu_experts.jit.simd.silu_strip`."""
     for i in range(TILE):
         g = gate[at + i]
         out[out_at + i] = g / (np.float32(1) + np.exp(-alpha * g))
@@ -147,28 +147,28 @@ def silu_strip(gate: Any, at: Any, alpha: Any, out: Any, out_at: Any) -> None:
 
 @njit(nogil=True)
 def add_strip(x: Any, at: Any, scale: Any, out: Any, out_at: Any) -> None:
-    """See :func:`cpu_experts.kernels.simd_dense.add_strip`."""
+    """See :func:`cpu_experts.jit.simd_dense.add_strip`."""
     for i in range(TILE):
         out[out_at + i] += scale * x[at + i]
 
 
 @njit(nogil=True)
 def multiply_strip(x: Any, at: Any, y: Any, y_at: Any, offset: Any) -> None:
-    """See :func:`cpu_experts.kernels.simd_dense.multiply_strip`."""
+    """See :func:`cpu_experts.jit.simd_dense.multiply_strip`."""
     for i in range(TILE):
         x[at + i] *= y[y_at + i] + offset
 
 
 @njit(nogil=True)
 def copy_strip(x: Any, at: Any, out: Any, out_at: Any) -> None:
-    """See :func:`cpu_experts.kernels.simd_dense.copy_strip`."""
+    """See :func:`cpu_experts.jit.simd_dense.copy_strip`."""
     for i in range(TILE):
         out[out_at + i] = x[at + i]
 
 
 @njit(nogil=True)
 def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
-    """See :func:`cpu_experts.kernels.simd.quantize_group`; these kernels need no start value."""
+    """See :func:`cpu_experts.jit.simd.quantize_group`; these kernels need no start value."""
     top = np.float32(0)
     for i in range(GROUP):
         size = abs(x[at + i])
@@ -187,7 +187,7 @@ def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
 
 @njit(nogil=True)
 def largest_of(x: Any, at: Any, count: Any) -> Any:
-    """See :func:`cpu_experts.kernels.simd_dense.largest_of`."""
+    """See :func:`cpu_experts.jit.simd_dense.largest_of`."""
     most = x[at]
     for i in range(at, at + count):
         most = max(most, x[i])
@@ -196,7 +196,7 @@ def largest_of(x: Any, at: Any, count: Any) -> Any:
 
 @njit(nogil=True)
 def exp_all(x: Any, at: Any, count: Any, shift: Any) -> Any:
-    """See :func:`cpu_experts.kernels.simd_dense.exp_all`."""
+    """See :func:`cpu_experts.jit.simd_dense.exp_all`."""
     total = np.float32(0)
     for i in range(at, at + count):
         x[i] = np.exp(x[i] - shift)
@@ -206,7 +206,7 @@ def exp_all(x: Any, at: Any, count: Any, shift: Any) -> Any:
 
 @njit(nogil=True)
 def sum_words(words: Any, at: Any, count: Any) -> Any:
-    """See :func:`cpu_experts.kernels.simd_dense.sum_words`."""
+    """See :func:`cpu_experts.jit.simd_dense.sum_words`."""
     total = np.uint64(0)
     for word in words[at : at + count]:
         total += word

@@ -1,13 +1,11 @@
-"""What reading a model's parts needs: samples, comparisons, packed copies, and what to raise."""
+"""What reading a model's parts needs: samples, comparisons, and what to raise."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cpu_experts.decoder.layers import Matrix
 from cpu_experts.formats import F32
-from hybrid.packed.dense import Arena, pack_linear
 
 
 class UnfitError(Exception):
@@ -45,19 +43,3 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 def sample(*shape: int) -> Tensor:
     """Return the same normal numbers each time."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def packed_rows(weight: Tensor, bias: Tensor | None, arena: Arena) -> Matrix:
-    """Return a copy of a matrix ``[rows, cols]`` for the kernels, not rounded."""
-    rows, cols = weight.shape
-    linear = nn.Linear(cols, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    module = pack_linear(linear)
-    arena.move(module.packed)
-    return Matrix(
-        weight=module.packed.numpy(),
-        rows=rows,
-        cols=cols,
-        format=module.weight_format,
-        bias=floats(bias),
-    )

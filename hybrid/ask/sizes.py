@@ -7,7 +7,7 @@ from math import isfinite, nan
 import psutil
 
 from hybrid.errors import UsageError
-from planner.foretell.memory import in_words
+from planner.describe.words import in_words
 
 GIB = 2**30
 UNITS = {

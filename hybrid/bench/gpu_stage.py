@@ -33,7 +33,8 @@ from hybrid.sharing.predictor import Lookahead
 from hybrid.sharing.shared_first import SharedFirst
 from hybrid.transformers_api import cache_argument
 from planner.cost.cost import CostModel
-from planner.foretell.memory import STAGING, HostMemory, fit, in_words
+from planner.describe.words import in_words
+from planner.foretell.memory import STAGING, HostMemory, fit
 
 _RAN_OUT = (
     "ran out of memory",

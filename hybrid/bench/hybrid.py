@@ -19,7 +19,6 @@ from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.errors import UsageError
-from hybrid.formats.notes import Note
 from hybrid.ledger.timeline import DECODE, HEAD, ROUTER
 from hybrid.loading import set_threads
 from hybrid.machine import host
@@ -31,9 +30,10 @@ from planner.cost.cost import CostModel, weight_bytes
 from planner.decide.popularity import Popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
+from planner.describe.traces import read_trace
 from planner.errors import TraceError
 from planner.foretell.memory import STAGING
-from planner.foretell.routing import Routing, from_trace, read_trace, synthetic
+from planner.foretell.routing import Routing, from_trace, synthetic
 
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite")
 SHARES = (0.25, 0.5, 0.75)
@@ -280,7 +280,7 @@ def _least_s(scene: Scene, runner: Runner) -> float:
 
 def _notes(runner: Runner) -> list[str]:
     """What was slower than it could be."""
-    notes = [*(Note(*note) for note in runner.stage.device.notes), *runner.executor.notes]
+    notes = [*runner.stage.device.notes, *runner.executor.notes]
     return [f"{note.what}: {note.reason}" for note in notes]
 
 

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from hybrid.ask.asked_model import subject
 from hybrid.ask.counts import whole_number
 from hybrid.ask.dtypes import check_dtype
-from hybrid.bench.kernels import read_seconds, shares_of_bandwidth
 from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
@@ -36,6 +35,7 @@ from hybrid.machine.calibrations import Identity
 from hybrid.machine.coverage import Coverage
 from hybrid.measure.alone import Timed
 from hybrid.measure.interference import Others
+from hybrid.measure.reads import read_seconds, shares_of_bandwidth
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30

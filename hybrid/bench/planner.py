@@ -28,8 +28,8 @@ from planner.decide.problem import LayerCost
 from planner.decide.replay import Admission, replay
 from planner.decide.schedule import schedule
 from planner.describe.estimate import LayerWork
+from planner.describe.traces import read_trace
 from planner.foretell.request import Request
-from planner.foretell.routing import read_trace
 from planner.foretell.simulate import Simulator
 
 MODEL, HARDWARE, FORMAT = "Qwen3-30B-A3B", "rtx4060-laptop-8gb", "q4_0"

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from hybrid.bench.kernels import read_seconds
 from hybrid.bench.model import bytes_per_token, generate_once, memory_to_read
 from hybrid.formats.errors import HybridError
+from hybrid.measure.reads import read_seconds
 from hybrid.transformers_api import cache_argument
 
 PLAIN_RANDOM = "transformers, bfloat16"

@@ -21,7 +21,8 @@ from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder.decoder import Decoder
 from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm
 from cpu_experts.formats import F32
-from hybrid.anatomy.samples import UnfitError, close, floats, packed_rows, sample
+from hybrid.anatomy.samples import UnfitError, close, floats, sample
+from hybrid.fast.packed_rows import packed_rows
 from hybrid.fast.router_parts import read_router
 from hybrid.fast.widened import widened
 from hybrid.formats.errors import HybridError
@@ -37,7 +38,7 @@ from hybrid.packed.dense import (
     replace_modules,
 )
 from hybrid.transformers_api import cache_argument
-from planner.foretell.memory import in_words
+from planner.describe.words import in_words
 
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
 _HEADS_AN_ITEM = 8

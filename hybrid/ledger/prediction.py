@@ -20,13 +20,13 @@ from hybrid.machine.calibrations import Identity
 from hybrid.machine.coverage import UNMEASURED, Coverage
 from hybrid.packed.experts import experts_of
 from planner.cost.cost import CostModel
+from planner.cost.terms import CALL, CPU, DENSE, HEAD, MIXER
 from planner.describe.estimate import Estimate, Source, weakest
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
 from planner.errors import PlannerError
 from planner.foretell.dryrun import OURS, estimates
 from planner.foretell.request import Request
-from planner.foretell.run import CALL, CPU, DENSE, HEAD, MIXER
 
 _MOST_STEPS = 128
 """Decode steps that are simulated: of longer runs those in the middle."""

@@ -8,11 +8,10 @@ from typing import Any
 import numba
 import torch
 
-from cpu_experts.jit import hostcpu
-from cpu_experts.kernels import simd
-from hybrid.ask.dtypes import automatic_dtype
+from cpu_experts.jit import hostcpu, simd
 from hybrid.fast.attach import LOST, UNTESTED, FastPath
 from hybrid.formats.notes import Note
+from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.machine.host import has_native_bf16
 from planner.describe.families import from_hf_config
 from planner.errors import PlannerError

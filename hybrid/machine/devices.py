@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,15 +14,11 @@ from cpu_experts.jit.workers import use_threads
 from gpu_experts.cuda.runtime import ran_out_of_memory
 from gpu_experts.device import F32, I32, U8, Device
 from gpu_experts.emulated.device import EmulatedDevice
-from hybrid.ask.asked_model import subject
 from hybrid.ask.names import find_hardware
 from hybrid.ask.sizes import size_in_bytes
 from hybrid.errors import UsageError, first_line
 from hybrid.formats.notes import Note
-from hybrid.machine import calibrations
-from hybrid.machine.calibrations import Identity
-from hybrid.machine.machines import EMULATED, EMULATED_AS, with_emulated
-from planner.describe.hardware import HardwareSpec
+from hybrid.machine.machines import EMULATED, EMULATED_AS
 
 Size = str | int | None
 
@@ -128,36 +122,6 @@ def emulated_device(capacity_bytes: int, shape: ExpertShape, threads: int) -> Em
         run_experts(x, slot_ids, weights, slots, shape, out)
 
     return EmulatedDevice(capacity_bytes, run=run)
-
-
-def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec:
-    """Return what this machine does how fast, with ``device`` as its GPU.
-
-    A real device is measured with the model's shape when it is used for the first time, or what
-    was measured is damaged, which takes about a minute; what other programs disturbed is taken as
-    it is, until ``hybrid calibrate`` measures it again. So may an emulated one be, by ``hybrid
-    calibrate``; else it is taken for that of ``EMULATED_AS``, beside this machine's CPU where that
-    was calibrated.
-    """
-    if isinstance(device, EmulatedDevice):
-        return with_emulated(subject(directory), threads, device.name)
-    from hybrid.measure.calibrate import hardware_for
-
-    damaged = calibrations.damage(Identity.of_this_machine(threads, device.name))
-    if damaged is not None:
-        _say(f"{damaged.reason}: measuring anew")
-    return hardware_for(
-        directory,
-        force=damaged is not None,
-        calmer=False,
-        device=device,
-        threads=threads,
-        progress=_say,
-    )
-
-
-def _say(text: str) -> None:
-    print(f"hybrid: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from torch import Tensor
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from cpu_experts.formats import F32
-from hybrid.bench.kernels import fill, read_seconds
 from hybrid.errors import UsageError
 from hybrid.measure.interference import Others, Turns
+from hybrid.measure.reads import fill, read_seconds
 from hybrid.measure.terms_of_step import typical
 from hybrid.packed.bf16_products import least_load, offered
 from hybrid.packed.experts import BareLayer, LayerExperts, compute_on_cpu

@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import is_quantized, pack, packed_bytes
+from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import find_experts
 from hybrid.errors import DiskSpaceError
-from hybrid.packed.dense import dense_matrices
 from hybrid.weights.checkpoint import converted_config, layout
 from hybrid.weights.huge_pages import AlignedWriter
 from hybrid.weights.store import DATA_NAME, StoreIndex, header_page

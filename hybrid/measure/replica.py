@@ -11,9 +11,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from hybrid.ask.dtypes import automatic_dtype
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model, load_tokenizer
+from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.measure.alone import DRAWING, SETTLING, Passes, Timed, generate
 from hybrid.measure.random_model import check_room, first_layers, write_random_model
 from hybrid.measure.terms_of_step import Part, Pass, aside

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from planner.cost.terms import CALL, CPU, DENSE, HEAD, MIXER
 from planner.describe.model import Layer, ModelSpec
-from planner.foretell.run import CALL, CPU, DENSE, HEAD, MIXER
 
 _INTERRUPTED = 2
 """A sample of so many times the median: something else had the processor meanwhile."""

@@ -13,12 +13,12 @@ from typing import Any
 from cpu_experts.formats import is_quantized
 from hybrid.ask.asked_model import Subject, subject
 from hybrid.ask.counts import whole_number
-from hybrid.ask.dtypes import automatic_dtype
 from hybrid.ask.names import find_hardware, stored_weights
 from hybrid.ask.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.errors import UsageError
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
+from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.machine.machines import Machine, this_machine
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec

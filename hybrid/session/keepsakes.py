@@ -13,14 +13,9 @@ from hybrid.ledger.metrics import LANES
 from hybrid.paths import write_whole
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import Placement
+from hybrid.weights.store import weights_of
 from planner.decide.popularity import Popularity
 from planner.foretell.perfetto import trace_events
-
-
-def weights_of(network: Any) -> str:
-    """Return the digest of a loaded model's checkpoint, in whatever format its experts are."""
-    identity: str = network.hybrid_store.index.source["identity"]
-    return identity
 
 
 class Keepsakes:

@@ -22,10 +22,11 @@ from hybrid.formats.notes import Note
 from hybrid.ledger.metrics import GenerationTimes, RunReport
 from hybrid.ledger.prediction import begin_run
 from hybrid.ledger.slow_paths import refusals
-from hybrid.loading import load_model, load_tokenizer, set_threads
+from hybrid.loading import load_tokenizer, set_threads
 from hybrid.machine import host
 from hybrid.session.generation_stream import OnText, Stopped, Watch
 from hybrid.session.keepsakes import Keepsakes
+from hybrid.session.open import load_model
 from hybrid.session.report import run_report
 from hybrid.sharing.placement import Placement
 from hybrid.textstream import TextStream, as_ids

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from cpu_experts.jit import hostcpu
-from cpu_experts.kernels import simd
+from cpu_experts.jit import hostcpu, simd
 from hybrid.formats.notes import Note
 from hybrid.ledger.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.ledger.prediction import calibrating, cpu_terms

@@ -19,7 +19,8 @@ from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
 from planner.describe.families import from_hf_config
 from planner.describe.hardware import CONTEXT_BYTES, HardwareSpec
-from planner.foretell.memory import STAGING, Fit, fit, in_words
+from planner.describe.words import in_words
+from planner.foretell.memory import STAGING, Fit, fit
 from planner.foretell.request import Request
 
 

@@ -28,14 +28,15 @@ from hybrid.sharing.forward import watch_steps
 from hybrid.sharing.predictor import Lookahead
 from hybrid.sharing.shared_first import SharedFirst
 from planner.cost.cost import CostModel
+from planner.cost.terms import CALL
 from planner.decide.cache import ExpertCache
 from planner.decide.capacity import equal_capacities
 from planner.decide.director import REALISED, Director
 from planner.decide.popularity import Popularity, informed
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
-from planner.foretell.memory import STAGING, Fit, HostMemory, enough_in_words, in_words
-from planner.foretell.run import CALL
+from planner.describe.words import enough_in_words, in_words
+from planner.foretell.memory import STAGING, Fit, HostMemory
 
 
 class PlacedExperts:
@@ -92,7 +93,7 @@ class Placement:
     @property
     def known(self) -> tuple[Note, ...]:
         """What is slower or smaller than it could be, as far as that is known by now."""
-        return (*self.notes, *(Note(*note) for note in self.told))
+        return (*self.notes, *self.told)
 
     @property
     def spec(self) -> ModelSpec:

@@ -21,10 +21,10 @@ import transformers
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.errors import CheckpointError, DiskSpaceError, UnsupportedModelError, UsageError
-from hybrid.packed.dense import dense_matrices
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import write_experts

@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from planner.cost.term_points import MeasuredTerms, pieces
-from planner.decide.decode_table import DecodeTable
-from planner.decide.schedule import SEARCH_S
 from planner.describe.estimate import Estimate, Source, weakest
 from planner.describe.hardware import HardwareSpec, Point, Quantity
 from planner.describe.model import Layer, ModelSpec
@@ -188,7 +186,6 @@ class CostModel:
         self._measured = MeasuredTerms(
             hardware.terms, model.family, "gpu" if hardware.gpu else "cpu"
         )
-        self._tables: dict[float, DecodeTable] = {}
         self._deciding: dict[tuple[int, int], Estimate] = {}
         self._joining: dict[int, Estimate] = {}
         self._ffns: dict[tuple[int, int], Estimate] = {}
@@ -326,14 +323,6 @@ class CostModel:
         Where several sequences are computed, or a GPU does, there is one piece.
         """
         return pieces(prompt, self._measured.piece(self.dense_format) if batch == 1 else 0)
-
-    def decode_table(self, gpu_free_s: float) -> DecodeTable:
-        """Return decode's plans for layers whose shared expert takes ``gpu_free_s``."""
-        if gpu_free_s not in self._tables:
-            self._tables[gpu_free_s] = DecodeTable(
-                self.experts, self.model.experts.top_k, gpu_free_s=gpu_free_s, search_s=SEARCH_S
-            )
-        return self._tables[gpu_free_s]
 
     def head(self, rows: int, tokens: int | None = None) -> Estimate:
         """Time of the output head for ``rows`` positions of a step of ``tokens``, or of all."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from planner.decide.layer_plan import LayerPlan
 from planner.decide.problem import LayerCost
-from planner.decide.schedule import best_split, schedule
+from planner.decide.schedule import SEARCH_S, best_split, schedule
 from planner.describe.estimate import LayerWork
 from planner.errors import WorkError
 
@@ -163,3 +164,9 @@ class DecodeTable:
             max(cpu_end_s, gpu_end_s),
             "exact",
         )
+
+
+@lru_cache(maxsize=16)
+def decode_table(cost: LayerCost, top_k: int, gpu_free_s: float) -> DecodeTable:
+    """Return the plans for layers whose shared expert takes ``gpu_free_s``, made at most once."""
+    return DecodeTable(cost, top_k, gpu_free_s=gpu_free_s, search_s=SEARCH_S)

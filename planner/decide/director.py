@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from planner.cost.cost import CostModel
 from planner.decide.cache import ExpertCache, Ids, Values
+from planner.decide.decode_table import decode_table
 from planner.decide.layer_plan import LayerPlan
 from planner.decide.prefetch import LASTING, Ahead, NoPrefetch, Prefetch, ValuePrefetch
 from planner.decide.problem import LayerCost
@@ -146,7 +147,7 @@ class Director:
         self._spare_s: dict[tuple[int, int], float] = {}
         # What the shared expert takes in decode: the time most steps find the GPU free.
         self._shared_s = next(cost.ffn(layer, 1).value for layer in cost.model.layers if layer.moe)
-        self._table = cost.decode_table(self._shared_s)
+        self._table = decode_table(cost.experts, cost.model.experts.top_k, self._shared_s)
         by_hits = self._table.by_hits()
         # What one more hit saves in decode at 0, 1, ... hits; a prompt has more: the mean.
         self._hit_s = [fewer - more for fewer, more in pairwise(by_hits)]

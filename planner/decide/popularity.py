@@ -20,8 +20,8 @@ from planner.decide.cache import ExpertCache, Policy
 from planner.decide.capacity import marginal_capacities
 from planner.decide.policies import Blend
 from planner.describe.checked_table import LARGEST, read_table
+from planner.describe.traces import read_trace
 from planner.errors import TraceError
-from planner.foretell.routing import read_trace
 
 SCHEMA = "hybrid.popularity/1"
 _HINT = "write it with a session of this version, or leave it out"

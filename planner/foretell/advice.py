@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from planner.cost.cost import BITS_PER_WEIGHT, CostModel
-from planner.foretell.run import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER, Run
+from planner.cost.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER
+from planner.foretell.run import Run
 
 if TYPE_CHECKING:
     from planner.foretell.request import Request

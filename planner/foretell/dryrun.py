@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost.cost import CostModel
+from planner.cost.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER, TERMS
 from planner.decide.baselines import all_cpu, on_demand, static_split
 from planner.decide.cache import ExpertCache, Ids, Policy, Values
 from planner.decide.director import Scheduler
@@ -26,19 +27,7 @@ from planner.foretell import advice
 from planner.foretell.memory import Fit
 from planner.foretell.request import Request
 from planner.foretell.routing import Routing
-from planner.foretell.run import (
-    CALL,
-    CPU,
-    DECIDING,
-    DISK,
-    GPU,
-    HEAD,
-    JOINING,
-    LINK,
-    MIXER,
-    TERMS,
-    Run,
-)
+from planner.foretell.run import Run
 from planner.foretell.simulate import Simulator
 
 RECORDED = 4

@@ -9,6 +9,7 @@ from enum import StrEnum
 from planner.cost.cost import CostModel, weight_bytes
 from planner.decide.capacity import equal_capacities
 from planner.decide.popularity import Popularity
+from planner.describe.words import enough_in_words, in_words
 from planner.errors import SpecError
 
 RAM_RESERVE_BYTES = 2 * 2**30
@@ -239,19 +240,6 @@ def workspace_bytes(cost: CostModel, tokens: int) -> int:
     model = cost.model
     row = 8 * model.hidden + 3 * model.experts.top_k * model.experts.intermediate
     return 4 * (tokens * row + model.vocab)
-
-
-def in_words(size: int) -> str:
-    """Return a size for messages: fine enough that what is short shows."""
-    if size >= 2**31:
-        return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
-
-
-def enough_in_words(size: int) -> str:
-    """Return a size as :func:`in_words` does, rounded up: who gives that much gives enough."""
-    step = 2**30 / 100 if size >= 2**31 else (2**20 if size >= 2**20 else 2**10) / 10
-    return in_words(math.ceil(math.ceil(size / step) * step))
 
 
 def _sum(items: list[Item], place: str) -> int:

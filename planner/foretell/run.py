@@ -5,22 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from planner.cost.terms import TERMS
 from planner.decide.layer_plan import LayerPlan
-
-MIXER, DECIDING, DENSE, CPU, GPU, LINK, JOINING, DISK, HEAD, CALL = TERMS = (
-    "attention and router",
-    "deciding",
-    "shared and dense layers",
-    "experts on the CPU",
-    "experts on the GPU",
-    "copies to the GPU",
-    "joining",
-    "reads from disk",
-    "output head",
-    "around the layers",
-)
-"""What a step's time is made of; they add up to it. A layer's experts count for the lane that
-ends last."""
 
 
 @dataclass(frozen=True, slots=True)

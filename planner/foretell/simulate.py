@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from planner.cost.cost import CostModel
+from planner.cost.terms import CALL, CPU, DECIDING, DENSE, DISK, GPU, HEAD, JOINING, LINK, MIXER
 from planner.decide.cache import ExpertCache
 from planner.decide.director import Admission, Decision, Director, Fill, Scheduler, contended_s
 from planner.decide.layer_plan import LayerPlan
@@ -21,21 +22,7 @@ from planner.decide.schedule import schedule
 from planner.describe.estimate import LayerWork
 from planner.foretell.memory import Fit
 from planner.foretell.routing import RECALL, Choice, Routing
-from planner.foretell.run import (
-    CALL,
-    CPU,
-    DECIDING,
-    DENSE,
-    DISK,
-    GPU,
-    HEAD,
-    JOINING,
-    LINK,
-    MIXER,
-    Event,
-    Run,
-    Step,
-)
+from planner.foretell.run import Event, Run, Step
 
 
 class RamCache:

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_experts.formats import TILE
-from cpu_experts.kernels.simd import (
+from cpu_experts.jit.simd import (
     _BITS,
     _F32,
     _I16,
