@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,10 +17,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _tested_copy() -> str:
-    """The folder that ``hybrid`` is imported from; where nothing is installed, this checkout."""
-    if find_spec("hybrid") is None:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
+    """The folder that ``hybrid`` is imported from; where nothing is installed, this checkout.
+
+    From within this folder Python takes ``tests/hybrid`` for a package without an ``__init__``.
+    """
     found = find_spec("hybrid")
+    if found is None or found.origin is None:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        invalidate_caches()
+        found = find_spec("hybrid")
     assert found is not None
     assert found.origin is not None
     return str(Path(found.origin).parents[1])
@@ -77,7 +83,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of an ordinary (not converted) tiny model; see ``tests/tiny_model.py``."""
+    """The directory of an ordinary (not converted) tiny model (``support/tiny_model.py``)."""
     from tiny_model import save_tiny_model
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
@@ -87,7 +93,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_text(hybrid_cache: Path) -> str:
-    """What the shipped model writes on the CPU alone; see ``tests/shared_demo.py``."""
+    """What the shipped model writes on the CPU alone; see ``tests/support/shared_demo.py``."""
     from hybrid.session.model import HybridModel
     from shared_demo import GREEDY, PROMPT
 

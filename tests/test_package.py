@@ -84,9 +84,7 @@ def test_specs_are_those_of_the_copy_that_runs(installed: bool, tmp_path: Path) 
     if installed:
         (tmp_path / "configs/models").mkdir(parents=True)
         (tmp_path / "configs/models/foreign.toml").touch()
-    code = (
-        "from hybrid.arguments import names; print(names.__file__, *names.shipped_names('models'))"
-    )
+    code = "from hybrid.ask import names; print(names.__file__, *names.shipped_names('models'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -1,0 +1,445 @@
+"""A model with the fast path is still transformers' model: its weights, copies and threads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from test_decode import PROMPT, _save, half_precision_caches
+from test_fast_path import BATCH, converted, load, pair, qwen, write
+from torch import nn
+
+import hybrid.fast.decoder_parts
+from hybrid.errors import UsageError
+from hybrid.fast.attach import UNTESTED
+from hybrid.ledger.slow_paths import slow_paths
+from hybrid.machine import host
+from hybrid.packed.dense import (
+    PackedMlp,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    pack_linear,
+    replace_modules,
+    restore_dense,
+)
+from hybrid.weights.checkpoint import convert
+
+__all__ = ["half_precision_caches", "pair", "qwen"]  # fixtures of the tests here, too
+
+PACKED = (QuantizedLinear, QuantizedEmbedding, PackedMlp)
+
+
+def owned(directory: Path) -> Any:
+    """A model whose modules are replaced while the path is in use, as in HybridModel."""
+    model = load(directory)
+    model.hybrid_fast.replace = True
+    return model
+
+
+def packed_modules(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, PACKED)]
+
+
+@torch.no_grad()
+def negate(weight: torch.Tensor) -> None:
+    weight.mul_(-1.5)
+
+
+class Lora(nn.Module):
+    """What adapters put around a linear layer."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        generator = torch.Generator().manual_seed(3)
+        self.a = nn.Parameter(torch.randn(base.in_features, 2, generator=generator))
+        self.b = nn.Parameter(torch.randn(2, base.out_features, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + x @ self.a @ self.b  # type: ignore[no-any-return]
+
+
+def _other_state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.roll(1, 0) for name, value in model.state_dict().items()}
+
+
+def _adapt(model: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Lora(attention.q_proj)
+
+
+def _step(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    optimizer.step()
+
+
+def _new_head(model: Any) -> None:
+    model.lm_head = nn.Linear(64, 96, bias=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(3, 0))
+
+
+def _new_parameter(model: Any) -> None:
+    gate = model.model.layers[1].mlp.gate
+    gate.weight = nn.Parameter(-gate.weight.detach())
+
+
+def _other_data(model: Any) -> None:
+    weight = model.model.norm.weight
+    weight.data = weight.data * torch.linspace(-1, 1, 64)
+
+
+def _resize(model: Any) -> None:
+    torch.manual_seed(0)
+    model.resize_token_embeddings(100)
+    with torch.no_grad():
+        model.lm_head.weight[99] = model.lm_head.weight[:96].sum(0)
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda model: negate(model.model.layers[0].self_attn.q_proj.weight),
+    "in inference mode": torch.inference_mode()(lambda model: model.model.norm.weight.mul_(-2)),
+    "another head": _new_head,
+    "another parameter": _new_parameter,
+    "other data": _other_data,
+    "load_state_dict": lambda model: model.load_state_dict(_other_state(model)),
+    "assigned": lambda model: model.load_state_dict(_other_state(model), assign=True),
+    "resized": _resize,
+    "an optimizer": _step,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_after_a_text_are_in_the_next(pair: Any, name: str) -> None:
+    """The path notices, reads the weights again and writes what transformers writes."""
+    model, plain = pair
+    before = write(model)
+    decoder = model.hybrid_fast.decoder
+    for each in pair:
+        EDITS[name](each)
+    found = write(model)
+    assert torch.equal(found, write(plain))
+    assert not torch.equal(found, before)
+    assert model.hybrid_fast.path.fast
+    assert model.hybrid_fast.decoder is not decoder
+
+
+def test_an_adapter_comes_and_goes(pair: Any) -> None:
+    """With it transformers computes, and its gradients are right; without it the path is back."""
+    model, plain = pair
+    wanted = write(model)
+    for each in pair:
+        _adapt(each)
+        assert isinstance(each.model.layers[0].self_attn.q_proj.base_layer, nn.Linear)
+    assert torch.equal(write(model), write(plain))
+    assert model.hybrid_fast.path.reason == "q_proj is a Lora"
+    for each in pair:
+        each(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    for (_, found), (_, expected) in zip(
+        model.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, expected.grad)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+    assert torch.equal(write(model), wanted)
+    assert model.hybrid_fast.path.fast
+
+
+def test_modules_and_parameters_stay(pair: Any) -> None:
+    """A text changes nothing that can be seen from outside: objects, memory, state, types."""
+    model, plain = pair
+    parameters = dict(model.named_parameters())
+    places = [parameter.data_ptr() for parameter in parameters.values()]
+    modules = list(model.modules())
+    write(model)
+    assert model.hybrid_fast.path.fast
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    assert [parameter.data_ptr() for parameter in after.values()] == places
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert isinstance(model.get_output_embeddings(), nn.Linear)
+    assert all(p.requires_grad for p in model.requires_grad_(True).parameters())
+
+
+def test_training_between_texts(pair: Any) -> None:
+    """Gradients, a text, and only then the step: the weights of transformers alone."""
+    for model in pair:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+            write(model)
+            optimizer.step()
+    for found, wanted in zip(*(model.parameters() for model in pair), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(write(pair[0]), write(pair[1]))
+
+
+def test_gradients_of_the_body_alone(pair: Any, qwen: Path) -> None:
+    """Every parameter has its gradient; replaced modules refuse where they would have lost it."""
+    write(pair[0])
+    for each in pair:
+        each.model(input_ids=PROMPT).last_hidden_state.sum().backward()
+    for found, wanted in zip(*(each.parameters() for each in pair), strict=True):
+        assert (found.grad is None) == (wanted.grad is None)
+        if found.grad is not None:
+            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-6)
+    model = owned(qwen)
+    write(model)
+    with pytest.raises(UsageError, match="gradients cannot pass") as raised:
+        model.model(input_ids=PROMPT)
+    assert "hybrid_fast.release(model)" in str(raised.value.hint)
+
+
+def test_gradients_bring_replaced_modules_back(qwen: Path) -> None:
+    """The same parameters with the same values, their gradients are transformers' own."""
+    model, plain = owned(qwen), load(qwen, fast=False)
+    before = dict(model.named_parameters())
+    write(model)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    for each in (model, plain):
+        each(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    for name, parameter in plain.named_parameters():
+        assert after[name] is before[name]
+        assert torch.equal(after[name], parameter), name
+        torch.testing.assert_close(after[name].grad, parameter.grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(write(model), write(plain))
+    assert packed_modules(model)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_inference_mode_leaves_no_trace(qwen: Path, replace: bool) -> None:
+    """A text and a release in it: the weights can still be trained and written."""
+    model, plain = owned(qwen) if replace else load(qwen), load(qwen, fast=False)
+    with torch.inference_mode():
+        assert torch.equal(write(model), write(plain))
+        model.hybrid_fast.release(model)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    _step(model)
+    _step(plain)
+    assert torch.equal(write(model), write(plain))
+
+
+def test_tied_weights_come_back_tied(tmp_path: Path) -> None:
+    """Embedding and lm_head share one parameter again, and the model knows it."""
+    _save("qwen3_moe", tmp_path / "source", tie_word_embeddings=True)
+    convert(tmp_path / "source", tmp_path / "model", experts="f32")
+    model = owned(tmp_path / "model")
+    tied, weight = dict(model.all_tied_weights_keys), model.lm_head.weight
+    wanted = weight.clone()
+    write(model)
+    assert model.lm_head.weight is not weight
+    model.hybrid_fast.release(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is weight
+    assert torch.equal(weight, wanted)
+    assert model.all_tied_weights_keys == tied
+
+
+def test_a_shared_expert_comes_back(tmp_path: Path) -> None:
+    """An MLP whose matrices were laid out in one block has them again."""
+    model = owned(converted("qwen2_moe", tmp_path))
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    write(model)
+    assert any("shared_expert" in name for name in packed_modules(model))
+    model.hybrid_fast.release(model)
+    found = model.state_dict()
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_moving_and_casting(qwen: Path, replace: bool) -> None:
+    """The model is cast as if nothing were packed, and tested again afterwards."""
+    model, plain = owned(qwen) if replace else load(qwen), load(qwen, fast=False)
+    write(model)
+    model.to(torch.bfloat16)
+    plain.to(torch.bfloat16)
+    assert model.hybrid_fast.path == UNTESTED
+    assert model.hybrid_fast.decoder is None
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    for each in (model, plain):
+        each.to(torch.float32)
+    assert torch.equal(write(model), write(plain))
+    assert model.hybrid_fast.path.fast
+    assert bool(packed_modules(model)) == replace
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_stand_by_themselves(qwen: Path, how: str, used: bool, replace: bool) -> None:
+    """A copy writes the same text on its own path, trains and casts, whatever the original did."""
+    model, plain = owned(qwen) if replace else load(qwen), load(qwen, fast=False)
+    names = [name for name, _ in model.named_parameters()]
+    if used:
+        write(model)
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert type(twin) is type(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    del model
+    for each in (twin, plain):
+        each(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    assert [name for name, _ in twin.named_parameters()] == names
+    for found, wanted in zip(twin.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(write(twin), write(plain))
+    assert twin.hybrid_fast.path.fast
+    again = copy.deepcopy(twin)
+    again.to(torch.bfloat16)
+    assert not packed_modules(again)
+    assert again.lm_head.weight.dtype == torch.bfloat16
+
+
+def _interrupted(code: Any, line: int, call: Callable[[], Any]) -> bool:
+    """Run ``call`` with a KeyboardInterrupt before the given line that ``code`` comes to."""
+    left = [line]
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code is not code:
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_interruptions_lose_no_weights() -> None:
+    """Ctrl-C before any line of replacing or restoring: the weights come back all the same."""
+    model: Any = nn.Module()
+    model.tied, model.linear = nn.Linear(8, 16, bias=False), nn.Linear(8, 24, bias=False)
+    model.other = nn.Linear(8, 16, bias=False)
+    model.other.weight = model.tied.weight
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def replace() -> None:
+        replace_modules((model, name, pack_linear(getattr(model, name))) for name in wanted_names)
+
+    wanted_names = ("tied", "other", "linear")
+    for code, call in (
+        (replace_modules.__code__, replace),
+        (restore_dense.__code__, lambda: restore_dense(model)),
+    ):
+        line = 1
+        while True:
+            if call is not replace:
+                replace()
+            happened = _interrupted(code, line, call)
+            restore_dense(model)
+            assert not packed_modules(model)
+            assert model.tied.weight is model.other.weight
+            found = model.state_dict()
+            assert all(torch.equal(found[name], value) for name, value in wanted.items())
+            if not happened:
+                break
+            line += 1
+        assert line > 8
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupted_first_text(
+    qwen: Path, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while modules are replaced: they are back, and the next text is right."""
+    model, plain = owned(qwen), load(qwen, fast=False)
+    calls = [0]
+
+    def stopped(places: Any) -> None:
+        calls[0] += 1
+        if after or calls[0] != 4:
+            replace_modules(places)
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hybrid.fast.decoder_parts, "replace_modules", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write(model)
+    monkeypatch.undo()
+    assert not packed_modules(model)
+    assert model.hybrid_fast.path == UNTESTED
+    for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    half_way = owned(qwen)
+    replace_modules([(half_way, "lm_head", pack_linear(half_way.lm_head))])
+    half_way.hybrid_fast.release(half_way)
+    assert torch.equal(half_way.lm_head.weight, plain.lm_head.weight)
+
+
+def test_copies_need_memory(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the path is refused, with sizes and a remedy; what makes no copies needs none."""
+    assert 0 < host.available_memory_bytes() <= psutil.virtual_memory().total
+    model, plain = load(qwen), load(qwen, fast=False)
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: 5000)
+    assert torch.equal(write(model), write(plain))
+    assert model.hybrid_fast.path.reason.startswith("copies of dense weights take 120.0 KiB")
+    (slow,) = [slow for slow in slow_paths(model) if "copies" in slow.reason]
+    assert "--dense q8_0" in slow.remedy
+    write(replaced := owned(qwen))
+    assert replaced.hybrid_fast.path.fast
+    _save("qwen3_moe", tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "model", experts="f32", dense="q8_0")
+    quantized = load(tmp_path / "model")
+    parameters = list(quantized.parameters())
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: 0)
+    write(quantized)
+    assert quantized.hybrid_fast.path.fast, quantized.hybrid_fast.path.reason
+    assert all(a is b for a, b in zip(quantized.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_texts_beside_batches(qwen: Path, replace: bool) -> None:
+    """A thread's batches, which transformers computes, while another's text tests the path."""
+    model = owned(qwen) if replace else load(qwen)
+    with torch.no_grad():
+        wanted = model(input_ids=BATCH).logits
+    errors: list[BaseException] = []
+    over, begun = threading.Event(), threading.Event()
+
+    @torch.no_grad()
+    def batches() -> None:
+        try:
+            while not over.is_set():
+                torch.testing.assert_close(model(input_ids=BATCH).logits, wanted)
+                begun.set()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=batches, daemon=True)
+    thread.start()
+    begun.wait(30)
+    try:
+        texts = []
+        for _ in range(4):
+            texts.append(write(model, max_new_tokens=3))
+            assert model.hybrid_fast.path.fast, model.hybrid_fast.path.reason
+            model.hybrid_fast.release(model)
+    finally:
+        over.set()
+        thread.join(30)
+    assert not errors, errors
+    assert all(torch.equal(text, texts[0]) for text in texts)

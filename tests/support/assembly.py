@@ -1,0 +1,102 @@
+"""Compiles all kernels for a processor that need not be here: ``assembly.py CPU FOLDER``.
+
+Writes the assembly of each kernel that Python calls, with everything it calls, to a file. Nothing
+that is compiled ever runs.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+
+#: What a processor with AVX-512 VNNI has as far as levels are concerned; LLVM knows the rest.
+_FEATURES = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw"),
+    *("avx512vl", "avx512dq", "avx512cd", "avx512vnni"),
+)
+
+
+def _pretend(cpu: str) -> None:
+    """Let everything that asks for this processor see ``cpu``; comes before it asks."""
+    features = type(llvm.get_host_cpu_features())(dict.fromkeys(_FEATURES, True))
+    llvm.get_host_cpu_name = lambda: cpu
+    llvm.get_host_cpu_features = lambda: features
+
+
+def _kernels() -> Iterator[Any]:
+    """All kernels there are."""
+    import cpu_experts
+    from cpu_experts.jit.linking import Kernel
+
+    for module in pkgutil.iter_modules(cpu_experts.__path__, "cpu_experts."):
+        for value in vars(import_module(module.name)).values():
+            if isinstance(value, Kernel) and value.py_func.__module__ == module.name:
+                yield value
+
+
+def _call_all() -> None:
+    """Call all that is called from Python, with arguments of the right types."""
+    import test_decoder
+    import test_prompt
+
+    from cpu_experts.ffn import linear, run_experts
+    from cpu_experts.formats import pack
+    from cpu_experts.kernels.reading import read_words
+    from cpu_experts.kernels.widen import widen
+
+    def zeros(*size: int) -> Any:
+        return np.zeros(size, np.float32)
+
+    decoder = test_prompt._decoder()
+    cache = test_prompt._cache(decoder, 3)
+    angles = zeros(2, test_prompt.PAIRS)
+    decoder.begin_run()
+    decoder.step(zeros(test_prompt.D), angles[0], angles[0], cache, zeros(decoder.vocabulary))
+    sides = test_prompt._sides(decoder.layers[0], 2)
+    decoder.attend(0, *sides, angles, angles, cache)
+    experts = test_decoder._experts(4, "q4_0")
+    x, ids = zeros(3, test_decoder.D), np.zeros((3, 2), np.int64)
+    run_experts(x, ids, zeros(3, 2), experts.blocks, experts.shape, zeros(*x.shape))
+    packed = pack(zeros(32, 64), "q4_0")
+    linear(zeros(2, 64), packed, "q4_0", None, zeros(2, 32))
+    widen(packed, 32, 64, "q4_0", zeros(32, 64))
+    read_words(np.zeros(1000, np.uint64), 1)
+
+
+def _gathering(x, at, out):  # numba infers the types
+    """What a loop must not look like: its index may be negative."""
+    for i in range(out.size):
+        out[i] = x[at + i]
+
+
+def main(cpu: str, folder: Path) -> None:
+    """Write the assembly for ``cpu`` into ``folder``."""
+    _pretend(cpu)
+    from cpu_experts.jit.compiled import kernel
+    from cpu_experts.jit.linking import Kernel
+
+    def only_compile(self: Any, *args: Any) -> np.int64:
+        self.compile(tuple(map(self.typeof_pyval, args)))
+        return np.int64(1)
+
+    Kernel.__call__ = only_compile
+    _call_all()
+    control = kernel()(_gathering)
+    control(np.zeros(9, np.float32), 3, np.zeros(3, np.float32))
+    for one in (*_kernels(), control):
+        name = f"{one.py_func.__module__}.{one.py_func.__name__}"
+        # What only other kernels call is a part of theirs.
+        assert one.signatures or one._part.signatures, f"nothing here calls {name}"
+        if one.signatures:
+            (folder / f"{name}.s").write_text("\n".join(one.inspect_asm().values()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
