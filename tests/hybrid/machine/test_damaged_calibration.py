@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hybrid.cli import main
-from hybrid.machine import calibrations, devices, host
+from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
-from hybrid.measure import calibrate as calibration
+from hybrid.session import open as opening
 from planner_examples import bare_machine
 
 EMULATED = "emulated, exact"
@@ -21,8 +21,12 @@ RUN = ["run", "-p", "import os", "-n", "3", "--greedy", "-t", "1"]
 
 @pytest.fixture
 def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache whose calibrations of one thread, with a device and without, end in the middle."""
+    """A cache whose calibrations of one thread, with a device and without, end in the middle.
+
+    One thread is not what this machine would take by itself.
+    """
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    monkeypatch.setattr(host, "default_threads", lambda: 2)
     for device in ("", EMULATED):
         path = calibrations.save(bare_machine(), Identity.of_this_machine(1, device))
         path.write_text(path.read_text()[:200])
@@ -38,8 +42,7 @@ def test_a_run_goes_on(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err.count("hybrid calibrate --force --threads 1'") == 1
     assert main([*RUN, "--report"]) == 0
     report = capsys.readouterr().err
-    threads = "" if host.default_threads() == 1 else " --threads 1"
-    command = f"'hybrid calibrate demo{threads} --force'"
+    command = "'hybrid calibrate demo --threads 1 --force'"
     assert f"none: the calibration of this machine is damaged; {command}" in report
     assert "a damaged calibration" in report
 
@@ -80,10 +83,10 @@ def test_a_device_is_measured_anew(
         asked.append(options)
         return bare_machine()
 
-    monkeypatch.setattr(calibration, "hardware_for", hardware_for)
+    monkeypatch.setattr(opening, "hardware_for", hardware_for)
     for name in (EMULATED, "another"):
         device: Any = SimpleNamespace(name=name)
-        assert devices.hardware_with(device, cut, 1) == bare_machine()
+        assert opening.hardware_with(device, cut, 1) == bare_machine()
     assert [options["force"] for options in asked] == [True, False]
     assert capsys.readouterr().err.count("measuring anew") == 1
 

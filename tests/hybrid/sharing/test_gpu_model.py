@@ -19,7 +19,6 @@ from gpu_experts.cuda import device as cuda
 from gpu_experts.cuda import kernels
 from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
-from hybrid import loading
 from hybrid.ask.names import find_hardware
 from hybrid.cli import main
 from hybrid.demo import demo_path
@@ -27,6 +26,7 @@ from hybrid.formats.notes import Note
 from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations, devices
 from hybrid.machine.calibrations import Identity
+from hybrid.session import open as opening
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import Placement, place_model
@@ -218,8 +218,8 @@ def test_what_the_device_says_is_in_the_report(
 ) -> None:
     """What is found out when slots are opened is said at once, and all of it in every report."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(loading, "choose_device", lambda name, vram: "cuda:0")
-        monkeypatch.setattr(loading, "dtype_on", lambda where: torch.float32)
+        monkeypatch.setattr(opening, "choose_device", lambda name, vram: "cuda:0")
+        monkeypatch.setattr(opening, "dtype_on", lambda where: torch.float32)
     for calibrated_by_now in (False, True):
         model = HybridModel.from_pretrained(device="cuda", threads=1, context=256)
         said, executor = capsys.readouterr().err, model.placement.executor
