@@ -33,7 +33,7 @@ def assembly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     chosen = ("HYBRID_", "NUMBA_")  # choices of a level or a processor, perhaps
     environment = {k: v for k, v in os.environ.items() if not k.startswith(chosen)}
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE.parents[1]), str(HERE.parent / "support"), str(HERE)]
+        [str(HERE.parents[1]), str(HERE.parent / "support")]
     )
     folders = {cpu: tmp_path_factory.mktemp(cpu) for cpu in CPUS}
     started = {

@@ -13,75 +13,29 @@ import pytest
 import naive_dense
 from cpu_experts.decoder import records
 from cpu_experts.decoder.decoder import Decoder
-from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm, Router
+from cpu_experts.decoder.layers import Latent, Layer, Matrix, Router
 from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.formats import pack, unpack
+from decoder_layers import (
+    DIM,
+    EXPERTS,
+    PAIRS,
+    D,
+    draw,
+    make_experts,
+    make_layer,
+    make_matrix,
+    make_norm,
+    make_router,
+)
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
-D, DIM, EXPERTS = 72, 16, 8
-PAIRS = 6
-rng = np.random.default_rng(0)
-
-
-def _draw(*size: int, scale: float = 0.3) -> np.ndarray:
-    return (rng.standard_normal(size) * scale).astype(np.float32)
-
-
-def _matrix(rows: int, cols: int, fmt: str, bias: bool = False) -> Matrix:
-    weight = pack(_draw(rows, cols), fmt)
-    return Matrix(
-        weight=weight, rows=rows, cols=cols, format=fmt, bias=_draw(rows) if bias else None
-    )
-
-
-def _norm(size: int, **changes: Any) -> Norm:
-    return Norm(weight=1 + _draw(size), eps=1e-5, **changes)
-
-
-def _experts(count: int, fmt: str, intermediate: int = 40) -> Experts:
-    shape = ExpertShape(hidden=D, intermediate=intermediate, format=fmt)
-    blocks = np.stack(
-        [
-            pack_expert(
-                shape,
-                gate=_draw(intermediate, D),
-                up=_draw(intermediate, D),
-                down=_draw(D, intermediate),
-            )
-            for _ in range(count)
-        ]
-    )
-    return Experts(blocks=blocks, shape=shape)
-
-
-def _router(**changes: Any) -> Router:
-    rows = EXPERTS + bool(changes.get("gated_shared"))
-    return Router(matrix=_matrix(rows, D, "f32"), experts=EXPERTS, **{"top_k": 2} | changes)
-
-
-def _layer(fmt: str = "f32", heads: int = 4, kv_heads: int = 2, **changes: Any) -> Layer:
-    values: dict[str, Any] = {
-        "norm": _norm(D),
-        "ffn_norm": _norm(D),
-        "q": _matrix(heads * DIM, D, fmt),
-        "k": _matrix(kv_heads * DIM, D, fmt),
-        "v": _matrix(kv_heads * DIM, D, fmt),
-        "o": _matrix(D, heads * DIM, fmt),
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": DIM,
-        "scaling": 0.25,
-        "router": _router(),
-        "experts": _experts(EXPERTS, fmt),
-    }
-    return Layer(**values | changes)
 
 
 def _check(layer: Layer, past: int = 5, paired: bool = False, steps: int = 2) -> None:
     """Some tokens after ``past`` others through two such layers and an lm_head."""
     layers = [layer, layer]
-    head, last = _matrix(50, D, layer.q.format), _norm(D)
+    head, last = make_matrix(50, D, layer.q.format), make_norm(D)
     decoder = Decoder(layers, norm=last, lm_head=head, scale=0.5, paired=paired)
     cache = decoder.new_cache()
     # A rounding to int8 may fall to the other side where float32 differs from float64.
@@ -89,13 +43,13 @@ def _check(layer: Layer, past: int = 5, paired: bool = False, steps: int = 2) ->
     pasts: list[Any] = []
     for index in range(2):
         count, dim, key = layer.stored
-        sides = (_draw(count, past, dim), _draw(count, past, dim))
+        sides = (draw(count, past, dim), draw(count, past, dim))
         sides = (sides[0],) * 2 if key else sides
         cache.store(index, *sides)
         pasts.append(tuple(side.astype(np.float16).astype(np.float64) for side in sides))
     logits = np.full(50, np.nan, np.float32)
     for _ in range(steps):
-        token, angles = _draw(D, scale=1.0), _draw(PAIRS, scale=2.0)
+        token, angles = draw(D, scale=1.0), draw(PAIRS, scale=2.0)
         cos, sin = np.cos(angles), np.sin(angles)
         decoder.step(token, cos, sin, cache, logits)
         x = token.astype(np.float64)
@@ -123,30 +77,30 @@ def _check(layer: Layer, past: int = 5, paired: bool = False, steps: int = 2) ->
 @pytest.mark.parametrize("fmt", ["f32", "bf16", "q8_0", "q4_0"])
 def test_a_layer_equals_its_twin(fmt: str) -> None:
     """Norms, projections, attention, router and experts, in every format."""
-    _check(_layer(fmt))
+    _check(make_layer(fmt))
 
 
 VARIANTS = {
-    "norm of every head": {"q_norm": _norm(DIM), "k_norm": _norm(DIM)},
-    "norm over all heads": {"q_norm": _norm(4 * DIM), "k_norm": _norm(2 * DIM)},
+    "norm of every head": {"q_norm": make_norm(DIM), "k_norm": make_norm(DIM)},
+    "norm over all heads": {"q_norm": make_norm(4 * DIM), "k_norm": make_norm(2 * DIM)},
     "biases": {
-        "q": _matrix(4 * DIM, D, "f32", bias=True),
-        "o": _matrix(D, 4 * DIM, "f32", bias=True),
+        "q": make_matrix(4 * DIM, D, "f32", bias=True),
+        "o": make_matrix(D, 4 * DIM, "f32", bias=True),
     },
-    "layer norm": {"norm": _norm(D, centered=True, bias=_draw(D))},
-    "sinks": {"sinks": _draw(4, scale=2.0)},
+    "layer norm": {"norm": make_norm(D, centered=True, bias=draw(D))},
+    "sinks": {"sinks": draw(4, scale=2.0)},
     "window": {"window": 4},
     "window longer than the past": {"window": 40},
     "clip": {"clip": 0.5},
     "residual": {"residual": 0.3},
-    "shared expert": {"shared": _experts(1, "f32", 24)},
-    "shared expert in another format": {"shared": _experts(1, "q8_0", 24)},
+    "shared expert": {"shared": make_experts(1, "f32", 24)},
+    "shared expert in another format": {"shared": make_experts(1, "q8_0", 24)},
     "weighed shared expert": {
-        "shared": _experts(1, "f32", 24),
-        "router": _router(gated_shared=True),
+        "shared": make_experts(1, "f32", 24),
+        "router": make_router(gated_shared=True),
         "residual": 0.7,
     },
-    "no router": {"router": None, "experts": None, "shared": _experts(1, "f32", 56)},
+    "no router": {"router": None, "experts": None, "shared": make_experts(1, "f32", 56)},
     "one head": {"heads": 1, "kv_heads": 1},
     "six heads a key": {"heads": 6, "kv_heads": 1},
 }
@@ -155,12 +109,12 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_of_the_layer_equals_its_twin(name: str) -> None:
     """Every optional part by itself."""
-    _check(_layer(**VARIANTS[name]))
+    _check(make_layer(**VARIANTS[name]))
 
 
 def test_paired_rotation() -> None:
     """Rotary embeddings that turn neighbours."""
-    _check(_layer(), paired=True)
+    _check(make_layer(), paired=True)
 
 
 @pytest.mark.parametrize("past", [0, 15, 16, 255, 256, 700])
@@ -169,21 +123,21 @@ def test_any_length_of_the_past(past: int, window: int) -> None:
     """Nothing cached, whole and broken strips, several chunks, a window that starts inside one."""
     if UNCOMPILED and past > 16:
         pytest.skip("minutes in plain Python")
-    _check(_layer(window=window), past)
+    _check(make_layer(window=window), past)
 
 
 def test_a_sliding_cache_forgets_and_goes_on() -> None:
     """With its buffer full, a layer with a window keeps what the window sees."""
     if UNCOMPILED:
         pytest.skip("minutes in plain Python")
-    _check(_layer(window=5), past=1, steps=600)
+    _check(make_layer(window=5), past=1, steps=600)
 
 
 def test_the_result_does_not_depend_on_threads() -> None:
     """One thread and all threads give the same bits."""
-    layer, head, last = _layer("q4_0"), _matrix(50, D, "q4_0"), _norm(D)
-    token, angles = _draw(D), np.ones(PAIRS, np.float32)
-    past = _draw(2, 300, DIM)
+    layer, head, last = make_layer("q4_0"), make_matrix(50, D, "q4_0"), make_norm(D)
+    token, angles = draw(D), np.ones(PAIRS, np.float32)
+    past = draw(2, 300, DIM)
     found = []
     most = int(numba.config.NUMBA_NUM_THREADS)
     for threads in (1, most):
@@ -201,14 +155,14 @@ def test_the_result_does_not_depend_on_threads() -> None:
 def test_what_a_step_takes_is_told_by_layer_and_part() -> None:
     """Together not more than what passed; a part that a layer has not takes nothing."""
     routed, dense = (
-        _layer("q4_0"),
-        _layer("q4_0", router=None, experts=None, shared=_experts(1, "q4_0")),
+        make_layer("q4_0"),
+        make_layer("q4_0", router=None, experts=None, shared=make_experts(1, "q4_0")),
     )
-    decoder = Decoder([routed, dense], norm=_norm(D), lm_head=_matrix(50, D, "q4_0"))
+    decoder = Decoder([routed, dense], norm=make_norm(D), lm_head=make_matrix(50, D, "q4_0"))
     cache, logits = decoder.new_cache(), np.zeros(50, np.float32)
     for index in range(2):
-        cache.store(index, _draw(2, 3, DIM), _draw(2, 3, DIM))
-    step = _draw(D), np.ones(PAIRS, np.float32), np.ones(PAIRS, np.float32), cache, logits
+        cache.store(index, draw(2, 3, DIM), draw(2, 3, DIM))
+    step = draw(D), np.ones(PAIRS, np.float32), np.ones(PAIRS, np.float32), cache, logits
     decoder.step(*step)  # compiles
     decoder.begin_run()
     begun_s = time.perf_counter()
@@ -231,7 +185,7 @@ def test_what_a_step_takes_is_told_by_layer_and_part() -> None:
 def _latent_layer(fmt: str = "f32", apart: bool = False, low_rank: bool = False) -> Layer:
     """Four heads in two groups: 16 numbers of a key that do not turn, 12 that do, values of 32."""
     heads, nope, rope, value, rank, narrow = 4, 16, 2 * PAIRS, 32, 48, 40
-    kv_b = _matrix(heads * (nope + value), rank, fmt)
+    kv_b = make_matrix(heads * (nope + value), rank, fmt)
     w = unpack(kv_b.weight, kv_b.rows, rank, fmt).reshape(heads, -1, rank)[:, :nope]
     absorbed = np.ascontiguousarray(w.swapaxes(1, 2)).reshape(-1, nope)
     queries = heads * (nope + rope)
@@ -240,23 +194,23 @@ def _latent_layer(fmt: str = "f32", apart: bool = False, low_rank: bool = False)
         rope=rope,
         nope=nope,
         value=value,
-        kv_norm=_norm(rank),
+        kv_norm=make_norm(rank),
         absorb=Matrix(weight=pack(absorbed, "f32"), rows=heads * rank, cols=nope, format="f32"),
         kv_b=kv_b,
-        q_norm=_norm(narrow) if low_rank else None,
-        q_b=_matrix(queries, narrow, fmt) if low_rank else None,
+        q_norm=make_norm(narrow) if low_rank else None,
+        q_b=make_matrix(queries, narrow, fmt) if low_rank else None,
         apart=apart,
     )
-    return _layer(
+    return make_layer(
         fmt,
         heads=heads,
         kv_heads=2,
         head_dim=rank + rope,
         latent=latent,
-        q=_matrix(narrow if low_rank else queries, D, fmt),
-        k=_matrix(rank + rope, D, fmt),
+        q=make_matrix(narrow if low_rank else queries, D, fmt),
+        k=make_matrix(rank + rope, D, fmt),
         v=None,
-        o=_matrix(D, heads * value, fmt),
+        o=make_matrix(D, heads * value, fmt),
     )
 
 
@@ -287,7 +241,7 @@ ROUTERS = {
     "normalized": {"normalize": True, "floor": 1e-20, "top_k": 3},
     "floor": {"normalize": True, "floor": 0.9},
     "softmax of chosen": {"scoring": records.SOFTMAX_OF_CHOSEN},
-    "sigmoid": {"scoring": records.SIGMOID, "scale": 2.5, "correction": _draw(EXPERTS)},
+    "sigmoid": {"scoring": records.SIGMOID, "scale": 2.5, "correction": draw(EXPERTS)},
     "best of a group": {"groups": 4, "top_groups": 2, "of_group": 1, "scale": 16.0},
     "groups": {"scoring": records.SIGMOID, "groups": 4, "top_groups": 2, "top_k": 3},
     "sparse mixer": {"scoring": records.SPARSEMIXER, "jitter": 0.1},
@@ -298,14 +252,14 @@ ROUTERS = {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers(name: str) -> None:
     """Every way of choosing and weighing experts."""
-    _check(_layer(router=_router(**ROUTERS[name])))
+    _check(make_layer(router=make_router(**ROUTERS[name])))
 
 
 def test_a_cache_gives_back_what_it_was_given() -> None:
     """In half precision, whatever the layout; dropping takes from the end."""
-    decoder = Decoder([_layer()], norm=_norm(D), lm_head=_matrix(50, D, "f32"))
+    decoder = Decoder([make_layer()], norm=make_norm(D), lm_head=make_matrix(50, D, "f32"))
     cache = decoder.new_cache()
-    keys, values = _draw(2, 37, DIM), _draw(2, 37, DIM)
+    keys, values = draw(2, 37, DIM), draw(2, 37, DIM)
     cache.store(0, keys, values)
     cache.drop(0, 3)
     for found, given in zip(cache.read(0), (keys, values), strict=True):
@@ -314,11 +268,11 @@ def test_a_cache_gives_back_what_it_was_given() -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     """What the kernels would read beyond its end raises, with both values."""
-    layer = _layer()
+    layer = make_layer()
     with pytest.raises(ShapeError, match=r"projections have \[64, 32, 32\]"):
         replace(layer, heads=8)
     with pytest.raises(ShapeError, match="one format"):
-        replace(layer, k=_matrix(32, D, "q8_0"))
+        replace(layer, k=make_matrix(32, D, "q8_0"))
     compressed = _latent_layer()
     with pytest.raises(ShapeError, match="compressed attention has"):
         replace(compressed, heads=8)
@@ -329,12 +283,12 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ShapeError, match="router and experts"):
         replace(layer, router=None)
     with pytest.raises(ShapeError, match="8 rows, the matrix has 50"):
-        Router(matrix=_matrix(50, D, "f32"), experts=8, top_k=2)
+        Router(matrix=make_matrix(50, D, "f32"), experts=8, top_k=2)
     with pytest.raises(ShapeError, match="in a decoder of 64"):
-        Decoder([layer], norm=_norm(64), lm_head=_matrix(50, 64, "f32"))
-    decoder = Decoder([layer], norm=_norm(D), lm_head=_matrix(50, D, "f32"))
+        Decoder([layer], norm=make_norm(64), lm_head=make_matrix(50, 64, "f32"))
+    decoder = Decoder([layer], norm=make_norm(D), lm_head=make_matrix(50, D, "f32"))
     angles = np.ones(PAIRS, np.float32)
     with pytest.raises(ShapeError, match=r"x is float32 \[71\]"):
-        decoder.step(_draw(71), angles, angles, decoder.new_cache(), _draw(50))
+        decoder.step(draw(71), angles, angles, decoder.new_cache(), draw(50))
     with pytest.raises(ShapeError, match="layer 0 has no keys"):
-        decoder.step(_draw(D), angles, angles, decoder.new_cache(), _draw(50))
+        decoder.step(draw(D), angles, angles, decoder.new_cache(), draw(50))

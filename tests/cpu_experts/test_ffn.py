@@ -15,50 +15,21 @@ import pytest
 import naive
 from cpu_experts import ffn
 from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ACTIVATIONS, ExpertShape, pack_expert, unpack_expert
+from cpu_experts.experts import ACTIVATIONS, ExpertShape
 from cpu_experts.ffn import linear, project_down, project_up, run_experts
-from cpu_experts.formats import FORMATS, is_quantized, pack, pad, round_activations, unpack
+from cpu_experts.formats import FORMATS, is_quantized, pack, round_activations, unpack
+from random_experts import random_experts, random_routing
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 # Sums of up to a hundred float32 products of order one.
 TOLERANCE = 2e-6
 
 
-def _layer(shape: ExpertShape, experts: int, seed: int = 0):
-    """Random experts as one array of blocks, and their dequantized weights."""
-    rng = np.random.default_rng(seed)
-
-    def draw(*size: int) -> np.ndarray:
-        return (rng.standard_normal(size) * 0.3).astype(np.float32)
-
-    d, f = shape.hidden, shape.intermediate
-    blocks = np.full((experts, pad(shape.block_bytes, 256)), 0xFF, np.uint8)
-    for block in blocks:
-        pack_expert(
-            shape,
-            gate=draw(f, d) if shape.gated else None,
-            up=draw(f, d),
-            down=draw(d, f),
-            gate_bias=draw(f) if shape.bias and shape.gated else None,
-            up_bias=draw(f) if shape.bias else None,
-            down_bias=draw(d) if shape.bias else None,
-            out=block[: shape.block_bytes],
-        )
-    return blocks, [unpack_expert(shape, block[: shape.block_bytes]) for block in blocks]
-
-
-def _routing(tokens: int, experts: int, top_k: int, seed: int = 1):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((tokens, 1)).astype(np.float32)
-    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
-    return x, ids, rng.random((tokens, top_k)).astype(np.float32)
-
-
 def _check(shape: ExpertShape, tokens: int, experts: int = 5, top_k: int = 2) -> None:
-    blocks, weights = _layer(shape, experts)
+    blocks, weights = random_experts(shape, experts)
     rng = np.random.default_rng(2)
     x = rng.standard_normal((tokens, shape.hidden)).astype(np.float32)
-    _, ids, routing_weights = _routing(tokens, experts, top_k)
+    ids, routing_weights = random_routing(tokens, experts, top_k)
     out = np.ones_like(x)
     run_experts(x, ids, routing_weights, blocks, shape, out)
     want = 1 + naive.experts(shape, weights, x, ids, routing_weights)
@@ -122,7 +93,7 @@ def test_clamped_swiglu_with_offset_and_biases() -> None:
 def test_ids_outside_the_experts_contribute_nothing() -> None:
     """-1 and ids past the last expert are skipped; a call with no valid id changes nothing."""
     shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
-    blocks, weights = _layer(shape, 3)
+    blocks, weights = random_experts(shape, 3)
     x = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
     ids = np.array([[0, 3], [-1, 2]])
     ones = np.ones((2, 2), np.float32)
@@ -137,7 +108,7 @@ def test_ids_outside_the_experts_contribute_nothing() -> None:
 def test_zero_tokens() -> None:
     """A batch without tokens is a call like any other."""
     shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
-    blocks, _ = _layer(shape, 2)
+    blocks, _ = random_experts(shape, 2)
     x = np.zeros((0, 32), np.float32)
     run_experts(x, np.zeros((0, 2), int), np.zeros((0, 2), np.float32), blocks, shape, x.copy())
 
@@ -147,7 +118,7 @@ def test_zero_tokens() -> None:
 def test_hundreds_of_tokens_and_thread_counts(fmt: str) -> None:
     """Uneven loads over many tokens; one thread and all threads give the same bits."""
     shape = ExpertShape(hidden=96, intermediate=64, format=fmt)
-    blocks, weights = _layer(shape, 6)
+    blocks, weights = random_experts(shape, 6)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((300, 96)).astype(np.float32)
     ids = np.minimum(rng.geometric(0.5, (300, 2)) - 1, 5)
@@ -169,10 +140,10 @@ def test_hundreds_of_tokens_and_thread_counts(fmt: str) -> None:
 def test_batching_does_not_change_a_token() -> None:
     """A token's result is the same bits alone and among others."""
     shape = ExpertShape(hidden=64, intermediate=32, format="q4_0")
-    blocks, _ = _layer(shape, 4)
+    blocks, _ = random_experts(shape, 4)
     tokens = 3 if UNCOMPILED else 23
     x = np.random.default_rng(0).standard_normal((tokens, 64)).astype(np.float32)
-    _, ids, routing_weights = _routing(tokens, 4, 1)
+    ids, routing_weights = random_routing(tokens, 4, 1)
     together, alone = np.zeros_like(x), np.zeros_like(x)
     run_experts(x, ids, routing_weights, blocks, shape, together)
     for t in range(tokens):
@@ -185,7 +156,7 @@ def test_batching_does_not_change_a_token() -> None:
 def test_nan_and_infinity_are_not_hidden(fmt: str) -> None:
     """A token that is not finite gives no finite output; its neighbours are untouched."""
     shape = ExpertShape(hidden=32, intermediate=32, format=fmt)
-    blocks, _ = _layer(shape, 2)
+    blocks, _ = random_experts(shape, 2)
     x = np.ones((3, 32), np.float32)
     x[0, 5], x[1, 7] = np.nan, np.inf
     out = np.zeros_like(x)
@@ -203,7 +174,7 @@ def test_activations_and_clamps_keep_nan(activation: str, limit: float, gated: b
     shape = ExpertShape(
         hidden=16, intermediate=16, format="f32", activation=activation, limit=limit, gated=gated
     )
-    blocks, _ = _layer(shape, 1)
+    blocks, _ = random_experts(shape, 1)
     x, out = np.full((1, 16), np.nan, np.float32), np.zeros((1, 16), np.float32)
     run_experts(x, np.zeros((1, 1), int), np.ones((1, 1), np.float32), blocks, shape, out)
     assert np.isnan(out).all()
@@ -213,8 +184,8 @@ def test_activations_and_clamps_keep_nan(activation: str, limit: float, gated: b
 def test_the_level_is_chosen_once(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changing the environment after the kernels are made does not change what they compute."""
     shape = ExpertShape(hidden=32, intermediate=32, format=fmt)
-    blocks, _ = _layer(shape, 2)
-    x, ids, routing_weights = np.ones((1, 32), np.float32), *_routing(1, 2, 2)[1:]
+    blocks, _ = random_experts(shape, 2)
+    x, (ids, routing_weights) = np.ones((1, 32), np.float32), random_routing(1, 2, 2)
     outs = []
     for choice in ("", "portable", "avx2"):
         monkeypatch.setenv("HYBRID_SIMD", choice)
@@ -229,7 +200,7 @@ def test_the_level_is_chosen_once(fmt: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_projections_alone(fmt: str, gated: bool) -> None:
     """project_up and project_down give raw, biased products pair by pair."""
     shape = ExpertShape(hidden=40, intermediate=50, format=fmt, gated=gated, bias=True)
-    blocks, weights = _layer(shape, 3)
+    blocks, weights = random_experts(shape, 3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4, 40)).astype(np.float32)
     ids = np.array([[0, 2], [1, -1], [2, 0], [1, 2]])
@@ -269,8 +240,8 @@ def test_linear_equals_naive(fmt: str, tokens: int) -> None:
 def test_concurrent_calls_are_serialised() -> None:
     """Calls from several Python threads give each its own right result."""
     shape = ExpertShape(hidden=64, intermediate=64, format="q4_0")
-    blocks, _ = _layer(shape, 4)
-    _, ids, routing_weights = _routing(16, 4, 2)
+    blocks, _ = random_experts(shape, 4)
+    ids, routing_weights = random_routing(16, 4, 2)
     inputs = np.random.default_rng(0).standard_normal((4, 16, 64)).astype(np.float32)
     want, got = np.zeros_like(inputs), np.zeros_like(inputs)
     for x, out in zip(inputs, want, strict=True):
@@ -294,7 +265,7 @@ def test_what_is_known_of_blocks_goes_with_them() -> None:
     before = len(ffn._PREPARED)
     for width in (32, 64, 32, 96):
         shape = ExpertShape(hidden=width, intermediate=32, format="q4_0")
-        blocks, weights = _layer(shape, 3, seed=width)
+        blocks, weights = random_experts(shape, 3, seed=width)
         x, ids, ones = np.ones((1, width), np.float32), np.array([[2, 0]]), np.ones((1, 2))
         out = np.zeros_like(x)
         run_experts(x, ids, ones.astype(np.float32), blocks, shape, out)
@@ -311,7 +282,7 @@ def test_what_is_known_of_blocks_goes_with_them() -> None:
 def test_bad_arguments_are_named() -> None:
     """Wrong dtype, shape, layout and block size each give an error with both values."""
     shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
-    blocks, _ = _layer(shape, 2)
+    blocks, _ = random_experts(shape, 2)
     x, ids, ones = np.zeros((2, 32), np.float32), np.zeros((2, 1), int), np.ones((2, 1), np.float32)
     with pytest.raises(ShapeError, match="x is float64"):
         run_experts(x.astype(np.float64), ids, ones, blocks, shape, x)

@@ -18,6 +18,7 @@ from hybrid.machine.host import has_native_bf16
 from hybrid.packed.bf16_products import offered
 
 HERE = Path(__file__).parent
+SUPPORT = HERE.parent / "support"
 ROOT = Path(hostcpu.__file__).parents[2]
 AVX2 = hostcpu.LEVELS["avx2"]
 AVX512 = hostcpu.LEVELS["avx512vnni"] | AVX2
@@ -187,12 +188,12 @@ def test_levels_use_their_instruction(
     features = ",".join(f"+{name}" for name in sorted(hostcpu.LEVELS[level]))
     code = f"""
 import sys
-sys.path.insert(0, {str(HERE)!r})
+sys.path.insert(0, {str(SUPPORT)!r})
 from unittest import mock
 from cpu_experts.jit import hostcpu
 features = frozenset().union(*hostcpu.LEVELS.values())
 with mock.patch.object(hostcpu, "host_features", lambda: features):
-    from test_strips import assembly
+    from micro_kernels import assembly
 print(assembly("q4_0"))
 """
     done = subprocess.run(

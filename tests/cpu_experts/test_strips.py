@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numba import njit, types
+from numba import njit
 
 from cpu_experts.decoder.attention import exp_all, largest_of, to_half
 from cpu_experts.formats import (
@@ -17,31 +17,11 @@ from cpu_experts.formats import (
     unpack,
 )
 from cpu_experts.jit.simd import LEVEL
-from cpu_experts.kernels.experts import ROW_BLOCKS, quantize_group, silu_strip, strip_dot
+from cpu_experts.kernels.experts import ROW_BLOCKS, quantize_group, silu_strip
 from cpu_experts.kernels.reading import read_words
+from micro_kernels import strip_caller
 
 OFFSETS = {"q4_0": 8, "q8_0": 0 if LEVEL in ("avx2", "portable") else 128}
-
-
-def _caller(fmt: str, n: int):
-    dot = strip_dot(fmt, n)
-
-    @njit
-    def call(w, w_at, act, stride, rows, rows_at, inner, out, out_at):
-        dot(w, w_at, w_at, act, stride, rows, rows_at, inner, out, out_at)
-
-    return call
-
-
-def assembly(fmt: str) -> str:
-    """The widest micro-kernel's machine code for the processor that numba compiles for."""
-    act, rows, out = (
-        types.Array(kind, 1, "C") for kind in (types.uint8, types.int32, types.float32)
-    )
-    i64 = types.int64
-    call = _caller(fmt, ROW_BLOCKS[0])
-    call.compile((act, i64, act, i64, rows, i64, i64, out, i64))
-    return "\n".join(call.inspect_asm().values())
 
 
 def _activation_rows(x: np.ndarray, fmt: str) -> tuple[np.ndarray, int, int]:
@@ -75,7 +55,7 @@ def test_strip_dot_equals_numpy(fmt: str, n: int) -> None:
     padded = np.concatenate([np.zeros(64, np.uint8), packed])
     for first in range(3):
         out = np.full(16 * n + 7, np.nan, np.float32)
-        _caller(fmt, n)(padded, 64, act, stride, rows, first, inner, out, 7)
+        strip_caller(fmt, n)(padded, 64, act, stride, rows, first, inner, out, 7)
         seen = round_activations(x) if is_quantized(fmt) else x
         want = seen[rows[first : first + n]].astype(np.float64) @ unpack(packed, 16, 96, fmt).T
         np.testing.assert_allclose(out[7:].reshape(n, 16), want, atol=5e-5)
@@ -91,7 +71,7 @@ def test_strips_of_halves_equal_numpy(n: int) -> None:
     x = rng.standard_normal((n, 96)).astype(np.float32)
     strip = np.ascontiguousarray(w.T).view(np.uint8).reshape(-1)
     out, rows = np.zeros(16 * n, np.float32), np.arange(n).astype(np.int32)
-    _caller("f16", n)(strip, 0, x.view(np.uint8).reshape(-1), 4 * 96, rows, 0, 96, out, 0)
+    strip_caller("f16", n)(strip, 0, x.view(np.uint8).reshape(-1), 4 * 96, rows, 0, 96, out, 0)
     want = x.astype(np.float64) @ w.T.astype(np.float64)
     np.testing.assert_allclose(out.reshape(n, 16), want, atol=1e-5)
 

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_ffn import _layer, _routing
 
 from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
@@ -24,27 +22,11 @@ from gpu_experts.errors import (
     ShapeError,
     SlotError,
 )
-from naive_gpu import Compute, Copy, contents, small_layout
+from naive_gpu import Copy, contents, small_layout
+from random_experts import random_experts, random_routing
+from stamped_slots import SLOTS, add_stamps, call, programs, stamp
 
-SLOTS = 3
 MODES = ["exact", "timing"]
-
-
-def stamp(number: int) -> np.ndarray:
-    """A block that says its number in every byte."""
-    return np.full(small_layout().block_bytes, number, np.uint8)
-
-
-def add_stamps(x, slot_ids, routing_weights, slots, out) -> None:
-    """In place of experts: add what the slots hold, when reading starts and when it ends."""
-    before = slots[slot_ids[slot_ids >= 0]].copy()
-    time.sleep(0.0005)
-    after = slots[slot_ids[slot_ids >= 0]]
-    np.testing.assert_array_equal(before, after, "a slot was overwritten while it was read")
-    for token, row in enumerate(slot_ids):
-        for choice, slot in enumerate(row):
-            if slot >= 0:
-                out[token] += routing_weights[token, choice] * slots[slot, 0]
 
 
 def device(mode: str = "exact", **options) -> EmulatedDevice:
@@ -52,25 +34,6 @@ def device(mode: str = "exact", **options) -> EmulatedDevice:
     made = EmulatedDevice(SLOTS * 4096, mode=mode, run=add_stamps, **options)
     made.open(small_layout(), SLOTS)
     return made
-
-
-def call(target: Device, slots, what: str = "compute", after=()):
-    """One token to each of ``slots``, with weights 1, 256, ...; the output and its event."""
-    out = target.new_output(1)
-    ids = np.array([list(slots)], np.int32).reshape(1, -1)
-    weights = (256.0 ** np.arange(ids.size, dtype=np.float32))[None]
-    return out, target.compute(torch.zeros(1, 4), ids, weights, out, after, what)
-
-
-def programs(blocks: int = 250):
-    """Copies and computes in any order, slots filled before they are read."""
-    fill = [Copy(slot, slot) for slot in range(SLOTS)]
-    slot = st.integers(0, SLOTS - 1)
-    steps = st.one_of(
-        st.builds(Copy, st.integers(0, blocks), slot),
-        st.builds(Compute, st.lists(slot, min_size=1, max_size=2).map(tuple)),
-    )
-    return st.lists(steps, max_size=12).map(lambda rest: [*fill, *rest])
 
 
 def run_program(target: Device, program) -> list[list[int]]:
@@ -136,8 +99,8 @@ def test_a_copy_waits_for_the_compute_that_reads_the_slot() -> None:
 def test_exact_results_are_the_cpu_paths_bit_for_bit() -> None:
     """Experts run from slots, in other places than in the store, give the CPU's very bits."""
     shape = ExpertShape(hidden=64, intermediate=96, format="q4_0")
-    blocks, _ = _layer(shape, 5)
-    x, ids, weights = _routing(9, 5, 2)
+    blocks, _ = random_experts(shape, 5)
+    ids, weights = random_routing(9, 5, 2)
     x = np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)
 
     def run(x, slot_ids, weights, slots, out) -> None:

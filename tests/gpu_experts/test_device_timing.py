@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from test_device import call, programs, stamp
 
 from gpu_experts.emulated.device import EmulatedDevice
 from gpu_experts.emulated.lanes import Clock
 from gpu_experts.errors import DeviceTimeoutError
 from naive_gpu import Copy, small_layout, timeline
+from stamped_slots import call, programs, stamp
 
 LAYOUT = small_layout()
 # Powers of two and whole numbers: sums of floats are exact.

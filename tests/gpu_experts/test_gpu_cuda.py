@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from test_device import SLOTS, call, programs, stamp
-from test_ffn import _layer, _routing
 
 import naive_gpu
 from cpu_experts.experts import ExpertShape
@@ -30,26 +28,14 @@ from gpu_experts.errors import (
 from gpu_experts.events import poll
 from gpu_experts.layout import BlockLayout
 from naive_gpu import Copy, contents, small_layout
+from random_experts import random_experts, random_routing
+from stamped_slots import call, cuda_device, programs, run_stamps, stamp
 
 
 @pytest.fixture(autouse=True)
 def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the stand-in there is no GPU for Triton to run on."""
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
-
-
-def run_stamps(x, routing, table, slots, layout, out, implementation) -> None:
-    """In place of experts: add what the slots hold, as the stand-in of the emulated device."""
-    tokens = routing.token_of(table)[routing.user_of(table)]
-    seen = slots[:, 0][routing.slot_of(table).long()].float() * routing.weight_of(table)
-    out.index_add_(0, tokens, seen[:, None].expand(-1, out.shape[1]))
-
-
-def device(runtime: FakeRuntime | None = None, slots: int = SLOTS, **options) -> CudaDevice:
-    """An open device over the stand-in."""
-    made = CudaDevice(runtime=runtime or FakeRuntime(), **options)
-    made.open(small_layout(), slots)
-    return made
 
 
 @pytest.mark.parametrize(("delay_s", "held"), [(0.0, True), (0.0, False), (0.0005, True)])
@@ -66,7 +52,7 @@ def test_streams_order_every_hazard(
     """
     runtime = FakeRuntime()
     runtime.delay_s = delay_s
-    target = device(runtime, pinned_bytes=pinned_blocks * small_layout().block_bytes)
+    target = cuda_device(runtime, pinned_bytes=pinned_blocks * small_layout().block_bytes)
     if held:
         runtime.held |= {runtime.main, target._link}
     events: list = []
@@ -107,12 +93,12 @@ def _frozen_stamp(number: int) -> np.ndarray:
 def test_experts_run_from_slots_as_the_twin_says() -> None:
     """Real experts through copies, slots and the torch kernels, with tokens cut into passes."""
     shape = ExpertShape(hidden=64, intermediate=96, format="q4_0", bias=True)
-    blocks, weights = _layer(shape, 5)
+    blocks, weights = random_experts(shape, 5)
     target: Device = CudaDevice(runtime=FakeRuntime())
     target.open(BlockLayout.of(shape, blocks.shape[1]), 5)
     for expert in range(5):
         target.copy(blocks[expert], 4 - expert, f"expert {expert}")
-    _, ids, factors = _routing(9, 5, 2)
+    ids, factors = random_routing(9, 5, 2)
     x = np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "tokens_a_pass", lambda layout, choices: 4)
@@ -129,7 +115,7 @@ def test_experts_run_from_slots_as_the_twin_says() -> None:
 def test_the_first_copy_of_a_block_goes_through_the_thread_and_later_ones_do_not() -> None:
     """Once a block has its pinned copy and the thread is idle, the caller enqueues it itself."""
     runtime = FakeRuntime()
-    target = device(runtime)
+    target = cuda_device(runtime)
     target.copy(_frozen_stamp(5), 0, "first").wait(20)
     poll(lambda: target._feeder.idle, 20, "the feeder")
     assert runtime.threads == {"copies"}
@@ -143,7 +129,7 @@ def test_the_first_copy_of_a_block_goes_through_the_thread_and_later_ones_do_not
 def test_residents_are_computed_without_waiting_for_copies_on_their_way() -> None:
     """A compute of ready slots is enqueued at once, beside a copy that the thread still fills."""
     runtime = FakeRuntime()
-    target = device(runtime, pinned_bytes=0)
+    target = cuda_device(runtime, pinned_bytes=0)
     target.copy(stamp(1), 0, "resident").wait(20)
     target.to_host()
     hold = threading.Event()
@@ -165,7 +151,7 @@ def test_residents_are_computed_without_waiting_for_copies_on_their_way() -> Non
 def test_join_waits_for_the_enqueueing_and_not_for_the_device() -> None:
     """The host goes on while the stream is busy; the model's stream waits for the link."""
     runtime = FakeRuntime()
-    target = device(runtime)
+    target = cuda_device(runtime)
     copy = target.copy(stamp(1), 0, "copy")
     out, event = call(target, [0])
     copy.wait(20)
@@ -184,7 +170,7 @@ def test_join_waits_for_the_enqueueing_and_not_for_the_device() -> None:
 def test_to_host_waits_by_polling_and_gives_up() -> None:
     """A stream that gets nowhere is a timeout and not a hang; what follows meanwhile is kept."""
     runtime = FakeRuntime()
-    target = device(runtime, timeout_s=0.02)
+    target = cuda_device(runtime, timeout_s=0.02)
     x = torch.arange(4.0)
     called = []
     (host,) = target.to_host(x, meanwhile=lambda: called.append(1))
@@ -200,7 +186,7 @@ def test_to_host_waits_by_polling_and_gives_up() -> None:
 def test_a_stall_times_out_wherever_it_is_waited_for() -> None:
     """An event that never ends: wait says what and how long; close() comes back."""
     runtime = FakeRuntime()
-    target = device(runtime, timeout_s=0.02)
+    target = cuda_device(runtime, timeout_s=0.02)
     runtime.held.add(target._link)
     event = target.copy(stamp(1), 0, "layer 1: expert 2 copied")
     with pytest.raises(DeviceTimeoutError, match="layer 1: expert 2 copied did not finish"):
@@ -212,7 +198,7 @@ def test_a_stall_times_out_wherever_it_is_waited_for() -> None:
 def test_a_full_ring_that_does_not_move_fails_the_copies_behind_it() -> None:
     """When no buffer comes free in time, the copy fails by name, and so does what needs it."""
     runtime = FakeRuntime()
-    target = device(runtime, pinned_bytes=0, timeout_s=0.02)
+    target = cuda_device(runtime, pinned_bytes=0, timeout_s=0.02)
     runtime.held.add(target._link)
     target.copy(stamp(1), 0, "stuck")
     second = target.copy(stamp(1), 1, "second")
@@ -228,7 +214,7 @@ def test_a_full_ring_that_does_not_move_fails_the_copies_behind_it() -> None:
 def test_what_the_gpu_reports_late_is_a_failure() -> None:
     """An error that a query brings up is the event's failure, by name."""
     runtime = FakeRuntime()
-    target = device(runtime)
+    target = cuda_device(runtime)
     target.copy(stamp(1), 0, "copy").wait(20)
     _, event = call(target, [0], "kernel")
     runtime.broken = True
@@ -243,7 +229,7 @@ def test_what_the_gpu_reports_late_is_a_failure() -> None:
 def test_memory_that_runs_out_at_once_or_in_the_thread() -> None:
     """Out of memory is its own error, with the free bytes, from whichever thread it comes."""
     runtime = FakeRuntime()
-    target = device(runtime)
+    target = cuda_device(runtime)
     target.copy(stamp(1), 0, "copy").wait(20)
     runtime.refuses_memory = True
     with pytest.raises(DeviceMemoryError, match=r"no memory on fake \(cuda:0\) for kernel") as e:
@@ -272,7 +258,7 @@ def test_a_refused_pin_is_said_and_copies_go_on() -> None:
     """Without pinned memory everything still works, and one note says why it is slow."""
     runtime = FakeRuntime()
     runtime.refuses_to_pin = True
-    target = device(runtime)
+    target = cuda_device(runtime)
     target.copy(stamp(7), 0, "copy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "run", run_stamps)
@@ -287,7 +273,7 @@ def test_a_refused_pin_is_said_and_copies_go_on() -> None:
 
 def test_a_missing_triton_is_said_once() -> None:
     """Opening twice does not repeat the note."""
-    target = device()
+    target = cuda_device()
     target.open(small_layout(), 2)
     assert [note.what for note in target.notes] == ["experts on the GPU in plain torch"]
     target.close()
@@ -295,7 +281,7 @@ def test_a_missing_triton_is_said_once() -> None:
 
 def test_closing_fails_what_waits_and_pinned_copies_outlive_opening_again() -> None:
     """After open() with fewer slots the blocks need not be read again; after close() they must."""
-    target = device()
+    target = cuda_device()
     target.copy(_frozen_stamp(5), 0, "copy").wait(20)
     host = target._host
     target.open(small_layout(), 2)
@@ -315,7 +301,7 @@ def test_closing_fails_what_waits_and_pinned_copies_outlive_opening_again() -> N
 
 def test_spans_lie_on_the_hosts_clock() -> None:
     """Times between events are mapped through a reference event; they stay in order."""
-    target = device()
+    target = cuda_device()
     before = time.perf_counter()
     copy = target.copy(stamp(1), 0, "copy")
     copy.wait(20)
@@ -328,7 +314,7 @@ def test_spans_lie_on_the_hosts_clock() -> None:
 
 def test_an_old_reference_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 milliseconds lose precision over hours: to_host renews the reference."""
-    target = device()
+    target = cuda_device()
     old = target._anchor
     target.to_host(torch.zeros(1))
     assert target._anchor is old
@@ -340,7 +326,7 @@ def test_an_old_reference_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_arguments_are_named() -> None:
     """The same checks as on every device, and that tensors are where the device is."""
-    target = device()
+    target = cuda_device()
     ids, ones = np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)
     with pytest.raises(SlotError, match="no slot 3"):
         target.copy(stamp(0), 3, "copy")
@@ -368,7 +354,7 @@ def test_no_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_event_that_was_not_enqueued() -> None:
     """Neither done nor with a span, and waiting for its enqueueing has an end."""
     runtime = FakeRuntime()
-    event = CudaEvent("it", runtime, device(runtime)._anchor)
+    event = CudaEvent("it", runtime, cuda_device(runtime)._anchor)
     assert not event.done()
     assert event.span() is None
     with pytest.raises(DeviceTimeoutError, match="it did not finish"):

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_ffn import _layer, _routing
 
 import naive_gpu
 from cpu_experts.experts import ACTIVATIONS, ExpertShape
@@ -23,6 +22,7 @@ from gpu_experts.cuda import kernels
 from gpu_experts.errors import ShapeError
 from gpu_experts.layout import BlockLayout
 from gpu_experts.routing import VECTOR_LOAD, sort_by_slot
+from random_experts import random_experts, random_routing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLACES = [("torch", "cpu")]
@@ -77,9 +77,9 @@ def _widened(interpreter, handle):
 
 def _compare(shape, tokens, implementation, place, dtype=torch.float32, experts=4, top_k=2):
     """Random experts, routing and tokens; some pairs elsewhere; out holds something before."""
-    blocks, weights = _layer(shape, experts)
+    blocks, weights = random_experts(shape, experts)
     layout = BlockLayout.of(shape, blocks.shape[1])
-    _, ids, factors = _routing(tokens, experts, top_k)
+    ids, factors = random_routing(tokens, experts, top_k)
     ids = np.where(np.random.default_rng(3).random(ids.shape) < 0.2, -1, ids).astype(np.int32)
     x = np.random.default_rng(2).standard_normal((tokens, shape.hidden)).astype(np.float32)
     hidden = torch.from_numpy(x).to(place, dtype)
@@ -173,9 +173,9 @@ def test_tiles_of_all_heights_and_one_slot_only(implementation, place, tokens) -
 def test_the_same_call_gives_the_same_bits(implementation, place) -> None:
     """No sum depends on which program is first."""
     shape = ExpertShape(hidden=64, intermediate=64, format="q4_0")
-    blocks, _ = _layer(shape, 4)
+    blocks, _ = random_experts(shape, 4)
     layout = BlockLayout.of(shape, blocks.shape[1])
-    _, ids, factors = _routing(20, 4, 3)
+    ids, factors = random_routing(20, 4, 3)
     routing = sort_by_slot(ids.astype(np.int32), factors)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).to(place)
     outs = [torch.zeros(20, 64, device=place) for _ in range(2)]
@@ -189,7 +189,7 @@ def test_the_same_call_gives_the_same_bits(implementation, place) -> None:
 def test_nothing_routed_here_changes_nothing(implementation, place) -> None:
     """A call whose every pair is elsewhere leaves the output as it was."""
     shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
-    blocks, _ = _layer(shape, 1)
+    blocks, _ = random_experts(shape, 1)
     layout = BlockLayout.of(shape, blocks.shape[1])
     routing = sort_by_slot(np.full((3, 2), -1, np.int32), np.ones((3, 2), np.float32))
     out = torch.full((3, 32), 7.0, device=place)
@@ -244,7 +244,7 @@ def test_slots_beyond_four_gigabytes_are_reached(implementation, place) -> None:
     if place == "cpu":
         pytest.skip("takes 5 GB of the device's memory")
     shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
-    blocks, weights = _layer(shape, 1)
+    blocks, weights = random_experts(shape, 1)
     layout = replace(BlockLayout.of(shape, blocks.shape[1]), stride=1 << 24)
     slots = torch.zeros(300, 1 << 24, dtype=torch.uint8, device=place)
     slots[299, : blocks.shape[1]] = torch.from_numpy(blocks[0]).to(place)
@@ -301,8 +301,8 @@ def test_the_cpu_kernels_agree_but_for_their_int8_activations(fmt: str) -> None:
     hundred inputs of either sign the errors add up to about 1% of the largest result.
     """
     shape = ExpertShape(hidden=96, intermediate=128, format=fmt)
-    blocks, _ = _layer(shape, 4)
-    _, ids, factors = _routing(20, 4, 2)
+    blocks, _ = random_experts(shape, 4)
+    ids, factors = random_routing(20, 4, 2)
     x = np.random.default_rng(2).standard_normal((20, 96)).astype(np.float32)
     cpu, out = np.zeros_like(x), torch.zeros(20, 96)
     run_experts(x, ids, factors, blocks, shape, cpu)

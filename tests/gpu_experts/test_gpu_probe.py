@@ -7,8 +7,6 @@ from subprocess import CalledProcessError
 
 import pytest
 import torch
-from test_device import call, stamp
-from test_gpu_cuda import device
 
 from fake_cuda import FakeRuntime
 from gpu_experts.cuda import kernels
@@ -16,6 +14,7 @@ from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.cuda.runtime import runs_on
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from naive_gpu import small_layout
+from stamped_slots import call, cuda_device, stamp
 
 
 def _refusing(error: BaseException | None, off: float = 0.0):
@@ -52,7 +51,7 @@ def test_a_triton_that_cannot_run_is_said_and_replaced(
         patch.setattr(kernels, "has_triton", lambda: True)
         patch.setattr(kernels, "run", _refusing(error, off))
         patch.setattr(kernels, "add_host", _add_host)
-        target = device()
+        target = cuda_device()
     (note,) = target.notes
     assert reason in note.reason
     target.copy(stamp(7), 0, "copy")
@@ -75,7 +74,7 @@ def test_kernels_are_tried_once_for_every_type_of_activations(
     monkeypatch.setattr(kernels, "probe", probe)
     runtime = FakeRuntime()
     runtime.dtype = torch.float16
-    target = device(runtime)
+    target = cuda_device(runtime)
     assert tried == [torch.float16]
     assert [note.what for note in target.notes] == [kernels.NO_TENSOR_CORES.what]
     target.copy(stamp(7), 0, "copy")
@@ -88,7 +87,7 @@ def test_kernels_are_tried_once_for_every_type_of_activations(
 
 def test_memory_that_runs_out_outside_torchs_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's, cuBLAS's and the driver's ways to say so are the same error as torch's own."""
-    target = device()
+    target = cuda_device()
     target.copy(stamp(1), 0, "copy").wait(20)
     for said in (
         "Triton Error [CUDA]: out of memory",
@@ -113,7 +112,7 @@ def test_compiling_is_announced(
     monkeypatch.setattr(kernels, "run", _refusing(None))
     monkeypatch.setattr(kernels, "add_host", _add_host)
     with caplog.at_level(logging.INFO, "gpu_experts"):
-        target = device()
+        target = cuda_device()
         target.open(small_layout(), 1)
     assert [line.getMessage()[:21] for line in caplog.records] == ["compiling GPU kernels"]
     assert not target.notes

@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from test_device import SLOTS, programs, stamp
-from test_ffn import _layer, _routing
-from test_gpu_cuda import run_stamps
 
 import naive_gpu
 from cpu_experts.experts import ExpertShape
@@ -20,6 +17,8 @@ from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.errors import DeviceMemoryError
 from gpu_experts.layout import BlockLayout
 from naive_gpu import Copy, contents, small_layout
+from random_experts import random_experts, random_routing
+from stamped_slots import SLOTS, programs, run_stamps, stamp
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,12 +67,12 @@ def test_slots_behave_as_if_everything_ran_in_order_on_a_gpu(program) -> None:
 def test_experts_on_a_gpu(tokens: int, fmt: str) -> None:
     """Copies, kernels and join on the GPU agree with the twin; spans are plausible."""
     shape = ExpertShape(hidden=256, intermediate=192, format=fmt)
-    blocks, weights = _layer(shape, 6)
+    blocks, weights = random_experts(shape, 6)
     target = CudaDevice()
     target.open(BlockLayout.of(shape, blocks.shape[1]), 6)
     before = time.perf_counter()
     copies = [target.copy(blocks[expert], expert, f"expert {expert}") for expert in range(6)]
-    _, ids, factors = _routing(tokens, 6, 3)
+    ids, factors = random_routing(tokens, 6, 3)
     x = np.random.default_rng(0).standard_normal((tokens, 256)).astype(np.float32)
     hidden = torch.from_numpy(x).to(target.torch_device, torch.bfloat16)
     out = target.new_output(tokens)
@@ -182,12 +181,12 @@ def test_a_small_call_does_not_wait_for_the_link() -> None:
 def test_another_gpu_than_the_current_one() -> None:
     """Streams, events, pinned memory and kernels are the chosen GPU's, in both threads."""
     shape = ExpertShape(hidden=256, intermediate=192, format="q4_0")
-    blocks, weights = _layer(shape, 4)
+    blocks, weights = random_experts(shape, 4)
     target = CudaDevice(1)
     target.open(BlockLayout.of(shape, blocks.shape[1]), 4)
     for expert in range(4):
         target.copy(blocks[expert], expert, "copy")
-    _, ids, factors = _routing(1, 4, 2)
+    ids, factors = random_routing(1, 4, 2)
     x = torch.ones(1, 256, device="cuda:1")
     out = target.new_output(1)
     event = target.compute(x, ids.astype(np.int32), factors, out, (), "compute")

@@ -10,12 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_device import SLOTS, programs, stamp
-from test_gpu_cuda import run_stamps
-from test_gpu_model import ROUNDING, demo, distance, logits, placed, prompts
-from test_sharing_families import FAMILIES
-from test_sharing_model import PROMPT
 
+from demo_on_cuda import ROUNDING, demo, distance, logits, placed, prompts
 from gpu_experts.cuda import kernels
 from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.events import poll
@@ -26,9 +22,11 @@ from hybrid.sharing.budget import Budget
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import place_model
 from naive_gpu import Compute, Copy, contents, small_layout
-from sharing import EXPERTS, LAYERS, on_cpu, random_layers, random_step, shared_executor
+from shared_demo import PROMPT
+from shared_layers import EXPERTS, LAYERS, on_cpu, random_layers, random_step, shared_executor
+from stamped_slots import SLOTS, programs, run_stamps, stamp
 from strict_cuda import DEVICE, StrictRuntime, StrictStream
-from tiny_families import tiny_config
+from tiny_families import causal_families, tiny_config
 
 #: The laziest order, and any that is allowed.
 SEEDS = st.none() | st.integers(0, 2**32)
@@ -245,7 +243,7 @@ def test_families_keep_to_the_device(kind: str, tmp_path: Path) -> None:
 
     An operation on tensors of both is refused here as on a GPU.
     """
-    config_kind, model_kind = FAMILIES[kind]
+    config_kind, model_kind = causal_families()[kind]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model_kind(tiny_config(config_kind)).save_pretrained(tmp_path)

@@ -39,7 +39,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gpu_experts import triton_kernels as kernels
+from gpu_experts.cuda import triton_kernels as kernels
 
 TYPES = {"slots_ptr": "*u8", "table_ptr": "*i32", "y_ptr": "*fp32", "out_ptr": "*fp32",
          "host_ptr": "*fp32"}
@@ -109,7 +109,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
-from gpu_experts import triton_kernels as kernels
+from gpu_experts.cuda import triton_kernels as kernels
 
 backend, memory = CUDABackend(GPUTarget("cuda", 86, 32)), torch.zeros(64, dtype=torch.int32)
 for kernel in (kernels.up_vector, kernels.down_vector, kernels.up_matrix, kernels.down_matrix,

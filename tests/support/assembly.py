@@ -35,7 +35,7 @@ def _kernels() -> Iterator[Any]:
     import cpu_experts
     from cpu_experts.jit.linking import Kernel
 
-    for module in pkgutil.iter_modules(cpu_experts.__path__, "cpu_experts."):
+    for module in pkgutil.walk_packages(cpu_experts.__path__, "cpu_experts."):
         for value in vars(import_module(module.name)).values():
             if isinstance(value, Kernel) and value.py_func.__module__ == module.name:
                 yield value
@@ -43,26 +43,27 @@ def _kernels() -> Iterator[Any]:
 
 def _call_all() -> None:
     """Call all that is called from Python, with arguments of the right types."""
-    import test_decoder
-    import test_prompt
-
+    from cpu_experts.decoder.decoder import Decoder
     from cpu_experts.ffn import linear, run_experts
     from cpu_experts.formats import pack
     from cpu_experts.kernels.reading import read_words
     from cpu_experts.kernels.widen import widen
+    from decoder_layers import DIM, PAIRS, D, make_experts, make_layer, make_matrix, make_norm
 
     def zeros(*size: int) -> Any:
         return np.zeros(size, np.float32)
 
-    decoder = test_prompt._decoder()
-    cache = test_prompt._cache(decoder, 3)
-    angles = zeros(2, test_prompt.PAIRS)
+    layer = make_layer()
+    decoder = Decoder([layer], norm=make_norm(D), lm_head=make_matrix(16, D, "f32"))
+    cache = decoder.new_cache()
+    cache.store(0, *(zeros(layer.kv_heads, 3, DIM),) * 2)
+    angles = zeros(2, PAIRS)
     decoder.begin_run()
-    decoder.step(zeros(test_prompt.D), angles[0], angles[0], cache, zeros(decoder.vocabulary))
-    sides = test_prompt._sides(decoder.layers[0], 2)
+    decoder.step(zeros(D), angles[0], angles[0], cache, zeros(decoder.vocabulary))
+    sides = [zeros(2, matrix.rows) for matrix in layer.projections]
     decoder.attend(0, *sides, angles, angles, cache)
-    experts = test_decoder._experts(4, "q4_0")
-    x, ids = zeros(3, test_decoder.D), np.zeros((3, 2), np.int64)
+    experts = make_experts(4, "q4_0")
+    x, ids = zeros(3, D), np.zeros((3, 2), np.int64)
     run_experts(x, ids, zeros(3, 2), experts.blocks, experts.shape, zeros(*x.shape))
     packed = pack(zeros(32, 64), "q4_0")
     linear(zeros(2, 64), packed, "q4_0", None, zeros(2, 32))

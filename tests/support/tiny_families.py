@@ -94,6 +94,18 @@ def families() -> dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     }
 
 
+def causal_families() -> dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
+    """Those that ``AutoModelForCausalLM`` loads and whose experts we run.
+
+    Attention of jetmoe is routed through experts, too, which is refused.
+    """
+    return {
+        kind: types
+        for kind, types in families().items()
+        if kind != "jetmoe" and types[0] in MODEL_FOR_CAUSAL_LM_MAPPING
+    }
+
+
 def multimodal(*names: str) -> dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
     """Look up families that are used with text but only exist with towers for more."""
     by_name = {c.model_type: (c, m) for c, m in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.items()}

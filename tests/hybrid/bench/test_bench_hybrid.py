@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_calibrate import quick  # noqa: F401
 
 from fake_cuda import FakeRuntime
 from gpu_experts.cuda import device as cuda
@@ -22,30 +21,7 @@ from planner.decide.popularity import Popularity
 from planner.foretell.routing import synthetic
 from planner_examples import machine, small_model
 
-SPEC = """
-name = "Tiny"
-[config]
-model_type = "qwen2_moe"
-hidden_size = 64
-intermediate_size = 96
-moe_intermediate_size = 32
-shared_expert_intermediate_size = 32
-num_attention_heads = 4
-num_key_value_heads = 2
-num_hidden_layers = 3
-num_experts = 8
-num_experts_per_tok = 2
-vocab_size = 128
-"""
 GPU = pytest.mark.gpu
-
-
-@pytest.fixture
-def spec(quick: Path) -> Path:  # noqa: F811
-    """A description of a tiny model, with a cache folder of its own beside it."""
-    path = quick / "tiny.toml"
-    path.write_text(SPEC)
-    return path
 
 
 def run(spec: Path, device: str, **options: Any) -> dict[str, Any]:
@@ -94,9 +70,9 @@ def check_gpu(result: dict[str, Any]) -> None:
     assert said[-1].endswith("round 2 of 2"), "the first round is not counted"
 
 
-def test_an_emulated_device(spec: Path) -> None:
+def test_an_emulated_device(shared_spec: Path) -> None:
     """The described machine's GPU, this machine's CPU, and a table that says so."""
-    result = run(spec, "rtx4060-laptop-8gb", layers=2)
+    result = run(shared_spec, "rtx4060-laptop-8gb", layers=2)
     check(result, 2)
     assert result["emulated"] == "rtx4060-laptop-8gb"
     assert "device" not in result
@@ -105,7 +81,7 @@ def test_an_emulated_device(spec: Path) -> None:
     assert table.count("static split") == 2
 
 
-def test_a_gpu_by_its_stand_in(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_by_its_stand_in(shared_spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's own layers run, every expert call takes part; a calibration comes first.
 
     The stand-in computes on the CPU at once: streams, the model's dtype and speed are not tested.
@@ -113,7 +89,7 @@ def test_a_gpu_by_its_stand_in(spec: Path, monkeypatch: pytest.MonkeyPatch) -> N
     runtime = FakeRuntime(total_bytes=4 << 30)
     monkeypatch.setattr(cuda, "CudaRuntime", lambda index: runtime)
     monkeypatch.setattr(bench, "choose_device", lambda name, vram: "cuda:0")
-    result = run(spec, "cuda")
+    result = run(shared_spec, "cuda")
     check(result, 3)
     check_gpu(result)
     assert result["device"]["name"] == runtime.name
@@ -121,15 +97,15 @@ def test_a_gpu_by_its_stand_in(spec: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert table.startswith(f"{runtime.name}, 4.0 GiB, no driver, ")
     on_demand = next(row for row in result["results"] if row["rule"] == "on demand")
     assert on_demand["decode_terms_s"]["gpu"]["measured"] > 0
-    again = run(spec, "cuda")
+    again = run(shared_spec, "cuda")
     assert not any(text.startswith("measuring ") for text in again["said"])
 
 
 @GPU
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu(spec: Path) -> None:
+def test_a_gpu(shared_spec: Path) -> None:
     """The same on the real one."""
-    result = run(spec, "cuda")
+    result = run(shared_spec, "cuda")
     check(result, 3)
     check_gpu(result)
     assert result["device"]["memory_bytes"] > 1 << 30
@@ -149,13 +125,15 @@ def test_without_a_gpu_there_is_one_clear_error(
         assert "hint:" in told
 
 
-def test_devices_that_are_none_are_refused(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_none_are_refused(
+    shared_spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A name that is neither cuda nor a machine, and a machine without a GPU."""
     monkeypatch.setattr(bench, "hardware_for", lambda *_, **__: machine())
     with pytest.raises(UsageError, match="unknown hardware 'cdua'"):
-        run(spec, "cdua")
+        run(shared_spec, "cdua")
     with pytest.raises(UsageError, match="has no GPU to emulate"):
-        run(spec, "cpu-only-laptop")
+        run(shared_spec, "cpu-only-laptop")
 
 
 def test_layers_fit_both_memories(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,22 +17,7 @@ from hybrid.bench.record import check_recordable
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.session.model import HybridModel
-
-SPEC = """
-name = "Tiny"
-[config]
-model_type = "qwen3_moe"
-hidden_size = 64
-intermediate_size = 96
-moe_intermediate_size = 32
-num_attention_heads = 4
-num_key_value_heads = 2
-num_hidden_layers = 3
-num_experts = 8
-num_experts_per_tok = 2
-vocab_size = 128
-max_position_embeddings = 256
-"""
+from small_bench import write_spec
 
 
 @pytest.fixture
@@ -64,9 +49,7 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch, missing: set[str]) -> None
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
     """A description of a tiny model."""
-    path = tmp_path / "tiny.toml"
-    path.write_text(SPEC)
-    return path
+    return write_spec(tmp_path, max_position_embeddings=256)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:

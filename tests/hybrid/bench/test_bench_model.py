@@ -24,45 +24,12 @@ from planner.cost.terms import CALL, CPU, HEAD, MIXER
 from planner.describe.hardware import Point, TermPoint
 from planner.errors import PlannerError
 from planner_examples import bare_machine
-
-SPEC = """
-name = "Tiny"
-[config]
-model_type = "qwen3_moe"
-hidden_size = 64
-intermediate_size = 96
-moe_intermediate_size = 32
-num_attention_heads = 4
-num_key_value_heads = 2
-head_dim = 16
-num_hidden_layers = 5
-num_experts = 4
-num_experts_per_tok = 2
-vocab_size = 96
-"""
-
-STARTED = {
-    "import_s": 3.0,
-    "load_s": 1.0,
-    "load_to_first_token_s": 1.5,
-    "process_to_first_token_s": 4.5,
-    "anonymous_before_loading_bytes": 200 << 20,
-    "peak_anonymous_bytes": 300 << 20,
-}
+from small_bench import STARTED, read_little, write_spec
 
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(SPEC)
-    return path
-
-
-def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little is read, and no other process is started."""
-    monkeypatch.setattr("hybrid.bench.model._READ_BYTES", 1 << 20)
-    monkeypatch.setattr("hybrid.bench.model._start", lambda *of: STARTED)
-    monkeypatch.setattr("hybrid.bench.model._calibrate", lambda *of: None)
+    return write_spec(tmp_path, head_dim=16, num_hidden_layers=5, num_experts=4, vocab_size=96)
 
 
 def test_a_fresh_process_is_timed(tiny_model: Path) -> None:
@@ -77,7 +44,7 @@ def test_a_fresh_process_is_timed(tiny_model: Path) -> None:
 
 def test_random_weights_of_a_described_shape(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of five layers, on the fast path; bytes a token are those of the shape."""
-    _small_read(monkeypatch)
+    read_little(monkeypatch)
     result = run(spec=spec, layers=2, prompt=8, generate=4, repeat=3)
     assert result["family"] == "Qwen3MoeForCausalLM"
     assert result["layers"] == 2
@@ -98,7 +65,7 @@ def test_tokens_that_read_faster_raise_the_bandwidth(
     spec: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where plain reads are slow, what a token reads is all of the bandwidth and not more."""
-    _small_read(monkeypatch)
+    read_little(monkeypatch)
     monkeypatch.setattr("hybrid.bench.model.read_seconds", lambda words, threads: 60.0)
     result = run(spec=spec, layers=2, prompt=8, generate=4, repeat=3)
     assert result["read_fraction"] == 1.0
@@ -120,7 +87,7 @@ def test_the_command_prints_one_json_object(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A directory instead of a description; talk goes to stderr."""
-    _small_read(monkeypatch)
+    read_little(monkeypatch)
     monkeypatch.setattr("hybrid.bench.model.Others", lambda: SimpleNamespace(lap=lambda: 0.25))
     options = ["--prompt", "4", "--generate", "3", "--repeat", "1"]
     done = CliRunner().invoke(bench_app, ["model", str(tiny_model), "--json", *options])
@@ -174,7 +141,7 @@ def test_a_shape_has_the_names_that_plans_know() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_computed_in(tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As asked for, here and in the fresh process, and recorded; nothing else is taken."""
-    _small_read(monkeypatch)
+    read_little(monkeypatch)
     asked: list[str] = []
     monkeypatch.setattr("hybrid.bench.model._start", lambda *of: asked.append(of[1]) or STARTED)
     result = run(str(tiny_model), dtype=dtype, prompt=4, generate=3, repeat=1, threads=1)
@@ -186,7 +153,7 @@ def test_what_is_computed_in(tiny_model: Path, dtype: str, monkeypatch: pytest.M
 
 def test_the_demo_is_measured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a model or a shape, what ships with the program."""
-    _small_read(monkeypatch)
+    read_little(monkeypatch)
     result = run(prompt=4, generate=3, repeat=1, threads=1)
     assert result["family"] == "Qwen3MoeForCausalLM"
     assert "spec" not in result
@@ -197,7 +164,7 @@ def test_a_calibrated_machine_predicts_the_bench(
 ) -> None:
     """Predictions stand beside what was measured, made with the loads that the router chose; so do
     their terms, each with its residual, and the calibration that they come from."""
-    _small_read(monkeypatch)
+    read_little(monkeypatch)
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     calibrations.save(bare_machine(), Identity.of_this_machine(1))
     options = ["--prompt", "4", "--generate", "3", "--repeat", "1", "--threads", "1"]

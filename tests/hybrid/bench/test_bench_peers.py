@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench_model import SPEC
 
 from hybrid.bench import peers
 from hybrid.bench.model import read_spec
@@ -16,12 +15,12 @@ from hybrid.bench.peers import peers_table, run
 from hybrid.bench.sides import Case, long_case, plain_random
 from hybrid.cli import main
 from hybrid.weights.checkpoint import convert
+from small_bench import write_spec
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    path = tmp_path / "tiny.toml"
-    path.write_text(SPEC)
+    path = write_spec(tmp_path, head_dim=16, num_hidden_layers=5, num_experts=4, vocab_size=96)
     return read_spec(path, 2)[1]
 
 

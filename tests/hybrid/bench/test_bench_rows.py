@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bench_hybrid import spec  # noqa: F401
-from test_bench_model import _small_read
-from test_calibrate import quick  # noqa: F401
 
 from hybrid.bench import hybrid, kernels, lookahead, model, perplexity, planner
 from hybrid.bench.record import Line
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.measure import reads
+from small_bench import read_little
 
 ROOT = Path(__file__).parents[3]
 
@@ -79,7 +77,7 @@ def test_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Repeats are kept: of one to warm up and two a repeat, the sixth generation is cut."""
-    _small_read(monkeypatch)
+    read_little(monkeypatch)
     monkeypatch.setattr(model, "generate_once", interrupted_at(6, model.generate_once))
     words = ("model", str(tiny_model), "--prompt", "4", "--generate", "3")
     record, err = cut(capsys, tmp_path / "a.jsonl", *words)
@@ -130,14 +128,14 @@ def test_planner(
 
 
 def test_sharing(
-    spec: Path,  # noqa: F811
+    shared_spec: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All rules of a case are kept, and compared, while the next case is measured."""
     monkeypatch.setattr(hybrid, "_compare", interrupted_at(2, hybrid._compare))
-    words = ("--model", str(spec), "--prompts", "4", "--generate", "3", "--repeat", "1")
+    words = ("--model", str(shared_spec), "--prompts", "4", "--generate", "3", "--repeat", "1")
     record, err = cut(capsys, tmp_path / "a.jsonl", "hybrid", *words, "--resident", "0.5,0.75")
     rules = [rule.name for rule in hybrid.RULES]
     assert [row["rule"] for row in record["results"]] == rules

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import FAMILIES, PROMPT, _greedy, _save, half_precision_caches
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import (
     AutoModel,
@@ -20,32 +19,14 @@ from transformers import (
     pipeline,
 )
 
+from fast_models import BATCH, FAMILIES, PROMPT, converted, open_model, write, write_greedily
 from hybrid.demo import demo_path
 from hybrid.fast.attach import UNTESTED
 from hybrid.ledger.slow_paths import slow_paths
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import convert
-from hybrid.weights.config import HybridConfig
 
-__all__ = ["half_precision_caches"]  # applies to the tests here, too
-
-
-def load(directory: Path, **options: Any) -> Any:
-    asked = {"quantization_config": HybridConfig(**options)} if options else {}
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **asked)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def converted(family: str, folder: Path) -> Path:
-    _save(family, folder / "source")
-    convert(folder / "source", folder / "model", experts="f32")
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted("qwen3_moe", tmp_path_factory.mktemp("qwen"))
+pytestmark = pytest.mark.usefixtures("half_precision_caches")
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +36,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-@pytest.fixture
-def pair(qwen: Path) -> tuple[Any, Any]:
-    """One model with the fast path, one without."""
-    return load(qwen), load(qwen, fast=False)
-
-
-def write(model: Any, ids: torch.Tensor = PROMPT, **options: Any) -> torch.Tensor:
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | options
-    settings.setdefault("attention_mask", torch.ones_like(ids))
-    found: torch.Tensor = model.generate(ids, **settings)
-    return found
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v2", "deepseek_v3"])
 def test_families_loaded_by_transformers(family: str, tmp_path: Path) -> None:
     """Nothing is tested at load; the first text is, and takes the path with the same tokens."""
     directory = converted(family, tmp_path)
-    model, plain = load(directory), load(directory, fast=False)
+    model, plain = open_model(directory), open_model(directory, fast=False)
     assert model.hybrid_fast.path == UNTESTED
     assert type(model).__name__ == type(plain).__name__
     assert torch.equal(write(model), write(plain))
@@ -86,7 +54,7 @@ def test_the_demo_and_a_pipeline(demo: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo)
     texts = []
     for fast in (True, False):
-        model = load(demo, fast=fast)
+        model = open_model(demo, fast=fast)
         write = pipeline("text-generation", model=model, tokenizer=tokenizer)
         settings = {"max_new_tokens": 24, "do_sample": False}
         texts.append(write("A planner", **settings)[0]["generated_text"])
@@ -124,9 +92,9 @@ def test_sampling_and_a_streamer(pair: Any) -> None:
     assert pair[0].hybrid_fast.path.fast
 
 
-def test_assisted_decoding(pair: Any, qwen: Path) -> None:
+def test_assisted_decoding(pair: Any, qwen_folder: Path) -> None:
     """Model and assistant both have the path; candidates are fed at once and cropped."""
-    assistant = load(qwen)
+    assistant = open_model(qwen_folder)
     assistant.generation_config.num_assistant_tokens = 4
     assistant.generation_config.assistant_confidence_threshold = 0.0
     found = write(pair[0], assistant_model=assistant)
@@ -135,7 +103,6 @@ def test_assisted_decoding(pair: Any, qwen: Path) -> None:
     assert assistant.hybrid_fast.path.fast
 
 
-BATCH = torch.cat((PROMPT, PROMPT.flip(1)))
 PADDED = torch.ones_like(BATCH)
 PADDED[1, :3] = 0
 CALLS: dict[str, tuple[torch.Tensor, dict[str, Any], str]] = {
@@ -182,9 +149,9 @@ def test_training_mode(pair: Any) -> None:
     assert pair[0].hybrid_fast.refused["training"]
 
 
-def test_a_deleted_model_is_gone(qwen: Path) -> None:
+def test_a_deleted_model_is_gone(qwen_folder: Path) -> None:
     """No cycle and no table holds it: its memory is free at once."""
-    model = load(qwen)
+    model = open_model(qwen_folder)
     write(model)
     assert model.hybrid_fast.path.fast
     gc.collect()
@@ -197,9 +164,9 @@ def test_a_deleted_model_is_gone(qwen: Path) -> None:
         gc.enable()
 
 
-def test_several_models_at_once(qwen: Path, demo: Path) -> None:
+def test_several_models_at_once(qwen_folder: Path, demo: Path) -> None:
     """Models take turns token by token and do not see each other."""
-    models = [load(qwen), load(demo), load(qwen)]
+    models = [open_model(qwen_folder), open_model(demo), open_model(qwen_folder)]
     alone = [write(model) for model in models]
     caches: list[Any] = [None] * 3
     rows = [PROMPT] * 3
@@ -265,7 +232,7 @@ def test_masks_by_kind_of_layer(tmp_path: Path) -> None:
     directory = converted("gpt_oss", tmp_path)
     mask = {"full_attention": None, "sliding_attention": None}
     found = []
-    for model in (load(directory), load(directory, fast=False)):
+    for model in (open_model(directory), open_model(directory, fast=False)):
         write(model)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
@@ -309,19 +276,19 @@ def test_a_compiled_model(pair: Any) -> None:
     assert pair[0].hybrid_fast.path.fast
 
 
-def test_switched_off_and_bodies_without_head(qwen: Path) -> None:
+def test_switched_off_and_bodies_without_head(qwen_folder: Path) -> None:
     """The reason is kept where the report finds it, and nothing is replaced."""
-    model = load(qwen, fast=False)
+    model = open_model(qwen_folder, fast=False)
     write(model)
     assert str(model.hybrid_fast.path) == "transformers (switched off: fast=False)"
     (slow,) = [slow for slow in slow_paths(model) if "switched off" in slow.reason]
     assert slow.remedy == "leave out fast=False"
-    body = AutoModel.from_pretrained(qwen)
+    body = AutoModel.from_pretrained(qwen_folder)
     assert str(body.hybrid_fast.path) == "transformers (the model does not generate text)"
 
 
 def test_greedy_logits_are_those_of_the_general_path(pair: Any) -> None:
     """Not only the same tokens: the logits, to rounding."""
-    (tokens, logits), (plain_tokens, plain_logits) = (_greedy(model) for model in pair)
+    (tokens, logits), (plain_tokens, plain_logits) = (write_greedily(model) for model in pair)
     assert torch.equal(tokens, plain_tokens)
     assert (logits - plain_logits).abs().max() < 5e-3 * plain_logits.std()

@@ -13,11 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from test_decode import PROMPT, _save, half_precision_caches
-from test_fast_path import BATCH, converted, load, pair, qwen, write
 from torch import nn
 
 import hybrid.fast.decoder_parts
+from fast_models import BATCH, PROMPT, converted, open_model, save_family, write
 from hybrid.errors import UsageError
 from hybrid.fast.attach import UNTESTED
 from hybrid.ledger.slow_paths import slow_paths
@@ -32,16 +31,20 @@ from hybrid.packed.dense import (
 )
 from hybrid.weights.checkpoint import convert
 
-__all__ = ["half_precision_caches", "pair", "qwen"]  # fixtures of the tests here, too
+pytestmark = pytest.mark.usefixtures("half_precision_caches")
 
 PACKED = (QuantizedLinear, QuantizedEmbedding, PackedMlp)
 
 
 def owned(directory: Path) -> Any:
     """A model whose modules are replaced while the path is in use, as in HybridModel."""
-    model = load(directory)
+    model = open_model(directory)
     model.hybrid_fast.replace = True
     return model
+
+
+def opened(directory: Path, replace: bool) -> Any:
+    return owned(directory) if replace else open_model(directory)
 
 
 def packed_modules(model: Any) -> list[str]:
@@ -186,7 +189,7 @@ def test_training_between_texts(pair: Any) -> None:
     assert torch.equal(write(pair[0]), write(pair[1]))
 
 
-def test_gradients_of_the_body_alone(pair: Any, qwen: Path) -> None:
+def test_gradients_of_the_body_alone(pair: Any, qwen_folder: Path) -> None:
     """Every parameter has its gradient; replaced modules refuse where they would have lost it."""
     write(pair[0])
     for each in pair:
@@ -195,16 +198,16 @@ def test_gradients_of_the_body_alone(pair: Any, qwen: Path) -> None:
         assert (found.grad is None) == (wanted.grad is None)
         if found.grad is not None:
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-6)
-    model = owned(qwen)
+    model = owned(qwen_folder)
     write(model)
     with pytest.raises(UsageError, match="gradients cannot pass") as raised:
         model.model(input_ids=PROMPT)
     assert "hybrid_fast.release(model)" in str(raised.value.hint)
 
 
-def test_gradients_bring_replaced_modules_back(qwen: Path) -> None:
+def test_gradients_bring_replaced_modules_back(qwen_folder: Path) -> None:
     """The same parameters with the same values, their gradients are transformers' own."""
-    model, plain = owned(qwen), load(qwen, fast=False)
+    model, plain = owned(qwen_folder), open_model(qwen_folder, fast=False)
     before = dict(model.named_parameters())
     write(model)
     assert "lm_head.weight" not in dict(model.named_parameters())
@@ -221,9 +224,12 @@ def test_gradients_bring_replaced_modules_back(qwen: Path) -> None:
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_inference_mode_leaves_no_trace(qwen: Path, replace: bool) -> None:
+def test_inference_mode_leaves_no_trace(qwen_folder: Path, replace: bool) -> None:
     """A text and a release in it: the weights can still be trained and written."""
-    model, plain = owned(qwen) if replace else load(qwen), load(qwen, fast=False)
+    model, plain = (
+        opened(qwen_folder, replace),
+        open_model(qwen_folder, fast=False),
+    )
     with torch.inference_mode():
         assert torch.equal(write(model), write(plain))
         model.hybrid_fast.release(model)
@@ -235,7 +241,7 @@ def test_inference_mode_leaves_no_trace(qwen: Path, replace: bool) -> None:
 
 def test_tied_weights_come_back_tied(tmp_path: Path) -> None:
     """Embedding and lm_head share one parameter again, and the model knows it."""
-    _save("qwen3_moe", tmp_path / "source", tie_word_embeddings=True)
+    save_family("qwen3_moe", tmp_path / "source", tie_word_embeddings=True)
     convert(tmp_path / "source", tmp_path / "model", experts="f32")
     model = owned(tmp_path / "model")
     tied, weight = dict(model.all_tied_weights_keys), model.lm_head.weight
@@ -261,9 +267,12 @@ def test_a_shared_expert_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_moving_and_casting(qwen: Path, replace: bool) -> None:
+def test_moving_and_casting(qwen_folder: Path, replace: bool) -> None:
     """The model is cast as if nothing were packed, and tested again afterwards."""
-    model, plain = owned(qwen) if replace else load(qwen), load(qwen, fast=False)
+    model, plain = (
+        opened(qwen_folder, replace),
+        open_model(qwen_folder, fast=False),
+    )
     write(model)
     model.to(torch.bfloat16)
     plain.to(torch.bfloat16)
@@ -280,9 +289,12 @@ def test_moving_and_casting(qwen: Path, replace: bool) -> None:
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_stand_by_themselves(qwen: Path, how: str, used: bool, replace: bool) -> None:
+def test_copies_stand_by_themselves(qwen_folder: Path, how: str, used: bool, replace: bool) -> None:
     """A copy writes the same text on its own path, trains and casts, whatever the original did."""
-    model, plain = owned(qwen) if replace else load(qwen), load(qwen, fast=False)
+    model, plain = (
+        opened(qwen_folder, replace),
+        open_model(qwen_folder, fast=False),
+    )
     names = [name for name, _ in model.named_parameters()]
     if used:
         write(model)
@@ -363,10 +375,10 @@ def test_interruptions_lose_no_weights() -> None:
 
 @pytest.mark.parametrize("after", [False, True])
 def test_an_interrupted_first_text(
-    qwen: Path, after: bool, monkeypatch: pytest.MonkeyPatch
+    qwen_folder: Path, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while modules are replaced: they are back, and the next text is right."""
-    model, plain = owned(qwen), load(qwen, fast=False)
+    model, plain = owned(qwen_folder), open_model(qwen_folder, fast=False)
     calls = [0]
 
     def stopped(places: Any) -> None:
@@ -384,26 +396,28 @@ def test_an_interrupted_first_text(
     assert model.hybrid_fast.path == UNTESTED
     for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(found, wanted)
-    half_way = owned(qwen)
+    half_way = owned(qwen_folder)
     replace_modules([(half_way, "lm_head", pack_linear(half_way.lm_head))])
     half_way.hybrid_fast.release(half_way)
     assert torch.equal(half_way.lm_head.weight, plain.lm_head.weight)
 
 
-def test_copies_need_memory(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_need_memory(
+    qwen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without it the path is refused, with sizes and a remedy; what makes no copies needs none."""
     assert 0 < host.available_memory_bytes() <= psutil.virtual_memory().total
-    model, plain = load(qwen), load(qwen, fast=False)
+    model, plain = open_model(qwen_folder), open_model(qwen_folder, fast=False)
     monkeypatch.setattr(host, "available_memory_bytes", lambda: 5000)
     assert torch.equal(write(model), write(plain))
     assert model.hybrid_fast.path.reason.startswith("copies of dense weights take 120.0 KiB")
     (slow,) = [slow for slow in slow_paths(model) if "copies" in slow.reason]
     assert "--dense q8_0" in slow.remedy
-    write(replaced := owned(qwen))
+    write(replaced := owned(qwen_folder))
     assert replaced.hybrid_fast.path.fast
-    _save("qwen3_moe", tmp_path / "source")
+    save_family("qwen3_moe", tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "model", experts="f32", dense="q8_0")
-    quantized = load(tmp_path / "model")
+    quantized = open_model(tmp_path / "model")
     parameters = list(quantized.parameters())
     monkeypatch.setattr(host, "available_memory_bytes", lambda: 0)
     write(quantized)
@@ -412,9 +426,9 @@ def test_copies_need_memory(qwen: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_texts_beside_batches(qwen: Path, replace: bool) -> None:
+def test_texts_beside_batches(qwen_folder: Path, replace: bool) -> None:
     """A thread's batches, which transformers computes, while another's text tests the path."""
-    model = owned(qwen) if replace else load(qwen)
+    model = opened(qwen_folder, replace)
     with torch.no_grad():
         wanted = model(input_ids=BATCH).logits
     errors: list[BaseException] = []

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import _greedy, _load, install_fast_decode
 from transformers import DynamicCache
 
+from fast_models import install_fast_decode, load_family, write_greedily
 from hybrid.fast.prompt import PIECE
 from hybrid.transformers_api import cache_argument
 
@@ -19,7 +19,7 @@ LARGE, CHANNEL = 50, 7
 
 def load(folder: Path, large: float, **changes: Any) -> Any:
     """A model in whose first layer one token, ``LARGE``, has a key that is so large."""
-    model = _load("mixtral", folder, **changes)
+    model = load_family("mixtral", folder, **changes)
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
         embedding[:, CHANNEL] = 0
@@ -66,11 +66,11 @@ def test_a_large_key_is_computed_by_transformers(
 
 def test_a_model_of_large_keys_is_refused_with_the_cause(tmp_path: Path) -> None:
     """Where no text could be computed the test of the decoder says so, and transformers writes."""
-    model = _load("mixtral", tmp_path)
+    model = load_family("mixtral", tmp_path)
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight *= 1e6
-    wanted, _ = _greedy(model)
+    wanted, _ = write_greedily(model)
     path = install_fast_decode(model)
     assert not path.fast
     assert "keys or values are beyond half precision" in path.reason
-    assert torch.equal(_greedy(model)[0], wanted)
+    assert torch.equal(write_greedily(model)[0], wanted)

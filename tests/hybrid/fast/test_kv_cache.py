@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_decode import PROMPT, _save, half_precision_caches
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from cpu_experts.decoder.kv import KeyValues
+from fast_models import PROMPT, save_family
 from hybrid.transformers_api import cache_argument
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.config import HybridConfig
 from tiny_families import VOCAB
 
-__all__ = ["half_precision_caches"]  # applies to the tests here, too
+pytestmark = pytest.mark.usefixtures("half_precision_caches")
 
 #: Tokens written for one sequence of a test, not the same ones for any two sequences.
 _STEPS = 6
@@ -45,7 +45,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     @cache
     def pair(family: str, **changes: Any) -> tuple[Any, Any]:
         folder = tmp_path_factory.mktemp(family)
-        _save(family, folder / "source", **changes)
+        save_family(family, folder / "source", **changes)
         convert(folder / "source", folder / "model", experts="f32")
         return _read(folder / "model"), _read(folder / "model", fast=False)
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_decode import VOCAB, _greedy, _load, half_precision_caches, install_fast_decode
 from transformers import DynamicCache
 
 import hybrid.fast.prompt
+from fast_models import install_fast_decode, load_family, write_greedily
 from hybrid.fast.prompt import Piece, PromptProgress, prompt_bar, prompts_told
 from hybrid.transformers_api import cache_argument
+from tiny_families import VOCAB
 
-__all__ = ["half_precision_caches"]  # applies to the tests here, too
+pytestmark = pytest.mark.usefixtures("half_precision_caches")
 
 IDS = torch.randint(0, VOCAB, (1, 22), generator=torch.Generator().manual_seed(3))
 
@@ -25,7 +26,7 @@ IDS = torch.randint(0, VOCAB, (1, 22), generator=torch.Generator().manual_seed(3
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model with the fast path; ``model.slow`` is transformers' own forward."""
-    model = _load("qwen3_moe", tmp_path_factory.mktemp("qwen"))
+    model = load_family("qwen3_moe", tmp_path_factory.mktemp("qwen"))
     assert install_fast_decode(model).fast
     return model
 
@@ -75,10 +76,10 @@ def test_chosen_places_of_logits(qwen: Any) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_pieces_and_a_sliding_window(family: str, tmp_path: Path) -> None:
     """A window of 6 over pieces of 4, then single tokens: as transformers does it."""
-    model = _load(family, tmp_path, sliding_window=6)
-    tokens, logits = _greedy(model)
+    model = load_family(family, tmp_path, sliding_window=6)
+    tokens, logits = write_greedily(model)
     assert install_fast_decode(model).fast
-    fast_tokens, fast_logits = _greedy(model)
+    fast_tokens, fast_logits = write_greedily(model)
     assert torch.equal(fast_tokens, tokens)
     assert (fast_logits - logits).abs().max() < 5e-3 * logits.std()
 
@@ -163,7 +164,7 @@ def test_a_model_without_the_fast_path_tells_nothing() -> None:
 
 def test_prompts_of_a_compressed_cache(tmp_path: Path) -> None:
     """Transformers' attention over the pieces: the logits of one prompt, and progress is told."""
-    model = _load("deepseek_v2", tmp_path)
+    model = load_family("deepseek_v2", tmp_path)
     assert install_fast_decode(model).fast
     with torch.no_grad():
         wanted = model.slow(input_ids=IDS, use_cache=True).logits[0]

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from fake_machine import WHEN, calm, measured
+from fake_machine import WHEN, measured
 from hybrid.ask.asked_model import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.measure import calibrate as calibration
-from hybrid.measure import experts as measure
 from hybrid.measure.calibrate import covers, hardware_for
 from hybrid.measure.describe import to_spec
 from planner.describe.hardware import PANELS, HardwareSpec
@@ -42,21 +41,6 @@ def test_subjects_are_found_with_their_formats(tmp_path: Path, tiny_model: Path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
     with pytest.raises(SpecError, match="not a Mixture-of-Experts"):
         subject(tmp_path)
-
-
-@pytest.fixture
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Little memory, a short file, short prompts, a cache folder of its own, nobody else."""
-    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 20)
-    monkeypatch.setattr(measure, "_DISK_BYTES", 1 << 22)
-    monkeypatch.setattr("hybrid.measure.interference.system_times", calm)
-    monkeypatch.setattr(measure, "LOADS", (1, 2, 4))
-    monkeypatch.setattr(calibration, "PROMPTS", (2, 8))
-    monkeypatch.setattr(calibration, "DECODED_AFTER", (8,))
-    monkeypatch.setattr(calibration, "DECODED", 12)
-    monkeypatch.setattr(calibration, "TURNS", (2, 2))
-    return tmp_path
 
 
 def test_calibrate_from_the_command_line(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_calibrate import quick  # noqa: F401
 
 from hybrid.ask.asked_model import subject
 from hybrid.ledger.prediction import predicted
@@ -28,7 +27,7 @@ def of_dtype(tiny_model: Path, folder: Path, dtype: str) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_other_floats_are_measured_as_the_kernels_keep_them(
-    quick: Path,  # noqa: F811
+    quick: Path,
     tiny_model: Path,
     dtype: str,
 ) -> None:
@@ -51,7 +50,7 @@ def test_replicas_in_float32_hold_what_bfloat16_does_not(tmp_path: Path, tiny_mo
 
 
 def test_a_loaded_model_is_predicted_from_its_own_calibration(
-    quick: Path,  # noqa: F811
+    quick: Path,
     tiny_model: Path,
 ) -> None:
     """Weights stored in bfloat16 are looked up as such, whatever they are computed in."""
@@ -67,7 +66,7 @@ def test_a_loaded_model_is_predicted_from_its_own_calibration(
 
 
 def test_little_time_is_enough_for_a_prompt_and_tokens(
-    quick: Path,  # noqa: F811
+    quick: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

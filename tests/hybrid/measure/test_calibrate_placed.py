@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_calibrate import quick  # noqa: F401
 
 from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.asked_model import subject
@@ -34,26 +33,9 @@ from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, HardwareSpec, Point, TermPoint
 from planner_examples import bare_machine, machine, save_config
 
-EMULATED = ToEmulate.name
 TERMS = {"attention", "feed_forward", "head", "call", "deciding", "handing", "joining", "sampling"}
 OF_EXPERTS = {"deciding", "handing", "joining"}
 """Of those, what depends on the experts' format and not on the dense weights'."""
-
-
-@pytest.fixture
-def home(quick: Path) -> Path:  # noqa: F811
-    """A cache folder of its own, and little to measure."""
-    return quick
-
-
-@pytest.fixture
-def measured(home: Path, tiny_model: Path) -> HardwareSpec:
-    """The tiny model on an emulated device, as the command measures it on this processor."""
-    words = ["calibrate", str(tiny_model), "--device", "emulated", "--threads", "1"]
-    assert main(words) == 0
-    spec = calibrations.load(Identity.of_this_machine(1, EMULATED))
-    assert spec is not None
-    return spec
 
 
 def test_the_devices_terms_are_kept_apart(measured: HardwareSpec) -> None:
@@ -113,7 +95,7 @@ def test_a_run_is_predicted_from_what_was_measured(
     assert sum(terms[name].predicted_s for name in parts) == pytest.approx(whole.predicted_s)
 
 
-def test_a_report_says_that_nothing_was_measured(home: Path, tiny_model: Path) -> None:
+def test_a_report_says_that_nothing_was_measured(quick: Path, tiny_model: Path) -> None:
     """Whose numbers the predictions are made of, and the command that makes them this machine's."""
     model = HybridModel.from_pretrained(tiny_model, vram="640MiB", threads=1, context=64)
     model.generate([1, 2, 3], max_new_tokens=2, do_sample=False)
@@ -127,13 +109,13 @@ def test_a_report_says_that_nothing_was_measured(home: Path, tiny_model: Path) -
 def test_another_model_is_still_planned_as_a_gpus(measured: HardwareSpec) -> None:
     """An emulated device that was measured with other experts stands for the GPU as before."""
     device = EmulatedDevice(1 << 30, run=lambda *_: None)
-    assert device.name == EMULATED
+    assert device.name == ToEmulate.name
     found = hardware_with(device, demo_path(), 1)
     assert found.gpu is not None
     assert "RTX 4060" in found.gpu.name
 
 
-def test_a_load_measures_only_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_measures_only_once(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is never calm, too; the command measures that again."""
     wanted = subject(demo_path())
     shape = wanted.model.experts
@@ -191,7 +173,7 @@ DEFECTS = (MemoryError("out of memory"), RuntimeError("a shape is wrong"))
 )
 def test_what_cannot_be_measured_is_said(
     error: Exception,
-    home: Path,
+    quick: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -207,7 +189,7 @@ def test_what_cannot_be_measured_is_said(
             hardware_for(tiny_model, **options)
         return
     spec = hardware_for(tiny_model, **options)
-    assert f"attention and dense layers on {EMULATED} ({error})" in spec.summary
+    assert f"attention and dense layers on {ToEmulate.name} ({error})" in spec.summary
     assert {term.lane for term in spec.terms} == {"cpu"}
     assert spec.gpu is not None
     assert hardware_for(tiny_model, **options) == spec  # it is not tried again and again
@@ -215,7 +197,7 @@ def test_what_cannot_be_measured_is_said(
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_of_the_layers_is_kept(
-    fails: bool, home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool, quick: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each network is gone before the next one, and all of them before the files are removed.
 
@@ -257,7 +239,7 @@ def test_nothing_of_the_layers_is_kept(
 
 
 def test_what_there_was_no_time_for_is_named(
-    home: Path,
+    quick: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -268,20 +250,20 @@ def test_what_there_was_no_time_for_is_named(
     spec = hardware_for(
         tiny_model, device=ToEmulate(), threads=1, limit_s=0.1, progress=told.append
     )
-    assert f"prompts of 64 on {EMULATED}" in spec.summary
-    assert f"putting the layers on {EMULATED}" in told
+    assert f"prompts of 64 on {ToEmulate.name}" in spec.summary
+    assert f"putting the layers on {ToEmulate.name}" in told
     assert {t.tokens for t in spec.terms if t.lane == "gpu"} == {1, 2, 8}
 
 
 def test_a_gpu_that_was_measured_is_planned_with(
-    home: Path,
+    quick: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without --hardware plans are about this machine with its first GPU, as runs are."""
-    words = ["plan", str(save_config(home / "model")), "--tokens", "2", "--prompt", "8", "--json"]
+    words = ["plan", str(save_config(quick / "model")), "--tokens", "2", "--prompt", "8", "--json"]
     for name, device in (
         ("alone", ""),
-        ("emulated", EMULATED),
+        ("emulated", ToEmulate.name),
         ("second", "Big (cuda:1)"),
         ("first", "Wide (cuda:0)"),
     ):
@@ -289,7 +271,7 @@ def test_a_gpu_that_was_measured_is_planned_with(
         calibrations.save(replace(spec, name=name), Identity.of_this_machine(device=device))
         assert main(words) == 0
         out, err = capsys.readouterr()
-        expected = "alone" if device in ("", EMULATED) else name
+        expected = "alone" if device in ("", ToEmulate.name) else name
         assert json.loads(out)["hardware"]["name"] == expected
         assert err.strip().endswith("as it was calibrated") is (expected == "alone")
     assert "Wide (cuda:0)" in err

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_calibrate import quick  # noqa: F401
-from test_calibrate_placed import EMULATED, home, measured  # noqa: F401
 
 from hybrid.ask.asked_model import subject
 from hybrid.cli import main
@@ -16,6 +14,7 @@ from hybrid.errors import UsageError
 from hybrid.ledger.prediction import predict, prompt_loads
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity, alone, load, save, without_device
+from hybrid.machine.devices import ToEmulate
 from hybrid.planning.plan import plan
 from hybrid.session.model import HybridModel
 from planner.describe.estimate import Source
@@ -67,7 +66,7 @@ def test_only_what_is_the_cpus_is_kept() -> None:
     assert without_device(bare).cpu == bare.cpu
 
 
-@pytest.mark.usefixtures("home")
+@pytest.mark.usefixtures("quick")
 def test_a_device_calibration_stands_in() -> None:
     """Where there is none of the CPU alone, one with a device is it, whichever that is; of other
     threads or other software it is not."""
@@ -76,36 +75,36 @@ def test_a_device_calibration_stands_in() -> None:
     for other in (Identity.of_this_machine(3, GPU), replace(here, kernels="older")):
         save(with_device(), other)
         assert alone(2) is None
-    save(with_device(), Identity.of_this_machine(2, EMULATED))
+    save(with_device(), Identity.of_this_machine(2, ToEmulate.name))
     assert alone(2) == without_device(with_device())
     assert load(Identity.of_this_machine(2)) is None
     # The first GPU's counts before an emulated one's, and both know shapes.
     save(with_device(seconds=2.0), here)
-    save(with_device(hidden=7, seconds=3.0), Identity.of_this_machine(2, EMULATED))
+    save(with_device(hidden=7, seconds=3.0), Identity.of_this_machine(2, ToEmulate.name))
     found = alone(2)
     assert found is not None
     known = {(point.hidden, point.seconds) for point in found.points}
     assert known == {(1, 2.0), (7, 3.0)}
 
 
-@pytest.mark.usefixtures("home")
+@pytest.mark.usefixtures("quick")
 def test_env_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Nobody is asked to measure what is known."""
-    save(with_device(), Identity.of_this_machine(device=EMULATED))
+    save(with_device(), Identity.of_this_machine(device=ToEmulate.name))
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
     assert "none of the CPU alone: the CPU's part of those below counts" in shown
-    assert f"with {EMULATED}" in shown
+    assert f"with {ToEmulate.name}" in shown
     assert "hybrid calibrate" not in shown
 
 
-@pytest.mark.usefixtures("home")
+@pytest.mark.usefixtures("quick")
 def test_the_cpus_own_calibration_counts_first() -> None:
     """Numbers of the machine are its own; of shapes and parts that it lacks the others are told."""
     own = replace(bare_machine(), points=(point("cpu", 1, 9.0),), terms=())
     save(own, Identity.of_this_machine(2))
     assert alone(2) == own
-    save(with_device(), Identity.of_this_machine(2, EMULATED))
+    save(with_device(), Identity.of_this_machine(2, ToEmulate.name))
     found = alone(2)
     assert found is not None
     assert (found.cpu, found.summary) == (own.cpu, own.summary)
@@ -114,10 +113,10 @@ def test_the_cpus_own_calibration_counts_first() -> None:
     assert {term.lane for term in found.terms} == {"cpu"}
 
 
-@pytest.mark.usefixtures("home")
+@pytest.mark.usefixtures("quick")
 def test_damaged_files_do_not_count() -> None:
     """A device's is passed over; the CPU's own, too, or raises, as the caller needs it."""
-    device = save(with_device(), Identity.of_this_machine(2, EMULATED))
+    device = save(with_device(), Identity.of_this_machine(2, ToEmulate.name))
     own = save(bare_machine(), Identity.of_this_machine(2))
     own.write_text(own.read_text()[:200])
     assert alone(2) == without_device(with_device())
@@ -128,7 +127,7 @@ def test_damaged_files_do_not_count() -> None:
 
 
 def test_a_run_on_the_cpu_is_predicted_from_it(
-    measured: HardwareSpec,  # noqa: F811
+    measured: HardwareSpec,
     tiny_model: Path,
 ) -> None:
     """Term by term as the planner does from the CPU's part; the dry run says the same."""
@@ -151,7 +150,7 @@ def test_a_run_on_the_cpu_is_predicted_from_it(
 
 
 def test_it_measures_what_a_calibration_of_the_cpu_does(
-    measured: HardwareSpec,  # noqa: F811
+    measured: HardwareSpec,
     tiny_model: Path,
 ) -> None:
     """The same loads of experts, and the same parts at the same lengths, none missing."""

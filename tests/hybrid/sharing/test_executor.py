@@ -19,7 +19,7 @@ from hybrid.machine.devices import emulated_device
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.routed import Choice
 from planner.decide.popularity import Popularity, informed
-from sharing import (
+from shared_layers import (
     EXPERTS,
     HIDDEN,
     LAYERS,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybrid.ask.names import find_hardware
-from sharing import LAYERS, exact, on_cpu, random_layers, random_step, shared_executor
+from shared_layers import LAYERS, exact, on_cpu, random_layers, random_step, shared_executor
 
 SOON = 1e-9
 

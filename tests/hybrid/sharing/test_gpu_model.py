@@ -12,35 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from test_calibrate import quick  # noqa: F401
 
+from demo_on_cuda import ROUNDING, demo, distance, logits, placed, prompts
 from fake_cuda import FakeRuntime
 from gpu_experts.cuda import device as cuda
 from gpu_experts.cuda import kernels
 from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
-from hybrid.ask.names import find_hardware
 from hybrid.cli import main
-from hybrid.demo import demo_path
 from hybrid.formats.notes import Note
-from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations, devices
 from hybrid.machine.calibrations import Identity
 from hybrid.session import open as opening
 from hybrid.session.model import HybridModel
-from hybrid.sharing.budget import Budget
-from hybrid.sharing.placement import Placement, place_model
 from planner.describe.hardware import PANELS
-from planner.foretell.memory import STAGING
-from shared_demo import GREEDY, PROMPT, dense_bytes
+from shared_demo import GREEDY, PROMPT
 
 GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 )
-#: On the CPU activations are rounded to int8 in groups of 32, on a GPU they are not: 0.2 to 1.2 %
-#: of the logits' size over the stand-in.
-ROUNDING = 0.04
 
 Open = Callable[[], CudaDevice]
 
@@ -55,43 +46,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> O
     monkeypatch.setattr(devices, "choose_device", lambda name, vram: "cuda:0")
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
     return CudaDevice
-
-
-def demo() -> Any:
-    """The demo model in transformers' code, in float32."""
-    return load_fast_model(demo_path(), fast=False, dtype=torch.float32)[0]
-
-
-def placed(target: CudaDevice, slots: int) -> tuple[Any, Placement]:
-    """The demo model on a device with room for ``slots`` resident experts."""
-    model = demo()
-    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    vram = dense_bytes(demo()) + (slots + STAGING) * layer.blocks.shape[1]
-    hardware = find_hardware("rtx4060-laptop-8gb")
-    if target.torch_device.type != "cpu":
-        assert hardware.gpu is not None
-        vram += int(hardware.gpu.reserve_bytes.value)
-    placement = place_model(model, target, hardware, Budget(vram, None, 256), threads=1)
-    assert placement.executor is not None
-    assert placement.executor.slot_count == slots
-    return model, placement
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids.to(model.device)).logits.float().cpu()
-
-
-def prompts(count: int) -> list[torch.Tensor]:
-    """Prompts of different lengths, single tokens among them."""
-    draw = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(0, 2048, (1, [1, 33, 5, 120][at % 4]), generator=draw) for at in range(count)
-    ]
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("slots", [0, 1, 17, 96])
@@ -212,7 +166,7 @@ def test_a_gpu_that_fails_under_dense_layers_is_one_clear_error(device: Open) ->
 
 def test_what_the_device_says_is_in_the_report(
     device: Open,
-    quick: Path,  # noqa: F811
+    quick: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,7 +188,7 @@ def test_what_the_device_says_is_in_the_report(
 
 def test_calibrating_a_gpu_from_the_command_line(
     device: Open,
-    quick: Path,  # noqa: F811
+    quick: Path,
     tiny_model: Path,
     capsys: pytest.CaptureFixture[str],
     either_processor: bool,
@@ -257,7 +211,7 @@ def test_calibrating_a_gpu_from_the_command_line(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_model_is_loaded_onto_the_gpu_and_reports(quick: Path) -> None:  # noqa: F811
+def test_a_model_is_loaded_onto_the_gpu_and_reports(quick: Path) -> None:
     """As users do it: calibrated on first use, in the GPU's own type, with both sides of terms."""
     model = HybridModel.from_pretrained(device="cuda", threads=1, context=256)
     assert model.generate(PROMPT, **GREEDY)

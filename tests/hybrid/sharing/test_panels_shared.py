@@ -29,7 +29,7 @@ from hybrid.weights.checkpoint import convert
 from planner.cost.cost import CostModel
 from planner.describe.hardware import PANELS, HardwareSpec, Point
 from planner_examples import bare_machine
-from sharing import (
+from shared_layers import (
     EXPERTS,
     LAYERS,
     SHAPE,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
@@ -14,15 +13,9 @@ from hybrid.machine.devices import emulated_device
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import place_model
 from massive import make_massive
-from tiny_families import families, tiny_config
+from tiny_families import causal_families, tiny_config
 
-#: Attention of jetmoe is routed through experts too, which is refused; what transformers does not
-#: list as a causal language model cannot be loaded as one.
-FAMILIES = {
-    kind: types
-    for kind, types in families().items()
-    if kind != "jetmoe" and types[0] in MODEL_FOR_CAUSAL_LM_MAPPING
-}
+FAMILIES = causal_families()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Tiny models of families that the fast path knows: written, loaded with and without it, asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybrid.fast.attach import DecodePath, attach_fast_path
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.config import HybridConfig
+from massive import make_massive
+from tiny_families import families, tiny_config
+
+FAMILIES = [
+    *("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "phimoe", "granitemoe", "gpt_oss"),
+    *("glm4_moe", "ernie4_5_moe"),
+]
+#: Ranks of a compressed cache that every format takes.
+RANKS = {"kv_lora_rank": 32, "q_lora_rank": 32}
+STORES = {"f32": ("f32", None), "q8_0": ("q8_0", "q8_0")}
+NEW_TOKENS = 20
+PROMPT = torch.tensor([[5, 9, 33, 21, 7, 80, 2]])
+#: Two sequences of the same length.
+BATCH = torch.cat((PROMPT, PROMPT.flip(1)))
+
+
+def save_family(family: str, directory: Path, massive: bool = False, **changes: Any) -> None:
+    """A tiny model with weights large enough that every part of it shows in the logits."""
+    config, kind = families()[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(tiny_config(config, **changes))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=2.4 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.data += torch.randn_like(parameter) * 0.2
+        for name, buffer in model.named_buffers():
+            if "correction" in name:
+                buffer.copy_(torch.rand_like(buffer) * 0.1)
+    if massive:
+        make_massive(model)
+    model.save_pretrained(directory)
+
+
+def load_family(
+    family: str,
+    folder: Path,
+    store: str = "f32",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Any:
+    """Write, convert and load a family's model, without the fast path."""
+    experts, dense = STORES[store]
+    save_family(family, folder / "source", **changes)
+    convert(folder / "source", folder / "model", experts=experts, dense=dense)
+    return open_model(folder / "model", dtype, fast=False)
+
+
+def install_fast_decode(model: Any) -> DecodePath:
+    """Give a model that was loaded without it the fast path; ``model.slow`` goes past it.
+
+    Packed modules replace the model's own, as in HybridModel.
+    """
+    model.slow = model.forward
+    attach_fast_path(model, replace=True)
+    model.hybrid_fast.settle(model)
+    return model.hybrid_fast.path
+
+
+def write_greedily(model: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and the logits that they were chosen by."""
+    out = model.generate(
+        PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=0,
+        **options,
+    )
+    return out.sequences, torch.cat(out.logits)
+
+
+def converted(family: str, folder: Path) -> Path:
+    """Write and convert a family's model."""
+    save_family(family, folder / "source")
+    convert(folder / "source", folder / "model", experts="f32")
+    return folder / "model"
+
+
+def open_model(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Load a directory as transformers does; ``options`` are HybridConfig's."""
+    asked = {"quantization_config": HybridConfig(**options)} if options else {}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **asked)
+    model.generation_config.eos_token_id = None  # every run as long as it is asked to be
+    return model
+
+
+def write(model: Any, ids: torch.Tensor = PROMPT, **options: Any) -> torch.Tensor:
+    """Greedy tokens, unless ``options`` say otherwise."""
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | options
+    settings.setdefault("attention_mask", torch.ones_like(ids))
+    found: torch.Tensor = model.generate(ids, **settings)
+    return found
+
+
+class CountedTokens:
+    """Counts the tokens that go through the fast path of a model."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        decoder = model.hybrid_fast.decoder
+        real = decoder.forward
+
+        def forward(arguments: Any) -> Any:
+            self.count += 1
+            return real(arguments)
+
+        monkeypatch.setattr(decoder, "forward", forward)

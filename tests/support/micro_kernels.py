@@ -1,0 +1,28 @@
+"""The widest inner loops by themselves: callable from Python, and as machine code."""
+
+from __future__ import annotations
+
+from numba import njit, types
+
+from cpu_experts.kernels.experts import ROW_BLOCKS, strip_dot
+
+
+def strip_caller(fmt: str, n: int):
+    dot = strip_dot(fmt, n)
+
+    @njit
+    def call(w, w_at, act, stride, rows, rows_at, inner, out, out_at):
+        dot(w, w_at, w_at, act, stride, rows, rows_at, inner, out, out_at)
+
+    return call
+
+
+def assembly(fmt: str) -> str:
+    """The widest micro-kernel's machine code for the processor that numba compiles for."""
+    act, rows, out = (
+        types.Array(kind, 1, "C") for kind in (types.uint8, types.int32, types.float32)
+    )
+    i64 = types.int64
+    call = strip_caller(fmt, ROW_BLOCKS[0])
+    call.compile((act, i64, act, i64, rows, i64, i64, out, i64))
+    return "\n".join(call.inspect_asm().values())
