@@ -1,7 +1,6 @@
-"""Quantized experts on the CPU: formats, SIMD kernels and the expert feed-forward network.
+"""Quantized experts on the CPU: SIMD kernels, the expert feed-forward network, a decoder.
 
-``cpu_experts.formats`` needs only numpy; everything that compiles imports numba when it is
-imported itself.
+Everything that compiles imports numba when it is imported itself.
 """
 
 import os

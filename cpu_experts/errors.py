@@ -1,10 +1,8 @@
-"""Errors of the expert kernels' public boundary."""
+"""Errors of the expert kernels' public boundary, beside those of formats and shapes."""
 
 from __future__ import annotations
 
-from hybrid.formats.errors import FormatError, HybridError, ShapeError
-
-__all__ = ["BackendError", "FormatError", "ShapeError"]
+from hybrid.formats.errors import HybridError
 
 
 class BackendError(HybridError):

@@ -1,14 +1,12 @@
 """The validated way in: run these experts, or this matrix, on these tokens.
 
 Everything a call needs besides its arguments lives in one workspace that grows to the largest
-call seen and is reused; a lock keeps calls one after the other, because the thread layers that
-numba offers on all platforms do not allow two parallel regions at once. A process that has called
+call seen and is reused; a lock keeps calls one after the other. A process that has called
 a kernel cannot call one in a forked child: start children with ``spawn``.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,28 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts.decoder.layers import Experts, fill_record
-from cpu_experts.decoder.records import EXPERTS
-from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ExpertShape, separate
-from cpu_experts.formats import (
-    ACT_GROUP,
-    F32,
-    FORMATS,
-    GROUP,
-    TILE,
-    U8,
-    is_quantized,
-    pad,
-    strip_bytes,
-)
-from cpu_experts.jit.workers import used_threads
+from cpu_experts.checks import check_matrix, check_packed
+from cpu_experts.jit.workers import LOCK, used_threads
 from cpu_experts.kernels import experts as kernels
+from cpu_experts.kernels.micro import code_offset
+from cpu_experts.kernels.records import EXPERTS, Experts, fill_record
+from hybrid.formats.activations import activation_bytes
+from hybrid.formats.block import Block, separate
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.matrix import packed_bytes
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import F32, TILE, U8, pad
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
-
-LOCK = threading.Lock()
-_FLOAT = np.dtype(np.float32)
 
 
 @dataclass
@@ -83,7 +72,7 @@ class _Prepared(NamedTuple):
     """A layer's experts, checked and described for a number of threads."""
 
     blocks: weakref.ref[U8]
-    shape: ExpertShape
+    shape: Block
     threads: int
     table: NDArray[Any]
     act_stride: int
@@ -93,7 +82,7 @@ class _Prepared(NamedTuple):
 _PREPARED: dict[int, _Prepared] = {}
 
 
-def _prepare(blocks: U8, shape: ExpertShape, threads: int) -> _Prepared:
+def _prepare(blocks: U8, shape: Block, threads: int) -> _Prepared:
     """Describe a layer's experts; remembered for as long as the array lives."""
     key = id(blocks)
     known = _PREPARED.get(key)
@@ -107,39 +96,25 @@ def _prepare(blocks: U8, shape: ExpertShape, threads: int) -> _Prepared:
     experts = Experts(blocks=blocks, shape=shape)
     table = np.zeros(1, EXPERTS)
     fill_record(table[0], experts.record(threads))
-    act_stride = pad(shape.hidden, GROUP) // GROUP * ACT_GROUP
     alive = weakref.ref(blocks, lambda _: _PREPARED.pop(key, None))
-    known = _Prepared(alive, shape, threads, table, act_stride, experts.h_stride)
+    known = _Prepared(
+        alive, shape, threads, table, activation_bytes(shape.hidden), experts.h_stride
+    )
     _PREPARED[key] = known
     return known
-
-
-def check_matrix(name: str, x: Any, shape: tuple[int | None, ...]) -> None:
-    """Raise ShapeError unless ``x`` is contiguous float32 of ``shape``, None being any size."""
-    if x.dtype == _FLOAT and x.flags.c_contiguous and x.ndim == len(shape):
-        for want, size in zip(shape, x.shape, strict=True):
-            if want is not None and want != size:
-                break
-        else:
-            return
-    wanted = ["any" if want is None else want for want in shape]
-    order = "" if x.flags.c_contiguous else ", not C-contiguous"
-    raise ShapeError(
-        f"{name} is {x.dtype} {list(x.shape)}{order}; it must be float32 {wanted}, C-contiguous"
-    )
 
 
 def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
     """Activation rows for ``x`` ``[T, K]``: bytes, bytes a row, steps of the inner loop."""
     tokens, cols = x.shape
-    if not is_quantized(fmt):
-        return x.reshape(-1).view(np.uint8), 4 * cols, cols
-    groups = pad(cols, GROUP) // GROUP
-    stride = groups * ACT_GROUP
+    packing = format_of(fmt)
+    if not packing.quantized:
+        return x.reshape(-1).view(np.uint8), 4 * cols, packing.units(cols)
+    stride = activation_bytes(cols)
     act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
     scratch = _WORKSPACE.scratch(threads)
-    kernels.quantize_rows(x, np.int32(kernels.code_offset(fmt)), scratch, act, stride, threads)
-    return act, stride, groups
+    kernels.quantize_rows(x, np.int32(code_offset(fmt)), scratch, act, stride, threads)
+    return act, stride, packing.units(cols)
 
 
 def _pairs(expert_ids: Ids, num_experts: int) -> tuple[int, Any, Any, Any]:
@@ -193,7 +168,7 @@ def run_experts(
     expert_ids: Ids,
     routing_weights: F32,
     blocks: U8,
-    shape: ExpertShape,
+    shape: Block,
     out: F32,
 ) -> None:
     """Add the routed experts' weighted output to ``out``.
@@ -206,8 +181,9 @@ def run_experts(
         The router's choice, ``[T, A]`` int32 or int64 and float32; an id outside ``[0, E)``
         contributes nothing.
     blocks
-        The layer's experts, ``[E, stride]`` uint8, each as :func:`~cpu_experts.experts.pack_expert`
-        makes it; what follows a block up to the stride is ignored.
+        The layer's experts, ``[E, stride]`` uint8, each as
+        :func:`~hybrid.formats.block.pack_expert` makes it; what follows a block up to the stride
+        is ignored.
     out
         ``[T, D]`` float32, C-contiguous; added to.
 
@@ -262,11 +238,11 @@ def _project(
         rows = targets if rows_are_pairs else targets // np.int32(expert_ids.shape[1])
         strips = pad(out.shape[1], TILE) // TILE
         kernels.project_pairs(
-            FORMATS.index(fmt),
+            format_of(fmt).number,
             flat,
             stride,
             section,
-            strip_bytes(x.shape[1], fmt),
+            format_of(fmt).strip_bytes(x.shape[1]),
             inner,
             act,
             act_stride,
@@ -284,10 +260,10 @@ def _project(
         )
 
 
-def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> tuple[F32 | None, F32]:
+def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: Block) -> tuple[F32 | None, F32]:
     """Gate and up projections, biases included, of every routed pair: no activation.
 
-    For families whose gating :class:`~cpu_experts.experts.ExpertShape` cannot express.
+    For families whose gating :class:`~hybrid.formats.block.Block` cannot express.
 
     Parameters
     ----------
@@ -326,7 +302,7 @@ def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> tuple
     )
 
 
-def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> F32:
+def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: Block) -> F32:
     """Down projection, bias included, of every routed pair.
 
     Parameters
@@ -353,7 +329,7 @@ def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: ExpertShape) -> F32
         blocks.shape[1],
         shape.format,
         shape.down_offset,
-        shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
+        shape.down_bias_offset if shape.bias else -1,
         True,
         out,
     )
@@ -368,7 +344,7 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
     x
         ``[T, K]`` float32, C-contiguous.
     weight
-        A matrix ``[N, K]`` as :func:`~cpu_experts.formats.pack` lays it out.
+        A matrix ``[N, K]`` as :func:`~hybrid.formats.matrix.pack` lays it out.
     bias
         ``[N]`` float32 or None.
     out
@@ -385,12 +361,8 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
         check_matrix("bias", bias, (out.shape[1],))
     if x.shape[1] == 0:
         raise ShapeError(f"a matrix of {out.shape[1]} x 0 has no weights")
-    size = pad(out.shape[1], TILE) // TILE * strip_bytes(x.shape[1], fmt)
-    if weight.dtype != np.uint8 or weight.shape != (size,) or not weight.flags.c_contiguous:
-        raise ShapeError(
-            f"weight is {weight.dtype} {list(weight.shape)}; {fmt}"
-            f" [{out.shape[1]}, {x.shape[1]}] takes uint8 [{size}], C-contiguous"
-        )
+    size = packed_bytes(out.shape[1], x.shape[1], fmt)
+    check_packed(weight, out.shape[1], x.shape[1], fmt, size)
     ids = np.zeros((x.shape[0], 1), np.int64)
     _project(x, ids, _read_only(weight), 1, size, fmt, 0, -1, True, out)
     if bias is not None:

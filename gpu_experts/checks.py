@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gpu_experts.device import F32, I32
 from gpu_experts.errors import DeviceFailedError, ShapeError, SlotError
-from gpu_experts.layout import BlockLayout
+from hybrid.formats.block import Block
 
 
-def opened(layout: BlockLayout | None) -> BlockLayout:
+def opened(layout: Block | None) -> Block:
     """Return the layout of an open device.
 
     Raises
@@ -28,7 +28,13 @@ def opened(layout: BlockLayout | None) -> BlockLayout:
     return layout
 
 
-def check_copy(layout: BlockLayout, slots: int, block: Any, slot: int) -> None:
+def check_slots(layout: Block) -> None:
+    """Raise ShapeError when experts of this layout do not lie in slots."""
+    if not layout.stride:
+        raise ShapeError("a layout without a stride has no slots", hint="use Block.with_stride()")
+
+
+def check_copy(layout: Block, slots: int, block: Any, slot: int) -> None:
     """Raise SlotError or ShapeError when ``block`` cannot go into ``slot``."""
     if not 0 <= slot < slots:
         raise SlotError(f"no slot {slot} on a device with {slots} slots")
@@ -39,7 +45,7 @@ def check_copy(layout: BlockLayout, slots: int, block: Any, slot: int) -> None:
 
 
 def check_compute(
-    layout: BlockLayout, slots: int, x: Tensor, slot_ids: Any, routing_weights: Any, out: Tensor
+    layout: Block, slots: int, x: Tensor, slot_ids: Any, routing_weights: Any, out: Tensor
 ) -> dict[int, int]:
     """Return the tokens of each slot that a compute uses.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_experts.layout import BlockLayout
+from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Device(Protocol):
     def memory(self) -> Memory:
         """Total and free bytes now."""
 
-    def open(self, layout: BlockLayout, slots: int) -> None:
+    def open(self, layout: Block, slots: int) -> None:
         """Allocate ``slots`` slots for such blocks; earlier slots and their content are gone.
 
         Raises

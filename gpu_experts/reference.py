@@ -7,15 +7,18 @@ activations are not rounded to int8 and that sums run in another order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_experts.errors import ShapeError
-from gpu_experts.layout import GROUP, TILE, UNITS, BlockLayout, pad, strip_bytes
 from gpu_experts.routing import Routing
+from hybrid.formats.block import Block
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.matrix import packed_bytes
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import TILE, Format, pad
 
 #: Weights that are widened at a time: what that takes beside them is about twice as much again.
 _SLICE_BYTES = 16 << 20
@@ -29,9 +32,9 @@ def dequantize(
     Parameters
     ----------
     packed
-        uint8 ``[bytes]`` on any device, strips of 16 rows as :mod:`gpu_experts.layout` says.
+        uint8 ``[bytes]`` on any device, strips of 16 rows as :mod:`hybrid.formats.strips` says.
     fmt
-        Any format there; bf16 and f32 are laid out again.
+        Any format; those that are not quantized are laid out again.
 
     Returns
     -------
@@ -39,62 +42,75 @@ def dequantize(
 
     Raises
     ------
+    FormatError
+        On an unknown format.
     ShapeError
         When ``packed`` is not what ``rows``, ``cols`` and ``fmt`` take.
     """
-    if fmt not in UNITS:
+    packing, size = format_of(fmt), packed_bytes(rows, cols, fmt)
+    if packed.dtype != torch.uint8 or packed.shape != (size,):
         raise ShapeError(
-            f"unknown weight format {fmt!r}", hint=f"choose one of: {', '.join(UNITS)}"
-        )
-    strips, size = pad(rows, TILE) // TILE, strip_bytes(cols, fmt)
-    if packed.dtype != torch.uint8 or packed.shape != (strips * size,):
-        raise ShapeError(
-            f"packed {fmt} [{rows}, {cols}] takes uint8 [{strips * size}],"
+            f"packed {fmt} [{rows}, {cols}] takes uint8 [{size}],"
             f" got {packed.dtype} {list(packed.shape)}"
         )
-    out = torch.empty(strips * TILE, cols, dtype=dtype, device=packed.device)
-    for rows_here, values in _slices(packed, cols, fmt):
+    out = torch.empty(pad(rows, TILE), cols, dtype=dtype, device=packed.device)
+    for rows_here, values in _slices(packed, cols, packing):
         out[rows_here] = values
     return out[:rows]
 
 
-def _slices(packed: Tensor, cols: int, fmt: str) -> Iterator[tuple[slice, Tensor]]:
+def _slices(packed: Tensor, cols: int, packing: Format) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of a packed matrix after the other, as float32 ``[n, cols]``."""
-    strips = packed.view(-1, strip_bytes(cols, fmt))
+    strips = packed.view(-1, packing.strip_bytes(cols))
     step = max(1, _SLICE_BYTES // max(1, 4 * TILE * cols))
     for first in range(0, len(strips), step):
-        values = _widen(strips[first : first + step], fmt)
+        values = _widen(strips[first : first + step], packing)
         yield slice(first * TILE, first * TILE + len(values)), values[:, :cols]
 
 
-def _multiply(x: Tensor, packed: Tensor, cols: int, fmt: str) -> Tensor:
+def _multiply(x: Tensor, packed: Tensor, cols: int, packing: Format) -> Tensor:
     """Products of ``x`` ``[n, cols]`` with a packed matrix, rows of whole strips included."""
-    rows = len(packed) // strip_bytes(cols, fmt) * TILE
+    rows = len(packed) // packing.strip_bytes(cols) * TILE
     y = torch.empty(len(x), rows, device=x.device)
-    for rows_here, values in _slices(packed, cols, fmt):
+    for rows_here, values in _slices(packed, cols, packing):
         y[:, rows_here] = functional.linear(x, values)
     return y
 
 
-def _widen(strips: Tensor, fmt: str) -> Tensor:
+def _widen(strips: Tensor, packing: Format) -> Tensor:
     """Strips ``[n, bytes]`` as float32 ``[16 n, inputs]``, padding included."""
-    size, inputs = UNITS[fmt]
-    units = strips.view(strips.shape[0], -1, size)
-    if inputs == 1:
-        kind = torch.bfloat16 if fmt == "bf16" else torch.float32
-        return units.contiguous().view(kind).transpose(1, 2).reshape(-1, units.shape[1]).float()
-    split = size - 2 * TILE
-    q = units[:, :, :split].reshape(*units.shape[:2], -1, TILE, 4)
-    if fmt == "q4_0":
-        codes = torch.cat((q & 15, q >> 4), dim=2).float() - 8
-    else:
-        codes = q.view(torch.int8).float()
+    units = strips.view(strips.shape[0], -1, packing.unit_bytes)
+    if packing.name in _CODES:
+        values = _grouped(units, _CODES[packing.name])
+    elif packing.tensor:
+        kind = getattr(torch, packing.tensor)
+        values = units.contiguous().view(kind).transpose(1, 2).float()
+    else:  # on the host, by the format's own rules
+        values = torch.from_numpy(packing.unpack(units.cpu().numpy())).to(strips.device)
+    return values.reshape(strips.shape[0] * TILE, units.shape[1] * packing.unit_inputs)
+
+
+def _grouped(units: Tensor, codes_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Units ``[n, groups, bytes]`` of a quantized format as float32 ``[n, 16, groups, 8, 4]``."""
+    split = units.shape[2] - 2 * TILE
+    codes = codes_of(units[:, :, :split].reshape(*units.shape[:2], -1, TILE, 4))
     scales = units[:, :, split:].contiguous().view(torch.float16).float()
-    values = codes.permute(0, 3, 1, 2, 4) * scales.transpose(1, 2)[..., None, None]
-    return values.reshape(strips.shape[0] * TILE, units.shape[1] * GROUP)
+    return codes.permute(0, 3, 1, 2, 4) * scales.transpose(1, 2)[..., None, None]
 
 
-def activate(layout: BlockLayout, v: Tensor) -> Tensor:
+def _codes_q4_0(chunks: Tensor) -> Tensor:
+    return torch.cat((chunks & 15, chunks >> 4), dim=2).float() - 8
+
+
+def _codes_q8_0(chunks: Tensor) -> Tensor:
+    return chunks.view(torch.int8).float()
+
+
+#: From chunks ``[n, groups, chunks, 16, 4]`` to codes ``[n, groups, 8, 16, 4]``, without scales.
+_CODES: dict[str, Callable[[Tensor], Tensor]] = {"q4_0": _codes_q4_0, "q8_0": _codes_q8_0}
+
+
+def activate(layout: Block, v: Tensor) -> Tensor:
     """The layout's activation, element by element."""
     match layout.activation:
         case "silu":
@@ -112,7 +128,7 @@ def activate(layout: BlockLayout, v: Tensor) -> Tensor:
     return v
 
 
-def gated(layout: BlockLayout, y: Tensor) -> Tensor:
+def gated(layout: Block, y: Tensor) -> Tensor:
     """What down multiplies, ``[n, F]``, of the packed up side's product ``[n, up_rows]``."""
     # Strips of gate and up alternate: [n, strip, side, row] -> side, [n, F]
     sides = y.view(len(y), -1, 2 if layout.gated else 1, TILE).movedim(2, 0)
@@ -125,22 +141,21 @@ def gated(layout: BlockLayout, y: Tensor) -> Tensor:
     )
 
 
-def expert(layout: BlockLayout, block: Tensor, x: Tensor) -> Tensor:
+def expert(layout: Block, block: Tensor, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
-    d, strips = layout.hidden, layout.up_rows // TILE
-    y = _multiply(x, block[: strips * layout.up_strip_bytes], d, layout.format)
+    d, packing = layout.hidden, layout.packing
+    y = _multiply(x, block[: layout.up_bytes], d, packing)
     floats = block[layout.bias_offset :].view(torch.float32) if layout.bias else None
     if floats is not None:
         y = y + floats[: layout.up_rows]
     h = gated(layout, y)
-    size = pad(d, TILE) // TILE * layout.down_strip_bytes
-    packed = block[layout.down_offset : layout.down_offset + size]
-    y = _multiply(h, packed, layout.intermediate, layout.format)[:, :d]
+    packed = block[layout.down_offset : layout.down_offset + layout.down_bytes]
+    y = _multiply(h, packed, layout.intermediate, packing)[:, :d]
     return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
 
 
 def run(
-    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: BlockLayout, out: Tensor
+    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: Block, out: Tensor
 ) -> None:
     """Add the weighted outputs of the routed slots to ``out``, slot by slot.
 

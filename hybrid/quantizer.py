@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
 
-from cpu_experts.experts import ExpertShape
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
+from hybrid.formats.block import Block
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.store import DATA_NAME, ExpertStore, LayerRecord
 
@@ -73,7 +73,7 @@ class HybridQuantizer(HfQuantizer):
         from hybrid.packed.experts import LayerExperts, experts_forward
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-        least_loads: dict[ExpertShape, int | None] = {}
+        least_loads: dict[Block, int | None] = {}
         for spec, record in zip(self._specs, self._records, strict=True):
             module: Any = spec.module
             shape = record.shape(self._store.index.format)

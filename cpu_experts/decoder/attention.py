@@ -2,7 +2,7 @@
 
 Keys lie in strips of 16 positions ``[kv_heads, capacity / 16, head_dim, 16]``, values in
 strips of 16 dimensions ``[kv_heads, head_dim / 16, capacity, 16]``, as half precision floats:
-matrices as :mod:`cpu_experts.formats` lays them out, so that attention is two micro-kernel
+matrices as :mod:`hybrid.formats.strips` lays them out, so that attention is two micro-kernel
 products. Half precision is what is read per token with a long past; queries, weights and sums
 are float32.
 """
@@ -13,19 +13,21 @@ are float32.
 from __future__ import annotations
 
 import numpy as np
-from numba import config, prange
+from numba import prange
 
 from cpu_experts.decoder.ops import normalize, rotate
-from cpu_experts.formats import TILE
-from cpu_experts.jit import simd
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import MIDDLE, ROW_BLOCKS, WIDE, fetch_add, strip_dot
-
-if simd.LEVEL == "portable" or config.DISABLE_JIT:
-    from cpu_experts.kernels.scalar import exp_all, largest_of, to_half
-else:
-    from cpu_experts.jit.simd_dense import exp_all, largest_of, to_half
+from cpu_experts.kernels.experts import MIDDLE, WIDE
+from cpu_experts.kernels.micro import (
+    ROW_BLOCKS,
+    exp_all,
+    fetch_add,
+    largest_of,
+    strip_dot,
+    to_half,
+)
+from hybrid.formats.strips import TILE
 
 #: Positions that one item of attention looks at.
 CHUNK = 512

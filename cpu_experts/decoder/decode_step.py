@@ -26,10 +26,11 @@ from cpu_experts.decoder.ops import (
     project_items,
     route,
 )
-from cpu_experts.formats import GROUP, TILE
 from cpu_experts.jit.addresses import bytes_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import _down_items, _up_items, ticks, wait_for
+from cpu_experts.kernels.experts import down_items, up_items
+from cpu_experts.kernels.micro import ticks, wait_for
+from hybrid.formats.strips import GROUP, TILE
 
 #: Where a layer's counters start: whole cache lines apart, attention's last because it has
 #: one more for every key-value head.
@@ -80,7 +81,7 @@ class Work(NamedTuple):
 def _up(experts, counter, act, work, ids, active, h, buf):
     """Gate, up and activation of ``active`` experts; returns when all items are done."""
     blocks = bytes_at(experts["at"], experts["count"] * experts["stride"])
-    _up_items(
+    up_items(
         counter, experts["format"], blocks, experts["stride"], experts["up_strip"],
         experts["up_inner"], act, _ZERO, experts["kind"], experts["alpha"], experts["limit"],
         experts["up_offset"], experts["gated"], experts["up_bias"], experts["intermediate"],
@@ -93,7 +94,7 @@ def _down(experts, counter, work, ids, active, weights, h, buf):
     """Add the experts' weighted output to the hidden state; returns when all items are done."""
     blocks = bytes_at(experts["at"], experts["count"] * experts["stride"])
     step = experts["strips"]
-    _down_items(
+    down_items(
         counter, experts["format"], blocks, experts["stride"], experts["section"],
         experts["down_strip"], experts["down_inner"], h, experts["h_stride"],
         experts["down_bias"], active, ids, work.firsts, work.rows, work.rows, active, weights,

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_experts.checks import check_floats, check_matrix
 from cpu_experts.decoder import decode_step, prompt
 from cpu_experts.decoder.attention import CHUNK
 from cpu_experts.decoder.kv import KeyValues
-from cpu_experts.decoder.layers import Layer, Matrix, Norm, check_floats, fill_record
+from cpu_experts.decoder.layers import Layer, Matrix, Norm
 from cpu_experts.decoder.records import HEAD, LAYER
-from cpu_experts.errors import ShapeError
-from cpu_experts.ffn import LOCK, check_matrix
-from cpu_experts.formats import ACT_GROUP, F32, GROUP, TILE, pad
-from cpu_experts.jit.workers import used_threads
+from cpu_experts.jit.workers import LOCK, used_threads
 from cpu_experts.kernels import experts as kernels
+from cpu_experts.kernels.records import fill_record
+from hybrid.formats.activations import activation_bytes
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.strips import F32, GROUP, TILE, pad
 
 
 def _padded(*shape: int) -> NDArray[np.float32]:
@@ -280,7 +282,7 @@ class Decoder:
             zeros=np.zeros(count, np.int32),
             firsts=np.arange(count, dtype=np.int64),
             my_normed=floats(threads, wide),
-            my_act=np.zeros((threads, wide // GROUP * ACT_GROUP + 64), np.uint8),
+            my_act=np.zeros((threads, activation_bytes(wide) + 64), np.uint8),
             my_buf=floats(threads, max(kernels.SCRATCH, many * TILE)),
             my_queries=floats(threads, many * dim),
             my_scores=floats(threads, many * CHUNK),

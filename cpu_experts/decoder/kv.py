@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_experts.checks import check_matrix
 from cpu_experts.decoder.attention import pack_past
 from cpu_experts.decoder.records import STATE
-from cpu_experts.errors import ShapeError
-from cpu_experts.ffn import LOCK, check_matrix
-from cpu_experts.formats import F32, TILE, pad
+from cpu_experts.jit.workers import LOCK
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.strips import F32, TILE, pad
 
 #: Positions by which buffers grow at least.
 _STEP = 256

@@ -6,41 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from cpu_experts.checks import check_floats, check_packed
 from cpu_experts.decoder.records import SOFTMAX, SPARSEMIXER
-from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ACTIVATIONS, ExpertShape
-from cpu_experts.formats import (
-    ACT_GROUP,
-    F32,
-    FORMATS,
-    GROUP,
-    TILE,
-    U8,
-    is_quantized,
-    packed_bytes,
-    pad,
-    strip_bytes,
-)
-from cpu_experts.kernels.experts import code_offset
+from cpu_experts.kernels.micro import code_offset
+from cpu_experts.kernels.records import Experts, address, fill_record
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.matrix import packed_bytes
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import F32, TILE, U8
 
 #: Bytes of weights that one item of a product takes, about.
 _ITEM_BYTES = 32768
-
-
-def _address(array: Any) -> int:
-    return 0 if array is None else int(array.ctypes.data)
-
-
-def check_floats(name: str, array: Any, size: int) -> None:
-    """Raise ShapeError unless ``array`` is None or a contiguous float32 vector of ``size``."""
-    if array is None:
-        return
-    if array.dtype != np.float32 or array.shape != (size,) or not array.flags.c_contiguous:
-        raise ShapeError(
-            f"{name} is {array.dtype} {list(array.shape)}; it must be float32 [{size}], contiguous"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +31,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         size = packed_bytes(self.rows, self.cols, self.format)
-        weight = self.weight
-        if weight.dtype != np.uint8 or weight.shape != (size,) or not weight.flags.c_contiguous:
-            raise ShapeError(
-                f"weight is {weight.dtype} {list(weight.shape)}; {self.format}"
-                f" [{self.rows}, {self.cols}] takes uint8 [{size}], C-contiguous"
-            )
+        check_packed(self.weight, self.rows, self.cols, self.format, size)
         check_floats("bias", self.bias, self.rows)
 
     @property
@@ -70,16 +41,16 @@ class Matrix:
 
     def record(self) -> dict[str, Any]:
         """Values of :data:`~cpu_experts.decoder.records.MATRIX`."""
-        strip = strip_bytes(self.cols, self.format)
-        grouped = is_quantized(self.format)
+        packing = format_of(self.format)
+        strip = packing.strip_bytes(self.cols)
         return {
-            "at": _address(self.weight),
-            "bias": _address(self.bias),
+            "at": address(self.weight),
+            "bias": address(self.bias),
             "rows": self.rows,
             "cols": self.cols,
-            "format": FORMATS.index(self.format),
+            "format": packing.number,
             "strip_bytes": strip,
-            "inner": pad(self.cols, GROUP) // GROUP if grouped else self.cols,
+            "inner": packing.units(self.cols),
             "strips": max(1, _ITEM_BYTES // strip),
             "offset": code_offset(self.format),
         }
@@ -101,8 +72,8 @@ class Norm:
     def record(self) -> dict[str, Any]:
         """Values of :data:`~cpu_experts.decoder.records.NORM`."""
         return {
-            "weight": _address(self.weight),
-            "bias": _address(self.bias),
+            "weight": address(self.weight),
+            "bias": address(self.bias),
             "size": self.weight.size,
             "centered": self.centered,
             "eps": self.eps,
@@ -164,7 +135,7 @@ class Router:
         """Values of :data:`~cpu_experts.decoder.records.ROUTER`."""
         return {
             "matrix": self.matrix.record(),
-            "correction": _address(self.correction),
+            "correction": address(self.correction),
             "scoring": self.scoring,
             "experts": self.experts,
             "top_k": self.top_k,
@@ -176,57 +147,6 @@ class Router:
             "floor": self.floor,
             "scale": self.scale,
             "jitter": self.jitter,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """Experts as blocks ``[E, stride]`` uint8 of one shape; a dense MLP is a single one."""
-
-    blocks: U8
-    shape: ExpertShape
-
-    def __post_init__(self) -> None:
-        blocks, size = self.blocks, self.shape.block_bytes
-        good = blocks.ndim == 2 and blocks.dtype == np.uint8 and blocks.flags.c_contiguous
-        if not good or blocks.shape[1] < size or blocks.shape[1] % 4:
-            raise ShapeError(
-                f"blocks are {blocks.dtype} {list(blocks.shape)}; they must be C-contiguous uint8"
-                f" [experts, at least {size}], rows of a multiple of 4"
-            )
-
-    @property
-    def h_stride(self) -> int:
-        """Bytes of the intermediate activations of one expert."""
-        if is_quantized(self.shape.format):
-            return self.shape.padded_intermediate // GROUP * ACT_GROUP
-        return 4 * self.shape.intermediate
-
-    def record(self, threads: int) -> dict[str, Any]:
-        """Values of :data:`~cpu_experts.decoder.records.EXPERTS`."""
-        shape, grouped = self.shape, is_quantized(self.shape.format)
-        strips = pad(shape.hidden, TILE) // TILE
-        return {
-            "at": _address(self.blocks),
-            "count": self.blocks.shape[0],
-            "stride": self.blocks.shape[1],
-            "format": FORMATS.index(shape.format),
-            "up_strip": shape.up_strip_bytes,
-            "up_inner": pad(shape.hidden, GROUP) // GROUP if grouped else shape.hidden,
-            "section": shape.down_offset,
-            "down_strip": shape.down_strip_bytes,
-            "down_inner": shape.padded_intermediate // GROUP if grouped else shape.intermediate,
-            "kind": ACTIVATIONS.index(shape.activation),
-            "gated": shape.gated,
-            "up_bias": shape.bias_offset if shape.bias else -1,
-            "down_bias": shape.bias_offset + 4 * shape.up_rows if shape.bias else -1,
-            "intermediate": shape.intermediate,
-            "h_stride": self.h_stride,
-            "strips": max(1, min(8, strips // (8 * threads))),
-            "alpha": shape.alpha,
-            "limit": shape.limit,
-            "up_offset": shape.up_offset,
-            "offset": code_offset(shape.format),
         }
 
 
@@ -411,13 +331,4 @@ class Layer:
                 fill_record(record[name], part.record(threads))
         for name in ("heads", "kv_heads", "head_dim", "window", "scaling", "clip", "residual"):
             record[name] = getattr(self, name)
-        record["sinks"] = _address(self.sinks)
-
-
-def fill_record(record: Any, values: dict[str, Any]) -> None:
-    """Write values into a record of :mod:`cpu_experts.decoder.records`, nested ones included."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            fill_record(record[name], value)
-        else:
-            record[name] = value
+        record["sinks"] = address(self.sinks)

@@ -15,9 +15,9 @@ import numpy as np
 
 from cpu_experts.decoder.attention import keep
 from cpu_experts.decoder.ops import activate, multiply_strips, normalize, rotate
-from cpu_experts.formats import TILE
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import fetch_add
+from cpu_experts.kernels.micro import fetch_add
+from hybrid.formats.strips import TILE
 
 _ZERO = np.int64(0)
 

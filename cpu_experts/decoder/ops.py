@@ -15,10 +15,12 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_experts.decoder.records import SIGMOID, SOFTMAX_OF_CHOSEN, SPARSEMIXER
-from cpu_experts.formats import ACT_GROUP, GROUP, TILE
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import Q8_0, dot_rows, fetch_add, quantize_group
+from cpu_experts.kernels.experts import dot_rows, is_quantized
+from cpu_experts.kernels.micro import fetch_add, quantize_group
+from hybrid.formats.activations import ACT_GROUP
+from hybrid.formats.strips import GROUP, TILE
 
 #: Arguments of one type: numba compiles a function anew for every number written out in a call.
 _ZERO, _ONE = np.int64(0), np.int64(1)
@@ -53,7 +55,7 @@ def activate(fmt, offset, x, cols, act):
 
     ``x`` has room for whole groups; what is behind ``cols`` becomes zero.
     """
-    if fmt > Q8_0:
+    if not is_quantized(fmt):
         return x.view(np.uint8)
     groups = -(-cols // GROUP)
     x[cols : groups * GROUP] = 0

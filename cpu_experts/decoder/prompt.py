@@ -12,19 +12,13 @@ the weighted sum of values, rescaled whenever a larger score turns up (2205.1413
 from __future__ import annotations
 
 import numpy as np
-from numba import config, prange
+from numba import prange
 
 from cpu_experts.decoder.attention import append, dot_halves, prepare
-from cpu_experts.formats import TILE
-from cpu_experts.jit import simd
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import add_strip, copy_strip, fetch_add
-
-if simd.LEVEL == "portable" or config.DISABLE_JIT:
-    from cpu_experts.kernels.scalar import exp_all, largest_of
-else:
-    from cpu_experts.jit.simd_dense import exp_all, largest_of
+from cpu_experts.kernels.micro import add_strip, copy_strip, exp_all, fetch_add, largest_of
+from hybrid.formats.strips import TILE
 
 #: Positions that a row's scores are computed for at a time.
 SPAN = 256

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpu_experts.kernels.records import EXPERTS
+
 #: A packed matrix ``[rows, cols]``: ``inner`` steps of a strip, ``strips`` that one item takes.
 MATRIX = np.dtype(
     [
@@ -49,33 +51,6 @@ ROUTER = np.dtype(
         ("floor", "f4"),
         ("scale", "f4"),
         ("jitter", "f4"),
-    ],
-    align=True,
-)
-
-#: Experts in blocks, see :mod:`cpu_experts.experts`; ``count`` 0: there are none.
-EXPERTS = np.dtype(
-    [
-        ("at", "i8"),
-        ("count", "i8"),
-        ("stride", "i8"),
-        ("format", "i8"),
-        ("up_strip", "i8"),
-        ("up_inner", "i8"),
-        ("section", "i8"),
-        ("down_strip", "i8"),
-        ("down_inner", "i8"),
-        ("kind", "i8"),
-        ("gated", "i8"),
-        ("up_bias", "i8"),
-        ("down_bias", "i8"),
-        ("intermediate", "i8"),
-        ("h_stride", "i8"),
-        ("strips", "i8"),
-        ("alpha", "f4"),
-        ("limit", "f4"),
-        ("up_offset", "f4"),
-        ("offset", "i4"),
     ],
     align=True,
 )

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cpu_experts.jit.simd import _I32, _I64, Builder, Value, _call, _data, _gep
+from cpu_experts.jit.ir import I32, I64, Builder, Value, call, data, gep
 
 #: Looks at a counter before the waiting thread offers its core to others.
 _SPINS = 2000
@@ -25,8 +25,8 @@ _ARM_CLOCK = "mrs $0, cntvct_el0"
 
 
 def _counter(context: Any, b: Builder, kind: Any, array: Value, at: Value) -> Value:
-    data = _gep(b, _data(context, b, kind, array), b.mul(at, ir.Constant(_I64, 8)))
-    return b.bitcast(data, _I64.as_pointer())
+    address = gep(b, data(context, b, kind, array), b.mul(at, ir.Constant(I64, 8)))
+    return b.bitcast(address, I64.as_pointer())
 
 
 @intrinsic
@@ -35,7 +35,7 @@ def fetch_add(typingctx, counter, at):
 
     def codegen(context, b, signature, args):
         pointer = _counter(context, b, signature.args[0], args[0], args[1])
-        return b.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "acq_rel")
+        return b.atomic_rmw("add", pointer, ir.Constant(I64, 1), "acq_rel")
 
     return types.int64(counter, types.int64), codegen
 
@@ -51,18 +51,18 @@ def wait_for(typingctx, counter, at, value):
         before = b.block
         b.branch(look)
         b.position_at_end(look)
-        tries = b.phi(_I64)
-        seen = b.load_atomic(pointer, "acquire", 8, typ=_I64)
+        tries = b.phi(I64)
+        seen = b.load_atomic(pointer, "acquire", 8, typ=I64)
         b.cbranch(b.icmp_signed(">=", seen, args[2]), done, spin)
         b.position_at_end(spin)
-        again = b.add(tries, ir.Constant(_I64, 1))
-        patient = b.icmp_signed("<", again, ir.Constant(_I64, _SPINS))
+        again = b.add(tries, ir.Constant(I64, 1))
+        patient = b.icmp_signed("<", again, ir.Constant(I64, _SPINS))
         b.cbranch(patient, look, rest)
         b.position_at_end(rest)
         if os.name == "posix":
-            _call(b, "sched_yield", _I32, [])
+            call(b, "sched_yield", I32, [])
         b.branch(look)
-        tries.add_incoming(ir.Constant(_I64, 0), before)
+        tries.add_incoming(ir.Constant(I64, 0), before)
         tries.add_incoming(again, spin)
         tries.add_incoming(again, rest)
         b.position_at_end(done)
@@ -77,9 +77,9 @@ def ticks(typingctx):
 
     def codegen(context, b, signature, args):
         if platform.machine() in _ARM:
-            return b.asm(ir.FunctionType(_I64, []), _ARM_CLOCK, "=r", [], side_effect=True)
+            return b.asm(ir.FunctionType(I64, []), _ARM_CLOCK, "=r", [], side_effect=True)
         if platform.machine() not in _X86:
-            return ir.Constant(_I64, 0)
-        return _call(b, "llvm.readcyclecounter", _I64, [])
+            return ir.Constant(I64, 0)
+        return call(b, "llvm.readcyclecounter", I64, [])
 
     return types.int64(), codegen

@@ -1,10 +1,11 @@
 """How kernels are compiled: one decorator, one disk cache that notices every change.
 
 numba's cache looks only at the file a function lives in. What we compile also depends on the
-other files of this package, on the processor, on the SIMD level and on the libraries that
-translate it, so a hash of all of these is part of the files' names. It is not enough as part
-of the key: numba writes its index before the code that the index names, so two processes with
-different keys, or one that is killed in between, could leave one's code under the other's key.
+other files of this package, on the weight formats, on the processor, on the SIMD level and on the
+libraries that translate it, so a hash of all of these is part of the files' names. It is not
+enough as part of the key: numba writes its index before the code that the index names, so two
+processes with different keys, or one that is killed in between, could leave one's code under the
+other's key.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from llvmlite.binding import get_host_cpu_name
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.cpu_options import ParallelOptions
 
-from cpu_experts.jit import simd
 from cpu_experts.jit.hostcpu import host_features
 from cpu_experts.jit.linking import Kernel
+from cpu_experts.jit.simd_level import EMULATED, LEVEL
 from cpu_experts.jit.threading_layer import check_threading_layer
+from hybrid.formats import registry
 
 _log = logging.getLogger("cpu_experts")
 _NOT_KEPT = (
@@ -44,20 +46,27 @@ _PRANGE_ONLY = dict.fromkeys(
 )
 
 
+#: Folders of what kernels are made of: this package, and the formats, whose sizes are constants
+#: in machine code.
+_SOURCES = (Path(__file__).parents[1], Path(registry.__file__).parent)
+
+
 @cache
 def _salt() -> str:
-    parts = [numba.__version__, llvmlite.__version__, simd.LEVEL, str(simd.EMULATED)]
+    parts = [numba.__version__, llvmlite.__version__, LEVEL, str(EMULATED)]
     parts += [get_host_cpu_name(), *sorted(host_features())]
+    parts += [f"{known.name} {known.number}" for known in registry.FORMATS.values()]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(source.read_bytes())
+    for folder in _SOURCES:
+        for source in sorted(folder.rglob("*.py")):
+            digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @cache
 def _announce() -> None:
     """Say once that this start takes longer than the next one."""
-    _log.info("compiling the kernels for this processor (%s); later starts reuse them", simd.LEVEL)
+    _log.info("compiling the kernels for this processor (%s); later starts reuse them", LEVEL)
 
 
 def _warn_once(text: str, error: Exception) -> None:

@@ -50,7 +50,7 @@ class Processor:
     level
         The vector instructions of the kernels, one of :data:`LEVELS`.
     emulated
-        Whether they are spelled out in those of AVX2, see :mod:`cpu_experts.jit.simd`.
+        Whether they are spelled out in those of AVX2, see :mod:`cpu_experts.kernels.simd_loops`.
     units
         What multiplies bfloat16 natively, of :data:`UNITS`.
     """

@@ -7,8 +7,14 @@ another thread waits for ever. So once they are launched, what is below those fu
 
 from __future__ import annotations
 
+import threading
+
 import numba
 from numba.np.ufunc import parallel
+
+#: Held by whoever runs a kernel: the thread layers that numba offers on all platforms do not allow
+#: two parallel regions at once.
+LOCK = threading.Lock()
 
 
 def use_threads(count: int) -> None:

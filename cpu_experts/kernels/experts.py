@@ -19,33 +19,31 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import config, prange
+from numba import prange
 
-from cpu_experts.formats import ACT_GROUP, GROUP, TILE
-from cpu_experts.jit import simd
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
+from cpu_experts.kernels.micro import (
+    ROW_BLOCKS,
+    add_strip,
+    copy_strip,
+    fetch_add,
+    multiply_strip,
+    quantize_group,
+    silu_strip,
+    strip_dot_of_any,
+    wait_for,
+)
+from hybrid.formats.activations import ACT_GROUP
+from hybrid.formats.block import ACTIVATIONS
+from hybrid.formats.registry import FORMATS
+from hybrid.formats.strips import GROUP, TILE
 
-if simd.LEVEL == "portable" or config.DISABLE_JIT:
-    from cpu_experts.kernels.scalar import (
-        ROW_BLOCKS,
-        add_strip,
-        copy_strip,
-        multiply_strip,
-        quantize_group,
-        silu_strip,
-        strip_dot,
-    )
-else:
-    from cpu_experts.jit.simd import ROW_BLOCKS, quantize_group, strip_dot
-    from cpu_experts.jit.simd_dense import add_strip, copy_strip, multiply_strip, silu_strip
-from cpu_experts.kernels.scalar import fetch_add as fetch_add
-from cpu_experts.kernels.scalar import ticks as ticks
-from cpu_experts.kernels.scalar import wait_for
-
-#: Formats and activations by the numbers that the loops switch on.
-Q4_0, Q8_0, BF16, F32 = range(4)
-NONE, SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID = range(7)
+SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID = (
+    ACTIVATIONS.index(name) for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
+)
+#: A bit for the number of every quantized format.
+_QUANTIZED = sum(1 << known.number for known in FORMATS.values() if known.quantized)
 WIDE, MIDDLE, _ = ROW_BLOCKS
 #: Activation rows that meet a strip before the next strip does: a strip stays in the nearest
 #: cache meanwhile, the rows in the one behind it. A multiple of every ``WIDE``.
@@ -57,17 +55,13 @@ SCRATCH_WIDTH = SCRATCH + 16
 #: What :func:`run_routed` works in, in the order of their addresses.
 BUFFERS = ("activations", "experts", "first", "pairs", "rows", "order", "h", "counter", "scratch")
 
-_q4_wide, _q4_middle, _q4_one = (strip_dot("q4_0", n) for n in ROW_BLOCKS)
-_q8_wide, _q8_middle, _q8_one = (strip_dot("q8_0", n) for n in ROW_BLOCKS)
-_bf_wide, _bf_middle, _bf_one = (strip_dot("bf16", n) for n in ROW_BLOCKS)
-_f4_wide, _f4_middle, _f4_one = (strip_dot("f32", n) for n in ROW_BLOCKS)
+_wide, _middle, _one = (strip_dot_of_any(n) for n in ROW_BLOCKS)
 
 
-def code_offset(fmt: str) -> int:
-    """What the micro-kernels shift a format's codes by; activations carry its product."""
-    if fmt == "q4_0":
-        return 8
-    return 128 if fmt == "q8_0" and simd.LEVEL != "avx2" else 0
+@kernel()
+def is_quantized(fmt):
+    """Whether the format of this number has groups, and so takes int8 activations."""
+    return (_QUANTIZED >> fmt) & 1 == 1
 
 
 @kernel()
@@ -81,34 +75,13 @@ def dot_rows(fmt, w, w_at, then_at, act, stride, rows, first, count, inner, out,
         o = out_at + TILE * t
         r = first + t
         if count - t >= WIDE:
-            if fmt == Q4_0:
-                _q4_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            elif fmt == Q8_0:
-                _q8_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            elif fmt == BF16:
-                _bf_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            else:
-                _f4_wide(w, w_at, then_at, act, stride, rows, r, inner, out, o)
+            _wide(fmt, w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += WIDE
         elif count - t >= MIDDLE:
-            if fmt == Q4_0:
-                _q4_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            elif fmt == Q8_0:
-                _q8_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            elif fmt == BF16:
-                _bf_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            else:
-                _f4_middle(w, w_at, then_at, act, stride, rows, r, inner, out, o)
+            _middle(fmt, w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += MIDDLE
         else:
-            if fmt == Q4_0:
-                _q4_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            elif fmt == Q8_0:
-                _q8_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            elif fmt == BF16:
-                _bf_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
-            else:
-                _f4_one(w, w_at, then_at, act, stride, rows, r, inner, out, o)
+            _one(fmt, w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += 1
 
 
@@ -207,7 +180,7 @@ def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at)
 
 
 @kernel()
-def _up_items(
+def up_items(
     counter, fmt, blocks, block_stride, strip, inner, act, act_stride,
     kind, alpha, limit, up_offset, gated, bias_at, intermediate, offset,
     active, experts, first, rows, h, h_stride, buf,
@@ -247,7 +220,7 @@ def _up_items(
                     _activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
                 own = h_at + t * GROUP
                 width = min(GROUP, intermediate - group * GROUP)
-                if fmt <= Q8_0:
+                if is_quantized(fmt):
                     if width < GROUP:
                         buf[own + width : own + GROUP] = 0
                     at = (p + t) * h_stride + group * ACT_GROUP
@@ -264,7 +237,7 @@ def _up_items(
 
 
 @kernel()
-def _down_items(
+def down_items(
     counter, fmt, blocks, block_stride, section, strip, inner, h, h_stride,
     bias_at, active, experts, first, rows, pairs, top_k, weights, strips_an_item, out, buf,
 ):  # fmt: skip
@@ -320,12 +293,12 @@ def run_pairs(
         rows[p] = pairs[p] // top_k
         order[p] = p
     for w in prange(threads):
-        _up_items(
+        up_items(
             counter, fmt, blocks, block_stride, up_strip, up_inner, act, act_stride,
             kind, alpha, limit, up_offset, gated, up_bias, intermediate, offset,
             active, experts, first, rows, h, h_stride, scratch[w],
         )  # fmt: skip
-        _down_items(
+        down_items(
             counter, fmt, blocks, block_stride, section, down_strip, down_inner, h, h_stride,
             down_bias, active, experts, first, order, pairs, top_k, weights, strips_an_item,
             out, scratch[w],
@@ -336,7 +309,7 @@ def run_pairs(
 def run_routed(table, x, ids, weights, work, act_stride, out, threads):
     """Add the routed experts' weighted output to ``out``.
 
-    ``table`` has one record of ``cpu_experts.decoder.records.EXPERTS``; ``work`` are the addresses
+    ``table`` has one record of ``cpu_experts.kernels.records.EXPERTS``; ``work`` are the addresses
     of :data:`BUFFERS`. One call does everything, because every argument of a compiled function
     and every call from Python takes its time.
     """
@@ -354,7 +327,7 @@ def run_routed(table, x, ids, weights, work, act_stride, out, threads):
     h = bytes_at(work[6], -(-pairs_all * e["h_stride"] // 4) * 4)
     counter = bytes_at(work[7], 32).view(np.int64)
     scratch = floats_at(work[8], threads * SCRATCH_WIDTH).reshape(threads, SCRATCH_WIDTH)
-    if e["format"] <= Q8_0:
+    if is_quantized(e["format"]):
         act, stride = bytes_at(work[0], tokens * act_stride), act_stride
         quantize_rows(x, e["offset"], scratch, act, stride, threads)
     else:

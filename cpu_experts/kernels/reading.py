@@ -6,17 +6,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import config, prange
+from numba import prange
 from numpy.typing import NDArray
 
-from cpu_experts.jit import simd
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import fetch_add
-
-if simd.LEVEL == "portable" or config.DISABLE_JIT:
-    from cpu_experts.kernels.scalar import READ_WORDS, sum_words
-else:
-    from cpu_experts.jit.simd_dense import READ_WORDS, sum_words
+from cpu_experts.kernels.micro import READ_WORDS, fetch_add, sum_words
 
 #: Words that a thread takes at a time: 1 MiB.
 _BLOCK = np.int64(1 << 17)

@@ -1,4 +1,4 @@
-"""The micro-kernels of :mod:`cpu_experts.jit.simd` in plain Python that any processor runs.
+"""The micro-kernels of :mod:`cpu_experts.kernels.simd` in plain Python that any processor runs.
 
 Compiled by numba on machines without a vector level of ours, and run uncompiled by the tests
 (``NUMBA_DISABLE_JIT=1``). Same arguments, same results up to the order of float additions.
@@ -16,7 +16,11 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
-from cpu_experts.formats import ACT_GROUP, GROUP, TILE, TINY
+from cpu_experts.errors import BackendError
+from hybrid.formats.activations import ACT_GROUP
+from hybrid.formats.groups import TINY
+from hybrid.formats.registry import FORMATS
+from hybrid.formats.strips import GROUP, TILE
 
 ROW_BLOCKS = (4, 2, 1)
 READ_WORDS = 64
@@ -35,7 +39,7 @@ def _half(bits: Any) -> Any:
 
 @njit(nogil=True)
 def to_half(x: Any) -> Any:
-    """See :func:`cpu_experts.jit.simd_dense.to_half`."""
+    """See :func:`cpu_experts.kernels.simd_dense.to_half`."""
     bits = np.float32(x).view(np.uint32)
     sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
     if size > 0x7F800000:
@@ -114,7 +118,8 @@ def _f32(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: 
             out[out_at + row] += values[TILE * k + row] * x[k]
 
 
-_ONE_ROW: dict[str, Callable[..., None]] = {
+#: A strip times one activation row, of every weight format and of ``f16``.
+LOOPS: dict[str, Callable[..., None]] = {
     "q4_0": _q4_0,
     "q8_0": _q8_0,
     "f16": _f16,
@@ -123,9 +128,14 @@ _ONE_ROW: dict[str, Callable[..., None]] = {
 }
 
 
+def code_offset(fmt: str) -> int:
+    """See :func:`cpu_experts.kernels.simd_loops.code_offset`; these kernels shift nothing."""
+    return 0
+
+
 def strip_dot(fmt: str, n: int) -> Any:
-    """See :func:`cpu_experts.jit.simd.strip_dot`."""
-    one = _ONE_ROW[fmt]
+    """See :func:`cpu_experts.kernels.simd.strip_dot`."""
+    one = LOOPS[fmt]
 
     @njit(nogil=True)
     def dot(w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
@@ -137,9 +147,54 @@ def strip_dot(fmt: str, n: int) -> Any:
     return dot
 
 
+def strip_dot_of_any(n: int) -> Any:
+    """See :func:`cpu_experts.kernels.simd.strip_dot_of_any`."""
+    one = _any_row()
+
+    @njit(nogil=True)
+    def dot(fmt, w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
+        for t in range(n):
+            at = out_at + TILE * t
+            out[at : at + TILE] = 0
+            one(fmt, w, w_at, act, rows[rows_at + t] * stride, inner, out, at)
+
+    return dot
+
+
+def _any_row() -> Any:
+    """A strip times one activation row, the format's number in front."""
+    unknown = [name for name in FORMATS if name not in LOOPS]
+    if unknown:
+        raise BackendError(f"the scalar kernels do not know the weight format {unknown[0]!r}")
+    *others, last = FORMATS.values()
+    chain = _last(LOOPS[last.name])
+    for known in reversed(others):
+        chain = _either(known.number, LOOPS[known.name], chain)
+    return chain
+
+
+def _last(one: Any) -> Any:
+    @njit(nogil=True)
+    def chain(fmt, w, w_at, act, act_at, inner, out, out_at):
+        one(w, w_at, act, act_at, inner, out, out_at)
+
+    return chain
+
+
+def _either(number: int, one: Any, others: Any) -> Any:
+    @njit(nogil=True)
+    def chain(fmt, w, w_at, act, act_at, inner, out, out_at):
+        if fmt == number:
+            one(w, w_at, act, act_at, inner, out, out_at)
+        else:
+            others(fmt, w, w_at, act, act_at, inner, out, out_at)
+
+    return chain
+
+
 @njit(nogil=True)
 def silu_strip(gate: Any, at: Any, alpha: Any, out: Any, out_at: Any) -> None:
-    """See :func:`cpu_experts.jit.simd.silu_strip`."""
+    """See :func:`cpu_experts.kernels.simd.silu_strip`."""
     for i in range(TILE):
         g = gate[at + i]
         out[out_at + i] = g / (np.float32(1) + np.exp(-alpha * g))
@@ -147,28 +202,28 @@ def silu_strip(gate: Any, at: Any, alpha: Any, out: Any, out_at: Any) -> None:
 
 @njit(nogil=True)
 def add_strip(x: Any, at: Any, scale: Any, out: Any, out_at: Any) -> None:
-    """See :func:`cpu_experts.jit.simd_dense.add_strip`."""
+    """See :func:`cpu_experts.kernels.simd_dense.add_strip`."""
     for i in range(TILE):
         out[out_at + i] += scale * x[at + i]
 
 
 @njit(nogil=True)
 def multiply_strip(x: Any, at: Any, y: Any, y_at: Any, offset: Any) -> None:
-    """See :func:`cpu_experts.jit.simd_dense.multiply_strip`."""
+    """See :func:`cpu_experts.kernels.simd_dense.multiply_strip`."""
     for i in range(TILE):
         x[at + i] *= y[y_at + i] + offset
 
 
 @njit(nogil=True)
 def copy_strip(x: Any, at: Any, out: Any, out_at: Any) -> None:
-    """See :func:`cpu_experts.jit.simd_dense.copy_strip`."""
+    """See :func:`cpu_experts.kernels.simd_dense.copy_strip`."""
     for i in range(TILE):
         out[out_at + i] = x[at + i]
 
 
 @njit(nogil=True)
 def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
-    """See :func:`cpu_experts.jit.simd.quantize_group`; these kernels need no start value."""
+    """See :func:`cpu_experts.kernels.simd.quantize_group`; these kernels need no start value."""
     top = np.float32(0)
     for i in range(GROUP):
         size = abs(x[at + i])
@@ -187,7 +242,7 @@ def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
 
 @njit(nogil=True)
 def largest_of(x: Any, at: Any, count: Any) -> Any:
-    """See :func:`cpu_experts.jit.simd_dense.largest_of`."""
+    """See :func:`cpu_experts.kernels.simd_dense.largest_of`."""
     most = x[at]
     for i in range(at, at + count):
         most = max(most, x[i])
@@ -196,7 +251,7 @@ def largest_of(x: Any, at: Any, count: Any) -> Any:
 
 @njit(nogil=True)
 def exp_all(x: Any, at: Any, count: Any, shift: Any) -> Any:
-    """See :func:`cpu_experts.jit.simd_dense.exp_all`."""
+    """See :func:`cpu_experts.kernels.simd_dense.exp_all`."""
     total = np.float32(0)
     for i in range(at, at + count):
         x[i] = np.exp(x[i] - shift)
@@ -206,7 +261,7 @@ def exp_all(x: Any, at: Any, count: Any, shift: Any) -> Any:
 
 @njit(nogil=True)
 def sum_words(words: Any, at: Any, count: Any) -> Any:
-    """See :func:`cpu_experts.jit.simd_dense.sum_words`."""
+    """See :func:`cpu_experts.kernels.simd_dense.sum_words`."""
     total = np.uint64(0)
     for word in words[at : at + count]:
         total += word

@@ -8,11 +8,16 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from cpu_experts.errors import FormatError
-from cpu_experts.ffn import LOCK, check_matrix
-from cpu_experts.formats import F32, GROUP, TILE, U8, is_quantized, packed_bytes, pad, strip_bytes
+from cpu_experts.checks import check_matrix
 from cpu_experts.jit.compiled import kernel
+from cpu_experts.jit.workers import LOCK
+from hybrid.formats.errors import FormatError
+from hybrid.formats.matrix import packed_bytes
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import F32, GROUP, TILE, U8, pad
 
+#: The formats that are widened here, and whether their codes have four bits.
+WIDENED = {"q4_0": True, "q8_0": False}
 #: What the bits of a half precision number mean.
 _HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
@@ -43,25 +48,24 @@ def widen(packed: U8, rows: int, cols: int, fmt: str, out: F32) -> None:
     Parameters
     ----------
     packed
-        uint8, ``[rows, cols]`` in ``q4_0`` or ``q8_0``.
+        uint8, ``[rows, cols]`` in one of :data:`WIDENED`.
     out
         ``[rows, cols]`` rounded up to whole strips and groups, float32, C-contiguous.
 
     Raises
     ------
     FormatError
-        When ``packed`` is not what ``rows``, ``cols`` and ``fmt`` take, or not quantized.
+        When ``packed`` is not what ``rows``, ``cols`` and ``fmt`` take, or not of these formats.
     ShapeError
         When ``out`` has another shape.
     """
-    size = packed_bytes(rows, cols, fmt)
-    if not is_quantized(fmt) or packed.dtype != np.uint8 or packed.shape != (size,):
+    size, packing = packed_bytes(rows, cols, fmt), format_of(fmt)
+    if fmt not in WIDENED or packed.dtype != np.uint8 or packed.shape != (size,):
         raise FormatError(
-            f"packed {fmt} [{rows}, {cols}] takes uint8 [{size}] of a quantized format, got"
+            f"packed {fmt} [{rows}, {cols}] takes uint8 [{size}] of {' or '.join(WIDENED)}, got"
             f" {packed.dtype} {list(packed.shape)}"
         )
     check_matrix("out", out, (pad(rows, TILE), pad(cols, GROUP)))
-    inner = pad(cols, GROUP) // GROUP
-    unit = strip_bytes(cols, fmt) // inner
+    inner, unit = packing.units(cols), packing.unit_bytes
     with LOCK:
-        _widen(packed, packed.view(np.uint16), _HALVES, fmt == "q4_0", inner, unit, out)
+        _widen(packed, packed.view(np.uint16), _HALVES, WIDENED[fmt], inner, unit, out)

@@ -25,6 +25,7 @@ from gpu_experts.checks import (
     as_arrays,
     check_compute,
     check_copy,
+    check_slots,
     on_host,
     opened,
     require_content,
@@ -36,8 +37,8 @@ from gpu_experts.cuda.runtime import CudaRuntime, Runtime, ran_out_of_memory
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory
 from gpu_experts.errors import DeviceError, DeviceMemoryError, ShapeError
 from gpu_experts.events import DoneEvent, failed, poll
-from gpu_experts.layout import BlockLayout
 from gpu_experts.routing import sort_by_slot
+from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 
 #: How long closing waits for what still runs.
@@ -87,13 +88,13 @@ class CudaDevice:
         self.notes: list[Note] = []
         self._pinned_bytes = pinned_bytes
         self._timeout_s = timeout_s
-        self._layout: BlockLayout | None = None
+        self._layout: Block | None = None
         self._slots: Tensor | None = None
         self._host: HostBlocks | None = None
         self._feeder: Feeder | None = None
         # By the activations' type: every type has kernels of its own.
         self._implementations: dict[torch.dtype, kernels.Implementation] = {}
-        self._tried: BlockLayout | None = None
+        self._tried: Block | None = None
         self._lent: list[Tensor] = []
         self._written: dict[int, CudaEvent] = {}
         self._read: dict[int, CudaEvent] = {}
@@ -109,7 +110,8 @@ class CudaDevice:
         with self._guard("asking for free memory"):
             return self._runtime.memory()
 
-    def open(self, layout: BlockLayout, slots: int) -> None:
+    def open(self, layout: Block, slots: int) -> None:
+        check_slots(layout)
         same = self._layout is not None and self._layout.block_bytes == layout.block_bytes
         host = self._host if same else None
         self.close()
@@ -277,7 +279,7 @@ class CudaDevice:
     def occupy(self, seconds: float, what: str) -> Event:
         return DoneEvent(what, time.perf_counter())
 
-    def _opened(self) -> tuple[BlockLayout, Tensor, HostBlocks, Feeder]:
+    def _opened(self) -> tuple[Block, Tensor, HostBlocks, Feeder]:
         layout = opened(self._layout)
         assert self._slots is not None
         assert self._host is not None
@@ -325,7 +327,7 @@ class CudaDevice:
         feeder.submit(job, lambda: event.settle(failed(event.what, "the device was closed")))
         self._last[lane] = event
 
-    def _implementation(self, layout: BlockLayout, dtype: torch.dtype) -> kernels.Implementation:
+    def _implementation(self, layout: Block, dtype: torch.dtype) -> kernels.Implementation:
         """What runs experts on activations of this type, tried out when it is first needed."""
         known = self._implementations.get(dtype)
         if known is not None:
@@ -369,7 +371,7 @@ class CudaDevice:
             self._note(_refused(str(error)))
             return torch.empty(shape, dtype=dtype), False
 
-    def _host_blocks(self, layout: BlockLayout) -> HostBlocks:
+    def _host_blocks(self, layout: Block) -> HostBlocks:
         def wait(event: Event) -> None:
             event.wait(self._timeout_s)
 

@@ -22,14 +22,19 @@ from torch import Tensor
 
 from gpu_experts import reference
 from gpu_experts.cuda.runtime import ran_out_of_memory
-from gpu_experts.layout import GROUP, TILE, UNITS, BlockLayout, pad, strip_bytes
 from gpu_experts.routing import TILE_ROWS, VECTOR_LOAD, Routing, sort_by_slot
+from hybrid.formats.block import Block
+from hybrid.formats.errors import FormatError
+from hybrid.formats.matrix import pack
 from hybrid.formats.notes import Note
+from hybrid.formats.strips import GROUP, TILE, pad
 
 Implementation = Literal["torch", "triton"]
 #: Brings an array to where kernels can read it: to the device, or to pinned memory.
 Send = Callable[[NDArray[Any]], Tensor]
 
+#: The weight formats that the Triton kernels read.
+FORMATS = ("q4_0", "q8_0")
 #: Inputs whose order the matrix kernels permute together.
 SPAN = 128
 #: The most that intermediate results of one pass may take; longer calls are cut by tokens.
@@ -37,6 +42,8 @@ WORKSPACE_BYTES = 128 << 20
 #: How far the Triton kernels may be off plain torch, in the largest output: several times what
 #: rounding to half precision does, and far less than any mistake.
 AGREES = 0.05
+#: Strips of a matrix that a sample expert has of its own; the others repeat them.
+_SAMPLED_STRIPS = 32
 #: What Triton needs of the system before it can start a kernel.
 COMPILER = "a C compiler and Python's headers (on Debian gcc and python3-dev)"
 
@@ -55,11 +62,11 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def choose(layout: BlockLayout) -> tuple[Implementation, Note | None]:
+def choose(layout: Block) -> tuple[Implementation, Note | None]:
     """What runs experts of this layout on a GPU, and what to say when it is the slow way."""
-    if not layout.quantized:
-        remedy = "convert the model to q4_0 or q8_0 for the device kernels"
-        reason = f"the device kernels read q4_0 and q8_0, the experts are {layout.format}"
+    if layout.format not in FORMATS:
+        remedy = f"convert the model to {' or '.join(FORMATS)} for the device kernels"
+        reason = f"the device kernels read {' and '.join(FORMATS)}, the experts are {layout.format}"
         return "torch", Note("experts on the GPU in plain torch", reason, remedy)
     if not has_triton():
         remedy = "install triton (on Windows triton-windows)"
@@ -68,7 +75,7 @@ def choose(layout: BlockLayout) -> tuple[Implementation, Note | None]:
     return "triton", None
 
 
-def probe(layout: BlockLayout, dtype: torch.dtype, device: torch.device, send: Send) -> Note | None:
+def probe(layout: Block, dtype: torch.dtype, device: torch.device, send: Send) -> Note | None:
     """Run each kind of Triton kernel once, so that they are compiled before they are needed.
 
     What they compute must be what plain torch computes: on a GPU of another kind than those where
@@ -106,9 +113,7 @@ def probe(layout: BlockLayout, dtype: torch.dtype, device: torch.device, send: S
     return Note("experts on the GPU in plain torch", reason, remedy)
 
 
-def _differing(
-    layout: BlockLayout, dtype: torch.dtype, device: torch.device, send: Send
-) -> str | None:
+def _differing(layout: Block, dtype: torch.dtype, device: torch.device, send: Send) -> str | None:
     """Compare the Triton kernels with plain torch at every kind of load; None when they agree."""
     _log.info("compiling GPU kernels for this model: seconds now, kept for the next time")
     slots = torch.from_numpy(_sample_block(layout)[None]).to(device)
@@ -129,49 +134,39 @@ def _differing(
     return None
 
 
-def _sample_block(layout: BlockLayout) -> NDArray[np.uint8]:
-    """A quantized expert of random weights, of a size that keeps outputs near one."""
+def _sample_block(layout: Block) -> NDArray[np.uint8]:
+    """An expert of random weights, of a size that keeps outputs near one."""
     draw = np.random.default_rng(0)
-    block = draw.integers(0, 256, layout.stride, np.uint8)
-    spread = 4.6 if layout.format == "q4_0" else 74.0  # of the codes
-    unit, _ = UNITS[layout.format]
+    block = np.zeros(layout.stride, np.uint8)
     sides = (
         (0, layout.up_rows, layout.hidden),
         (layout.down_offset, layout.hidden, layout.intermediate),
     )
     for start, rows, cols in sides:
-        size = pad(rows, TILE) // TILE * strip_bytes(cols, layout.format)
-        units = block[start : start + size].reshape(-1, pad(cols, GROUP) // GROUP, unit)
-        scale = np.full(TILE, 1 / (spread * cols**0.5), np.float16)
-        units[..., -2 * TILE :] = scale.view(np.uint8)
-    if rest := layout.intermediate % GROUP:  # what fills the last group up is zero, as in a store
-        codes = units[:, -1, : -2 * TILE]
-        at = np.arange(codes.shape[1])
-        column = at // (4 * TILE) * 4 + at % 4
-        if layout.format == "q8_0":
-            codes[:, column >= rest] = 0
-        else:
-            codes[:] = np.where(column < rest, codes & 15, 8) + np.where(
-                column + 16 < rest, codes & 240, 8 << 4
-            )
+        strips = pad(rows, TILE) // TILE
+        few = min(strips, _SAMPLED_STRIPS)
+        w = draw.standard_normal((few * TILE, cols), np.float32) / np.float32(cols**0.5)
+        packed = pack(w, layout.format).reshape(few, -1)
+        place = block[start : start + strips * packed.shape[1]].reshape(strips, -1)
+        place[:] = packed[np.concatenate((np.arange(few), draw.integers(0, few, strips - few)))]
     if layout.bias:
         biases = block[layout.bias_offset : layout.block_bytes].view(np.float32)
         biases[:] = draw.standard_normal(biases.size)
     return block
 
 
-def workspace_bytes(layout: BlockLayout, tokens: int, choices: int) -> int:
+def workspace_bytes(layout: Block, tokens: int, choices: int) -> int:
     """Most device memory that :func:`run` takes beside its arguments for such a call."""
     each = _pair_bytes(layout, torch.float32)
     pairs = min(tokens * choices, max(choices, WORKSPACE_BYTES // each))
     return pairs * each + 4 * tokens * pad(layout.hidden, SPAN)
 
 
-def _pair_bytes(layout: BlockLayout, dtype: torch.dtype) -> int:
+def _pair_bytes(layout: Block, dtype: torch.dtype) -> int:
     return pad(layout.padded_intermediate, SPAN) * dtype.itemsize + 4 * layout.hidden
 
 
-def tokens_a_pass(layout: BlockLayout, choices: int) -> int:
+def tokens_a_pass(layout: Block, choices: int) -> int:
     """Tokens of a call that run together, so that a pass keeps to :data:`WORKSPACE_BYTES`."""
     each = _pair_bytes(layout, torch.float32) * max(1, choices)
     return max(1, WORKSPACE_BYTES // each)
@@ -182,7 +177,7 @@ def run(
     routing: Routing,
     table: Tensor,
     slots: Tensor,
-    layout: BlockLayout,
+    layout: Block,
     out: Tensor,
     implementation: Implementation,
 ) -> None:
@@ -213,9 +208,9 @@ def run(
         _run_matrix(x, routing, table, slots, layout, out)
 
 
-def _up_constants(layout: BlockLayout) -> dict[str, Any]:
+def _up_constants(layout: Block) -> dict[str, Any]:
     return {
-        "Q4": layout.format == "q4_0",
+        "FORMAT": layout.format,
         "GATED": layout.gated,
         "BIAS": layout.bias,
         "CLAMPED": math.isfinite(layout.limit),
@@ -223,13 +218,13 @@ def _up_constants(layout: BlockLayout) -> dict[str, Any]:
     }
 
 
-def _arithmetic(layout: BlockLayout) -> tuple[float, float, float]:
+def _arithmetic(layout: Block) -> tuple[float, float, float]:
     limit = layout.limit if math.isfinite(layout.limit) else 0.0
     return float(layout.alpha), float(limit), float(layout.up_offset)
 
 
 def _run_vector(
-    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: BlockLayout, out: Tensor
+    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: Block, out: Tensor
 ) -> None:
     from gpu_experts.cuda import triton_kernels as kernels
 
@@ -265,8 +260,8 @@ def _run_vector(
         strips,
         layout.stride // 16,
         layout.down_offset // 16,
-        (layout.bias_offset + 4 * layout.up_rows) // 16,
-        Q4=layout.format == "q4_0",
+        layout.down_bias_offset // 16,
+        FORMAT=layout.format,
         BIAS=layout.bias,
         **common,
     )
@@ -281,15 +276,18 @@ def permute_inputs(x: Tensor, fmt: str) -> Tensor:
     tokens, cols = x.shape
     spans = pad(cols, SPAN) // SPAN
     padded = x if cols == spans * SPAN else torch.nn.functional.pad(x, (0, spans * SPAN - cols))
-    if fmt == "q4_0":  # [span, group, half, chunk, byte] -> [span, half, byte, group, chunk]
-        split = padded.reshape(tokens, spans, 4, 2, 4, 4).permute(0, 1, 3, 5, 2, 4)
-    else:  # [span, group, chunk, byte] -> [span, byte, group, chunk]
-        split = padded.reshape(tokens, spans, 4, 8, 4).permute(0, 1, 4, 2, 3)
+    match fmt:
+        case "q4_0":  # [span, group, half, chunk, byte] -> [span, half, byte, group, chunk]
+            split = padded.reshape(tokens, spans, 4, 2, 4, 4).permute(0, 1, 3, 5, 2, 4)
+        case "q8_0":  # [span, group, chunk, byte] -> [span, byte, group, chunk]
+            split = padded.reshape(tokens, spans, 4, 8, 4).permute(0, 1, 4, 2, 3)
+        case _:
+            raise FormatError(f"the matrix kernels do not read {fmt}")
     return split.reshape(tokens, spans * SPAN)
 
 
 def _run_matrix(
-    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: BlockLayout, out: Tensor
+    x: Tensor, routing: Routing, table: Tensor, slots: Tensor, layout: Block, out: Tensor
 ) -> None:
     from gpu_experts.cuda import triton_kernels as kernels
 
@@ -334,8 +332,8 @@ def _run_matrix(
         strips,
         layout.stride // 16,
         layout.down_offset // 16,
-        (layout.bias_offset + 4 * layout.up_rows) // 16,
-        Q4=layout.format == "q4_0",
+        layout.down_bias_offset // 16,
+        FORMAT=layout.format,
         BIAS=layout.bias,
         STRIPS=2 * across,
         **common,

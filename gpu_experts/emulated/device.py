@@ -28,6 +28,7 @@ from gpu_experts.checks import (
     as_arrays,
     check_compute,
     check_copy,
+    check_slots,
     on_host,
     opened,
     require_content,
@@ -36,7 +37,7 @@ from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory
 from gpu_experts.emulated.lanes import Clock, ClockLane, Lane, ThreadLane
 from gpu_experts.errors import ArgumentError, DeviceFailedError, DeviceMemoryError
 from gpu_experts.events import DoneEvent
-from gpu_experts.layout import BlockLayout
+from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 
 #: ``run(x, slot_ids, routing_weights, slots, out)``: add the experts' weighted outputs to out.
@@ -115,7 +116,7 @@ class EmulatedDevice:
         self._timeout_s = timeout_s
         self._clock = clock or Clock()
         self._faults: dict[Fault, int] = {}
-        self._layout: BlockLayout | None = None
+        self._layout: Block | None = None
         self._slots = 0
         self._memory: U8 | None = None
         self._lanes: tuple[Lane, Lane] | None = None
@@ -129,7 +130,8 @@ class EmulatedDevice:
         used = 0 if self._layout is None else self._slots * self._layout.stride
         return Memory(self._capacity_bytes, self._capacity_bytes - used)
 
-    def open(self, layout: BlockLayout, slots: int) -> None:
+    def open(self, layout: Block, slots: int) -> None:
+        check_slots(layout)
         self.close()
         asked = slots * layout.stride
         self._allocate(asked, f"{slots} slots of {layout.stride} bytes")
@@ -262,7 +264,7 @@ class EmulatedDevice:
         """
         self._faults[kind] = after
 
-    def _opened(self) -> tuple[BlockLayout, tuple[Lane, Lane]]:
+    def _opened(self) -> tuple[Block, tuple[Lane, Lane]]:
         layout = opened(self._layout)
         assert self._lanes is not None
         return layout, self._lanes

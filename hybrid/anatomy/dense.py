@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from cpu_experts.formats import GROUP
 from hybrid.anatomy.experts import ExpertsSpec
+from hybrid.formats.strips import GROUP
 
 
 def dense_matrices(model: Any, specs: Iterable[ExpertsSpec]) -> dict[str, tuple[int, int]]:

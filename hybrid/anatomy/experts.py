@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_experts.experts import ExpertShape
 from hybrid.errors import CheckpointError, UnsupportedModelError
+from hybrid.formats.block import Block
 
 #: Name under which the experts function is registered with transformers.
 IMPLEMENTATION = "hybrid"
@@ -34,7 +34,7 @@ class ExpertsSpec:
     experts
         E, the number of experts that have weights.
     hidden, intermediate, gated, bias
-        As in :class:`cpu_experts.experts.ExpertShape`.
+        As in :class:`hybrid.formats.block.Block`.
     up, down
         Names of the parameters, relative to ``module``: one fused or two (gate, up) on the up
         side. Their biases, if any, are called the same with ``_bias`` appended.
@@ -263,7 +263,7 @@ def _describe_all(model: nn.Module) -> Iterator[ExpertsSpec]:
             raise _unsupported(path, module, "it declares its experts in a way of its own")
 
 
-def recognise_gating(spec: ExpertsSpec, shape: ExpertShape) -> ExpertShape | None:
+def recognise_gating(spec: ExpertsSpec, shape: Block) -> Block | None:
     """Find the kernels' parameters for the gating code of a family.
 
     The family's own code runs on samples that reach far into every clamp and tail, and the
@@ -287,7 +287,7 @@ def recognise_gating(spec: ExpertsSpec, shape: ExpertShape) -> ExpertShape | Non
             for up_offset in (0.0, 1.0) if spec.gated else (0.0,):
                 found = _gating(gate if spec.gated else None, up, name, limit, alpha, up_offset)
                 if torch.allclose(found[:, None], expected, rtol=1e-5, atol=1e-6):
-                    return ExpertShape(
+                    return Block(
                         hidden=shape.hidden,
                         intermediate=shape.intermediate,
                         format=shape.format,
@@ -321,7 +321,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _gating(
     gate: Tensor | None, up: Tensor, name: str, limit: float, alpha: float, up_offset: float
 ) -> Tensor:
-    """The arithmetic that :class:`ExpertShape` parametrises, in torch."""
+    """The arithmetic that :class:`Block` parametrises, in torch."""
     up = up.clamp(-limit, limit)
     x = up if gate is None else gate.clamp(max=limit)
     activated = x * torch.sigmoid(alpha * x) if alpha != 1.0 else _ACTIVATIONS[name](x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpu_experts.formats import F32
+from hybrid.formats.strips import F32
 
 
 class UnfitError(Exception):

@@ -5,17 +5,15 @@ Loads neither torch nor transformers.
 
 from __future__ import annotations
 
-from cpu_experts.formats import FORMATS
 from hybrid.errors import UsageError
+from hybrid.formats.registry import FORMATS, dense_formats
 
 QUANT_METHOD = "hybrid"
 DEFAULT_EXPERTS = "q4_0"
-#: Formats for dense weights; None keeps them as the checkpoint has them.
-DENSE_FORMATS = ("bf16", "q8_0", "q4_0")
 
 
 def check_formats(experts: str | None, dense: str | None) -> None:
-    """Refuse unknown weight formats.
+    """Refuse unknown weight formats; None for dense weights keeps them as the checkpoint has them.
 
     Raises
     ------
@@ -26,8 +24,8 @@ def check_formats(experts: str | None, dense: str | None) -> None:
         raise UsageError(
             f"unknown format for experts: {experts!r}", hint=f"choose one of: {', '.join(FORMATS)}"
         )
-    if dense is not None and dense not in DENSE_FORMATS:
+    if dense is not None and dense not in dense_formats():
         raise UsageError(
             f"unknown format for dense weights: {dense!r}",
-            hint=f"choose one of: {', '.join(DENSE_FORMATS)}, or leave it out",
+            hint=f"choose one of: {', '.join(dense_formats())}, or leave it out",
         )

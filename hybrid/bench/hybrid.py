@@ -19,6 +19,7 @@ from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.errors import UsageError
+from hybrid.formats.registry import weight_bytes
 from hybrid.ledger.timeline import DECODE, HEAD, ROUTER
 from hybrid.loading import set_threads
 from hybrid.machine import host
@@ -26,7 +27,7 @@ from hybrid.machine.devices import choose_device
 from hybrid.machine.machines import EMULATED_AS, emulated_hardware
 from hybrid.measure.calibrate import hardware_for
 from hybrid.sharing.budget import Budget, usable_vram
-from planner.cost.cost import CostModel, weight_bytes
+from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec

@@ -18,10 +18,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from cpu_experts.jit.workers import use_threads, used_threads
 from hybrid.bench.record import Told, provenance, spread, untold
+from hybrid.formats.block import Block
 from hybrid.machine import host
 from hybrid.measure.reads import fill, read_seconds, shares_of_bandwidth
 
@@ -48,7 +48,7 @@ def cases(formats: tuple[str, ...] = ("q4_0", "q8_0")) -> list[Case]:
 
 
 def _calls(
-    case: Case, blocks: NDArray[np.uint8], shape: ExpertShape
+    case: Case, blocks: NDArray[np.uint8], shape: Block
 ) -> Iterator[tuple[Callable[[], None], int]]:
     """Yield calls on ever other layers and experts, and how many experts each one reads."""
     rng = np.random.default_rng(1)
@@ -120,7 +120,7 @@ def run(
     memory: tuple[Any, ...] = ()
     blocks = np.empty((0, 0), np.uint8)
     for case in chosen:
-        shape = ExpertShape(hidden=case.hidden, intermediate=case.intermediate, format=case.format)
+        shape = Block(hidden=case.hidden, intermediate=case.intermediate, format=case.format)
         if memory != (shape, case.experts):
             progress(f"filling experts {case.hidden} x {case.intermediate} {case.format}")
             memory, blocks = (shape, case.experts), fill(shape, case.experts)

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.bench.stages import Stage
 from hybrid.errors import UsageError
@@ -196,7 +195,7 @@ class Runner:
         self.scene, self.rule, self.slots = scene, rule, slots
         stage, model = scene.stage, scene.model
         self.stage = stage
-        layout = BlockLayout.of(stage.layers[0].shape, stage.layers[0].blocks.shape[1])
+        layout = stage.layers[0].shape.with_stride(stage.layers[0].blocks.shape[1])
         self.lookahead = _Replay(scene.routing, model.moe_layers, stage)
 
         def settle(count: int) -> Opened:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpu_experts.experts import ExpertShape, pack_expert
-from cpu_experts.formats import pad
 from gpu_experts.device import Device
 from gpu_experts.emulated.device import EmulatedDevice
+from hybrid.formats.block import Block, pack_expert
+from hybrid.formats.strips import pad
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.packed.bf16_products import panels_from
 from hybrid.packed.experts import BareLayer, PackedLayer
@@ -135,7 +135,7 @@ class Emulated:
 def _experts_in_memory(cost: CostModel) -> list[BareLayer]:
     """Experts of all layers, every one in memory of its own."""
     experts = cost.model.experts
-    shape = ExpertShape(hidden=experts.hidden, intermediate=experts.intermediate, format=FORMAT)
+    shape = Block(hidden=experts.hidden, intermediate=experts.intermediate, format=FORMAT)
     draw = np.random.default_rng(0).standard_normal
     size = (experts.intermediate, experts.hidden)
     block = pack_expert(

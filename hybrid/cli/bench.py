@@ -95,12 +95,12 @@ def kernels(
 ) -> None:
     """Expert kernels at several token counts beside the machine's read bandwidth."""
     with _measuring(record) as rows:
-        from cpu_experts.formats import check_format
         from hybrid.bench import kernels as bench
         from hybrid.errors import UsageError
+        from hybrid.formats.registry import format_of
 
         counts = set(_numbers(tokens, "--tokens", int)) if tokens else set(bench.TOKENS)
-        wanted = tuple(check_format(word.strip()) for word in formats.split(","))
+        wanted = tuple(format_of(word.strip()).name for word in formats.split(","))
         chosen = [case for case in bench.cases(wanted) if case.tokens in counts]
         if not chosen:
             raise UsageError(

@@ -17,11 +17,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from cpu_experts.decoder.decoder import Decoder
-from cpu_experts.formats import is_quantized
 from hybrid.fast.decoder_parts import read_decoder, rotary_row, rotary_sides
 from hybrid.fast.kv_cache import CacheForm, Sequence
 from hybrid.fast.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
 from hybrid.fast.selftest import check_decoder
+from hybrid.formats.registry import is_quantized
 from hybrid.transformers_api import cache_argument, causal_output, given_cache
 
 #: Positions whose rotary embedding is computed at a time.

@@ -19,13 +19,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder.decoder import Decoder
-from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm
-from cpu_experts.formats import F32
+from cpu_experts.decoder.layers import Latent, Layer, Matrix, Norm
+from cpu_experts.kernels.records import Experts
 from hybrid.anatomy.samples import UnfitError, close, floats, sample
 from hybrid.fast.packed_rows import packed_rows
 from hybrid.fast.router_parts import read_router
 from hybrid.fast.widened import widened
 from hybrid.formats.errors import HybridError
+from hybrid.formats.strips import F32
 from hybrid.machine import host
 from hybrid.packed.dense import (
     Arena,

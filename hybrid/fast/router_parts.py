@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder import records
-from cpu_experts.decoder.layers import Router, fill_record
+from cpu_experts.decoder.layers import Router
+from cpu_experts.kernels.records import fill_record
 from hybrid.anatomy.samples import UnfitError, floats, sample
 from hybrid.fast.packed_rows import packed_rows
 from hybrid.fast.widened import widened

@@ -8,7 +8,7 @@ from typing import Any
 import numba
 import torch
 
-from cpu_experts.jit import hostcpu, simd
+from cpu_experts.jit import hostcpu, simd_level
 from hybrid.fast.attach import LOST, UNTESTED, FastPath
 from hybrid.formats.notes import Note
 from hybrid.machine.compute_dtype import automatic_dtype
@@ -28,7 +28,7 @@ def _threading_layer() -> str | None:
 def slow_paths(model: Any) -> Iterator[Note]:
     """Name everything that runs slower in ``model`` than it could on some machine."""
     yield from _as_another_processor(model.dtype)
-    if simd.LEVEL == hostcpu.actual().level == "portable":
+    if simd_level.LEVEL == hostcpu.actual().level == "portable":
         yield Note(
             "expert kernels at portable",
             "there are no vector kernels for this processor",
@@ -84,9 +84,9 @@ def _automatic_dtype(model: Any) -> str:
 
 def _as_another_processor(dtype: torch.dtype) -> Iterator[Note]:
     """Say what runs otherwise because the environment takes this processor for another one."""
-    level, actual, counted = simd.LEVEL, hostcpu.actual(), hostcpu.processor().units
+    level, actual, counted = simd_level.LEVEL, hostcpu.actual(), hostcpu.processor().units
     variable = hostcpu.ENVIRONMENT_VARIABLE
-    if simd.EMULATED:
+    if simd_level.EMULATED:
         why = "its dot product is emulated for a check"
         yield Note(f"expert kernels at {level}", why, f"unset {variable}")
     elif level != actual.level:

@@ -21,10 +21,10 @@ import psutil
 from cpu_experts.jit import hostcpu
 from hybrid.errors import UsageError
 from hybrid.formats.notes import Note
+from hybrid.formats.registry import weight_bytes
 from hybrid.machine import host
 from hybrid.machine.code_hash import code_hash
 from hybrid.paths import cache_dir, make_cache_folder, write_whole
-from planner.cost.cost import weight_bytes
 from planner.describe.bandwidth import raised
 from planner.describe.checked_table import read_table
 from planner.describe.estimate import Source

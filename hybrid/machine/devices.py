@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from cpu_experts.jit.workers import use_threads
 from gpu_experts.cuda.runtime import ran_out_of_memory
@@ -17,6 +16,7 @@ from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.names import find_hardware
 from hybrid.ask.sizes import size_in_bytes
 from hybrid.errors import UsageError, first_line
+from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 from hybrid.machine.machines import EMULATED, EMULATED_AS
 
@@ -87,7 +87,7 @@ def dtype_on(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native else torch.float16
 
 
-def open_device(name: str, vram_bytes: int | None, shape: ExpertShape, threads: int) -> Device:
+def open_device(name: str, vram_bytes: int | None, shape: Block, threads: int) -> Device:
     """Return the device called ``name`` for experts of ``shape``.
 
     An emulated one has as much memory as is asked for, or as the GPU it is planned as.
@@ -109,12 +109,12 @@ class ToEmulate:
 
     name = EMULATED
 
-    def open(self, shape: ExpertShape, threads: int) -> Device:
+    def open(self, shape: Block, threads: int) -> Device:
         """Return it, with as much memory as the GPU that it is planned as."""
         return open_device("emulated", None, shape, threads)
 
 
-def emulated_device(capacity_bytes: int, shape: ExpertShape, threads: int) -> EmulatedDevice:
+def emulated_device(capacity_bytes: int, shape: Block, threads: int) -> EmulatedDevice:
     """Return a device that computes with the CPU's kernels, in ``capacity_bytes`` of its own."""
 
     def run(x: F32, slot_ids: I32, weights: F32, slots: U8, out: F32) -> None:

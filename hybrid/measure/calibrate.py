@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
-from cpu_experts.experts import ExpertShape
 from gpu_experts.cuda.runtime import ran_out_of_memory
 from gpu_experts.errors import GpuExpertsError
 from hybrid.ask.asked_model import Subject, subject
 from hybrid.errors import UsageError, first_line
+from hybrid.formats.block import Block
 from hybrid.ledger.prediction import predicted
 from hybrid.loading import set_threads
 from hybrid.machine import calibrations, host
@@ -150,7 +150,7 @@ def calibrate(
                 found.left_out.append(f"experts of {hidden} x {intermediate}")
                 continue
             progress(f"running experts of {hidden} x {intermediate}")
-            shape = ExpertShape(hidden=hidden, intermediate=intermediate, format=wanted.experts)
+            shape = Block(hidden=hidden, intermediate=intermediate, format=wanted.experts)
             layers = bare_layers(shape, count)
             found.experts.append(layer_times(layers, shape, top_k, budget.part(0.5)))
     return to_spec(found, identity, datetime.now(UTC))

@@ -8,12 +8,12 @@ from datetime import datetime
 from statistics import median, pstdev
 from typing import TYPE_CHECKING
 
-from cpu_experts.experts import ExpertShape
+from hybrid.formats.block import Block
+from hybrid.formats.registry import weight_bytes
 from hybrid.machine.calibrations import COMMAND, Identity, layer_overhead
 from hybrid.measure.experts import DiskTimes, ExpertTimes
 from hybrid.measure.interference import DISTURBED
 from hybrid.measure.terms_of_step import Part, typical
-from planner.cost.cost import weight_bytes
 from planner.describe.bandwidth import MEMORY_BYTES, raised
 from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
@@ -175,14 +175,14 @@ def _cpu(
     )
 
 
-def _expert(shape: ExpertShape) -> tuple[int, int, str]:
+def _expert(shape: Block) -> tuple[int, int, str]:
     """Weights of one expert, their bytes, and what such experts are called."""
     params = _matrices(shape) * shape.hidden * shape.intermediate
     name = f"experts of {shape.hidden} x {shape.intermediate} in {shape.format}"
     return params, weight_bytes(params, shape.format), name
 
 
-def _matrices(shape: ExpertShape) -> int:
+def _matrices(shape: Block) -> int:
     return 3 if shape.gated else 2
 
 

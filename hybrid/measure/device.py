@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cpu_experts.experts import ExpertShape
-from gpu_experts.layout import BlockLayout
+from hybrid.formats.block import Block
+from hybrid.formats.registry import weight_bytes
 from hybrid.machine.devices import dtype_on
 from hybrid.measure.experts import LOADS, Budget
-from planner.cost.cost import weight_bytes
 from planner.describe.estimate import Source
 from planner.describe.hardware import Gpu, Link, Point, Quantity
 
@@ -58,7 +57,7 @@ class DeviceTimes:
 
     name: str
     memory_bytes: int
-    shape: ExpertShape
+    shape: Block
     block_bytes: int
     copies: list[float] = field(default_factory=list)
     copies_beside: list[float] = field(default_factory=list)
@@ -156,7 +155,7 @@ def device_times(
     """
     shape, blocks = layers[0].shape, [block for layer in layers for block in layer.blocks]
     slots = min(SLOTS, len(blocks))
-    layout = BlockLayout.of(shape, layers[0].blocks.shape[1])
+    layout = shape.with_stride(layers[0].blocks.shape[1])
     found = DeviceTimes(device.name, device.memory().total_bytes, shape, layout.block_bytes)
     device.open(layout, slots)
     try:

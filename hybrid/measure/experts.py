@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
-from cpu_experts.formats import F32
 from hybrid.errors import UsageError
+from hybrid.formats.block import Block
+from hybrid.formats.strips import F32
 from hybrid.measure.interference import Others, Turns
 from hybrid.measure.reads import fill, read_seconds
 from hybrid.measure.terms_of_step import typical
@@ -104,7 +104,7 @@ class ExpertTimes:
         Part of the processors' time that other programs took meanwhile.
     """
 
-    shape: ExpertShape
+    shape: Block
     start_s: list[float] = field(default_factory=list)
     loads: dict[int, list[float]] = field(default_factory=dict)
     panels: dict[int, list[float]] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class ExpertTimes:
 
 def expert_times(
     runs: Sequence[Run],
-    shape: ExpertShape,
+    shape: Block,
     experts: int,
     top_k: int,
     budget: Budget,
@@ -242,7 +242,7 @@ def _line(seconds: Mapping[int, float]) -> tuple[float, float]:
     return float(start_s), max(0.0, float(each_s))
 
 
-def bare_layers(shape: ExpertShape, experts: int) -> list[U8]:
+def bare_layers(shape: Block, experts: int) -> list[U8]:
     """Experts of a shape without a model around them, in as many layers as memory is read from."""
     blocks = fill(shape, experts)
     return [blocks[at : at + experts] for at in range(0, len(blocks), experts)]
@@ -250,7 +250,7 @@ def bare_layers(shape: ExpertShape, experts: int) -> list[U8]:
 
 def layer_times(
     layers: Sequence[U8],
-    shape: ExpertShape,
+    shape: Block,
     top_k: int,
     budget: Budget,
     runs: Sequence[LayerExperts] | None = None,

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from cpu_experts.experts import ExpertShape, pack_expert
-from cpu_experts.formats import is_quantized, pack, packed_bytes
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import find_experts
 from hybrid.errors import DiskSpaceError
+from hybrid.formats.block import Block, pack_expert
+from hybrid.formats.matrix import pack, packed_bytes
+from hybrid.formats.registry import packs_dense
 from hybrid.weights.checkpoint import converted_config, layout
 from hybrid.weights.huge_pages import AlignedWriter
 from hybrid.weights.store import DATA_NAME, StoreIndex, header_page
@@ -45,7 +46,7 @@ def write_random_model(
     config, model = _empty_model(settings)
     specs = find_experts(model)
     matrices = dense_matrices(model, specs)
-    packed = dense is not None and is_quantized(dense)
+    packed = packs_dense(dense)
     dtype = torch.float32 if dense == "f32" else torch.bfloat16
     stored = None if dense == "f32" else dense  # no format of ours: as the checkpoint has them
     index = StoreIndex(
@@ -160,7 +161,7 @@ def _draw(*shape: int) -> Any:
 
 
 @cache
-def _random_expert(shape: ExpertShape) -> bytes:
+def _random_expert(shape: Block) -> bytes:
     d, f = shape.hidden, shape.intermediate
     bias = shape.bias
     block = pack_expert(

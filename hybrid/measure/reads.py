@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts.experts import ExpertShape, pack_expert
-from cpu_experts.formats import pad
 from cpu_experts.kernels.reading import read_words
+from hybrid.formats.block import Block, pack_expert
+from hybrid.formats.strips import pad
 from hybrid.weights.huge_pages import large_pages
 from planner.describe.bandwidth import exceeds
 
@@ -50,7 +50,7 @@ def shares_of_bandwidth(
     return [min(1.0, rate / read) for rate, read in zip(rates, reads, strict=True)], None
 
 
-def fill(shape: ExpertShape, experts: int) -> NDArray[np.uint8]:
+def fill(shape: Block, experts: int) -> NDArray[np.uint8]:
     """Random experts ``[layers * experts, stride]``, at least ``ROTATION_BYTES`` in all.
 
     Where the store's are in memory: on whole pages, large ones where the system has them.

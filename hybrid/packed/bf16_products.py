@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import Ids
-from cpu_experts.formats import F32, GROUP, TILE, U8, is_quantized, pad, strip_bytes
-from cpu_experts.kernels.widen import widen
-from gpu_experts.layout import BlockLayout
+from cpu_experts.kernels.widen import WIDENED, widen
 from gpu_experts.reference import gated
+from hybrid.formats.block import Block
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import F32, GROUP, TILE, U8, pad
 from hybrid.machine import calibrations
 from hybrid.machine.host import has_native_bf16
 from planner.describe.hardware import PANELS, HardwareSpec
@@ -34,12 +34,12 @@ _TOKENS = 512
 """The most tokens that are multiplied with them at a time: as many as calibrations try."""
 
 
-def offered(shape: ExpertShape) -> bool:
+def offered(shape: Block) -> bool:
     """Whether it is worth measuring for experts of this shape."""
-    return has_native_bf16() and is_quantized(shape.format)
+    return has_native_bf16() and shape.format in WIDENED
 
 
-def panels_from(shape: ExpertShape, hardware: HardwareSpec | None = None) -> int | None:
+def panels_from(shape: Block, hardware: HardwareSpec | None = None) -> int | None:
     """The load from which a calibration found panels faster; None is never.
 
     Parameters
@@ -57,7 +57,7 @@ def panels_from(shape: ExpertShape, hardware: HardwareSpec | None = None) -> int
     return None if hardware is None else faster_from(hardware, shape)
 
 
-def faster_from(spec: HardwareSpec, shape: ExpertShape) -> int | None:
+def faster_from(spec: HardwareSpec, shape: Block) -> int | None:
     """Return :func:`least_load` of what a calibration measured."""
     wanted = (shape.hidden, shape.intermediate, shape.format)
     points = [p for p in spec.points if (p.hidden, p.intermediate, p.format) == wanted]
@@ -113,7 +113,7 @@ def run_panels(
     expert_ids: Ids,
     routing_weights: F32,
     blocks: U8,
-    shape: ExpertShape,
+    shape: Block,
     least_load: int,
     out: F32,
 ) -> Ids:
@@ -141,35 +141,35 @@ def run_panels(
     order = torch.argsort(flat, stable=True)
     loads = torch.bincount(flat[(flat >= 0) & (flat < count)], minlength=count)
     ends = int((flat < 0).sum()) + loads.cumsum(0)
-    layout, left = BlockLayout.of(shape, blocks.shape[1]), flat.clone()
+    left = flat.clone()
     with _MEMORY.lock:
         for expert in torch.nonzero(loads >= max(1, least_load)).flatten().tolist():
             pairs = order[ends[expert] - loads[expert] : ends[expert]]
             for some in pairs.chunk(-(-len(pairs) // _TOKENS)):
                 tokens = some // choices
-                y = _expert(layout, blocks[expert], hidden[tokens])
+                y = _expert(shape, blocks[expert], hidden[tokens])
                 total.index_add_(0, tokens, y * weights[some, None])
             left[pairs] = -1
     remaining: Ids = left.view(ids.shape).numpy()
     return remaining
 
 
-def _expert(layout: BlockLayout, block: U8, x: Tensor) -> Tensor:
+def _expert(shape: Block, block: U8, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
-    d, f, fmt = layout.hidden, layout.intermediate, layout.format
-    y = _multiply(x, block, layout.up_rows, d, fmt)
+    d, f, fmt = shape.hidden, shape.intermediate, shape.format
+    y = _multiply(x, block, shape.up_rows, d, fmt)
     floats = None
-    if layout.bias:
-        floats = torch.from_numpy(block[layout.bias_offset :].view(np.float32).copy())
-        y += floats[: layout.up_rows]
-    h = gated(layout, y)
-    y = _multiply(h, block[layout.down_offset :], d, f, fmt)
-    return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
+    if shape.bias:
+        floats = torch.from_numpy(block[shape.bias_offset :].view(np.float32).copy())
+        y += floats[: shape.up_rows]
+    h = gated(shape, y)
+    y = _multiply(h, block[shape.down_offset :], d, f, fmt)
+    return y if floats is None else y + floats[shape.up_rows : shape.up_rows + d]
 
 
 def _multiply(x: Tensor, block: U8, rows: int, cols: int, fmt: str) -> Tensor:
     """Products ``[n, rows]`` float32 of ``x`` with the matrix that ``block`` begins with."""
-    halves, strip = x.bfloat16(), strip_bytes(cols, fmt)
+    halves, strip = x.bfloat16(), format_of(fmt).strip_bytes(cols)
     at_once = TILE * max(1, _WEIGHTS // (TILE * pad(cols, GROUP)))
     found = []
     for first in range(0, rows, at_once):

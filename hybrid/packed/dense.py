@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_experts.experts import ExpertShape, unpack_expert
 from cpu_experts.ffn import linear, run_experts
-from cpu_experts.formats import GROUP, TILE, is_quantized, packed_bytes, unpack, unpack_rows
 from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
 from hybrid.errors import UnsupportedModelError, UsageError
+from hybrid.formats.block import Block, unpack_expert
+from hybrid.formats.matrix import packed_bytes, unpack, unpack_rows
+from hybrid.formats.registry import packs_dense
+from hybrid.formats.strips import GROUP, TILE
 from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
 
 #: Memory that is taken at a time for dense weights, and what each of them starts on.
@@ -114,7 +116,7 @@ class QuantizedEmbedding(_Packed):
 class PackedMlp(nn.Module):
     """A gated MLP as one expert's block, run by the experts' kernels."""
 
-    def __init__(self, block: Tensor, shape: ExpertShape) -> None:
+    def __init__(self, block: Tensor, shape: Block) -> None:
         super().__init__()
         self.shape = shape
         self.block = nn.Parameter(block, requires_grad=False)
@@ -251,9 +253,7 @@ def pack_mlp(mlp: Any) -> PackedMlp | None:
     biases = [part.bias is not None for part in parts]
     if len({part.weight_format for part in parts}) > 1 or any(biases) != all(biases):
         return None
-    shape = ExpertShape(
-        hidden=up.cols, intermediate=up.rows, format=up.weight_format, bias=all(biases)
-    )
+    shape = Block(hidden=up.cols, intermediate=up.rows, format=up.weight_format, bias=all(biases))
     spec = ExpertsSpec(
         path="",
         module=mlp,
@@ -270,7 +270,7 @@ def pack_mlp(mlp: Any) -> PackedMlp | None:
         return None
     block = torch.zeros(known.block_bytes, dtype=torch.uint8)
     strips = [side.packed.view(-1, known.up_strip_bytes) for side in (gate, up)]
-    sides = block[: known.up_rows // TILE * known.up_strip_bytes]
+    sides = block[: known.up_bytes]
     for at, side in enumerate(strips):
         sides.view(-1, 2, known.up_strip_bytes)[: len(side), at] = side
     block[known.down_offset : known.down_offset + down.packed.numel()] = down.packed
@@ -285,7 +285,7 @@ def pack_mlp(mlp: Any) -> PackedMlp | None:
 
 def install_dense(model: Any, matrices: Mapping[str, tuple[int, int]], fmt: str | None) -> None:
     """Replace the modules that a store's index lists by quantized ones."""
-    if fmt is None or not is_quantized(fmt):
+    if fmt is None or not packs_dense(fmt):
         return
     for path, (rows, cols) in matrices.items():
         parent_path, _, name = path.rpartition(".")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import Ids, project_down, project_up, run_experts
-from cpu_experts.formats import F32
 from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
+from hybrid.formats.block import Block
+from hybrid.formats.strips import F32
 from hybrid.packed.bf16_products import run_panels
 from hybrid.weights.store import U8, ExpertStore, LayerRecord
 
@@ -26,7 +26,7 @@ class PackedLayer(Protocol):
         """``[E, stride]`` uint8."""
 
     @property
-    def shape(self) -> ExpertShape:
+    def shape(self) -> Block:
         """Layout and arithmetic."""
 
     @property
@@ -39,7 +39,7 @@ class BareLayer:
     """A :class:`PackedLayer` without a model around it."""
 
     blocks: U8
-    shape: ExpertShape
+    shape: Block
     panels_from: int | None = None
 
 

@@ -10,12 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from cpu_experts.formats import is_quantized
 from hybrid.ask.asked_model import Subject, subject
 from hybrid.ask.counts import whole_number
 from hybrid.ask.names import find_hardware, stored_weights
 from hybrid.ask.sizes import at_most, checked_ram, size_in_bytes
 from hybrid.errors import UsageError
+from hybrid.formats.registry import packs_dense
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.compute_dtype import automatic_dtype
@@ -178,6 +178,6 @@ def _subject(model: str | Path | ModelSpec, experts: str | None, dense: str | No
 
 def _dense(wanted: Subject, machine: Machine) -> str:
     """Return the format of dense weights; an emulated GPU's that are not quantized are torch's."""
-    if not machine.emulated or is_quantized(wanted.dense):
+    if not machine.emulated or packs_dense(wanted.dense):
         return wanted.dense
     return "bf16" if automatic_dtype(wanted.model) == "bfloat16" else "f32"

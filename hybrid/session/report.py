@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cpu_experts.jit import hostcpu, simd
+from cpu_experts.jit import hostcpu, simd_level
 from hybrid.formats.notes import Note
 from hybrid.ledger.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.ledger.prediction import calibrating, cpu_terms
@@ -74,7 +74,7 @@ def run_report(
         dense_format=network.hf_quantizer.quantization_config.dense or "as in the checkpoint",
         compute_dtype=_computed_in(network),
         decode_path=str(network.hybrid_fast.path),
-        simd_level=simd.LEVEL,
+        simd_level=simd_level.LEVEL,
         threads=f"{threads} (torch and kernels)",
         many_tokens=many_tokens(network, shared=placement is not None),
         placement=None if placement is None else str(placement),

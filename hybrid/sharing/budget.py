@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from cpu_experts.formats import is_quantized
 from gpu_experts.device import Device
 from hybrid.ask.asked_model import subject
 from hybrid.ask.names import find_hardware
 from hybrid.ask.sizes import at_most
 from hybrid.errors import UsageError
 from hybrid.formats.notes import Note
+from hybrid.formats.registry import packs_dense
 from hybrid.packed.experts import experts_of
 from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
@@ -79,7 +79,7 @@ def cost_of(model: Any, hardware: HardwareSpec, where: torch.device) -> CostMode
     spec = from_hf_config(model.config.to_dict(), index.source["name"])
     dense = index.dense_format
     # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
-    if dense is None or not is_quantized(dense) or where.type != "cpu":
+    if dense is None or not packs_dense(dense) or where.type != "cpu":
         dense = "f32" if model.dtype == torch.float32 else "bf16"
     return CostModel(spec, hardware, index.format, dense)
 

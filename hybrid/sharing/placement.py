@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from gpu_experts.device import Device
-from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.anatomy.survey import survey
 from hybrid.errors import UsageError
+from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.ledger.metrics import WHOLE, Figure, GenerationTimes, Term
@@ -299,7 +299,7 @@ def _share_experts(
 ) -> tuple[Executor, SharedFirst]:
     modules = [module for module in model.modules() if hasattr(module, "hybrid_experts")]
     layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
-    layout = BlockLayout.of(layers[0].shape, layers[0].blocks.shape[1])
+    layout = layers[0].shape.with_stride(layers[0].blocks.shape[1])
     seconds = DenseSeconds(cost, budget.context)
     specs = [experts.spec for experts in layers]
     views = survey(model, specs)
@@ -333,7 +333,7 @@ def _share_experts(
 
 def settler(
     device: Device,
-    layout: BlockLayout,
+    layout: Block,
     cost: CostModel,
     capacities: Sequence[int],
     popularity: Popularity | None = None,

@@ -25,6 +25,7 @@ from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.errors import CheckpointError, DiskSpaceError, UnsupportedModelError, UsageError
+from hybrid.formats.registry import format_of, packs_dense
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import write_experts
@@ -139,7 +140,7 @@ def convert(
             format=experts,
             layers=layout(specs, experts),
             dense_format=dense,
-            dense=matrices if dense in ("q8_0", "q4_0") else {},
+            dense=matrices if packs_dense(dense) else {},
         )
         plan = DensePlan(weights, matrices, dense)
         partial.begin(index.id)
@@ -326,9 +327,9 @@ def converted_config(
     for key, value in raw.items():
         if isinstance(value, dict) and "quantization_config" in value:
             config[key] = {k: v for k, v in value.items() if k != "quantization_config"}
-    if dense == "bf16":
+    if dense is not None and not packs_dense(dense):
         config.pop("torch_dtype", None)
-        config["dtype"] = "bfloat16"
+        config["dtype"] = format_of(dense).tensor
     settings = HybridConfig(experts, dense, store=index.id)
     config["quantization_config"] = settings.to_dict()
     return config

@@ -12,8 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cpu_experts.formats import GROUP, is_quantized, pack, packed_bytes
 from hybrid.errors import CheckpointError
+from hybrid.formats.matrix import pack, packed_bytes
+from hybrid.formats.registry import format_of, packs_dense
+from hybrid.formats.strips import GROUP
 from hybrid.weights.expert_writer import Advance
 from hybrid.weights.partial import Partial, sync
 from hybrid.weights.source_formats import BlockDequantize, is_scale, scale_pattern
@@ -52,7 +54,7 @@ class DensePlan:
     matrices
         The modules whose matrix ``fmt`` applies to: path to ``[rows, cols]``.
     fmt
-        ``"bf16"``, ``"q8_0"``, ``"q4_0"`` or None.
+        One of :func:`~hybrid.formats.registry.dense_formats`, or None.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class DensePlan:
         self._weights = weights
         outputs: list[_Output] = []
         for target in weights.dense.values():
-            chosen = fmt is not None and any(_path(name) in matrices for name in target.makes)
-            if chosen and is_quantized(str(fmt)):
-                outputs += (self._made(target, name, matrices, str(fmt)) for name in target.makes)
+            chosen = any(_path(name) in matrices for name in target.makes)
+            if fmt is None or not chosen:
+                outputs += self._sources(target, None)
+            elif packs_dense(fmt):
+                outputs += (self._made(target, name, matrices, fmt) for name in target.makes)
             else:
-                outputs += self._sources(target, torch.bfloat16 if chosen else None)
+                outputs += self._sources(target, getattr(torch, format_of(fmt).tensor))
         plans = plan_shards([output.plan for output in outputs])
         self._shards = dict(zip(shard_names(len(plans)), plans, strict=True))
         self._outputs = {output.plan.key: output for output in outputs}

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpu_experts.errors import FormatError
-from cpu_experts.experts import ExpertShape
-from cpu_experts.formats import F32, GROUP, TILE, pack
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.errors import CheckpointError
+from hybrid.formats.block import Block
+from hybrid.formats.errors import FormatError
+from hybrid.formats.matrix import pack
+from hybrid.formats.strips import F32, GROUP, TILE
 from hybrid.weights.huge_pages import AlignedWriter
 from hybrid.weights.partial import Partial
 from hybrid.weights.store import DATA_NAME, LayerRecord, StoreIndex, header_page
@@ -96,9 +97,9 @@ def _write_layer(
 
 
 def _write_expert(
-    block: _Block, weights: WeightMap, spec: ExpertsSpec, shape: ExpertShape, expert: int
+    block: _Block, weights: WeightMap, spec: ExpertsSpec, shape: Block, expert: int
 ) -> None:
-    """Write one expert as :func:`cpu_experts.experts.pack_expert` would, without holding it."""
+    """Write one expert as :func:`hybrid.formats.block.pack_expert` would, without holding it."""
     for sides in weights.read_up(spec, expert):
         for chunk in _chunks(sides):
             packed = [pack(_whole_groups(side), shape.format) for side in chunk]

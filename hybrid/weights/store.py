@@ -1,7 +1,7 @@
 """The packed expert store: ``experts.bin`` and its JSON index, memory-mapped.
 
 ``experts.bin`` starts with one page that names the store; then, layer by layer, the experts'
-blocks follow (see :mod:`cpu_experts.experts`), each starting on a page of its own. The index
+blocks follow (see :mod:`hybrid.formats.block`), each starting on a page of its own. The index
 says what lies where and holds a CRC-32 of every block. Opening a store reads the index and
 maps the file; an expert's bytes come from disk when they are first used.
 """
@@ -23,10 +23,10 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from cpu_experts.experts import ExpertShape
-from cpu_experts.formats import pad
 from hybrid.errors import StoreError
+from hybrid.formats.block import Block
 from hybrid.formats.errors import HybridError
+from hybrid.formats.strips import pad
 from hybrid.weights.huge_pages import ask_for_large_pages
 
 DATA_NAME = "experts.bin"
@@ -52,7 +52,7 @@ class LayerRecord:
     experts
         E, the number of experts.
     hidden, intermediate, gated, bias
-        As in :class:`cpu_experts.experts.ExpertShape`.
+        As in :class:`hybrid.formats.block.Block`.
     offset
         First byte in ``experts.bin``.
     checksums
@@ -68,9 +68,9 @@ class LayerRecord:
     offset: int
     checksums: tuple[int, ...] = ()
 
-    def shape(self, fmt: str) -> ExpertShape:
+    def shape(self, fmt: str) -> Block:
         """Return the layout of one expert (its arithmetic is the model's to say)."""
-        return ExpertShape(
+        return Block(
             hidden=self.hidden,
             intermediate=self.intermediate,
             format=fmt,
@@ -99,7 +99,7 @@ class StoreIndex:
     layers
         In file order.
     dense_format
-        ``"q4_0"``, ``"q8_0"`` or None when the dense weights are ordinary tensors.
+        What dense weights were asked for in; None leaves them as the checkpoint has them.
     dense
         Quantized dense modules: path to ``[rows, cols]``.
     """

@@ -19,12 +19,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 
+from hybrid.formats.registry import weight_bytes
 from planner.cost.term_points import MeasuredTerms, pieces
 from planner.describe.estimate import Estimate, Source, weakest
 from planner.describe.hardware import HardwareSpec, Point, Quantity
 from planner.describe.model import Layer, ModelSpec
-from planner.describe.weights import BITS_PER_WEIGHT as BITS_PER_WEIGHT
-from planner.describe.weights import weight_bytes as weight_bytes
 from planner.errors import CostError
 
 

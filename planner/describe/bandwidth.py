@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.describe.weights import BITS_PER_WEIGHT, weight_bytes
+from hybrid.formats.registry import FORMATS, weight_bytes
 from planner.errors import SpecError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _readers(spec: HardwareSpec) -> Iterator[_Reader]:
 
 
 def _bytes(point: Point) -> int:
-    if point.format not in BITS_PER_WEIGHT:
+    if point.format not in FORMATS:
         return 0
     return weight_bytes(point.matrices * point.hidden * point.intermediate, point.format)
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner.cost.cost import BITS_PER_WEIGHT, CostModel
+from hybrid.formats.registry import bits_per_weight, quantized_formats
+from planner.cost.cost import CostModel
 from planner.cost.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER
 from planner.foretell.run import Run
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from planner.foretell.request import Request
 
 GIB = 2**30
-QUANTIZED = ("q8_0", "q4_0")
-"""Formats to try, the mildest first."""
 
 
 def binding_resource(cost: CostModel, terms: dict[str, float], tokens: int) -> str:
@@ -113,8 +112,8 @@ def explain(run: Run, cost: CostModel) -> Iterator[str]:
 def variants(request: Request) -> Iterator[tuple[str, bool, Request]]:
     """Yield changes worth trying: what, whether it changes the output, and the new request."""
     hardware = request.hardware
-    for fmt in QUANTIZED:
-        if BITS_PER_WEIGHT[fmt] < BITS_PER_WEIGHT[request.experts]:
+    for fmt in quantized_formats():
+        if bits_per_weight(fmt) < bits_per_weight(request.experts):
             yield f"experts in {fmt}", True, replace(request, experts=fmt)
         if fmt in _smaller_dense(request):
             yield f"dense weights in {fmt}", True, replace(request, dense=fmt)
@@ -172,4 +171,5 @@ def _smaller_dense(request: Request) -> list[str]:
     """Return the formats in which dense weights would take less where they lie."""
     if request.widens:
         return []
-    return [fmt for fmt in QUANTIZED if BITS_PER_WEIGHT[fmt] < BITS_PER_WEIGHT[request.dense]]
+    most = bits_per_weight(request.dense)
+    return [fmt for fmt in quantized_formats() if bits_per_weight(fmt) < most]

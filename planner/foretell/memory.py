@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from planner.cost.cost import CostModel, weight_bytes
+from hybrid.formats.registry import weight_bytes
+from planner.cost.cost import CostModel
 from planner.decide.capacity import equal_capacities
 from planner.decide.popularity import Popularity
 from planner.describe.words import enough_in_words, in_words

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from planner.cost.cost import BITS_PER_WEIGHT, CostModel
+from hybrid.formats.registry import FORMATS
+from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity, read_popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
@@ -78,10 +79,10 @@ class Request:
             )
         for name in ("experts", "dense"):
             value = getattr(self, name)
-            if value not in BITS_PER_WEIGHT:
+            if value not in FORMATS:
                 raise SpecError(
                     f"--{name} {value!r} is not a weight format",
-                    hint=f"use one of {', '.join(BITS_PER_WEIGHT)}",
+                    hint=f"use one of {', '.join(FORMATS)}",
                 )
 
     @property

@@ -14,8 +14,6 @@ import naive_dense
 from cpu_experts.decoder import records
 from cpu_experts.decoder.decoder import Decoder
 from cpu_experts.decoder.layers import Latent, Layer, Matrix, Router
-from cpu_experts.errors import ShapeError
-from cpu_experts.formats import pack, unpack
 from decoder_layers import (
     DIM,
     EXPERTS,
@@ -28,6 +26,8 @@ from decoder_layers import (
     make_norm,
     make_router,
 )
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.matrix import pack, unpack
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 

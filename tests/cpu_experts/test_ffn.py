@@ -14,10 +14,12 @@ import pytest
 
 import naive
 from cpu_experts import ffn
-from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ACTIVATIONS, ExpertShape
 from cpu_experts.ffn import linear, project_down, project_up, run_experts
-from cpu_experts.formats import FORMATS, is_quantized, pack, round_activations, unpack
+from hybrid.formats.activations import round_activations
+from hybrid.formats.block import ACTIVATIONS, Block
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.matrix import pack, unpack
+from hybrid.formats.registry import FORMATS, is_quantized
 from random_experts import random_experts, random_routing
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
@@ -25,7 +27,7 @@ UNCOMPILED = bool(numba.config.DISABLE_JIT)
 TOLERANCE = 2e-6
 
 
-def _check(shape: ExpertShape, tokens: int, experts: int = 5, top_k: int = 2) -> None:
+def _check(shape: Block, tokens: int, experts: int = 5, top_k: int = 2) -> None:
     blocks, weights = random_experts(shape, experts)
     rng = np.random.default_rng(2)
     x = rng.standard_normal((tokens, shape.hidden)).astype(np.float32)
@@ -54,7 +56,7 @@ def test_equals_naive_at_every_load(fmt: str, tokens: int) -> None:
     """One token, a few, and more than the widest micro-kernel takes at once."""
     if UNCOMPILED and tokens > 2:
         pytest.skip("uncompiled loops are checked on small loads")
-    _check(ExpertShape(hidden=64, intermediate=96, format=fmt), tokens)
+    _check(Block(hidden=64, intermediate=96, format=fmt), tokens)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -63,22 +65,20 @@ def test_ragged_sizes(fmt: str, hidden: int, intermediate: int) -> None:
     """Sizes that fill neither strips of 16 nor groups of 32, with biases."""
     if UNCOMPILED and hidden > 50:
         pytest.skip("uncompiled loops are checked on small sizes")
-    _check(ExpertShape(hidden=hidden, intermediate=intermediate, format=fmt, bias=True), 3)
+    _check(Block(hidden=hidden, intermediate=intermediate, format=fmt, bias=True), 3)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations(activation: str, gated: bool) -> None:
     """Every activation, with and without a gate."""
-    shape = ExpertShape(
-        hidden=32, intermediate=48, format="f32", activation=activation, gated=gated
-    )
+    shape = Block(hidden=32, intermediate=48, format="f32", activation=activation, gated=gated)
     _check(shape, 2)
 
 
 def test_clamped_swiglu_with_offset_and_biases() -> None:
     """gpt_oss's arithmetic: clamps below typical values, alpha, up + 1, biases everywhere."""
-    shape = ExpertShape(
+    shape = Block(
         hidden=64,
         intermediate=64,
         format="q8_0",
@@ -92,7 +92,7 @@ def test_clamped_swiglu_with_offset_and_biases() -> None:
 
 def test_ids_outside_the_experts_contribute_nothing() -> None:
     """-1 and ids past the last expert are skipped; a call with no valid id changes nothing."""
-    shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
+    shape = Block(hidden=32, intermediate=32, format="q4_0")
     blocks, weights = random_experts(shape, 3)
     x = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
     ids = np.array([[0, 3], [-1, 2]])
@@ -107,7 +107,7 @@ def test_ids_outside_the_experts_contribute_nothing() -> None:
 
 def test_zero_tokens() -> None:
     """A batch without tokens is a call like any other."""
-    shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
+    shape = Block(hidden=32, intermediate=32, format="q4_0")
     blocks, _ = random_experts(shape, 2)
     x = np.zeros((0, 32), np.float32)
     run_experts(x, np.zeros((0, 2), int), np.zeros((0, 2), np.float32), blocks, shape, x.copy())
@@ -117,7 +117,7 @@ def test_zero_tokens() -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_hundreds_of_tokens_and_thread_counts(fmt: str) -> None:
     """Uneven loads over many tokens; one thread and all threads give the same bits."""
-    shape = ExpertShape(hidden=96, intermediate=64, format=fmt)
+    shape = Block(hidden=96, intermediate=64, format=fmt)
     blocks, weights = random_experts(shape, 6)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((300, 96)).astype(np.float32)
@@ -139,7 +139,7 @@ def test_hundreds_of_tokens_and_thread_counts(fmt: str) -> None:
 
 def test_batching_does_not_change_a_token() -> None:
     """A token's result is the same bits alone and among others."""
-    shape = ExpertShape(hidden=64, intermediate=32, format="q4_0")
+    shape = Block(hidden=64, intermediate=32, format="q4_0")
     blocks, _ = random_experts(shape, 4)
     tokens = 3 if UNCOMPILED else 23
     x = np.random.default_rng(0).standard_normal((tokens, 64)).astype(np.float32)
@@ -155,7 +155,7 @@ def test_batching_does_not_change_a_token() -> None:
 @pytest.mark.parametrize("fmt", ["q4_0", "f32"])
 def test_nan_and_infinity_are_not_hidden(fmt: str) -> None:
     """A token that is not finite gives no finite output; its neighbours are untouched."""
-    shape = ExpertShape(hidden=32, intermediate=32, format=fmt)
+    shape = Block(hidden=32, intermediate=32, format=fmt)
     blocks, _ = random_experts(shape, 2)
     x = np.ones((3, 32), np.float32)
     x[0, 5], x[1, 7] = np.nan, np.inf
@@ -171,7 +171,7 @@ def test_nan_and_infinity_are_not_hidden(fmt: str) -> None:
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations_and_clamps_keep_nan(activation: str, limit: float, gated: bool) -> None:
     """As in torch: no activation and no clamp turns NaN into a number."""
-    shape = ExpertShape(
+    shape = Block(
         hidden=16, intermediate=16, format="f32", activation=activation, limit=limit, gated=gated
     )
     blocks, _ = random_experts(shape, 1)
@@ -183,7 +183,7 @@ def test_activations_and_clamps_keep_nan(activation: str, limit: float, gated: b
 @pytest.mark.parametrize("fmt", ["q4_0", "q8_0"])
 def test_the_level_is_chosen_once(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changing the environment after the kernels are made does not change what they compute."""
-    shape = ExpertShape(hidden=32, intermediate=32, format=fmt)
+    shape = Block(hidden=32, intermediate=32, format=fmt)
     blocks, _ = random_experts(shape, 2)
     x, (ids, routing_weights) = np.ones((1, 32), np.float32), random_routing(1, 2, 2)
     outs = []
@@ -199,7 +199,7 @@ def test_the_level_is_chosen_once(fmt: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("gated", [True, False])
 def test_projections_alone(fmt: str, gated: bool) -> None:
     """project_up and project_down give raw, biased products pair by pair."""
-    shape = ExpertShape(hidden=40, intermediate=50, format=fmt, gated=gated, bias=True)
+    shape = Block(hidden=40, intermediate=50, format=fmt, gated=gated, bias=True)
     blocks, weights = random_experts(shape, 3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4, 40)).astype(np.float32)
@@ -239,7 +239,7 @@ def test_linear_equals_naive(fmt: str, tokens: int) -> None:
 @pytest.mark.skipif(UNCOMPILED, reason="nothing runs at once without compiled code")
 def test_concurrent_calls_are_serialised() -> None:
     """Calls from several Python threads give each its own right result."""
-    shape = ExpertShape(hidden=64, intermediate=64, format="q4_0")
+    shape = Block(hidden=64, intermediate=64, format="q4_0")
     blocks, _ = random_experts(shape, 4)
     ids, routing_weights = random_routing(16, 4, 2)
     inputs = np.random.default_rng(0).standard_normal((4, 16, 64)).astype(np.float32)
@@ -264,13 +264,13 @@ def test_what_is_known_of_blocks_goes_with_them() -> None:
     """New experts in the memory, or under the identity, of old ones are seen as what they are."""
     before = len(ffn._PREPARED)
     for width in (32, 64, 32, 96):
-        shape = ExpertShape(hidden=width, intermediate=32, format="q4_0")
+        shape = Block(hidden=width, intermediate=32, format="q4_0")
         blocks, weights = random_experts(shape, 3, seed=width)
         x, ids, ones = np.ones((1, width), np.float32), np.array([[2, 0]]), np.ones((1, 2))
         out = np.zeros_like(x)
         run_experts(x, ids, ones.astype(np.float32), blocks, shape, out)
         np.testing.assert_allclose(out, naive.experts(shape, weights, x, ids, ones), atol=1e-4)
-        other = ExpertShape(hidden=width, intermediate=32, format="q4_0", activation="relu")
+        other = Block(hidden=width, intermediate=32, format="q4_0", activation="relu")
         out = np.zeros_like(x)
         run_experts(x, ids, ones.astype(np.float32), blocks, other, out)
         np.testing.assert_allclose(out, naive.experts(other, weights, x, ids, ones), atol=1e-4)
@@ -281,7 +281,7 @@ def test_what_is_known_of_blocks_goes_with_them() -> None:
 
 def test_bad_arguments_are_named() -> None:
     """Wrong dtype, shape, layout and block size each give an error with both values."""
-    shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
+    shape = Block(hidden=32, intermediate=32, format="q4_0")
     blocks, _ = random_experts(shape, 2)
     x, ids, ones = np.zeros((2, 32), np.float32), np.zeros((2, 1), int), np.ones((2, 1), np.float32)
     with pytest.raises(ShapeError, match="x is float64"):

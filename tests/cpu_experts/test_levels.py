@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cpu_experts.errors import BackendError
-from cpu_experts.experts import ExpertShape
 from cpu_experts.jit import hostcpu
+from hybrid.formats.block import Block
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.host import has_native_bf16
 from hybrid.packed.bf16_products import offered
@@ -110,7 +110,7 @@ def test_decisions_ask_the_switch(
     if choice:
         monkeypatch.setenv("HYBRID_SIMD", choice)
     assert has_native_bf16() == native
-    assert offered(ExpertShape(hidden=32, intermediate=32, format="q4_0")) == native
+    assert offered(Block(hidden=32, intermediate=32, format="q4_0")) == native
     as_it_is = str(hostcpu.choose(there))
     assert Identity.of_this_machine(1).simd_level == (choice or as_it_is)
 

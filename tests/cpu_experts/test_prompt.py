@@ -11,10 +11,11 @@ import pytest
 import naive_dense
 from cpu_experts.decoder.decoder import Decoder
 from cpu_experts.decoder.kv import KeyValues
-from cpu_experts.decoder.layers import Experts, Layer, Matrix, Norm
-from cpu_experts.errors import ShapeError
-from cpu_experts.experts import ExpertShape, pack_expert
-from cpu_experts.formats import pack
+from cpu_experts.decoder.layers import Layer, Matrix, Norm
+from cpu_experts.kernels.records import Experts
+from hybrid.formats.block import Block, pack_expert
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.matrix import pack
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 D, DIM, PAIRS = 32, 24, 8
@@ -34,7 +35,7 @@ def _matrix(rows: int, cols: int) -> Matrix:
 
 
 def _decoder(heads: int = 4, kv_heads: int = 2, paired: bool = False, **changes: Any) -> Decoder:
-    shape = ExpertShape(hidden=D, intermediate=16, format="f32")
+    shape = Block(hidden=D, intermediate=16, format="f32")
     block = pack_expert(shape, gate=_draw(16, D), up=_draw(16, D), down=_draw(D, 16))
     values: dict[str, Any] = {
         "norm": _norm(D),

@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 from numba import njit
 
-from cpu_experts.decoder.attention import exp_all, largest_of, to_half
-from cpu_experts.formats import (
-    ACT_GROUP,
-    FORMATS,
-    GROUP,
-    is_quantized,
-    pack,
-    round_activations,
-    unpack,
+from cpu_experts.jit.simd_level import LEVEL
+from cpu_experts.kernels.micro import (
+    ROW_BLOCKS,
+    exp_all,
+    largest_of,
+    quantize_group,
+    silu_strip,
+    to_half,
 )
-from cpu_experts.jit.simd import LEVEL
-from cpu_experts.kernels.experts import ROW_BLOCKS, quantize_group, silu_strip
 from cpu_experts.kernels.reading import read_words
+from hybrid.formats.activations import ACT_GROUP, round_activations
+from hybrid.formats.matrix import pack, unpack
+from hybrid.formats.registry import FORMATS, is_quantized
+from hybrid.formats.strips import GROUP
 from micro_kernels import strip_caller
 
 OFFSETS = {"q4_0": 8, "q8_0": 0 if LEVEL in ("avx2", "portable") else 128}

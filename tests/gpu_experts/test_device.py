@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from cpu_experts.experts import ExpertShape
 from cpu_experts.ffn import run_experts
 from gpu_experts.device import Device
 from gpu_experts.emulated.device import EmulatedDevice
@@ -22,6 +21,7 @@ from gpu_experts.errors import (
     ShapeError,
     SlotError,
 )
+from hybrid.formats.block import Block
 from naive_gpu import Copy, contents, small_layout
 from random_experts import random_experts, random_routing
 from stamped_slots import SLOTS, add_stamps, call, programs, stamp
@@ -98,7 +98,7 @@ def test_a_copy_waits_for_the_compute_that_reads_the_slot() -> None:
 
 def test_exact_results_are_the_cpu_paths_bit_for_bit() -> None:
     """Experts run from slots, in other places than in the store, give the CPU's very bits."""
-    shape = ExpertShape(hidden=64, intermediate=96, format="q4_0")
+    shape = Block(hidden=64, intermediate=96, format="q4_0")
     blocks, _ = random_experts(shape, 5)
     ids, weights = random_routing(9, 5, 2)
     x = np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)
@@ -107,9 +107,8 @@ def test_exact_results_are_the_cpu_paths_bit_for_bit() -> None:
         run_experts(x, slot_ids, weights, slots, shape, out)
 
     target = EmulatedDevice(5 * blocks.shape[1], run=run)
-    from gpu_experts.layout import BlockLayout
 
-    target.open(BlockLayout.of(shape, blocks.shape[1]), 5)
+    target.open(shape.with_stride(blocks.shape[1]), 5)
     events = [target.copy(blocks[expert], 4 - expert, f"expert {expert}") for expert in range(5)]
     out = target.new_output(9)
     slots = (4 - ids).astype(np.int32)
@@ -361,6 +360,8 @@ def test_bad_arguments_are_named(mode: str) -> None:
     zero, out = np.zeros((1, 1), np.int32), target.new_output(1)
     with pytest.raises(SlotError, match="no slot 3 on a device with 3 slots"):
         target.copy(stamp(0), 3, "copy")
+    with pytest.raises(ShapeError, match="without a stride has no slots"):
+        target.open(Block(hidden=4, intermediate=4, format="q4_0"), 1)
     with pytest.raises(ShapeError, match=r"a block takes \d+ bytes, got 5"):
         target.copy(stamp(0)[:5], 0, "copy")
     with pytest.raises(ShapeError, match="contiguous uint8"):

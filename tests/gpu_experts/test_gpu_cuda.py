@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 
 import naive_gpu
-from cpu_experts.experts import ExpertShape
 from fake_cuda import FakeRuntime, is_before
 from gpu_experts.cuda import kernels
 from gpu_experts.cuda.device import CudaDevice
@@ -26,7 +25,7 @@ from gpu_experts.errors import (
     SlotError,
 )
 from gpu_experts.events import poll
-from gpu_experts.layout import BlockLayout
+from hybrid.formats.block import Block
 from naive_gpu import Copy, contents, small_layout
 from random_experts import random_experts, random_routing
 from stamped_slots import call, cuda_device, programs, run_stamps, stamp
@@ -92,10 +91,10 @@ def _frozen_stamp(number: int) -> np.ndarray:
 
 def test_experts_run_from_slots_as_the_twin_says() -> None:
     """Real experts through copies, slots and the torch kernels, with tokens cut into passes."""
-    shape = ExpertShape(hidden=64, intermediate=96, format="q4_0", bias=True)
+    shape = Block(hidden=64, intermediate=96, format="q4_0", bias=True)
     blocks, weights = random_experts(shape, 5)
     target: Device = CudaDevice(runtime=FakeRuntime())
-    target.open(BlockLayout.of(shape, blocks.shape[1]), 5)
+    target.open(shape.with_stride(blocks.shape[1]), 5)
     for expert in range(5):
         target.copy(blocks[expert], 4 - expert, f"expert {expert}")
     ids, factors = random_routing(9, 5, 2)

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import naive_gpu
-from cpu_experts.experts import ACTIVATIONS, ExpertShape
 from cpu_experts.ffn import run_experts
-from cpu_experts.formats import FORMATS, pack, unpack
 from gpu_experts import reference
 from gpu_experts.cuda import kernels
-from gpu_experts.errors import ShapeError
-from gpu_experts.layout import BlockLayout
 from gpu_experts.routing import VECTOR_LOAD, sort_by_slot
+from hybrid.formats.block import ACTIVATIONS, Block
+from hybrid.formats.errors import FormatError, ShapeError
+from hybrid.formats.matrix import pack, unpack
+from hybrid.formats.registry import FORMATS
 from random_experts import random_experts, random_routing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,7 +78,7 @@ def _widened(interpreter, handle):
 def _compare(shape, tokens, implementation, place, dtype=torch.float32, experts=4, top_k=2):
     """Random experts, routing and tokens; some pairs elsewhere; out holds something before."""
     blocks, weights = random_experts(shape, experts)
-    layout = BlockLayout.of(shape, blocks.shape[1])
+    layout = shape.with_stride(blocks.shape[1])
     ids, factors = random_routing(tokens, experts, top_k)
     ids = np.where(np.random.default_rng(3).random(ids.shape) < 0.2, -1, ids).astype(np.int32)
     x = np.random.default_rng(2).standard_normal((tokens, shape.hidden)).astype(np.float32)
@@ -101,7 +101,7 @@ def _compare(shape, tokens, implementation, place, dtype=torch.float32, experts=
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_equals_the_twin_at_every_load(implementation, place, fmt, tokens) -> None:
     """One token, a few, and enough for the matrix kernels with a tile that is not full."""
-    shape = ExpertShape(hidden=64, intermediate=96, format=fmt)
+    shape = Block(hidden=64, intermediate=96, format=fmt)
     routing = _compare(shape, tokens, implementation, place)
     assert (routing.largest_load > VECTOR_LOAD) == (tokens == 40)
 
@@ -112,7 +112,7 @@ def test_equals_the_twin_at_every_load(implementation, place, fmt, tokens) -> No
 @pytest.mark.parametrize(("hidden", "intermediate"), [(1, 1), (33, 31), (200, 140)])
 def test_ragged_sizes(implementation, place, fmt, tokens, hidden, intermediate) -> None:
     """Sizes that fill neither strips, groups nor spans of 128, with biases."""
-    shape = ExpertShape(hidden=hidden, intermediate=intermediate, format=fmt, bias=True)
+    shape = Block(hidden=hidden, intermediate=intermediate, format=fmt, bias=True)
     _compare(shape, tokens, implementation, place)
 
 
@@ -122,9 +122,7 @@ def test_ragged_sizes(implementation, place, fmt, tokens, hidden, intermediate) 
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_activations(implementation, place, activation, gated, tokens) -> None:
     """Every activation, with and without a gate, in both kinds of kernel."""
-    shape = ExpertShape(
-        hidden=32, intermediate=48, format="q8_0", activation=activation, gated=gated
-    )
+    shape = Block(hidden=32, intermediate=48, format="q8_0", activation=activation, gated=gated)
     _compare(shape, tokens, implementation, place)
 
 
@@ -132,7 +130,7 @@ def test_activations(implementation, place, activation, gated, tokens) -> None:
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_clamped_swiglu_with_offset_and_biases(implementation, place, tokens) -> None:
     """gpt_oss's arithmetic: clamps below typical values, alpha, up + 1, biases everywhere."""
-    shape = ExpertShape(
+    shape = Block(
         hidden=64,
         intermediate=64,
         format="q4_0",
@@ -150,9 +148,7 @@ def test_clamped_swiglu_with_offset_and_biases(implementation, place, tokens) ->
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_half_precision_activations(implementation, place, dtype, fmt, tokens) -> None:
     """Results are within the type's rounding; a token or a few are exact to float32's."""
-    _compare(
-        ExpertShape(hidden=96, intermediate=64, format=fmt), tokens, implementation, place, dtype
-    )
+    _compare(Block(hidden=96, intermediate=64, format=fmt), tokens, implementation, place, dtype)
 
 
 @everywhere
@@ -160,7 +156,7 @@ def test_half_precision_activations(implementation, place, dtype, fmt, tokens) -
 def test_tiles_of_all_heights_and_one_slot_only(implementation, place, tokens) -> None:
     """All tokens to the same experts: more than one tile a slot, the last one not full."""
     _compare(
-        ExpertShape(hidden=32, intermediate=32, format="q4_0"),
+        Block(hidden=32, intermediate=32, format="q4_0"),
         tokens,
         implementation,
         place,
@@ -172,9 +168,9 @@ def test_tiles_of_all_heights_and_one_slot_only(implementation, place, tokens) -
 @everywhere
 def test_the_same_call_gives_the_same_bits(implementation, place) -> None:
     """No sum depends on which program is first."""
-    shape = ExpertShape(hidden=64, intermediate=64, format="q4_0")
+    shape = Block(hidden=64, intermediate=64, format="q4_0")
     blocks, _ = random_experts(shape, 4)
-    layout = BlockLayout.of(shape, blocks.shape[1])
+    layout = shape.with_stride(blocks.shape[1])
     ids, factors = random_routing(20, 4, 3)
     routing = sort_by_slot(ids.astype(np.int32), factors)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).to(place)
@@ -188,9 +184,9 @@ def test_the_same_call_gives_the_same_bits(implementation, place) -> None:
 @everywhere
 def test_nothing_routed_here_changes_nothing(implementation, place) -> None:
     """A call whose every pair is elsewhere leaves the output as it was."""
-    shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
+    shape = Block(hidden=32, intermediate=32, format="q4_0")
     blocks, _ = random_experts(shape, 1)
-    layout = BlockLayout.of(shape, blocks.shape[1])
+    layout = shape.with_stride(blocks.shape[1])
     routing = sort_by_slot(np.full((3, 2), -1, np.int32), np.ones((3, 2), np.float32))
     out = torch.full((3, 32), 7.0, device=place)
     table, slots = torch.from_numpy(routing.table), torch.from_numpy(blocks)
@@ -214,8 +210,8 @@ def test_trying_the_kernels_out_finds_nothing_wrong(implementation, place, fmt, 
     """The comparison with plain torch that a device makes when it is opened passes."""
     if implementation == "torch":
         pytest.skip("is what is compared with")
-    shape = ExpertShape(format=fmt, **options)
-    layout = BlockLayout.of(shape, -(-shape.block_bytes // 16) * 16)
+    shape = Block(format=fmt, **options)
+    layout = shape.with_stride(-(-shape.block_bytes // 16) * 16)
     for dtype in (torch.float32, torch.float16):
         note = kernels.probe(
             layout, dtype, torch.device(place), lambda array: torch.from_numpy(array).to(place)
@@ -243,9 +239,9 @@ def test_slots_beyond_four_gigabytes_are_reached(implementation, place) -> None:
     """Offsets into slots are 64 bits wide: a slot past 2^32 bytes gives its own expert."""
     if place == "cpu":
         pytest.skip("takes 5 GB of the device's memory")
-    shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
+    shape = Block(hidden=32, intermediate=32, format="q4_0")
     blocks, weights = random_experts(shape, 1)
-    layout = replace(BlockLayout.of(shape, blocks.shape[1]), stride=1 << 24)
+    layout = replace(shape.with_stride(blocks.shape[1]), stride=1 << 24)
     slots = torch.zeros(300, 1 << 24, dtype=torch.uint8, device=place)
     slots[299, : blocks.shape[1]] = torch.from_numpy(blocks[0]).to(place)
     ids, ones = np.full((1, 1), 299, np.int32), np.ones((1, 1), np.float32)
@@ -261,7 +257,7 @@ def test_slots_beyond_four_gigabytes_are_reached(implementation, place) -> None:
 @pytest.mark.parametrize("fmt", ["bf16", "f32"])
 def test_unquantized_experts_in_plain_torch(fmt: str) -> None:
     """Experts that were kept as bf16 or float32 run from their slots too."""
-    shape = ExpertShape(hidden=33, intermediate=31, format=fmt, bias=True)
+    shape = Block(hidden=33, intermediate=31, format=fmt, bias=True)
     _compare(shape, 9, "torch", "cpu")
 
 
@@ -288,7 +284,7 @@ def test_dequantize_refuses_what_does_not_fit() -> None:
         ShapeError, match=r"packed q4_0 \[16, 32\] takes uint8 \[288\], got .*\[5\]"
     ):
         reference.dequantize(torch.zeros(5, dtype=torch.uint8), 16, 32, "q4_0")
-    with pytest.raises(ShapeError, match="'q2'"):
+    with pytest.raises(FormatError, match="'q2'"):
         reference.dequantize(torch.zeros(5, dtype=torch.uint8), 16, 32, "q2")
 
 
@@ -300,14 +296,14 @@ def test_the_cpu_kernels_agree_but_for_their_int8_activations(fmt: str) -> None:
     Each of the two roundings is at most half of 1/127 of a group's largest value; over a
     hundred inputs of either sign the errors add up to about 1% of the largest result.
     """
-    shape = ExpertShape(hidden=96, intermediate=128, format=fmt)
+    shape = Block(hidden=96, intermediate=128, format=fmt)
     blocks, _ = random_experts(shape, 4)
     ids, factors = random_routing(20, 4, 2)
     x = np.random.default_rng(2).standard_normal((20, 96)).astype(np.float32)
     cpu, out = np.zeros_like(x), torch.zeros(20, 96)
     run_experts(x, ids, factors, blocks, shape, cpu)
     routing = sort_by_slot(ids.astype(np.int32), factors)
-    layout = BlockLayout.of(shape, blocks.shape[1])
+    layout = shape.with_stride(blocks.shape[1])
     table, slots = torch.from_numpy(routing.table), torch.from_numpy(blocks)
     kernels.run(torch.from_numpy(x), routing, table, slots, layout, out, "torch")
     error = np.abs(out.numpy() - cpu).max() / np.abs(cpu).max()
@@ -324,7 +320,7 @@ def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     implementation, note = kernels.choose(quantized)
     assert implementation == "torch"
     assert "install triton" in note.remedy
-    wide = BlockLayout.of(ExpertShape(hidden=4, intermediate=4, format="bf16"), 8192)
+    wide = Block(hidden=4, intermediate=4, format="bf16", stride=8192)
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
     implementation, note = kernels.choose(wide)
     assert implementation == "torch"
@@ -334,8 +330,8 @@ def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="plain torch")
 def test_long_calls_are_cut_to_the_workspace() -> None:
     """No pass takes more than the stated memory, and a single token always runs."""
-    shape = ExpertShape(hidden=2048, intermediate=768, format="q4_0")
-    layout = BlockLayout.of(shape, shape.block_bytes)
+    shape = Block(hidden=2048, intermediate=768, format="q4_0")
+    layout = shape.with_stride(shape.block_bytes)
     each = 4 * 768 + 4 * 2048
     step = kernels.tokens_a_pass(layout, 8)
     assert step * 8 * each <= kernels.WORKSPACE_BYTES < (step + 1) * 8 * each

@@ -11,11 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import naive_gpu
-from cpu_experts.experts import ExpertShape
 from gpu_experts.cuda import kernels
 from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.errors import DeviceMemoryError
-from gpu_experts.layout import BlockLayout
+from hybrid.formats.block import Block
 from naive_gpu import Copy, contents, small_layout
 from random_experts import random_experts, random_routing
 from stamped_slots import SLOTS, programs, run_stamps, stamp
@@ -66,10 +65,10 @@ def test_slots_behave_as_if_everything_ran_in_order_on_a_gpu(program) -> None:
 @pytest.mark.parametrize("fmt", ["q4_0", "q8_0"])
 def test_experts_on_a_gpu(tokens: int, fmt: str) -> None:
     """Copies, kernels and join on the GPU agree with the twin; spans are plausible."""
-    shape = ExpertShape(hidden=256, intermediate=192, format=fmt)
+    shape = Block(hidden=256, intermediate=192, format=fmt)
     blocks, weights = random_experts(shape, 6)
     target = CudaDevice()
-    target.open(BlockLayout.of(shape, blocks.shape[1]), 6)
+    target.open(shape.with_stride(blocks.shape[1]), 6)
     before = time.perf_counter()
     copies = [target.copy(blocks[expert], expert, f"expert {expert}") for expert in range(6)]
     ids, factors = random_routing(tokens, 6, 3)
@@ -144,8 +143,8 @@ def test_triton_is_what_runs(fmt: str, dtype: torch.dtype) -> None:
     """Where it is installed, its kernels compile, agree with plain torch, and are used."""
     if not kernels.has_triton():
         pytest.skip("needs triton")
-    shape = ExpertShape(hidden=256, intermediate=192, format=fmt, bias=True)
-    target, layout = CudaDevice(), BlockLayout.of(shape, 1 << 18)
+    shape = Block(hidden=256, intermediate=192, format=fmt, bias=True)
+    target, layout = CudaDevice(), shape.with_stride(1 << 18)
     target.open(layout, 1)
     assert target._implementation(layout, target._runtime.dtype) == "triton", target.notes
     assert target._implementation(layout, dtype) == "triton", target.notes
@@ -156,8 +155,8 @@ def test_a_small_call_does_not_wait_for_the_link() -> None:
     """A token's table and the CPU's share do not queue behind large copies of experts."""
     if not kernels.has_triton():
         pytest.skip("needs triton")
-    shape = ExpertShape(hidden=4096, intermediate=14336, format="q8_0")
-    layout = BlockLayout.of(shape, shape.block_bytes)
+    shape = Block(hidden=4096, intermediate=14336, format="q8_0")
+    layout = shape.with_stride(shape.block_bytes)
     target = CudaDevice(pinned_bytes=4 << 30)
     target.open(layout, 9)
     blocks = np.zeros((9, layout.block_bytes), np.uint8)
@@ -180,10 +179,10 @@ def test_a_small_call_does_not_wait_for_the_link() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_gpu_than_the_current_one() -> None:
     """Streams, events, pinned memory and kernels are the chosen GPU's, in both threads."""
-    shape = ExpertShape(hidden=256, intermediate=192, format="q4_0")
+    shape = Block(hidden=256, intermediate=192, format="q4_0")
     blocks, weights = random_experts(shape, 4)
     target = CudaDevice(1)
-    target.open(BlockLayout.of(shape, blocks.shape[1]), 4)
+    target.open(shape.with_stride(blocks.shape[1]), 4)
     for expert in range(4):
         target.copy(blocks[expert], expert, "copy")
     ids, factors = random_routing(1, 4, 2)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from planner.cost.cost import CostModel, ExpertCost, interpolate, weight_bytes
+from hybrid.formats.errors import FormatError
+from hybrid.formats.registry import weight_bytes
+from planner.cost.cost import CostModel, ExpertCost, interpolate
 from planner.cost.term_points import MeasuredTerms
 from planner.describe.estimate import Estimate, Source
 from planner.describe.hardware import Point, TermPoint
@@ -85,7 +87,7 @@ def test_missing_data_raises() -> None:
     for ask in (lambda: bare.gpu_s(1), bare.copy_s):
         with pytest.raises(CostError, match="neither rates nor calibration points"):
             ask()
-    with pytest.raises(CostError, match="unknown weight format 'q5_1'"):
+    with pytest.raises(FormatError, match="unknown weight format 'q5_1'"):
         weight_bytes(1, "q5_1")
 
 

@@ -45,10 +45,10 @@ def _call_all() -> None:
     """Call all that is called from Python, with arguments of the right types."""
     from cpu_experts.decoder.decoder import Decoder
     from cpu_experts.ffn import linear, run_experts
-    from cpu_experts.formats import pack
     from cpu_experts.kernels.reading import read_words
     from cpu_experts.kernels.widen import widen
     from decoder_layers import DIM, PAIRS, D, make_experts, make_layer, make_matrix, make_norm
+    from hybrid.formats.matrix import pack
 
     def zeros(*size: int) -> Any:
         return np.zeros(size, np.float32)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from cpu_experts.decoder.layers import Experts, Layer, Matrix, Norm, Router
-from cpu_experts.experts import ExpertShape, pack_expert
-from cpu_experts.formats import pack
+from cpu_experts.decoder.layers import Layer, Matrix, Norm, Router
+from cpu_experts.kernels.records import Experts
+from hybrid.formats.block import Block, pack_expert
+from hybrid.formats.matrix import pack
 
 #: The width of the stream, of a head, and how many experts there are.
 D, DIM, EXPERTS = 72, 16, 8
@@ -33,7 +34,7 @@ def make_norm(size: int, **changes: Any) -> Norm:
 
 
 def make_experts(count: int, fmt: str, intermediate: int = 40) -> Experts:
-    shape = ExpertShape(hidden=D, intermediate=intermediate, format=fmt)
+    shape = Block(hidden=D, intermediate=intermediate, format=fmt)
     blocks = np.stack(
         [
             pack_expert(

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cpu_experts.experts import ExpertShape
+from hybrid.formats.block import Block
 from hybrid.measure.describe import Measured, ModelParts
 from hybrid.measure.device import DeviceTimes, device_times
 from hybrid.measure.experts import Budget, DiskTimes, ExpertTimes
 from hybrid.measure.interference import Times
 from hybrid.measure.terms_of_step import Part
 
-SHAPE = ExpertShape(hidden=64, intermediate=32, format="q4_0")
+SHAPE = Block(hidden=64, intermediate=32, format="q4_0")
 WEIGHTS = 3 * 64 * 32
 BYTES = WEIGHTS * 4.5 / 8
 WHEN = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from cpu_experts.kernels.experts import ROW_BLOCKS, strip_dot
+from cpu_experts.kernels.micro import ROW_BLOCKS, strip_dot
 
 
 def strip_caller(fmt: str, n: int):

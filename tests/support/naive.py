@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts.experts import ExpertShape, ExpertWeights
-from cpu_experts.formats import is_quantized, round_activations
+from hybrid.formats.activations import round_activations
+from hybrid.formats.block import Block, ExpertWeights
+from hybrid.formats.registry import is_quantized
 
 
 def quantize_q4_0(row: Iterable[float]) -> tuple[list[int], np.float16]:
@@ -66,9 +67,7 @@ def activation(kind: str, alpha: float, v: float) -> float:
     return v
 
 
-def expert(
-    shape: ExpertShape, weights: ExpertWeights, x: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def expert(shape: Block, weights: ExpertWeights, x: NDArray[np.float32]) -> NDArray[np.float64]:
     """One expert on one token ``[D]``, with the roundings that the format's kernels make."""
     seen = round_activations(x[None])[0] if is_quantized(shape.format) else x
 
@@ -89,7 +88,7 @@ def expert(
 
 
 def experts(
-    shape: ExpertShape,
+    shape: Block,
     weights: list[ExpertWeights],
     x: NDArray[np.float32],
     ids: NDArray[np.int64],

@@ -7,9 +7,12 @@ from numpy.typing import NDArray
 
 import naive
 from cpu_experts.decoder import records
-from cpu_experts.decoder.layers import Experts, Layer, Matrix, Norm, Router
-from cpu_experts.experts import unpack_expert
-from cpu_experts.formats import is_quantized, round_activations, unpack
+from cpu_experts.decoder.layers import Layer, Matrix, Norm, Router
+from cpu_experts.kernels.records import Experts
+from hybrid.formats.activations import round_activations
+from hybrid.formats.block import unpack_expert
+from hybrid.formats.matrix import unpack
+from hybrid.formats.registry import is_quantized
 
 F64 = NDArray[np.float64]
 

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import naive
-from cpu_experts.experts import ExpertShape, ExpertWeights
-from gpu_experts.layout import BlockLayout
+from hybrid.formats.block import Block, ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def _slots(step: Step) -> set[int]:
 
 
 def experts(
-    shape: ExpertShape,
+    shape: Block,
     weights: list[ExpertWeights],
     x: NDArray[np.float32],
     ids: NDArray[np.int32],
@@ -79,6 +78,6 @@ def experts(
     return naive.experts(replace(shape, format="f32"), weights, x, ids, routing_weights)
 
 
-def small_layout(stride: int = 4096) -> BlockLayout:
+def small_layout(stride: int = 4096) -> Block:
     """The layout of the smallest expert there is."""
-    return BlockLayout.of(ExpertShape(hidden=4, intermediate=4, format="q4_0"), stride)
+    return Block(hidden=4, intermediate=4, format="q4_0", stride=stride)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_experts.experts import ExpertShape, ExpertWeights, pack_expert, unpack_expert
-from cpu_experts.formats import pad
+from hybrid.formats.block import Block, ExpertWeights, pack_expert, unpack_expert
+from hybrid.formats.strips import pad
 
 
 def random_experts(
-    shape: ExpertShape, count: int, seed: int = 0
+    shape: Block, count: int, seed: int = 0
 ) -> tuple[np.ndarray, list[ExpertWeights]]:
     """Return ``count`` experts as one array of blocks, and their dequantized weights."""
     rng = np.random.default_rng(seed)

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cpu_experts.experts import ExpertShape, pack_expert
 from cpu_experts.ffn import run_experts
 from gpu_experts.emulated.device import EmulatedDevice
-from gpu_experts.layout import BlockLayout
 from gpu_experts.slots import SlotTable
 from hybrid.ask.names import find_hardware
+from hybrid.formats.block import Block, pack_expert
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.machine.devices import emulated_device
 from hybrid.sharing.device_slots import Opened
@@ -28,7 +27,7 @@ from planner.describe.model import Experts, Layer, Mixer, ModelSpec
 from planner.foretell.memory import STAGING
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 3, 8, 3, 64, 32
-SHAPE = ExpertShape(hidden=HIDDEN, intermediate=INTERMEDIATE, format="q4_0")
+SHAPE = Block(hidden=HIDDEN, intermediate=INTERMEDIATE, format="q4_0")
 SPEC = ModelSpec(
     name="small",
     family="test",
@@ -45,7 +44,7 @@ class Blocks(NamedTuple):
     """One layer's experts."""
 
     blocks: np.ndarray
-    shape: ExpertShape
+    shape: Block
     panels_from: int | None = None
 
 
@@ -76,7 +75,7 @@ def shared_executor(
     **options: Any,
 ) -> Executor:
     """Return an executor with an exact emulated device, unless another is given."""
-    layout = BlockLayout.of(SHAPE, layers[0].blocks.shape[1])
+    layout = SHAPE.with_stride(layers[0].blocks.shape[1])
     cost = CostModel(SPEC, hardware or find_hardware("rtx4060-laptop-8gb"), "q4_0")
     kept = policy(LAYERS, EXPERTS)
     if device is None:

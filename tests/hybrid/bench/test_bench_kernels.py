@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cpu_experts.experts import ExpertShape
 from hybrid.bench import kernels
 from hybrid.cli import main
+from hybrid.formats.block import Block
 from hybrid.measure import reads
 
 CASE = kernels.Case("q4_0", 64, 32, 8, 2, 1)
@@ -41,7 +41,7 @@ def test_the_record_has_every_key_and_adds_up(
     assert first["read_bandwidth_bytes_per_s"] > 0
     assert first["threads"] == 1
     for fmt, row in zip(("q4_0", "q8_0"), first["results"], strict=True):
-        shape = ExpertShape(hidden=64, intermediate=32, format=fmt)
+        shape = Block(hidden=64, intermediate=32, format=fmt)
         assert {name: row[name] for name in CASE._fields} == CASE._replace(format=fmt)._asdict()
         assert len(row["samples_s"]) == 4
         fastest, slowest = min(row["samples_s"]), max(row["samples_s"])
@@ -83,7 +83,7 @@ def test_kernels_that_read_faster_raise_the_bandwidth(monkeypatch: pytest.Monkey
 
 def test_calls_take_turns_over_all_experts() -> None:
     """Few experts a call: each comes once before any comes again, from ever other layers."""
-    shape = ExpertShape(hidden=64, intermediate=32, format="q4_0")
+    shape = Block(hidden=64, intermediate=32, format="q4_0")
     blocks = kernels.fill(shape, 8)
     assert blocks.nbytes >= reads.ROTATION_BYTES
     calls = kernels._calls(CASE, blocks, shape)

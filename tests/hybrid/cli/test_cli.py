@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import hybrid
-from cpu_experts.jit import hostcpu, simd
+from cpu_experts.jit import hostcpu, simd_level
 from hybrid.cli import generation, main
 from hybrid.cli.app import COMMANDS
 from hybrid.errors import UsageError
@@ -301,9 +301,9 @@ def test_env_shows_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     environment = json.loads(capsys.readouterr().out)
     assert environment["versions"]["hybrid"] == hybrid.__version__
     assert environment["versions"]["torch"][0].isdigit()
-    emulated = simd.EMULATED * hostcpu.EMULATED
+    emulated = simd_level.EMULATED * hostcpu.EMULATED
     level = environment["cpu"]["simd_level"].removesuffix(emulated)
-    assert level == simd.LEVEL
+    assert level == simd_level.LEVEL
     assert emulated or level in environment["cpu"]["simd_levels"]
     assert environment["cpu"]["bf16_units"] == sorted(hostcpu.processor().units)
     assert environment["cpu"]["simd_levels"][-1] == "portable"

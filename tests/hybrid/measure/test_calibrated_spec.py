@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from cpu_experts.experts import ExpertShape
 from fake_machine import WHEN, device_found, measured
+from hybrid.formats.block import Block
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.measure.describe import to_spec
@@ -57,7 +57,7 @@ def test_every_number_has_its_spread_and_origin() -> None:
 
 def _experts(rate: float, hidden: int = 2048, **changes: bool) -> ExpertTimes:
     """Experts of one token that are read at ``rate``."""
-    shape = ExpertShape(hidden=hidden, intermediate=768, format="q4_0", **changes)
+    shape = Block(hidden=hidden, intermediate=768, format="q4_0", **changes)
     size = (3 if shape.gated else 2) * hidden * 768 * 4.5 / 8
     return ExpertTimes(shape, [0.0], {1: [size / rate] * 3, 512: [1.0]})
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpu_experts.experts import pack_expert, unpack_expert
-from cpu_experts.formats import round_activations
 from hybrid import HybridConfig
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.errors import UnsupportedModelError
+from hybrid.formats.activations import round_activations
+from hybrid.formats.block import pack_expert, unpack_expert
 from hybrid.packed.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.store import ExpertStore

@@ -15,10 +15,10 @@ import torch
 import hybrid.measure.experts
 import hybrid.packed.bf16_products
 import naive
-from cpu_experts.errors import FormatError, ShapeError
-from cpu_experts.experts import ExpertShape, pack_expert, unpack_expert
-from cpu_experts.formats import pack, unpack
 from cpu_experts.kernels.widen import widen
+from hybrid.formats.block import Block, pack_expert, unpack_expert
+from hybrid.formats.errors import FormatError, ShapeError
+from hybrid.formats.matrix import pack, unpack
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.measure.experts import Budget, layer_times
@@ -64,9 +64,9 @@ SHAPES = {
 }
 
 
-def _experts(count: int, **changes: Any) -> tuple[ExpertShape, np.ndarray]:
+def _experts(count: int, **changes: Any) -> tuple[Block, np.ndarray]:
     values: dict[str, Any] = {"hidden": 72, "intermediate": 40, "format": "q8_0"}
-    shape = ExpertShape(**values | changes)
+    shape = Block(**values | changes)
     d, f = shape.hidden, shape.intermediate
 
     def draw(*size: int) -> np.ndarray:
@@ -196,7 +196,7 @@ def units(bf16_units: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
 
 
-def _spec(shape: ExpertShape) -> HardwareSpec:
+def _spec(shape: Block) -> HardwareSpec:
     file = Path(__file__).parents[3] / "configs" / "hardware"
     base = HardwareSpec.from_table(read_table(sorted(file.glob("*.toml"))[0]), "shipped")
     seconds = {"cpu": {1: 1.0, 2: 2.0, 4: 3.0}, "panels": {1: 3.0, 2: 2.5, 4: 3.0}}
@@ -276,4 +276,4 @@ def test_without_units_it_is_never(
     """No file is even looked for."""
     bf16_units()
     monkeypatch.setattr(calibrations, "load", lambda identity: pytest.fail("asked"))
-    assert panels_from(ExpertShape(hidden=32, intermediate=32, format="q4_0")) is None
+    assert panels_from(Block(hidden=32, intermediate=32, format="q4_0")) is None

@@ -413,9 +413,9 @@ def test_the_report_says_what_bfloat16_costs(
     """Computed without units, as if there were some, or without those that there are."""
     model = HybridModel.from_pretrained(tiny_model, dtype=dtype)
     levels = slow_paths.hostcpu.LEVELS
-    vectors = levels[slow_paths.simd.LEVEL] | levels["avx2"]  # what emulation needs
+    vectors = levels[slow_paths.simd_level.LEVEL] | levels["avx2"]  # what emulation needs
     monkeypatch.setattr(slow_paths.hostcpu, "host_features", lambda: vectors | set(there))
-    monkeypatch.setattr(slow_paths.simd, "EMULATED", False)
+    monkeypatch.setattr(slow_paths.simd_level, "EMULATED", False)
     bf16_units(*counted)
     found = [path for path in model.report().slow_paths if "bfloat16" in path.what]
     assert [told in path.reason for path in found] == [True] * bool(told)
@@ -439,8 +439,8 @@ def test_the_report_counts_and_names_its_sources(model: HybridModel) -> None:
 
 def test_the_report_names_slow_paths(model: HybridModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forced SIMD level and gating outside the kernels are told, with reason and remedy."""
-    level = slow_paths.simd.LEVEL
-    monkeypatch.setattr(slow_paths.simd, "EMULATED", False)
+    level = slow_paths.simd_level.LEVEL
+    monkeypatch.setattr(slow_paths.simd_level, "EMULATED", False)
     monkeypatch.setattr(slow_paths.hostcpu, "actual", slow_paths.hostcpu.processor)
     plain = [f"expert kernels at {level}"] if level == "portable" else []
     assert [path.what for path in model.report().slow_paths] == plain

@@ -14,11 +14,11 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3M
 from transformers.activations import ACT2FN
 
 from checkpoints import edit_config, in_fp8_blocks, read_weights, write_weights
-from cpu_experts.experts import ACTIVATIONS, ExpertShape, pack_expert, unpack_expert
 from cpu_experts.ffn import run_experts
 from hybrid import HybridConfig
 from hybrid.anatomy.experts import ExpertsSpec, find_experts, recognise_gating
 from hybrid.errors import UnsupportedModelError
+from hybrid.formats.block import ACTIVATIONS, Block, pack_expert, unpack_expert
 from hybrid.weights.checkpoint import convert
 from tiny_families import families, tiny_config
 
@@ -223,7 +223,7 @@ def _spec(gate: Any, gated: bool = True, **numbers: float) -> ExpertsSpec:
     )  # fmt: skip
 
 
-SHAPE = ExpertShape(hidden=8, intermediate=5, format="f32")
+SHAPE = Block(hidden=8, intermediate=5, format="f32")
 
 
 def _oss(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

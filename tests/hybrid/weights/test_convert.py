@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from checkpoints import edit_config, in_fp8_blocks, read_weights, write_big_mixtral, write_weights
-from cpu_experts.formats import round_activations
 from hybrid.cli import main
 from hybrid.errors import CheckpointError, UsageError
+from hybrid.formats.activations import round_activations
 from hybrid.packed.dense import QuantizedEmbedding, QuantizedLinear
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.expert_writer import _Block

@@ -10,22 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import naive
-from cpu_experts.errors import FormatError, ShapeError
-from cpu_experts.experts import ExpertShape, pack_expert, unpack_expert
-from cpu_experts.formats import (
-    FORMATS,
-    check_format,
-    from_bf16,
-    pack,
-    packed_bytes,
-    quantize,
-    quantize_activations,
-    round_activations,
-    to_bf16,
-    unpack,
-)
+from hybrid.formats import q4_0, q8_0
+from hybrid.formats.activations import quantize_activations, round_activations
+from hybrid.formats.bf16 import from_bf16, to_bf16
+from hybrid.formats.block import Block, pack_expert, unpack_expert
+from hybrid.formats.errors import FormatError, ShapeError
+from hybrid.formats.matrix import pack, packed_bytes, unpack
+from hybrid.formats.registry import FORMATS, format_of
 
 GGUF = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+QUANTIZERS = {
+    "q4_0": (q4_0.quantize, naive.quantize_q4_0),
+    "q8_0": (q8_0.quantize, naive.quantize_q8_0),
+}
 matrices = hnp.arrays(
     np.float32,
     st.tuples(st.integers(1, 3), st.sampled_from([32, 64])),
@@ -53,8 +50,8 @@ def test_values_equal_gguf_bit_for_bit(fmt: str) -> None:
 @settings(max_examples=60, deadline=None)
 def test_codes_equal_naive(fmt: str, w: np.ndarray) -> None:
     """The vectorised quantizers agree with loops over single values."""
-    codes, scales = quantize(w, fmt)
-    one = naive.quantize_q4_0 if fmt == "q4_0" else naive.quantize_q8_0
+    ours, one = QUANTIZERS[fmt]
+    codes, scales = ours(w)
     for row in range(w.shape[0]):
         for g in range(w.shape[1] // 32):
             want, d = one(w[row, 32 * g : 32 * g + 32])
@@ -65,7 +62,7 @@ def test_codes_equal_naive(fmt: str, w: np.ndarray) -> None:
 def test_q4_0_layout_byte_by_byte() -> None:
     """A strip's blocks are laid out as the module's table says."""
     w = _random(16, 64)
-    codes, scales = quantize(w, "q4_0")
+    codes, scales = q4_0.quantize(w)
     want = b"".join(
         naive.strip_bytes_q4_0(codes[:, 32 * g : 32 * g + 32], scales[:, g]) for g in range(2)
     )
@@ -125,7 +122,7 @@ def test_activations_round_to_the_nearest_code() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_expert_block_round_trip(gated: bool, bias: bool) -> None:
     """An f32 block gives back every matrix and bias it was made of."""
-    shape = ExpertShape(hidden=50, intermediate=70, format="f32", gated=gated, bias=bias)
+    shape = Block(hidden=50, intermediate=70, format="f32", gated=gated, bias=bias)
     parts = {
         "gate": _random(70, 50, 1) if gated else None,
         "up": _random(70, 50, 2),
@@ -145,7 +142,7 @@ def test_expert_block_round_trip(gated: bool, bias: bool) -> None:
 def test_errors_name_the_thing_and_both_values() -> None:
     """Unknown formats, wrong shapes and values without a scale are refused, each by name."""
     with pytest.raises(FormatError, match="'q5_1'") as caught:
-        check_format("q5_1")
+        format_of("q5_1")
     assert "q4_0" in str(caught.value.hint)
     with pytest.raises(ShapeError, match="float64"):
         pack(np.zeros((16, 32)), "q4_0")
@@ -155,7 +152,7 @@ def test_errors_name_the_thing_and_both_values() -> None:
         pack(np.where(np.arange(512) == 7, np.float32(np.inf), 1).reshape(16, 32), "q8_0")
     with pytest.raises(FormatError, match=r"weights up to 1e\+09 have no fp16 scale in q8_0"):
         pack(np.full((16, 32), 1e9, np.float32), "q8_0")
-    shape = ExpertShape(hidden=32, intermediate=32, format="q4_0")
+    shape = Block(hidden=32, intermediate=32, format="q4_0")
     with pytest.raises(ShapeError, match=r"up is float32 \[32, 64\]"):
         pack_expert(shape, gate=_random(32, 32), up=_random(32, 64), down=_random(32, 32))
     with pytest.raises(ShapeError, match="lacks gate"):

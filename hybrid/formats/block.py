@@ -1,48 +1,44 @@
-"""One expert as one contiguous block of bytes, and what it computes.
+"""Blocks: one expert as contiguous bytes, and what it computes.
 
-An expert maps a token ``x`` ``[D]`` to ``down(act(gate(x)) * up(x))`` (or ``down(act(up(x)))``
-without a gate). Its block holds the up side first, then ``down``, then the biases in float32;
-the 16-row strips of gate and up alternate, so that whoever computes a strip of gate has the
-same rows of up at hand and can apply the activation at once.
+An expert maps a token ``x`` ``[D]`` to ``down(act(gate(x)) * (up(x) + up_offset))``, or to
+``down(act(up(x)))`` without a gate. Its block holds the up side first, then ``down``, then the
+biases in float32; the 16-row strips of gate and up alternate (gate first), so that whoever
+computes a strip of gate has the same rows of up at hand and can apply the activation at once.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from cpu_experts.errors import ShapeError
-from cpu_experts.formats import (
-    F32,
-    GROUP,
-    TILE,
-    U8,
-    check_format,
-    pack,
-    packed_bytes,
-    pad,
-    strip_bytes,
-    unpack,
-)
+from hybrid.formats.errors import ShapeError
+from hybrid.formats.matrix import pack, packed_bytes, unpack
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import F32, GROUP, TILE, U8, Format, pad
 
-#: Activations by the number that the kernels switch on.
+#: Activations; kernels know them by their places here.
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
+
+#: Every part of a block starts at a multiple of this.
+_LINE = 64
+#: A stride is a multiple of this.
+_STEP = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertShape:
-    """Sizes, format and arithmetic shared by the experts of a layer.
+class Block:
+    """Sizes, format and arithmetic shared by the experts of a layer, and where their parts lie.
 
     Parameters
     ----------
     hidden, intermediate
         D and F.
     format
-        Weight format, see :mod:`cpu_experts.formats`.
+        Name of a weight format (:mod:`hybrid.formats.registry`).
     gated
         Whether there is a gate projection beside up.
     activation
@@ -55,6 +51,16 @@ class ExpertShape:
         Added to up after the clamp (gpt_oss multiplies by up + 1).
     bias
         Whether the projections have biases.
+    stride
+        Bytes from one expert to the next in a store, and from one slot to the next; 0 for an
+        expert by itself.
+
+    Raises
+    ------
+    FormatError
+        On an unknown format.
+    ShapeError
+        On sizes, an activation or a stride that no expert has.
     """
 
     hidden: int
@@ -66,9 +72,10 @@ class ExpertShape:
     alpha: float = 1.0
     up_offset: float = 0.0
     bias: bool = False
+    stride: int = 0
 
     def __post_init__(self) -> None:
-        check_format(self.format)
+        format_of(self.format)
         if self.hidden < 1 or self.intermediate < 1:
             raise ShapeError(f"an expert of {self.hidden} x {self.intermediate} has no weights")
         if self.activation not in ACTIVATIONS:
@@ -76,10 +83,33 @@ class ExpertShape:
                 f"unknown activation {self.activation!r}",
                 hint=f"choose one of: {', '.join(ACTIVATIONS)}",
             )
+        if self.stride % _STEP:
+            raise ShapeError(f"stride is {self.stride}, not a multiple of {_STEP}")
+        if self.stride and self.stride < self.block_bytes:
+            raise ShapeError(f"a block takes {self.block_bytes} bytes, the stride is {self.stride}")
+
+    def with_stride(self, stride: int) -> Block:
+        """Return the same expert where a store or slots have it ``stride`` bytes apart."""
+        return replace(self, stride=stride)
+
+    @cached_property
+    def packing(self) -> Format:
+        """The weight format."""
+        return format_of(self.format)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights have groups and scales."""
+        return self.packing.quantized
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one expert, biases and padding left out."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @cached_property
     def padded_intermediate(self) -> int:
-        """F rounded up to whole groups of 32: the columns of the buffer between the phases."""
+        """F rounded up to whole groups of 32: rows of gate and of up as they are packed."""
         return pad(self.intermediate, GROUP)
 
     @cached_property
@@ -90,29 +120,43 @@ class ExpertShape:
     @cached_property
     def up_strip_bytes(self) -> int:
         """Bytes of one strip of the up side."""
-        return strip_bytes(self.hidden, self.format)
+        return self.packing.strip_bytes(self.hidden)
 
     @cached_property
     def down_strip_bytes(self) -> int:
         """Bytes of one strip of down."""
-        return strip_bytes(self.intermediate, self.format)
+        return self.packing.strip_bytes(self.intermediate)
+
+    @cached_property
+    def up_bytes(self) -> int:
+        """Bytes of the packed up side, gate included."""
+        return packed_bytes(self.up_rows, self.hidden, self.format)
+
+    @cached_property
+    def down_bytes(self) -> int:
+        """Bytes of packed down."""
+        return packed_bytes(self.hidden, self.intermediate, self.format)
 
     @cached_property
     def down_offset(self) -> int:
         """Where down starts in the block."""
-        return pad(packed_bytes(self.up_rows, self.hidden, self.format), 64)
+        return pad(self.up_bytes, _LINE)
 
     @cached_property
     def bias_offset(self) -> int:
         """Where the biases start: up side in packed row order, then down."""
-        down = packed_bytes(self.hidden, self.intermediate, self.format)
-        return pad(self.down_offset + down, 64)
+        return pad(self.down_offset + self.down_bytes, _LINE)
+
+    @cached_property
+    def down_bias_offset(self) -> int:
+        """Where down's bias starts."""
+        return self.bias_offset + 4 * self.up_rows
 
     @cached_property
     def block_bytes(self) -> int:
         """Bytes of the block, a multiple of 64."""
         floats = self.up_rows + pad(self.hidden, TILE) if self.bias else 0
-        return pad(self.bias_offset + 4 * floats, 64)
+        return pad(self.bias_offset + 4 * floats, _LINE)
 
 
 class ExpertWeights(NamedTuple):
@@ -126,19 +170,7 @@ class ExpertWeights(NamedTuple):
     down_bias: F32 | None = None
 
 
-def _check(name: str, value: F32 | None, shape: tuple[int, ...] | None) -> None:
-    if value is None and shape is None:
-        return
-    if value is None or shape is None:
-        word = "lacks" if value is None else "does not take"
-        raise ShapeError(f"this expert {word} {name}")
-    if value.shape != shape or value.dtype != np.float32:
-        raise ShapeError(
-            f"{name} is {value.dtype} {list(value.shape)}, the expert takes float32 {list(shape)}"
-        )
-
-
-def _interleave(shape: ExpertShape, gate: F32 | None, up: F32) -> F32:
+def interleave(shape: Block, gate: F32 | None, up: F32) -> F32:
     """Rows of gate and up, zero-padded to whole groups, alternating by strips of 16."""
     rows = shape.padded_intermediate
     sides = [side for side in (gate, up) if side is not None]
@@ -149,8 +181,8 @@ def _interleave(shape: ExpertShape, gate: F32 | None, up: F32) -> F32:
     return np.ascontiguousarray(strips.swapaxes(0, 1)).reshape(shape.up_rows, *up.shape[1:])
 
 
-def separate(shape: ExpertShape, rows: F32) -> tuple[F32 | None, F32]:
-    """Inverse of :func:`_interleave`."""
+def separate(shape: Block, rows: F32) -> tuple[F32 | None, F32]:
+    """Inverse of :func:`interleave`."""
     sides = 2 if shape.gated else 1
     strips = rows.reshape(shape.padded_intermediate // TILE, sides, TILE, *rows.shape[1:])
     flat = strips.swapaxes(0, 1).reshape(sides, shape.padded_intermediate, *rows.shape[1:])
@@ -159,7 +191,7 @@ def separate(shape: ExpertShape, rows: F32) -> tuple[F32 | None, F32]:
 
 
 def pack_expert(
-    shape: ExpertShape,
+    shape: Block,
     *,
     gate: F32 | None,
     up: F32,
@@ -185,7 +217,7 @@ def pack_expert(
     Raises
     ------
     ShapeError
-        When an array is missing, not wanted or of another shape.
+        When an array is missing, superfluous or of another shape.
     """
     d, f = shape.hidden, shape.intermediate
     _check("gate", gate, (f, d) if shape.gated else None)
@@ -196,40 +228,53 @@ def pack_expert(
     _check("down_bias", down_bias, (d,) if shape.bias else None)
     if out is None:
         out = np.empty(shape.block_bytes, np.uint8)
-    elif out.dtype != np.uint8 or out.shape != (shape.block_bytes,):
-        raise ShapeError(f"the block takes {shape.block_bytes} bytes, got {list(out.shape)}")
-    up_bytes = packed_bytes(shape.up_rows, d, shape.format)
-    down_bytes = packed_bytes(d, f, shape.format)
-    pack(_interleave(shape, gate, up), shape.format, out[:up_bytes])
-    out[up_bytes : shape.down_offset] = 0
-    pack(down, shape.format, out[shape.down_offset : shape.down_offset + down_bytes])
-    out[shape.down_offset + down_bytes :] = 0
+    _check_bytes(shape, out)
+    pack(interleave(shape, gate, up), shape.format, out[: shape.up_bytes])
+    out[shape.up_bytes : shape.down_offset] = 0
+    down_end = shape.down_offset + shape.down_bytes
+    pack(down, shape.format, out[shape.down_offset : down_end])
+    out[down_end:] = 0
     if up_bias is not None and down_bias is not None:
         floats = out[shape.bias_offset :].view(np.float32)
-        floats[: shape.up_rows] = _interleave(shape, gate_bias, up_bias)
+        floats[: shape.up_rows] = interleave(shape, gate_bias, up_bias)
         floats[shape.up_rows : shape.up_rows + d] = down_bias
     return out
 
 
-def unpack_expert(shape: ExpertShape, block: U8) -> ExpertWeights:
+def unpack_expert(shape: Block, packed: U8) -> ExpertWeights:
     """Return the float32 weights that the kernels compute with.
 
     Raises
     ------
     ShapeError
-        When ``block`` is not uint8 ``[shape.block_bytes]``.
+        When ``packed`` is not uint8 ``[shape.block_bytes]``.
     """
-    if block.dtype != np.uint8 or block.shape != (shape.block_bytes,):
-        raise ShapeError(f"the block takes {shape.block_bytes} bytes, got {list(block.shape)}")
+    _check_bytes(shape, packed)
     d, f = shape.hidden, shape.intermediate
-    up_bytes = packed_bytes(shape.up_rows, d, shape.format)
-    down_bytes = packed_bytes(d, f, shape.format)
-    gate, up = separate(shape, unpack(block[:up_bytes], shape.up_rows, d, shape.format))
-    down = unpack(block[shape.down_offset : shape.down_offset + down_bytes], d, f, shape.format)
+    gate, up = separate(shape, unpack(packed[: shape.up_bytes], shape.up_rows, d, shape.format))
+    down_end = shape.down_offset + shape.down_bytes
+    down = unpack(packed[shape.down_offset : down_end], d, f, shape.format)
     if not shape.bias:
         return ExpertWeights(gate, up, down)
-    floats = block[shape.bias_offset :].view(np.float32)
+    floats = packed[shape.bias_offset :].view(np.float32)
     gate_bias, up_bias = separate(shape, floats[: shape.up_rows])
     return ExpertWeights(
         gate, up, down, gate_bias, up_bias, floats[shape.up_rows : shape.up_rows + d].copy()
     )
+
+
+def _check(name: str, value: F32 | None, shape: tuple[int, ...] | None) -> None:
+    if value is None and shape is None:
+        return
+    if value is None or shape is None:
+        word = "lacks" if value is None else "does not take"
+        raise ShapeError(f"this expert {word} {name}")
+    if value.shape != shape or value.dtype != np.float32:
+        raise ShapeError(
+            f"{name} is {value.dtype} {list(value.shape)}, the expert takes float32 {list(shape)}"
+        )
+
+
+def _check_bytes(shape: Block, packed: U8) -> None:
+    if packed.dtype != np.uint8 or packed.shape != (shape.block_bytes,):
+        raise ShapeError(f"the block takes {shape.block_bytes} bytes, got {list(packed.shape)}")

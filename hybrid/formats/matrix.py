@@ -1,0 +1,78 @@
+"""Packed matrices: float32 ``[N, K]`` to strips of a format and back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hybrid.formats.errors import FormatError, ShapeError
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import F32, I64, TILE, U8, pad
+
+
+def packed_bytes(rows: int, cols: int, fmt: str) -> int:
+    """Bytes of a packed matrix ``[rows, cols]``, padding included."""
+    return pad(rows, TILE) // TILE * format_of(fmt).strip_bytes(cols)
+
+
+def _padded(w: F32, cols: int) -> F32:
+    rows = pad(w.shape[0], TILE)
+    if w.shape == (rows, cols):
+        return w
+    out = np.zeros((rows, cols), w.dtype)
+    out[: w.shape[0], : w.shape[1]] = w
+    return out
+
+
+def pack(w: F32, fmt: str, out: U8 | None = None) -> U8:
+    """Quantize ``w`` ``[N, K]`` float32 and lay it out in strips.
+
+    Parameters
+    ----------
+    out
+        Where to write, uint8 of :func:`packed_bytes`; allocated when missing.
+
+    Raises
+    ------
+    ShapeError
+        When ``w`` is not a float32 matrix or ``out`` has another size.
+    FormatError
+        On an unknown format or weights that have no finite scale.
+    """
+    known = format_of(fmt)
+    if w.ndim != 2 or w.dtype != np.float32:
+        raise ShapeError(f"pack takes a float32 matrix, got {w.dtype} {list(w.shape)}")
+    total = packed_bytes(w.shape[0], w.shape[1], fmt)
+    if out is not None and (out.dtype != np.uint8 or out.shape != (total,)):
+        raise ShapeError(f"packed {fmt} {list(w.shape)} takes {total} bytes, got {out.shape}")
+    padded = _padded(w, known.units(w.shape[1]) * known.unit_inputs)
+    packed = known.pack(padded.reshape(-1, TILE, padded.shape[1])).reshape(-1)
+    if out is None:
+        return packed
+    out[:] = packed
+    return out
+
+
+def unpack(packed: U8, rows: int, cols: int, fmt: str) -> F32:
+    """Return the float32 ``[rows, cols]`` that the kernels compute with.
+
+    Raises
+    ------
+    FormatError
+        When ``packed`` is not what ``rows``, ``cols`` and ``fmt`` take.
+    """
+    known, total = format_of(fmt), packed_bytes(rows, cols, fmt)
+    if packed.dtype != np.uint8 or packed.size != total:
+        raise FormatError(
+            f"packed {fmt} [{rows}, {cols}] takes {total} bytes, the buffer has {packed.size}"
+        )
+    strips = np.ascontiguousarray(packed).reshape(pad(rows, TILE) // TILE, -1, known.unit_bytes)
+    values = known.unpack(strips)
+    values = values.reshape(-1, values.shape[2])
+    return np.ascontiguousarray(values[:rows, :cols])
+
+
+def unpack_rows(packed: U8, cols: int, fmt: str, rows: I64) -> F32:
+    """Return single rows ``[len(rows), cols]`` of a packed matrix, all within its bounds."""
+    known = format_of(fmt)
+    units = packed.reshape(-1, known.units(cols), known.unit_bytes)[rows // TILE]
+    return np.ascontiguousarray(known.unpack_rows(units, rows % TILE)[:, :cols])

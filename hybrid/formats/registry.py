@@ -1,0 +1,86 @@
+"""The weight formats there are; a new one is a file of its own and a line here."""
+
+from __future__ import annotations
+
+import math
+
+from hybrid.formats import bf16, f32, q4_0, q8_0
+from hybrid.formats.errors import FormatError
+from hybrid.formats.strips import Format
+
+#: Formats by name, in the order in which they are offered.
+FORMATS: dict[str, Format] = {}
+
+
+def register(new: Format) -> Format:
+    """Make a format known; comes before the kernels are imported, which compile for all of them.
+
+    Raises
+    ------
+    FormatError
+        When its name or number is taken.
+    """
+    for known in FORMATS.values():
+        if new.name == known.name or new.number == known.number:
+            raise FormatError(
+                f"format {new.name!r} of number {new.number} is taken by {known.name!r} of number"
+                f" {known.number}"
+            )
+    FORMATS[new.name] = new
+    return new
+
+
+for _module in (q4_0, q8_0, bf16, f32):
+    register(_module.FORMAT)
+
+
+def format_of(name: str) -> Format:
+    """Return the format of this name.
+
+    Raises
+    ------
+    FormatError
+        Naming the known ones.
+    """
+    if name not in FORMATS:
+        raise FormatError(
+            f"unknown weight format {name!r}", hint=f"choose one of: {', '.join(FORMATS)}"
+        )
+    return FORMATS[name]
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the format has groups and scales."""
+    return format_of(name).quantized
+
+
+def packs_dense(name: str | None) -> bool:
+    """Whether weights outside the experts, asked for in this format, are kept packed.
+
+    Else they are ordinary tensors: of the format's dtype, or as the checkpoint has them for None.
+    """
+    return name is not None and not format_of(name).tensor
+
+
+def quantized_formats() -> list[str]:
+    """Return the quantized formats, those of most bits first."""
+    return _by_bits([known for known in FORMATS.values() if known.quantized])
+
+
+def dense_formats() -> list[str]:
+    """Return what weights outside the experts can be asked for in, formats of most bits first."""
+    return _by_bits([known for known in FORMATS.values() if known.dense])
+
+
+def _by_bits(formats: list[Format]) -> list[str]:
+    return [one.name for one in sorted(formats, key=lambda one: -one.bits_per_weight)]
+
+
+def bits_per_weight(name: str) -> float:
+    """Bits that a weight of the format takes, its share of a scale included."""
+    return format_of(name).bits_per_weight
+
+
+def weight_bytes(params: float, name: str) -> int:
+    """Bytes of ``params`` weights in a format."""
+    return math.ceil(params * bits_per_weight(name) / 8)
