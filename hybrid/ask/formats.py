@@ -5,11 +5,19 @@ Loads neither torch nor transformers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hybrid.errors import UsageError
 from hybrid.formats.registry import FORMATS, dense_formats
 
 QUANT_METHOD = "hybrid"
 DEFAULT_EXPERTS = "q4_0"
+
+
+def in_words(names: Iterable[str]) -> str:
+    """List formats in a sentence: "q4_0, q8_0 or bf16"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_formats(experts: str | None, dense: str | None) -> None:

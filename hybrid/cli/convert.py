@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hybrid.ask.formats import DEFAULT_EXPERTS, in_words
+from hybrid.formats.registry import FORMATS, dense_formats
 from hybrid.weights.progress import conversion_progress
 
 
@@ -14,12 +16,13 @@ def convert(
     src: Annotated[Path, typer.Argument(help="A Hugging Face MoE directory with safetensors.")],
     dst: Annotated[Path, typer.Argument(help="The directory to make.")],
     experts: Annotated[
-        str, typer.Option(help="Format of the experts: q4_0, q8_0, bf16 or f32.")
-    ] = "q4_0",
+        str, typer.Option(help=f"Format of the experts: {in_words(FORMATS)}.")
+    ] = DEFAULT_EXPERTS,
     dense: Annotated[
         str | None,
         typer.Option(
-            help="Format of all other matrices: bf16, q8_0 or q4_0. [default: as in the checkpoint]"
+            help=f"Format of all other matrices: {in_words(dense_formats())}. "
+            "[default: as in the checkpoint]"
         ),
     ] = None,
     verify: Annotated[

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from numba.core.codegen import CPUCodeLibrary
 
 from cpu_experts.jit import compiled
+from hybrid.formats import q4_0, registry
 
 SOURCE = """
 from numba import prange
@@ -79,6 +82,33 @@ def test_what_is_compiled_differently_shares_no_file(
     after = _files(tmp_path)
     assert before.items() < after.items()
     assert len(after) == 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"), [(0, "ffn.py"), (0, "kernels/experts.py"), (1, "q4_0.py")]
+)
+def test_edited_sources_share_no_file_with_what_they_were(
+    folder: int, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this package, in a folder of it, and among the formats, whose sizes are constants."""
+    copies = tuple(tmp_path / source.name for source in compiled._SOURCES)
+    for source, copy in zip(compiled._SOURCES, copies, strict=True):
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compiled, "_SOURCES", copies)
+    salt = compiled._salt.__wrapped__
+    before = salt()
+    assert salt() == before
+    with (copies[folder] / file).open("a") as source_file:
+        source_file.write("_ADDED = 1\n")
+    assert salt() != before
+
+
+def test_a_registered_format_shares_no_file_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled for all formats that are known: with another one they are others."""
+    salt = compiled._salt.__wrapped__
+    before = salt()
+    monkeypatch.setitem(registry.FORMATS, "more", replace(q4_0.FORMAT, name="more", number=9))
+    assert salt() != before
 
 
 def test_a_second_start_compiles_nothing(fresh: Callable[[str], Any]) -> None:
