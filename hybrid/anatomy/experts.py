@@ -287,16 +287,8 @@ def recognise_gating(spec: ExpertsSpec, shape: Block) -> Block | None:
             for up_offset in (0.0, 1.0) if spec.gated else (0.0,):
                 found = _gating(gate if spec.gated else None, up, name, limit, alpha, up_offset)
                 if torch.allclose(found[:, None], expected, rtol=1e-5, atol=1e-6):
-                    return Block(
-                        hidden=shape.hidden,
-                        intermediate=shape.intermediate,
-                        format=shape.format,
-                        gated=shape.gated,
-                        bias=shape.bias,
-                        activation=name,
-                        limit=limit,
-                        alpha=alpha,
-                        up_offset=up_offset,
+                    return replace(
+                        shape, activation=name, limit=limit, alpha=alpha, up_offset=up_offset
                     )
     return None
 

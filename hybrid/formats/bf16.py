@@ -25,7 +25,7 @@ def _pack(w: F32) -> U8:
 
 
 def _unpack(units: U8) -> F32:
-    return from_bf16(units.view(np.uint16).transpose(0, 2, 1))
+    return from_bf16(np.ascontiguousarray(units.view(np.uint16).transpose(0, 2, 1)))
 
 
 def _unpack_rows(units: U8, rows: I64) -> F32:

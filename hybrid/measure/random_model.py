@@ -61,7 +61,8 @@ def write_random_model(
         file.write(header_page(index.id))
         layers = []
         for record in index.layers:
-            block = _random_expert(record.shape(experts)).ljust(record.stride_bytes(experts), b"\0")
+            shape = record.shape(experts)
+            block = _random_expert(shape).ljust(shape.stride, b"\0")
             for _ in range(record.experts):
                 file.write(block)
             sums = (zlib.crc32(block),) * record.experts

@@ -18,7 +18,7 @@ class HybridConfig(QuantizationConfigMixin):
     Parameters
     ----------
     experts
-        Weight format of the experts: ``"q4_0"``, ``"q8_0"``, ``"bf16"`` or ``"f32"``. None is
+        Weight format of the experts (:mod:`hybrid.formats.registry`), such as ``"q4_0"``. None is
         what a converted directory has, and ``"q4_0"`` for any other.
     dense
         Format of all other matrices: ``"bf16"``, ``"q8_0"``, ``"q4_0"``, or None to keep them as

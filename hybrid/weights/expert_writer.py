@@ -63,7 +63,7 @@ def write_experts(
 
 
 def _intact(file: IO[bytes], record: LayerRecord, fmt: str, checksums: list[int]) -> bool:
-    stride = record.stride_bytes(fmt)
+    stride = record.shape(fmt).stride
     file.seek(record.offset)
     return len(checksums) == record.experts and all(
         zlib.crc32(file.read(stride)) == checksum for checksum in checksums
@@ -78,7 +78,7 @@ def _write_layer(
     fmt: str,
     advance: Advance,
 ) -> list[int]:
-    shape, stride = record.shape(fmt), record.stride_bytes(fmt)
+    shape = record.shape(fmt)
     file.seek(record.offset)
     checksums = []
     for expert in range(record.experts):
@@ -89,9 +89,9 @@ def _write_layer(
             raise CheckpointError(
                 f"expert {expert} of {record.module}: {error.message}", hint=error.hint
             ) from error
-        block.pad_to(stride)
+        block.pad_to(shape.stride)
         checksums.append(block.checksum)
-        advance(stride, record.module)
+        advance(shape.stride, record.module)
     file.flush()
     return checksums
 

@@ -69,21 +69,19 @@ class LayerRecord:
     checksums: tuple[int, ...] = ()
 
     def shape(self, fmt: str) -> Block:
-        """Return the layout of one expert (its arithmetic is the model's to say)."""
-        return Block(
+        """Return the layout of the experts, on whole pages; their arithmetic is the model's."""
+        block = Block(
             hidden=self.hidden,
             intermediate=self.intermediate,
             format=fmt,
             gated=self.gated,
             bias=self.bias,
         )
-
-    def stride_bytes(self, fmt: str) -> int:
-        """Bytes from one expert to the next: a block rounded up to whole pages."""
-        return pad(self.shape(fmt).block_bytes, PAGE_BYTES)
+        return block.with_stride(pad(block.block_bytes, PAGE_BYTES))
 
     def nbytes(self, fmt: str) -> int:
-        return self.experts * self.stride_bytes(fmt)
+        """Bytes of all experts."""
+        return self.experts * self.shape(fmt).stride
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +270,7 @@ class ExpertStore:
         if not hasattr(self._mapped, "madvise"):
             return
         record = self.index.layers[layer]
-        stride = record.stride_bytes(self.index.format)
+        stride = record.shape(self.index.format).stride
         for expert in experts:
             # Blocks start and end on pages; the system's own may be larger than the file's.
             start = (record.offset + expert * stride) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -163,7 +163,7 @@ class CostModel:
     model, hardware
         What runs, and where.
     expert_format, dense_format
-        Weight formats, keys of ``BITS_PER_WEIGHT``.
+        Weight formats (:mod:`hybrid.formats.registry`).
     kv_bytes
         Bytes of one cached number.
     """

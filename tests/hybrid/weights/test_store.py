@@ -96,7 +96,7 @@ def test_flipped_bit_is_found_by_verify(converted: Path) -> None:
     """One bit in one expert: opening does not look, verifying names the expert."""
     index = StoreIndex.read(converted / INDEX_NAME)
     record = index.layers[1]
-    flip(converted / DATA_NAME, record.offset + 5 * record.stride_bytes("q8_0") + 7)
+    flip(converted / DATA_NAME, record.offset + 5 * record.shape("q8_0").stride + 7)
     store = ExpertStore.open(converted)
     with pytest.raises(StoreError, match=f"expert 5 of {record.module} differ"):
         store.verify()
