@@ -1,4 +1,4 @@
-"""How transformers reaches us: the quantizer that attaches the expert store to a model.
+"""Attaches the expert store to a model that transformers loads: the quantizer that it calls.
 
 transformers builds the model without memory, hands it to :class:`HybridQuantizer` together
 with the list of weight files, loads the dense weights from those files, and hands the model
@@ -17,6 +17,7 @@ from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
+from hybrid.grafts import experts_forward, set_runner, set_store
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.store import DATA_NAME, ExpertStore, LayerRecord
 
@@ -70,18 +71,18 @@ class HybridQuantizer(HfQuantizer):
         from hybrid.anatomy.experts import IMPLEMENTATION
         from hybrid.fast.attach import attach_fast_path
         from hybrid.packed.bf16_products import panels_from
-        from hybrid.packed.experts import LayerExperts, experts_forward
+        from hybrid.packed.experts import LayerExperts
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
         least_loads: dict[Block, int | None] = {}
         for spec, record in zip(self._specs, self._records, strict=True):
-            module: Any = spec.module
             shape = record.shape(self._store.index.format)
             if shape not in least_loads:
                 least_loads[shape] = panels_from(shape)
-            module.hybrid_experts = LayerExperts(spec, self._store, record, least_loads[shape])
+            runner = LayerExperts(spec, self._store, record, least_loads[shape])
+            set_runner(spec.module, runner)
             spec.install(model)
-        model.hybrid_store = self._store
+        set_store(model, self._store)
         attach_fast_path(model, fast=self.quantization_config.fast)
 
     def is_serializable(self) -> bool:
@@ -122,11 +123,11 @@ def _match(
     records = [by_path[path] for path in paths]
     for spec, record in zip(specs, records, strict=True):
         stored = (record.experts, record.hidden, record.intermediate, record.gated, record.bias)
-        wanted = (spec.experts, spec.hidden, spec.intermediate, spec.gated, spec.bias)
-        if stored != wanted:
+        expected = (spec.experts, spec.hidden, spec.intermediate, spec.gated, spec.bias)
+        if stored != expected:
             raise StoreError(
                 f"{where} belongs to another model: {record.module} has (experts, hidden, "
-                f"intermediate, gated, bias) = {stored} there, {wanted} in config.json",
+                f"intermediate, gated, bias) = {stored} there, {expected} in config.json",
                 hint="config.json and the store must come from one conversion; convert again",
             )
     return records

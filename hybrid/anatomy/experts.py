@@ -1,4 +1,4 @@
-"""What each model family calls its experts, and how they are made to run from the store.
+"""Finds the experts of a model, whatever its family calls them.
 
 Nearly every family in transformers declares its experts through one interface and is handled
 by its flags; the families that do not have an adapter here. Whatever is neither raises at load.
@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +17,13 @@ from torch import Tensor, nn
 
 from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.formats.block import Block
+from hybrid.grafts import (
+    call_experts_function,
+    experts_forward,
+    experts_forward_with_identity,
+    llama4_block_forward,
+    replace_method,
+)
 
 #: Name under which the experts function is registered with transformers.
 IMPLEMENTATION = "hybrid"
@@ -109,11 +115,9 @@ class ExpertsSpec:
     def install(self, model: nn.Module) -> None:
         """Make the family call the store's experts."""
         if self.forward is None:
-            module: Any = self.module
-            module.config._experts_implementation = IMPLEMENTATION
+            call_experts_function(self.module, IMPLEMENTATION)
         else:
-            owner = model.get_submodule(self.forward_of)
-            owner.forward = MethodType(self.forward, owner)
+            replace_method(model.get_submodule(self.forward_of), self.forward)
 
 
 def _on_interface(path: str, module: Any) -> ExpertsSpec:
@@ -152,7 +156,7 @@ def _fused(path: str, module: Any, **more: Any) -> ExpertsSpec:
         bias=False,
         up=("gate_up_proj",),
         down="down_proj",
-        forward=_forward_routed,
+        forward=experts_forward,
         forward_of=path,
     )
     return replace(spec, **more)
@@ -172,7 +176,7 @@ def _dbrx(path: str, module: Any) -> ExpertsSpec:
         down="mlp.w2",
         transposed_down=True,
         stacked=True,
-        forward=_forward_routed,
+        forward=experts_forward,
         forward_of=path,
     )
 
@@ -187,7 +191,7 @@ def _llama4(path: str, module: Any) -> ExpertsSpec:
         intermediate=intermediate,
         transposed_up=True,
         transposed_down=True,
-        forward=_forward_llama4_block,
+        forward=llama4_block_forward,
         forward_of=path.rpartition(".")[0],
     )
 
@@ -196,33 +200,10 @@ _ADAPTERS: dict[str, Callable[[str, Any], ExpertsSpec]] = {
     "DbrxExperts": _dbrx,
     "Llama4TextExperts": _llama4,
     "LongcatFlashExperts": lambda path, module: _fused(
-        path, module, forward=_forward_with_identity
+        path, module, forward=experts_forward_with_identity
     ),
     "Step3p7Experts": _fused,
 }
-
-
-def _forward_routed(self: Any, hidden: Tensor, top_k_index: Tensor, top_k: Tensor) -> Tensor:
-    """An experts module called with tokens, expert ids and routing weights."""
-    return self.hybrid_experts(hidden, top_k_index, top_k)  # type: ignore[no-any-return]
-
-
-def _forward_with_identity(self: Any, hidden: Tensor, top_k_index: Tensor, top_k: Tensor) -> Tensor:
-    """Ids past the routed experts stand for experts that return the token unchanged."""
-    routed = self.hybrid_experts(hidden, top_k_index, top_k)
-    unchanged = (top_k * (top_k_index >= self.num_routed_experts)).sum(-1, keepdim=True)
-    return (routed + hidden * unchanged).to(hidden.dtype)  # type: ignore[no-any-return]
-
-
-def _forward_llama4_block(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Run each chosen expert on the token times its score; add the shared expert."""
-    tokens = hidden_states.reshape(-1, self.hidden_dim)
-    scores, router_logits = self.router(tokens)
-    weights, ids = torch.topk(scores, self.top_k, dim=-1)
-    scaled = (tokens[:, None, :] * weights[..., None]).reshape(-1, self.hidden_dim)
-    routed = self.experts.hybrid_experts(scaled, ids.reshape(-1, 1), torch.ones_like(scaled[:, :1]))
-    out = self.shared_expert(tokens)
-    return out + routed.view(*ids.shape, -1).sum(dim=1), router_logits
 
 
 def _unsupported(path: str, module: nn.Module, why: str) -> UnsupportedModelError:

@@ -1,4 +1,4 @@
-"""What surrounds each layer's experts: found by one dummy forward, whatever a family calls it.
+"""Finds what surrounds each layer's experts by one dummy forward, whatever a family calls it.
 
 The experts' place is taken by a stand-in, so that no expert is read. Around each call of it the
 modules that ran are compared by what they were given and what they returned: the one whose matrix
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.anatomy.norms import Scaling, probe, same_numbers
 from hybrid.anatomy.routers import F32, Ids, Selection, find_selection
+from hybrid.grafts import hook_after, hook_before, replaced_runners, runner_of
 
 #: Tokens of the dummy forward: enough to tell ways of choosing experts apart.
 TOKENS = 32
@@ -114,19 +115,14 @@ class _Call:
 @contextmanager
 def replaced_experts(specs: Sequence[ExpertsSpec], experts: Experts) -> Iterator[None]:
     """Let ``experts`` run in place of every layer's, which it is given to call or not."""
-    modules: list[Any] = [spec.module for spec in specs]
-    real = [module.hybrid_experts for module in modules]
+    real = [runner_of(spec.module) for spec in specs]
 
     def stand_in(layer: int) -> Callable[..., Tensor]:
         return lambda hidden, ids, weights: experts(layer, real[layer], hidden, ids, weights)
 
-    try:
-        for layer, module in enumerate(modules):
-            module.hybrid_experts = stand_in(layer)
+    stand_ins = [stand_in(layer) for layer in range(len(specs))]
+    with replaced_runners([spec.module for spec in specs], stand_ins):
         yield
-    finally:
-        for module, runner in zip(modules, real, strict=True):
-            module.hybrid_experts = runner
 
 
 @torch.no_grad()
@@ -160,7 +156,7 @@ def survey(model: Any, specs: Sequence[ExpertsSpec]) -> list[LayerView]:
 
     inside = tuple(f"{spec.path}." for spec in specs)
     hooks = [
-        module.register_forward_hook(_noting(path, calls), with_kwargs=True)
+        hook_after(module, _noting(path, calls), "its calls are noted", with_kwargs=True)
         for path, module in model.named_modules()
         if path and not f"{path}.".startswith(inside)
     ]
@@ -172,8 +168,8 @@ def survey(model: Any, specs: Sequence[ExpertsSpec]) -> list[LayerView]:
             model(input_ids=ids, use_cache=False)
         finish_last()
     finally:
-        for handle in hooks:
-            handle.remove()
+        for hook in hooks:
+            hook.undo()
     return views
 
 
@@ -287,11 +283,11 @@ def _trace_inside(near: list[_Call], router: _Call) -> tuple[Scaling | None, Ten
             outer(x)
             return seen.pop()
 
-        handle = router.module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        hook = hook_before(router.module, lambda _, args: seen.append(args[0]), "its input is kept")
         try:
             scaling = probe(through, call.given)
         finally:
-            handle.remove()
+            hook.undo()
         if scaling is not None and scaling.kind != "direct":
             return scaling, call.given
     return None, None

@@ -1,8 +1,9 @@
-"""Which calls of a model take the fast path: for every model that transformers loads with us.
+"""Decides which calls of a model take the fast path, for every model that is loaded with us.
 
 A loaded model becomes an instance of a subclass of its own class, of the same name, whose
-``forward`` asks a :class:`FastPath` first. So the path sits under ``generate()`` and pipelines,
-is copied and pickled with its model, and goes away with it. Whether a decoder has a fast path
+``forward`` asks a :class:`FastPath` first (:func:`hybrid.grafts.ask_fast_path_first`). So the path
+sits under ``generate()`` and pipelines, is copied and pickled with its model, and goes away with
+it. Whether a decoder has a fast path
 is decided when the first call comes that could take it, by computing a few tokens both ways;
 what the path does not compute goes to transformers' code, and both write the same cache.
 
@@ -16,7 +17,6 @@ model alone can let packed modules replace its own, see :attr:`FastPath.replace`
 
 from __future__ import annotations
 
-import functools
 import operator
 import sys
 import threading
@@ -34,8 +34,9 @@ from hybrid.anatomy.samples import UnfitError
 from hybrid.errors import first_line
 from hybrid.fast.decode import GROWING, FastDecoder, build_decoder
 from hybrid.fast.kv_cache import can_share, goes_on
-from hybrid.fast.prompt import OnPrompt, own_forward
+from hybrid.fast.prompt import OnPrompt
 from hybrid.formats.notes import Note
+from hybrid.grafts import ask_fast_path_first, own_forward, set_fast_path
 from hybrid.machine.versions import untested
 from hybrid.packed.dense import restore_dense
 from hybrid.transformers_api import CACHE_NAMES, given_cache
@@ -354,44 +355,15 @@ class FastPath:
 
 
 def attach_fast_path(model: Any, *, fast: bool = True, replace: bool = False) -> None:
-    """Give a model that transformers has loaded its fast path, as ``model.hybrid_fast``.
+    """Give a model that transformers has loaded its fast path.
 
     ``replace`` is for who owns the model alone, see :attr:`FastPath.replace`.
     """
     if not fast:
-        model.hybrid_fast = FastPath(SWITCHED_OFF)
+        set_fast_path(model, FastPath(SWITCHED_OFF))
     elif not model.can_generate():
         why = "the model does not generate text"
-        model.hybrid_fast = FastPath(DecodePath(False, why, "load it with its language head"))
+        set_fast_path(model, FastPath(DecodePath(False, why, "load it with its language head")))
     else:
-        model.hybrid_fast = FastPath(replace=replace)
-        kind: Any = type(model)
-        model.__class__ = _with_path(kind)
-
-
-@functools.cache
-def _with_path(kind: Any) -> Any:
-    """Return the subclass of a model's class that asks for the fast path."""
-
-    class Model(kind):  # type: ignore[misc]
-        @functools.wraps(kind.forward)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.hybrid_fast(self, super().forward, args, kwargs)
-
-        def _apply(self, *args: Any, **kwargs: Any) -> Any:  # to(), half(), cuda() ...
-            self.hybrid_fast.release(self)
-            return super()._apply(*args, **kwargs)
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            _, _, *rest = super().__reduce_ex__(protocol)
-            return (_bare, (kind,), *rest)
-
-    Model.__name__, Model.__qualname__ = kind.__name__, kind.__qualname__
-    Model.__module__, Model.__doc__ = kind.__module__, kind.__doc__
-    return Model
-
-
-def _bare(kind: Any) -> Any:
-    """Return a model without content, for who unpickles one."""
-    fast = _with_path(kind)
-    return fast.__new__(fast)
+        set_fast_path(model, FastPath(replace=replace))
+        ask_fast_path_first(model)

@@ -27,6 +27,7 @@ from hybrid.fast.router_parts import read_router
 from hybrid.fast.widened import widened
 from hybrid.formats.errors import HybridError
 from hybrid.formats.strips import F32
+from hybrid.grafts import runner_of
 from hybrid.machine import host
 from hybrid.packed.dense import (
     Arena,
@@ -215,7 +216,7 @@ def _read_layer(layer: Any, window: int, packer: _Packer) -> Layer:
             "gate router experts shared_expert shared_experts shared_expert_gate",
             f"the experts' block ({type(block).__name__})",
         )
-        runner = getattr(block.experts, "hybrid_experts", None)
+        runner = runner_of(block.experts)
         if runner is None or runner.own_gating:
             raise UnfitError("the experts' activation has no kernel")
         shared, shared_gate = _shared(block, packer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cpu_experts.decoder.decoder import Decoder
 from hybrid.fast.kv_cache import Sequence
+from hybrid.grafts import fast_path_of, redirect_forward, restore_forward
 
 #: Tokens of a prompt that are computed at a time.
 PIECE = 512
@@ -121,14 +122,14 @@ def attention_in_pieces(layers: Any, piece: Piece) -> Iterator[None]:
     modules = [layer.self_attn for layer in layers]
     try:
         for index, attention in enumerate(modules):
-            _restore(attention)
-            attention.forward = _redirected(attention, index, piece)
+            restore_forward(attention)
+            redirect_forward(attention, _redirected(attention, index, piece))
         piece.under_way = True
         yield
     finally:
         piece.under_way = False  # before anything that an interrupt can come between
         for attention in modules:
-            _restore(attention)
+            restore_forward(attention)
 
 
 def _redirected(attention: Any, index: int, piece: Piece) -> Callable[..., Any]:
@@ -141,24 +142,7 @@ def _redirected(attention: Any, index: int, piece: Piece) -> Callable[..., Any]:
         hidden = args[0] if args else kwargs["hidden_states"]
         return piece.attend(index, attention, hidden), None
 
-    forward.hybrid_own = own_forward(vars(attention))  # type: ignore[attr-defined]
     return forward
-
-
-def own_forward(attributes: Mapping[str, Any]) -> Any:
-    """Return what was set as a module's ``forward``, wherever we redirect it; None if nothing."""
-    forward = attributes.get("forward")
-    return getattr(forward, "hybrid_own", forward)
-
-
-def _restore(attention: Any) -> None:
-    """Give a module its own forward back, if it is redirected."""
-    own, forward = own_forward(vars(attention)), vars(attention).get("forward")
-    if own is not forward:
-        if own is None:
-            del attention.forward
-        else:
-            attention.forward = own
 
 
 @contextmanager
@@ -168,7 +152,7 @@ def prompts_told(model: Any, report: OnPrompt) -> Iterator[None]:
     A prompt that the fast path does not compute is computed in one go and reports nothing. An
     exception that ``report`` raises ends the prompt.
     """
-    path = getattr(model, "hybrid_fast", None)
+    path = fast_path_of(model)
     if path is None:
         yield
         return

@@ -15,6 +15,7 @@ from hybrid.formats.block import Block, unpack_expert
 from hybrid.formats.matrix import packed_bytes, unpack, unpack_rows
 from hybrid.formats.registry import packs_dense
 from hybrid.formats.strips import GROUP, TILE
+from hybrid.grafts import bring_back, put_module, stood_for, tie_again, untie
 from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
 
 #: Memory that is taken at a time for dense weights, and what each of them starts on.
@@ -57,7 +58,7 @@ class _Packed(nn.Module):
 
     def give_back(self) -> None:
         """Give the weights back to the module that this one stands for."""
-        weight = vars(self)[_REPLACED].weight
+        weight = stood_for(self).weight
         if weight.numel() == 0:  # a tied one has them by now
             weight.data = self.weight.to(weight.dtype)
 
@@ -125,7 +126,7 @@ class PackedMlp(nn.Module):
         """Give the weights back to the MLP that this one stands for."""
         parts = unpack_expert(self.shape, self.block.numpy())
         for name in ("gate", "up", "down"):
-            weight = getattr(vars(self)[_REPLACED], f"{name}_proj").weight
+            weight = getattr(stood_for(self), f"{name}_proj").weight
             weight.data = torch.from_numpy(getattr(parts, name)).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,18 +141,13 @@ class PackedMlp(nn.Module):
         return out.view(x.shape).to(x.dtype)
 
 
-#: Attribute of a packed module: the ordinary one that it stands for, its weights emptied.
-_REPLACED = "_hybrid_replaced"
-#: And, where embedding and lm_head were tied, the model's own note of it.
-_TIED = "_hybrid_tied"
-
-
 def _check_no_gradients(module: nn.Module, x: Tensor) -> None:
     """Refuse to cut the gradients off where an ordinary module would have passed them on."""
-    if _REPLACED in vars(module) and torch.is_grad_enabled() and x.requires_grad:
+    old = stood_for(module)
+    if old is not None and torch.is_grad_enabled() and x.requires_grad:
         raise UsageError(
             f"gradients cannot pass through {type(module).__name__}, which stands for a "
-            f"{type(vars(module)[_REPLACED]).__name__} as long as the fast path is in use",
+            f"{type(old).__name__} as long as the fast path is in use",
             hint="call the whole model, which brings the ordinary modules back, or "
             "model.hybrid_fast.release(model) first; texts need torch.no_grad()",
         )
@@ -173,9 +169,7 @@ def replace_modules(places: Iterable[tuple[Any, str, nn.Module]]) -> None:
     for owner, name, new in places:
         old: nn.Module = getattr(owner, name)
         ordinary = [m for m in old.modules() if type(m) in (nn.Linear, nn.Embedding)]
-        if ordinary:
-            vars(new)[_REPLACED] = old  # not a submodule
-        setattr(owner, name, new)
+        put_module(owner, name, new, back=bool(ordinary))
         emptied += ordinary
     for module in emptied:
         module.weight.data = torch.empty(0, dtype=module.weight.dtype)
@@ -186,13 +180,8 @@ def restore_dense(model: nn.Module) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for owner in list(model.modules()):
             for name, child in list(owner.named_children()):
-                old = vars(child).get(_REPLACED)
-                if old is None:
-                    continue
-                child.give_back()  # type: ignore[operator]
-                setattr(owner, name, old)
-                if _TIED in vars(child):
-                    model.all_tied_weights_keys = vars(child)[_TIED]
+                if bring_back(owner, name):
+                    tie_again(model, child)
 
 
 def packed_size(linear: nn.Linear) -> int:
@@ -230,14 +219,13 @@ def pack_tied(model: Any) -> None:
             packed.rows, packed.cols, packed.weight_format, embedding.weight.dtype
         )
         new.packed = packed.packed
-        vars(new)[_TIED] = model.all_tied_weights_keys
         places = []
         for old, module in ((head, packed), (embedding, new)):
             path = next(path for path, found in model.named_modules() if found is old)
             owner, _, name = path.rpartition(".")
             places.append((model.get_submodule(owner), name, module))
         replace_modules(places)
-        model.all_tied_weights_keys = {}
+        untie(model, new)
 
 
 def pack_mlp(mlp: Any) -> PackedMlp | None:

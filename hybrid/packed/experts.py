@@ -14,6 +14,7 @@ from cpu_experts.ffn import Ids, project_down, project_up, run_experts
 from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
 from hybrid.formats.block import Block
 from hybrid.formats.strips import F32
+from hybrid.grafts import expert_modules, runner_of
 from hybrid.packed.bf16_products import run_panels
 from hybrid.weights.store import U8, ExpertStore, LayerRecord
 
@@ -158,7 +159,7 @@ class LayerExperts:
 
 def experts_of(network: torch.nn.Module) -> list[Any]:
     """Return what runs the experts of each MoE layer of a loaded model, in the layers' order."""
-    return [m.hybrid_experts for m in network.modules() if hasattr(m, "hybrid_experts")]
+    return [runner_of(module) for module in expert_modules(network)]
 
 
 def compute_on_cpu(
@@ -191,10 +192,3 @@ def _on_host(
         expert_ids.detach().cpu(),
         routing_weights.detach().float().cpu().contiguous(),
     )
-
-
-def experts_forward(
-    self: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """The function that transformers' experts interface calls under the name ``hybrid``."""
-    return self.hybrid_experts(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return, operator]

@@ -1,4 +1,4 @@
-"""Every forward pass of a placed model: timed, and repeated when the device's memory runs out."""
+"""Times the forward passes of a placed model, and repeats one that the device had no memory for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gpu_experts.cuda.runtime import ran_out_of_memory
 from gpu_experts.device import Device
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid.errors import bare, first_line
+from hybrid.grafts import hook_before, replace_forward
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.sharing.executor import Executor
 from hybrid.transformers_api import given_cache
@@ -32,7 +33,7 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
         executor.begin_step(prompt=prompt, context=context)
 
     if first is not None:
-        first.register_forward_pre_hook(begin)
+        hook_before(first, begin, "the clock of a forward pass starts at the first decoder layer")
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +59,8 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
         executor.end_step(seconds.head(rows * new))
         return output
 
-    model.forward = forward
+    what = "forward passes are timed, and repeated when the device's memory runs out"
+    replace_forward(model, forward, what)
 
 
 def _check_going_on(device: Device | None, executor: Executor, error: RuntimeError) -> None:

@@ -1,4 +1,4 @@
-"""Which experts the next layers will choose, told by their routers on this layer's hidden state.
+"""Predicts which experts the next layers will choose: their routers on this layer's hidden state.
 
 A router's input is the layer's stream, normalised and scaled by a norm's weight. From one layer to
 the next the stream changes little, so the routers of the next layers already say much on this one
@@ -28,6 +28,7 @@ from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.anatomy.routers import Ids, Selection, ranking
 from hybrid.anatomy.survey import LayerView, RouterView, survey
 from hybrid.errors import UsageError
+from hybrid.grafts import hook_before
 from hybrid.sharing.hitrates import HitRates
 
 F32 = NDArray[np.float32]
@@ -104,7 +105,7 @@ class Lookahead:
         self._tokens = [0] * len(views)
         self._inputs: dict[int, Tensor] = {}
         self._hooks = [
-            view.router.module.register_forward_pre_hook(self._keeping(layer))
+            hook_before(view.router.module, self._keeping(layer), "a router's input is kept")
             for layer, view in enumerate(views)
             if view.router is not None and view.router.entry is None and self._reach[layer]
         ]
@@ -138,7 +139,7 @@ class Lookahead:
     def remove(self) -> None:
         """Take the hooks off that some families need (see :attr:`RouterView.entry`)."""
         for hook in self._hooks:
-            hook.remove()
+            hook.undo()
         self._hooks.clear()
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Shared experts ahead of the routed ones, in families whose own code calls them afterwards.
+"""Runs shared experts ahead of the routed ones where the family's own code calls them afterwards.
 
 On a device they can run while the host still decides where the routed experts go. The module is
 computed when it is launched, and gives that result when the family's code calls it.
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.anatomy.survey import LayerView, SharedView, survey
+from hybrid.grafts import replace_forward
 
 
 class SharedFirst:
@@ -102,12 +103,11 @@ class _Early:
     """
 
     def __init__(self, shared: SharedView) -> None:
-        self._module: nn.Module = shared.module
         self._dims = shared.dims
-        self._own = vars(shared.module).get("forward")
         self._compute: Callable[..., Tensor] = shared.module.forward
         self.kept: tuple[Tensor, int, Tensor] | None = None
-        self._module.forward = self._forward
+        what = "a shared expert gives the result that was launched early"
+        self._graft = replace_forward(shared.module, self._forward, what)
 
     def launch(self, hidden: Tensor) -> None:
         shaped = hidden.reshape((1,) * (self._dims - 2) + (-1, hidden.shape[-1]))
@@ -115,10 +115,7 @@ class _Early:
 
     def remove(self) -> None:
         self.kept = None
-        if self._own is None:
-            del self._module.forward
-        else:
-            self._module.forward = self._own
+        self._graft.undo()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         kept, self.kept = self.kept, None

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hybrid.anatomy.experts import IMPLEMENTATION, ExpertsSpec, find_experts
-from hybrid.packed.experts import experts_forward
+from hybrid.grafts import experts_forward
 from massive import make_massive
 from tiny_families import LAYERS, VOCAB, families, multimodal, tiny_config
 

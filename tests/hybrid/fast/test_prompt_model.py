@@ -117,7 +117,7 @@ def test_an_interrupt_between_layers_leaves_the_model_usable(
     wanted = _prompt(qwen)
     with torch.no_grad():
         slow = qwen.slow(input_ids=IDS, use_cache=False).logits
-    name = {"while redirecting": "_redirected", "while restoring": "_restore"}[cut]
+    name = {"while redirecting": "_redirected", "while restoring": "restore_forward"}[cut]
     real, calls = getattr(hybrid.fast.prompt, name), 0
 
     def interrupted(*args: Any) -> Any:
