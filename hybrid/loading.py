@@ -16,6 +16,7 @@ from hybrid.ask.asked_model import subject
 from hybrid.ask.dtypes import DTYPES, check_dtype
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import CheckpointError, UsageError, first_line
+from hybrid.grafts import fast_path_of
 from hybrid.machine import host
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.weights.cache import converted_copy
@@ -48,8 +49,9 @@ def load_fast_model(
     if config.store is None:
         directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
     model = _load_model(directory, config, _compute_dtype(dtype, directory))
-    model.hybrid_fast.replace = True
-    model.hybrid_fast.settle(model, tell=False)
+    fast = fast_path_of(model)
+    fast.replace = True
+    fast.settle(model, tell=False)
     return model, directory
 
 

@@ -21,11 +21,13 @@ from hybrid.anatomy.survey import survey
 from hybrid.ask.asked_model import Subject
 from hybrid.bench.stages import FORMAT, Run
 from hybrid.errors import UsageError
+from hybrid.grafts import expert_modules, set_runner
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.loading import load_fast_model
 from hybrid.machine import host
 from hybrid.machine.devices import dtype_on, memory_told
 from hybrid.measure.random_model import check_room, first_layers, write_random_model
+from hybrid.model import Model
 from hybrid.packed.bf16_products import panels_from
 from hybrid.packed.dense_move import move_dense
 from hybrid.sharing.placement import RING_BYTES, unfit
@@ -83,8 +85,8 @@ class OnGpu:
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
         write_random_model(settings, folder, experts=FORMAT, dense="bf16")
         network, _ = load_fast_model(folder, dtype=dtype_on(device.torch_device), fast=False)
-        modules = [module for module in network.modules() if hasattr(module, "hybrid_experts")]
-        self.layers = [module.hybrid_experts for module in modules]
+        model = Model(network)
+        self.layers = model.layers
         for experts in self.layers:
             experts.panels_from = panels_from(experts.shape, cost.hardware)
         if reason := unfit(self.layers, cost.model):
@@ -103,7 +105,7 @@ class OnGpu:
                 hint="choose fewer layers with --layers, or close what else uses the device",
             )
         pinned = placed.host is HostMemory.PINNED
-        device.pin(network.hybrid_store.index.nbytes if pinned else RING_BYTES)
+        device.pin(model.index.nbytes if pinned else RING_BYTES)
         progress(f"moving dense weights to {device.name}")
         self._network = network
         with memory_told(device, *_RAN_OUT):
@@ -112,8 +114,8 @@ class OnGpu:
             views = survey(network, specs)
             self._lookahead = Lookahead.discover(network, specs, views=views)
         self.shared = SharedFirst(views)
-        for number, module in enumerate(modules):
-            module.hybrid_experts = _Replayed(self, number)
+        for number, module in enumerate(expert_modules(network)):
+            set_runner(module, _Replayed(self, number))
         self.run: Run | None = None
         self._cache: Any = None
         self._next = torch.zeros(1, 1, dtype=torch.int64, device=device.torch_device)

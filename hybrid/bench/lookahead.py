@@ -20,6 +20,7 @@ from hybrid.bench.heldout import held_out_windows
 from hybrid.bench.record import Told, provenance, untold
 from hybrid.loading import set_threads
 from hybrid.machine import host
+from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.sharing.predictor import DISTANCES, Lookahead
 
@@ -71,13 +72,13 @@ def run(
     runtime = HybridModel.from_pretrained(model, threads=threads)
     loaded = runtime.model
     rows = held_out_windows(runtime.tokenizer, texts, context, tokens)
-    specs = [m.hybrid_experts.spec for m in loaded.modules() if hasattr(m, "hybrid_experts")]
+    specs = [runner.spec for runner in Model(loaded).layers]
     lookahead = Lookahead.discover(loaded, specs, sample=context)
     kept = Comparison(lookahead, len(specs))
     about = provenance("hybrid bench lookahead", threads) | {
         "model": "demo" if model is None else model,
         "family": type(loaded).__name__,
-        "experts_format": loaded.hybrid_store.index.format,
+        "experts_format": Model(loaded).index.format,
     }
     result: dict[str, Any] = {}
     try:

@@ -36,6 +36,7 @@ from hybrid.machine.coverage import Coverage
 from hybrid.measure.alone import Timed
 from hybrid.measure.interference import Others
 from hybrid.measure.reads import read_seconds, shares_of_bandwidth
+from hybrid.model import Model
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
@@ -203,23 +204,24 @@ def _measure(
 ) -> dict[str, Any]:
     progress("loading")
     model, _ = load_fast_model(directory, dtype=dtype)
+    loaded = Model(model)
     words = memory_to_read(model)
     origin = shape | provenance("hybrid bench model", threads)
     origin |= {
         "family": type(model).__name__,
-        "experts": model.hybrid_store.index.format,
-        "dense": model.hybrid_store.index.dense_format or "as in the checkpoint",
+        "experts": loaded.index.format,
+        "dense": loaded.index.dense_format or "as in the checkpoint",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "decode_path": str(model.hybrid_fast.path),
+        "decode_path": str(loaded.fast.path),
         "prompt_tokens": prompt,
         "generated_tokens": generate,
     }
     prefills: list[float] = []
     decodes: list[float] = []
     reads: list[float] = []
-    begin_run(model, prompt)
+    begin_run(loaded, prompt)
     generate_once(model, prompt, 2)
-    loads = prompt_loads(model)
+    loads = prompt_loads(loaded)
     read_seconds(words, threads)
     others = Others()
     for turn in range(repeat):
@@ -241,7 +243,8 @@ def _measure(
         bandwidth = bandwidth if reached is None else reached
     disturbed = others.lap()
     peak_bytes = host.peak_memory_bytes()
-    found = predicted(model, prompt, generate, threads=threads, loads=loads if prompt > 1 else None)
+    loads_known = loads if prompt > 1 else None
+    found = predicted(loaded, prompt, generate, threads=threads, loads=loads_known)
     about: dict[str, Any] = dict.fromkeys(("predicted", "calibration", "residuals", "terms"))
     if found is not None:
         progress("timing its parts")
@@ -253,7 +256,7 @@ def _measure(
         "disturbed": disturbed,
         "read_bandwidth_bytes_per_s": bandwidth,
         "read_fraction": share,
-        "store_bytes": model.hybrid_store.index.nbytes,
+        "store_bytes": loaded.index.nbytes,
         "peak_memory_bytes": peak_bytes,
         **about,
         "start": _start(directory, dtype, threads, prompt, generate),
@@ -323,7 +326,7 @@ def _compared(
     """
     hardware = calibrations.alone(threads)
     assert hardware is not None  # it was predicted from
-    timed = Timed(model, subject(model.hybrid_store.path).model)
+    timed = Timed(model, Model(model).spec)
     runs = [timed.generate(prompt, _TIMED_TOKENS) for _ in range(_TIMED_RUNS)]
     measured = timed.terms(runs, prompt) if prompt > 1 else ({}, {})
     terms = [
@@ -381,7 +384,7 @@ def generate_once(
 
 def bytes_per_token(model: Any, context: float) -> int | None:
     """Weights and cache that a decode step reads; None in transformers' own code."""
-    fast = model.hybrid_fast.decoder
+    fast = Model(model).fast.decoder
     if fast is None:
         return None
     total: float = fast.decoder.bytes_per_token()
@@ -394,7 +397,7 @@ def bytes_per_token(model: Any, context: float) -> int | None:
 
 def memory_to_read(model: Any) -> NDArray[np.uint64]:
     """Memory for streaming reads: the store's own pages where they are enough."""
-    store = model.hybrid_store
+    store = Model(model).store
     if store.index.nbytes >= _READ_BYTES:
         words: NDArray[np.uint64] = store.pages(_READ_BYTES).view(np.uint64)
         return words

@@ -40,6 +40,7 @@ from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import host
 from hybrid.measure.interference import DISTURBED, Others
 from hybrid.measure.random_model import write_random_model
+from hybrid.model import Model
 from hybrid.weights.checkpoint import Source
 
 #: The shape that is compared unless another is given: what it is, and how much of it.
@@ -175,7 +176,7 @@ def _of_checkpoint(
     network, _ = load_fast_model(path, dtype=dtype)
     ours = InProcess(network, "ours")
     plain = plain_checkpoint(path, str(network.dtype).removeprefix("torch."))
-    store = network.hybrid_store.index
+    store = Model(network).index
     results: list[dict[str, Any]] = []
     record = provenance("hybrid bench peers", threads) | {
         "model": model,
@@ -185,7 +186,7 @@ def _of_checkpoint(
         "format": store.format,
         "dense": store.dense_format or "as in the checkpoint",
         "dtype": str(network.dtype).removeprefix("torch."),
-        "decode_path": str(network.hybrid_fast.path),
+        "decode_path": str(Model(network).fast.path),
         "peers": {plain.name: f"transformers {_version('transformers')}"},
         "experts_implementation": plain.model.config._experts_implementation,
         "results": results,
@@ -247,7 +248,7 @@ def _ours(settings: dict[str, Any], dtype: str, progress: Callable[[str], None])
         write_random_model(settings, Path(folder), experts="q4_0", dense="q4_0")
         model, _ = load_fast_model(folder, dtype=dtype)
         computed_in = str(model.dtype).removeprefix("torch.")
-        yield _Ours(InProcess(model, "ours"), model.hybrid_fast.path, computed_in)
+        yield _Ours(InProcess(model, "ours"), Model(model).fast.path, computed_in)
 
 
 def _compare(

@@ -32,6 +32,7 @@ from hybrid.errors import DiskSpaceError
 from hybrid.ledger.timeline import DECODE, PREFILL
 from hybrid.loading import load_fast_model, load_tokenizer, set_threads
 from hybrid.machine import host
+from hybrid.model import Model
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.progress import conversion_progress
@@ -132,15 +133,15 @@ def run(
                     if count == 0:
                         continue
                     found = Comparison(reference)
-                    loaded.hybrid_fast.refused.clear()
+                    Model(loaded).fast.refused.clear()
                     for index, row in enumerate(rows[:count]):
                         progress(f"{name}, {phase}: window {index + 1} of {count}")
                         found.add(index, row, predict(loaded, row, phase))
                     results.append(
                         {"experts": experts, "dense": packed or AS_IT_IS, "phase": phase}
                         | found.result()
-                        | {"path": str(loaded.hybrid_fast.path)}
-                        | {"refused": dict(loaded.hybrid_fast.refused)}
+                        | {"path": str(Model(loaded).fast.path)}
+                        | {"refused": dict(Model(loaded).fast.refused)}
                     )
                     finished(record, _in_words(results[-1]))
     return record
@@ -186,7 +187,7 @@ def predict(model: Any, row: Tensor, phase: str) -> Tensor:
     each after those before it, as if the model had written them.
     """
     # As generate() makes it for decoders with a fast path; others make the cache that they need.
-    fast = model.hybrid_fast.path.fast
+    fast = Model(model).fast.path.fast
     cache = cache_argument(DynamicCache(config=model.config)) if fast else {}
     logits = []
     step = len(row) if phase == PREFILL else 1

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hybrid.bench.model import bytes_per_token, generate_once, memory_to_read
 from hybrid.formats.errors import HybridError
+from hybrid.grafts import store_of
 from hybrid.measure.reads import read_seconds
 from hybrid.transformers_api import cache_argument
 
@@ -68,7 +69,7 @@ class InProcess:
     def __init__(self, model: Any, name: str) -> None:
         self.name = name
         self.model = model
-        self._words = memory_to_read(model) if hasattr(model, "hybrid_store") else None
+        self._words = memory_to_read(model) if store_of(model) is not None else None
         self._held: tuple[int, Any] | None = None
 
     def measure(self, case: Case) -> float:

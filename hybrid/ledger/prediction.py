@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from hybrid.ask.asked_model import subject
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import UsageError
 from hybrid.fast.decode import FastDecoder
@@ -18,7 +16,7 @@ from hybrid.ledger.timeline import DECODE, PREFILL
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.coverage import UNMEASURED, Coverage
-from hybrid.packed.experts import experts_of
+from hybrid.model import Model
 from planner.cost.cost import CostModel
 from planner.cost.terms import CALL, CPU, DENSE, HEAD, MIXER
 from planner.describe.estimate import Estimate, Source, weakest
@@ -179,7 +177,7 @@ def _doubted(terms: dict[str, Estimate], coverage: Coverage) -> dict[str, Estima
 
 
 def predicted(
-    network: Any,
+    loaded: Model,
     prompt_tokens: int,
     new_tokens: int,
     *,
@@ -191,8 +189,8 @@ def predicted(
 
     Parameters
     ----------
-    network
-        A transformers model of this package, on the CPU.
+    loaded
+        On the CPU.
     prompt_tokens, new_tokens
         Of the run.
     threads
@@ -208,11 +206,8 @@ def predicted(
     hardware = calibrations.alone(threads)
     if hardware is None:
         return None
-    where = network.hybrid_store.path
-    if not where.is_dir():  # a name that no directory has would be taken for a shipped model's
-        raise UsageError(f"{where} is there no more", hint="load the model from where it lies now")
     # As calibrations name it: a loaded network's dtype is that of its arithmetic.
-    found = subject(where)
+    found = loaded.asked
     return predict(
         found.model,
         hardware,
@@ -225,32 +220,32 @@ def predicted(
     )
 
 
-def begin_run(network: Any, prompt_tokens: int) -> None:
+def begin_run(loaded: Model, prompt_tokens: int) -> None:
     """Forget the last run of a model on the CPU; a prompt of so many tokens comes next."""
-    for experts in experts_of(network):
+    for experts in loaded.layers:
         experts.begin_run(prompt_tokens)
-    if network.hybrid_fast.decoder is not None:
-        network.hybrid_fast.decoder.begin_run()
+    if loaded.fast.decoder is not None:
+        loaded.fast.decoder.begin_run()
 
 
-def prompt_loads(network: Any) -> list[list[int]]:
+def prompt_loads(loaded: Model) -> list[list[int]]:
     """Return the tokens that each expert got of the prompt since :func:`begin_run`.
 
     One row a MoE layer, in order, of one piece of the prompt after the other: as
     :func:`predict` takes them.
     """
-    layers = [experts.loads for experts in experts_of(network)]
+    layers = [experts.loads for experts in loaded.layers]
     return [loads for piece in zip(*layers, strict=True) for loads in piece]
 
 
 def calibrating(
-    network: Any, name: str, threads: int | None = None, device: str = "", *, force: bool = False
+    loaded: Model, name: str, threads: int | None = None, device: str = "", *, force: bool = False
 ) -> str:
     """Return the command that measures this machine with a loaded model, called ``name``.
 
     ``threads`` and ``device`` are named where they are not what the command takes by itself.
     """
-    index = network.hybrid_store.index
+    index = loaded.index
     words = ["hybrid calibrate", name]
     if index.format != DEFAULT_EXPERTS:
         words += ["--experts", index.format]
@@ -285,7 +280,7 @@ class CpuTerms:
     predictions: str | None = None
 
 
-def cpu_terms(network: Any, times: GenerationTimes, threads: int, name: str) -> CpuTerms:
+def cpu_terms(loaded: Model, times: GenerationTimes, threads: int, name: str) -> CpuTerms:
     """Return what a run on the CPU alone consisted of.
 
     Of a prompt the experts are measured, of single tokens every part, by the kernels themselves:
@@ -293,7 +288,7 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int, name: str) -> 
 
     Parameters
     ----------
-    network, threads
+    loaded, threads
         As for :func:`predicted`; :func:`begin_run` was called before the run.
     times
         Of the run.
@@ -303,18 +298,18 @@ def cpu_terms(network: Any, times: GenerationTimes, threads: int, name: str) -> 
     if times.sequences != 1 or times.ttft_s is None:
         return CpuTerms()
     try:
-        return _cpu_terms(network, times, times.ttft_s, threads, name)
+        return _cpu_terms(loaded, times, times.ttft_s, threads, name)
     except (PlannerError, UsageError) as error:  # no figure is worth a run
         remedy = f"; {error.hint}" if error.hint else ""
         return CpuTerms(predictions=f"none: {error.message}{remedy}")
 
 
 def _cpu_terms(
-    network: Any, times: GenerationTimes, ttft_s: float, threads: int, name: str
+    loaded: Model, times: GenerationTimes, ttft_s: float, threads: int, name: str
 ) -> CpuTerms:
-    loads = prompt_loads(network) if times.prompt_tokens > 1 else None
+    loads = prompt_loads(loaded) if times.prompt_tokens > 1 else None
     found = predicted(
-        network,
+        loaded,
         times.prompt_tokens,
         times.new_tokens,
         threads=threads,
@@ -324,12 +319,12 @@ def _cpu_terms(
     if found is None:
         here = Identity.of_this_machine(threads)
         force = calibrations.damage(here) is not None
-        command = calibrating(network, name, threads, force=force)
+        command = calibrating(loaded, name, threads, force=force)
         return CpuTerms(predictions=f"none: {calibrations.missing(here)}; {command} measures it")
-    fast, steps = network.hybrid_fast.decoder, times.new_tokens - 1
+    fast, steps = loaded.fast.decoder, times.new_tokens - 1
     # Where some steps ran in transformers' code, what kernels and experts counted is not the run's.
     whole = fast is not None and fast.steps >= steps
-    spent_s = sum(layer.spent_s for layer in experts_of(network)) if whole else None
+    spent_s = sum(layer.spent_s for layer in loaded.layers) if whole else None
 
     def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
         error = estimate.error / estimate.value if estimate.error and estimate.value else None
@@ -356,7 +351,7 @@ def _cpu_terms(
             for number, (share, row) in enumerate(zip(found.layers, by_layer, strict=False))
             for name, seconds in row.items()
         ]
-    command = calibrating(network, name, threads)
+    command = calibrating(loaded, name, threads)
     return CpuTerms(tuple(terms), tuple(layers), found.coverage.advice(command))
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numba
 import torch
 
 from cpu_experts.jit import hostcpu, simd_level
+from hybrid.errors import UsageError
 from hybrid.fast.attach import LOST, UNTESTED, FastPath
 from hybrid.formats.notes import Note
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.machine.host import has_native_bf16
-from planner.describe.families import from_hf_config
+from hybrid.model import Model
 from planner.errors import PlannerError
 
 
@@ -25,8 +25,9 @@ def _threading_layer() -> str | None:
         return None
 
 
-def slow_paths(model: Any) -> Iterator[Note]:
-    """Name everything that runs slower in ``model`` than it could on some machine."""
+def slow_paths(loaded: Model) -> Iterator[Note]:
+    """Name everything that runs slower in a model than it could on some machine."""
+    model = loaded.network
     yield from _as_another_processor(model.dtype)
     if simd_level.LEVEL == hostcpu.actual().level == "portable":
         yield Note(
@@ -47,24 +48,20 @@ def slow_paths(model: Any) -> Iterator[Note]:
             "load with dtype float32",
         )
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if model.dtype == torch.float32 and on_cpu and _automatic_dtype(model) == "bfloat16":
+    if model.dtype == torch.float32 and on_cpu and _automatic_dtype(loaded) == "bfloat16":
         yield Note(
             "dense layers in float32",
             "this processor multiplies bfloat16 natively, which is faster on prompts",
             "load with dtype bfloat16 or auto",
         )
-    apart = [
-        module.hybrid_experts
-        for module in model.modules()
-        if hasattr(module, "hybrid_experts") and module.hybrid_experts.own_gating
-    ]
+    apart = [layer for layer in loaded.layers if layer.own_gating]
     if apart:
         yield Note(
             f"experts of {len(apart)} layers in three steps",
             "the kernels have no parameters for this family's activation",
             "none yet: the family's own code runs between the projections",
         )
-    yield from _calls_past_the_fast_path(getattr(model, "hybrid_fast", None))
+    yield from _calls_past_the_fast_path(loaded.fast)
     attention = model.config.get_text_config()._attn_implementation
     if attention == "eager":
         yield Note(
@@ -74,11 +71,11 @@ def slow_paths(model: Any) -> Iterator[Note]:
         )
 
 
-def _automatic_dtype(model: Any) -> str:
+def _automatic_dtype(loaded: Model) -> str:
     """What a model is computed in on this processor unless something else is asked for."""
     try:
-        return automatic_dtype(from_hf_config(model.config.to_dict(), type(model).__name__))
-    except PlannerError:
+        return automatic_dtype(loaded.spec)
+    except (PlannerError, UsageError):
         return automatic_dtype(None)
 
 
@@ -107,8 +104,8 @@ def _as_another_processor(dtype: torch.dtype) -> Iterator[Note]:
         )
 
 
-def _calls_past_the_fast_path(fast: FastPath | None) -> Iterator[Note]:
-    if fast is None or fast.path == UNTESTED:
+def _calls_past_the_fast_path(fast: FastPath) -> Iterator[Note]:
+    if fast.path == UNTESTED:
         return
     if not fast.path.fast:
         yield from tuple(fast.notes()) or (Note(LOST, fast.path.reason, fast.path.remedy),)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cpu_experts.decoder.decoder import Decoder
+from hybrid import grafts
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import PIECE
 from hybrid.measure.terms_of_step import Part, Pass, in_modules, single_tokens, totals
@@ -102,7 +103,8 @@ class Timed:
 
     def __init__(self, network: Any, model: ModelSpec) -> None:
         self.network, self.model = network, model
-        network.hybrid_fast.past_hooks = True
+        fast = grafts.fast_path_of(network)
+        fast.past_hooks = True
         network.generation_config.eos_token_id = None
         network.generation_config.pad_token_id = 0
         self.scale = model.vocab / int(network.config.get_text_config().vocab_size)
@@ -112,12 +114,12 @@ class Timed:
         for index, module in enumerate(modules):
             self._watch(module, ("layer", index))
             for part in _beside_attention(module):
-                experts_too = hasattr(part, "hybrid_experts")
+                experts_too = grafts.runner_of(part) is not None
                 self._watch(part, ("experts" if experts_too else "feed_forward", index))
         self._watch(network.get_output_embeddings(), ("head", 0))
         for runner in experts_of(network):  # so that no call is the first to use a page
             runner.blocks[:, ::_PAGE].sum()
-        self.fast = network.hybrid_fast.decoder
+        self.fast = fast.decoder
         if self.fast is not None:
             self.fast.decoder = _Told(self.fast.decoder, self)
 
@@ -192,13 +194,13 @@ class Timed:
         def after(*_: Any) -> None:
             self.note(key, time.perf_counter() - started_s.pop())
 
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+        grafts.hook_before(module, before, "a part is timed: its start")
+        grafts.hook_after(module, after, "a part is timed: its end")
 
 
 def _beside_attention(layer: Any) -> Iterator[Any]:
     """The modules of a decoder layer that are experts, shared experts or a dense MLP."""
-    experts = [name for name, part in layer.named_modules() if hasattr(part, "hybrid_experts")]
+    experts = [name for name, part in layer.named_modules() if grafts.runner_of(part) is not None]
     if not experts:
         yield from (getattr(layer, name) for name in _PLAIN if hasattr(layer, name))
         return

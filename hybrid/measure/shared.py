@@ -21,11 +21,13 @@ import torch
 
 from gpu_experts.device import Device
 from hybrid.fast.attach import DecodePath, FastPath
+from hybrid.grafts import set_fast_path
 from hybrid.ledger.timeline import DECIDING, EXPERTS, HEAD, ROUTER, LayerRecord, Timeline
 from hybrid.loading import load_fast_model
 from hybrid.machine.devices import dtype_on
 from hybrid.measure.alone import DRAWING, SETTLING, Passes, Spans, generate
 from hybrid.measure.terms_of_step import Part, Pass
+from hybrid.model import Model
 from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.placement import Placement, place_model
 from planner.decide.problem import LayerCost
@@ -125,7 +127,8 @@ class Placed:
         self._begun = Counter[tuple[int, bool]]()
         self._times = LayerTimes()
         self.network, _ = load_fast_model(folder, dtype=dtype_on(device.torch_device), fast=False)
-        self.network.hybrid_fast = FastPath(DecodePath(False, f"shared with {device.name}"))
+        path = DecodePath(False, f"shared with {device.name}")
+        set_fast_path(self.network, FastPath(path))
         self.network.generation_config.eos_token_id = None
         self.network.generation_config.pad_token_id = 0
         depth = self.network.config.get_text_config().num_hidden_layers
@@ -137,12 +140,12 @@ class Placed:
 
     def _placed(self, hardware: HardwareSpec, context: int, threads: int) -> Placement:
         everything = Budget(None, None, context)
-        _, most = fitted(self.network, self._device, hardware, everything)
+        _, most = fitted(Model(self.network), self._device, hardware, everything)
         experts = self.model.experts.count * sum(layer.moe for layer in self.layers)
         spare = max(0, sum(most.slots) - max(1, int(experts * RESIDENT)))
         vram = most.used("vram") - spare * most.slot_bytes
         found = place_model(
-            self.network,
+            Model(self.network),
             self._device,
             hardware,
             Budget(min(vram, most.vram_bytes), None, context),

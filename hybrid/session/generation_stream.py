@@ -1,15 +1,18 @@
-"""What stands beside transformers' generation loop: a clock, the text so far, a way out."""
+"""Watches transformers' generation loop: times its tokens, makes text of them, stops it early."""
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from hybrid.ledger.metrics import GenerationTimes
+from hybrid.session.generation import Generation
 from hybrid.textstream import TextStream
 
 OnText = Callable[[str], None]
@@ -19,19 +22,19 @@ class Stopped(Exception):  # noqa: N818 (a signal, as StopIteration is)
     """Raised inside the loop to leave it; never reaches the caller of a public method."""
 
 
-class Watch(BaseStreamer):
-    """A streamer that times every token and turns them into text.
+class GenerationStream(BaseStreamer):
+    """A streamer that times every token of one call and turns them into text.
 
     Parameters
     ----------
     streamer
-        The caller's own streamer; is told everything too.
+        The caller's own streamer; gets everything, too.
     text
         Makes text of the ids; leaves the loop at a stop string.
     on_text
-        Is given each piece of text.
+        Called with each piece of text.
     limit, limit_name
-        The number of new tokens that the loop was told to end at, and why that number.
+        The number of new tokens at which the loop ends, and why it is that number.
     """
 
     def __init__(
@@ -43,24 +46,20 @@ class Watch(BaseStreamer):
         limit: int | None = None,
         limit_name: str = "max_new_tokens",
     ) -> None:
-        self.text = text
+        self._text = text
         self._streamer = streamer
         self._on_text = on_text
         self._limit, self._limit_name = limit, limit_name
         self._pieces: list[str] = []
+        self._ids: list[torch.Tensor] = []
         self._prompt_seen = self._complete = False
         self._new_tokens = 0
         self._first_s: float | None = None
 
     @property
-    def streams(self) -> bool:
+    def shows_tokens(self) -> bool:
         """Whether somebody waits for tokens as they come."""
         return self._streamer is not None or self._on_text is not None
-
-    @property
-    def written(self) -> str:
-        """The text so far."""
-        return "".join(self._pieces)
 
     def start(self, ids: torch.Tensor) -> None:
         """Start the clock; ``ids`` ``[B, T]`` is the prompt."""
@@ -85,32 +84,52 @@ class Watch(BaseStreamer):
         if self._first_s is None:
             self._first_s = self._last_s
         self._new_tokens += value.numel() // self._sequences
-        if self.text is not None:
-            self._tell(self.text.put(value.flatten().tolist()))
-            if self.text.stopped:
+        self._ids.append(value)
+        if self._text is not None:
+            self._write(self._text.put(value.flatten().tolist()))
+            if self._text.stopped:
                 self.end()
                 raise Stopped
 
     def end(self) -> None:
-        """Tell what was held back; nothing more will come."""
+        """Write the text that was held back; nothing more will come."""
         self._complete = True
-        if self.text is not None:
-            self._tell(self.text.finish())
+        if self._text is not None:
+            self._write(self._text.finish())
         if self._streamer is not None:
             self._streamer.end()
 
-    def take(self, sequences: torch.Tensor) -> None:
+    def put_result(self, sequences: torch.Tensor) -> None:
         """Take the result, ``[B, T]``, of a search that shows no tokens before its end."""
         new = sequences[:, self._prompt_tokens :]
         self._new_tokens = new.shape[1]
+        self._ids = [new]
         self._complete = True
-        if self.text is not None:
-            self._tell(self.text.put(new.flatten().tolist()))
-            self._tell(self.text.finish())
+        if self._text is not None:
+            self._write(self._text.put(new.flatten().tolist()))
+            self._write(self._text.finish())
 
-    def times(self) -> GenerationTimes:
-        """Return what was measured."""
+    def generation(self, result: Any, *, sampled: bool) -> Generation:
+        """Return what the call made.
+
+        Parameters
+        ----------
+        result
+            What transformers' ``generate`` returned; None where it was left early.
+        sampled
+            Whether tokens were drawn, and not the likeliest ones taken.
+        """
+        new = [step if step.ndim == 2 else step[:, None] for step in self._ids]
+        return Generation(
+            text="".join(self._pieces),
+            ids=torch.cat(new, dim=1) if new else torch.empty(self._sequences, 0, dtype=torch.long),
+            times=self._times(sampled),
+            result=result,
+        )
+
+    def _times(self, sampled: bool) -> GenerationTimes:
         first_s = self._first_s
+        also = (("sampling", sampled), ("text", self._text is not None))
         return GenerationTimes(
             sequences=self._sequences,
             prompt_tokens=self._prompt_tokens,
@@ -118,10 +137,11 @@ class Watch(BaseStreamer):
             ttft_s=None if first_s is None else first_s - self._start_s,
             decode_s=0.0 if first_s is None else self._last_s - first_s,
             ended=self._why_ended(),
+            asides=tuple(name for name, happened in also if happened),
         )
 
     def _why_ended(self) -> str:
-        if self.text is not None and self.text.stopped:
+        if self._text is not None and self._text.stopped:
             return "stop string"
         if not self._complete:
             return "interrupted"
@@ -129,8 +149,41 @@ class Watch(BaseStreamer):
             return "end token or limit"
         return self._limit_name if self._new_tokens >= self._limit else "end token"
 
-    def _tell(self, piece: str) -> None:
+    def _write(self, piece: str) -> None:
         if piece:
             self._pieces.append(piece)
             if self._on_text is not None:
                 self._on_text(piece)
+
+
+def pieces_of(write: Callable[[OnText], object]) -> Iterator[str]:
+    """Yield the pieces of text that ``write`` hands on, as they come.
+
+    ``write`` runs in a thread of its own, which is stopped when the iterator is closed early.
+    """
+    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    closed = threading.Event()
+    failure: list[BaseException] = []
+
+    def on_text(piece: str) -> None:
+        if closed.is_set():
+            raise Stopped
+        pieces.put(piece)
+
+    def run() -> None:
+        try:
+            write(on_text)
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            pieces.put(None)
+
+    writer = threading.Thread(target=run, name="hybrid-generate", daemon=True)
+    writer.start()
+    try:
+        yield from iter(pieces.get, None)
+    finally:
+        closed.set()
+        writer.join()
+    if failure:
+        raise failure[0]

@@ -1,9 +1,7 @@
-"""HybridModel: load a Mixture-of-Experts model, write text with it, say how that went."""
+"""Loads a Mixture-of-Experts model, writes text with it, and reports how that went."""
 
 from __future__ import annotations
 
-import copy
-import queue
 import sys
 import threading
 import time
@@ -11,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -19,27 +18,34 @@ from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import prompts_told
 from hybrid.formats.notes import Note
-from hybrid.ledger.metrics import GenerationTimes, RunReport
+from hybrid.ledger.metrics import LANES, RunReport
 from hybrid.ledger.prediction import begin_run
 from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_tokenizer, set_threads
 from hybrid.machine import host
-from hybrid.session.generation_stream import OnText, Stopped, Watch
-from hybrid.session.keepsakes import Keepsakes
+from hybrid.model import Model
+from hybrid.paths import write_whole
+from hybrid.session.generation import Generation
+from hybrid.session.generation_options import (
+    check_length,
+    check_one_sequence,
+    setting,
+    text_limit,
+    text_options,
+)
+from hybrid.session.generation_stream import GenerationStream, OnText, Stopped, pieces_of
 from hybrid.session.open import load_model
 from hybrid.session.report import run_report
+from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import Placement
 from hybrid.textstream import TextStream, as_ids
-
-#: New tokens when text is asked for and neither the caller nor the model gives a limit.
-DEFAULT_NEW_TOKENS = 256
-
-_LENGTHS = ("max_length", "max_new_tokens")
+from planner.decide.popularity import Popularity
+from planner.foretell.perfetto import trace_events
 
 Message = dict[str, Any]
 
 
-class HybridModel(Keepsakes):
+class HybridModel:
     """A causal language model whose experts run from the packed store.
 
     Make one with :meth:`from_pretrained`. One call computes at a time; calls from other
@@ -76,7 +82,8 @@ class HybridModel(Keepsakes):
         self._name = name
         self._load_s = 0.0
         self._reserved: int | None = None
-        self._times: GenerationTimes | None = None
+        self._model = Model(model)
+        self._last: Generation | None = None
         self._turn = threading.Lock()
 
     @classmethod
@@ -177,7 +184,7 @@ class HybridModel(Keepsakes):
     @property
     def context(self) -> int | None:
         """The most tokens that the model takes, prompt included; None when it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return self._model.context
 
     @overload
     def generate(
@@ -219,12 +226,13 @@ class HybridModel(Keepsakes):
             options of a text leave no new token to write.
         """
         if isinstance(prompt, str):
-            return self._write(self.encode(prompt), **options)
+            return self._write(self.encode(prompt), **options).text
         ids = as_ids(prompt)
-        self._check_length(ids)
+        check_length(ids.shape[-1], self.context)
         if options.get("stop_strings"):
             options.setdefault("tokenizer", self.tokenizer)
-        return self._generate(ids, Watch(streamer=options.pop("streamer", None)), **options)
+        stream = GenerationStream(streamer=options.pop("streamer", None))
+        return self._generate(ids, stream, **options).result
 
     def stream(self, prompt: str | torch.Tensor | Sequence[int], **options: Any) -> Iterator[str]:
         """Continue ``prompt`` (text, or ids ``[1, T]``), giving the text piece by piece.
@@ -233,36 +241,8 @@ class HybridModel(Keepsakes):
         loop early stops it.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
-        self._check_length(ids)
-        return self._pieces(ids, options)
-
-    def _pieces(self, ids: torch.Tensor, options: dict[str, Any]) -> Iterator[str]:
-        pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        left = threading.Event()
-        failure: list[BaseException] = []
-
-        def on_text(piece: str) -> None:
-            if left.is_set():
-                raise Stopped
-            pieces.put(piece)
-
-        def write() -> None:
-            try:
-                self._write(ids, on_text=on_text, **options)
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                pieces.put(None)
-
-        writer = threading.Thread(target=write, name="hybrid-generate", daemon=True)
-        writer.start()
-        try:
-            yield from iter(pieces.get, None)
-        finally:
-            left.set()
-            writer.join()
-        if failure:
-            raise failure[0]
+        check_length(ids.shape[-1], self.context)
+        return pieces_of(lambda on_text: self._write(ids, on_text=on_text, **options))
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
         """Return the model's answer to ``messages`` (``[{"role": ..., "content": ...}]``).
@@ -274,7 +254,7 @@ class HybridModel(Keepsakes):
         UsageError
             When the tokenizer has no chat template, or as :meth:`generate`.
         """
-        return self._write(self.encode_chat(messages), **options)
+        return self._write(self.encode_chat(messages), **options).text
 
     def encode(self, text: str) -> torch.Tensor:
         """Return the ids ``[1, T]`` of ``text``, special tokens added as the model wants them."""
@@ -299,9 +279,9 @@ class HybridModel(Keepsakes):
     def report(self) -> RunReport:
         """Say what runs, how, how fast the last call was, and what ran slower than it could."""
         return run_report(
-            self.model,
+            self._model,
             self.placement,
-            self._times,
+            None if self._last is None else self._last.times,
             name=self._name,
             threads=self.threads,
             load_s=self._load_s,
@@ -312,17 +292,18 @@ class HybridModel(Keepsakes):
     def _warm_up(self) -> None:
         """Run a few tokens, so that loading the kernels counts as loading and not as TTFT."""
         self.generate([0, 0], max_new_tokens=2, min_new_tokens=2, do_sample=False)
-        self._times = None
+        self._last = None
         if self.placement is not None and self.placement.executor is not None:
             self.placement.executor.forget_counts()
 
     def _tell_refusals(self) -> None:
         """Say why plain steps go past the fast path, if they do; before any text is written."""
-        if self.model.hybrid_fast.path.fast and self.model.hybrid_fast.refused:
-            found = tuple(refusals(self.model.hybrid_fast))
-            for note in found:
+        fast = self._model.fast
+        if fast.path.fast and fast.refused:
+            notes = tuple(refusals(fast))
+            for note in notes:
                 print(f"hybrid: {note}", file=sys.stderr)
-            self.told = (*self.told, *found)
+            self.told = (*self.told, *notes)
 
     def _write(
         self,
@@ -332,111 +313,133 @@ class HybridModel(Keepsakes):
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
         **options: Any,
-    ) -> str:
-        """Generate after ``ids``, ``[1, T]``, and return the new text."""
-        self._check_length(ids)
+    ) -> Generation:
+        """Write the text that follows ``ids``, ``[1, T]``."""
+        check_length(ids.shape[-1], self.context)
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         if "" in stops:
             raise UsageError("a stop string is empty", hint="leave it out")
-        rows = len(ids) * (self._setting("num_return_sequences", options) or 1)
-        if rows != 1:
-            raise UsageError(
-                f"a text result is one sequence, {rows} are asked for",
-                hint="generate() with token ids as the prompt returns several sequences of ids",
-            )
-        wanted = self._wanted_tokens(options, ids.shape[1])
-        if wanted < 1:
-            raise UsageError(
-                f"{wanted} new tokens are asked for after a prompt of {ids.shape[1]}",
-                hint="give max_new_tokens of at least 1, or a max_length beyond the prompt",
-            )
-        room = wanted if self.context is None else min(wanted, self.context - ids.shape[1])
-        watch = Watch(
+        config = self.model.generation_config
+        check_one_sequence(config, options, prompts=len(ids))
+        limit = text_limit(config, options, ids.shape[1], self.context)
+        stream = GenerationStream(
             streamer=streamer,
             text=TextStream(self.tokenizer, ids[0].tolist(), stops),
             on_text=on_text,
-            limit=room,
-            limit_name="max_new_tokens" if room == wanted else "context full",
+            limit=limit.tokens,
+            limit_name=limit.name,
         )
-        self._generate(
-            ids,
-            watch,
-            **{"attention_mask": torch.ones_like(ids)} | self._text_options(options, room),
-        )
-        return watch.written
+        settled = text_options(config, options, limit.tokens)
+        return self._generate(ids, stream, **{"attention_mask": torch.ones_like(ids)} | settled)
 
-    def _setting(self, name: str, options: dict[str, Any]) -> Any:
-        """Return a generation setting as transformers resolves it."""
-        if options.get(name) is not None:
-            return options[name]
-        given = getattr(options.get("generation_config"), name, None)
-        return getattr(self.model.generation_config, name, None) if given is None else given
-
-    def _wanted_tokens(self, options: dict[str, Any], prompt_tokens: int) -> int:
-        new_tokens = self._setting("max_new_tokens", options)
-        if new_tokens is not None:
-            return int(new_tokens)
-        length = self._setting("max_length", options)
-        return DEFAULT_NEW_TOKENS if length is None else int(length) - prompt_tokens
-
-    def _text_options(self, options: dict[str, Any], room: int) -> dict[str, Any]:
-        """Return ``options`` with the number of new tokens and a padding id settled."""
-        settled = {"max_new_tokens": room}
-        if self._setting("pad_token_id", options) is None:
-            end = self._setting("eos_token_id", options)
-            settled["pad_token_id"] = end[0] if isinstance(end, list) else end
-        rest = {name: value for name, value in options.items() if name not in _LENGTHS}
-        if options.get("generation_config") is None:
-            return rest | settled
-        config = copy.deepcopy(options["generation_config"])
-        config.update(max_length=None, **settled)
-        return rest | {"generation_config": config}
-
-    def _generate(self, ids: torch.Tensor, watch: Watch, **options: Any) -> Any:
-        """Run transformers' loop under ``watch``; None when the watch left it early."""
+    def _generate(self, ids: torch.Tensor, stream: GenerationStream, **options: Any) -> Generation:
+        """Run transformers' loop with a ``stream``, which may leave it early."""
         on_prompt = options.pop("on_prompt", None)
-        told = nullcontext() if on_prompt is None else prompts_told(self.model, on_prompt)
+        progress = nullcontext() if on_prompt is None else prompts_told(self.model, on_prompt)
         # Masks and the like belong where the ids are.
         options = {
             name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
             for name, value in options.items()
         }
-        streams = (self._setting("num_beams", options) or 1) == 1
+        config = self.model.generation_config
+        streams = (setting(config, "num_beams", options) or 1) == 1
         if streams:
-            options["streamer"] = watch
-        elif watch.streams:
+            options["streamer"] = stream
+        elif stream.shows_tokens:
             raise UsageError(
                 "beam search (num_beams > 1) knows no text before it ends, so it cannot stream",
                 hint="leave out num_beams, or the streamer",
             )
+        result = None
         with self._turn:
             set_threads(self.threads)
             if self.placement is not None:
                 self.placement.begin_run()
             else:
-                begin_run(self.model, ids.shape[1])
-            self.model.hybrid_fast.refused.clear()
-            watch.start(ids)
+                begin_run(self._model, ids.shape[1])
+            self._model.fast.refused.clear()
+            stream.start(ids)
             try:
-                with told:
+                with progress:
                     result = self.model.generate(ids.to(self.model.device), **options)
                 if not streams:
-                    watch.take(getattr(result, "sequences", result))
-                return result
+                    stream.put_result(getattr(result, "sequences", result))
             except Stopped:
-                return None
+                pass
             finally:
-                drawn, written = self._setting("do_sample", options), watch.text is not None
-                asides = [name for name, is_so in (("sampling", drawn), ("text", written)) if is_so]
-                self._times = replace(watch.times(), asides=tuple(asides))
+                sampled = bool(setting(config, "do_sample", options))
+                made = self._last = stream.generation(result, sampled=sampled)
+        return made
 
-    def _check_length(self, ids: torch.Tensor) -> None:
-        tokens, context = ids.shape[-1], self.context
-        if tokens == 0:
-            raise UsageError("the prompt has 0 tokens", hint="give it at least one character")
-        if context is not None and tokens >= context:
+    def save_popularity(self, path: str | PathLike[str]) -> None:
+        """Write how often each expert was used, for a later start with a device.
+
+        Counts this model's calls, and those that ``popularity`` told when it was loaded.
+
+        Raises
+        ------
+        UsageError
+            When the model runs on the CPU alone, where nobody counts, or ``path`` cannot be
+            written.
+        """
+        usage = self.require_executor("counts which experts are used").usage
+        known = Popularity(self._name, usage.tokens, usage.uses, self._model.weights)
+        before = self.placement.popularity if self.placement else None
+        if before is not None:
+            tokens, uses = usage.tokens + before.tokens, usage.uses + before.uses
+            known = replace(known, tokens=tokens, uses=uses)
+        write_whole(Path(path), known.to_json())
+
+    def save_routing(self, path: str | PathLike[str]) -> None:
+        """Write which experts every token used as a trace, for ``hybrid plan --trace``.
+
+        Raises
+        ------
+        UsageError
+            When ``record_routing`` was not asked for, nothing was generated yet, or ``path``
+            exists, cannot be written, or has another ending than ``.npz``, by which traces are
+            told from popularity files.
+        """
+        if Path(path).suffix != ".npz":
             raise UsageError(
-                f"the prompt has {tokens} tokens and the model's context is {context}, which "
-                "must also hold the answer",
-                hint=f"shorten the prompt to {context - 1} tokens or fewer",
+                f"{path}: the name of a routing trace ends in .npz",
+                hint=f"for example {Path(path).with_suffix('.npz')}",
             )
+        recorder = self.require_executor("records the routers' choices").usage.recorder
+        if recorder is None:
+            raise UsageError("no routing was kept", hint="load the model with record_routing=True")
+        recorder.save(Path(path))
+        if recorder.left_out:
+            print(
+                f"hybrid: {path} has {recorder.tokens} tokens, {recorder.left_out} came after",
+                file=sys.stderr,
+            )
+
+    def perfetto(self) -> str:
+        """Return what every lane did since loading as Chrome trace events, for ui.perfetto.dev.
+
+        Raises
+        ------
+        UsageError
+            When the model runs on the CPU alone, or ``keep_timeline`` was not asked for.
+        """
+        timeline = self.require_executor("has lanes to show").timeline
+        if not timeline.keep:
+            raise UsageError("no timeline was kept", hint="load the model with keep_timeline=True")
+        timeline.finish()
+        title = f"{self._name} on {self.placement.device}"  # type: ignore[union-attr]
+        return trace_events(title, timeline.events, LANES)
+
+    def close(self) -> None:
+        """Give the device's memory back; the model goes on with its experts on the CPU."""
+        if self.placement is not None and self.placement.executor is not None:
+            self.placement.executor.close()
+
+    def require_executor(self, what: str) -> Executor:
+        """Return who shares the experts with a device; UsageError when nobody ``what``."""
+        executor = None if self.placement is None else self.placement.executor
+        if executor is None:
+            raise UsageError(
+                f"on the CPU alone nothing {what}", hint="load the model with a device (vram=...)"
+            )
+        return executor

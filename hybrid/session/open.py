@@ -19,6 +19,7 @@ from hybrid.ask.sizes import checked_ram, size_in_bytes
 from hybrid.errors import UsageError
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.formats.notes import Note
+from hybrid.grafts import set_fast_path
 from hybrid.ledger.timeline import Timeline
 from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations
@@ -26,10 +27,10 @@ from hybrid.machine.calibrations import Identity
 from hybrid.machine.devices import Size, choose_device, dtype_on, emulation_note, open_device
 from hybrid.machine.machines import with_emulated
 from hybrid.measure.calibrate import hardware_for
+from hybrid.model import Model
 from hybrid.packed.experts import experts_of
 from hybrid.sharing.budget import Budget, beyond_ram, fitted_alone
 from hybrid.sharing.placement import Placement, place_model
-from hybrid.weights.store import weights_of
 from planner.decide.popularity import Popularity, read_popularity
 from planner.describe.hardware import HardwareSpec
 
@@ -98,16 +99,20 @@ def load_model(
             hint=f"ask for {longest} or fewer",
         )
     if name is None:
-        beyond = None if ram_bytes is None else beyond_ram(fitted_alone(model, ram_bytes, context))
-        notes = (*model.hybrid_fast.notes(), *(() if beyond is None else (beyond,)))
+        beyond = (
+            None
+            if ram_bytes is None
+            else beyond_ram(fitted_alone(Model(model), ram_bytes, context))
+        )
+        notes = (*Model(model).fast.notes(), *(() if beyond is None else (beyond,)))
         return _told(Loaded(model, directory, None, context, notes))
     reason = f"the model lies on a device ({name})"
-    model.hybrid_fast = FastPath(DecodePath(False, reason, ALONE, chosen=True))
-    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
+    set_fast_path(model, FastPath(DecodePath(False, reason, ALONE, chosen=True)))
+    layer = experts_of(model)[0]
     asked = size_in_bytes(vram, "vram")
     opened = open_device(name, asked, layer.shape, threads)
     placement = place_model(
-        model,
+        Model(model),
         opened,
         hardware_with(opened, directory, threads),
         Budget(
@@ -125,7 +130,7 @@ def load_model(
         placement = replace(placement, notes=(note, *placement.notes))
     for line in placement.decision:
         print(f"hybrid: {line}", file=sys.stderr)
-    notes = (*model.hybrid_fast.notes(), *placement.known)
+    notes = (*Model(model).fast.notes(), *placement.known)
     return _told(Loaded(model, directory, placement, context, notes))
 
 
@@ -155,7 +160,7 @@ def known_uses(file: str | PathLike[str] | None, name: str, network: Any) -> Pop
     if path.suffix == ".npz":
         return Popularity.of_trace(path, name, len(experts_of(network)[0].blocks))
     found = read_popularity(path)
-    found.check_weights(weights_of(network), name, str(path))
+    found.check_weights(Model(network).weights, name, str(path))
     if found.identity is None:
         what = f"{path} does not say of which weights of {found.model} it is"
         print(f"hybrid: {what}: taken for this model's", file=sys.stderr)

@@ -1,10 +1,9 @@
-"""The report of a loaded model's last call, put together from whoever knows."""
+"""Puts together the report of a loaded model's last call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -15,12 +14,12 @@ from hybrid.ledger.prediction import calibrating, cpu_terms
 from hybrid.ledger.slow_paths import slow_paths
 from hybrid.machine import host
 from hybrid.machine.calibrations import Identity, damage
-from hybrid.packed.experts import experts_of
+from hybrid.model import Model
 from hybrid.sharing.placement import Placement
 
 
 def run_report(
-    network: Any,
+    model: Model,
     placement: Placement | None,
     times: GenerationTimes | None,
     *,
@@ -34,20 +33,20 @@ def run_report(
 
     Parameters
     ----------
-    network
-        A transformers model of this package.
+    model
+        What was loaded.
     placement
         How it lies on a device; None on the CPU alone.
     times
         Of the last call; None before the first.
     name, threads, load_s
-        What was loaded, how many threads compute, and how long loading took.
+        What the user calls it, how many threads compute, and how long loading took.
     context
         Tokens of cache that a device's memory is kept for.
     told
         What was found to be slower or smaller than it could be then.
     """
-    index = network.hybrid_store.index
+    index, network = model.index, model.network
     figures = {
         "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
         "load_s": Figure(load_s, "s", "measured"),
@@ -58,12 +57,12 @@ def run_report(
     if times is not None:
         figures |= times.figures()
         if placement is None:
-            found = cpu_terms(network, times, threads, name)
+            found = cpu_terms(model, times, threads, name)
             terms, layers, predictions = found.terms, found.layers, found.predictions
         else:
             figures |= placement.figures()
             terms, layers = placement.terms(times), placement.by_layer()
-            predictions = _predicted_from(network, placement, name, threads)
+            predictions = _predicted_from(model, placement, name, threads)
     figures["peak_memory_bytes"] = Figure(
         host.peak_memory_bytes(), "bytes", "measured by the system, mapped files included"
     )
@@ -71,19 +70,19 @@ def run_report(
         model=name,
         family=type(network).__name__,
         experts_format=index.format,
-        dense_format=network.hf_quantizer.quantization_config.dense or "as in the checkpoint",
-        compute_dtype=_computed_in(network),
-        decode_path=str(network.hybrid_fast.path),
+        dense_format=model.dense_format,
+        compute_dtype=_computed_in(model),
+        decode_path=str(model.fast.path),
         simd_level=simd_level.LEVEL,
         threads=f"{threads} (torch and kernels)",
-        many_tokens=many_tokens(network, shared=placement is not None),
+        many_tokens=many_tokens(model, shared=placement is not None),
         placement=None if placement is None else str(placement),
         figures=figures,
         terms=terms,
         layers=layers,
         predictions=predictions,
         slow_paths=_each_once(
-            *slow_paths(network),
+            *slow_paths(model),
             *_damaged(threads, placement),
             *told,
             *(() if placement is None else placement.slow_paths()),
@@ -97,15 +96,15 @@ def _each_once(*paths: Note) -> tuple[Note, ...]:
     return tuple({path.cause: path for path in reversed(paths)}.values())[::-1]
 
 
-def _computed_in(network: Any) -> str:
+def _computed_in(model: Model) -> str:
     """Say what dense layers compute in, and what that costs."""
-    dtype: torch.dtype = network.dtype
-    name, fast = f"{dtype}".removeprefix("torch."), network.hybrid_fast.path.fast
+    dtype: torch.dtype = model.network.dtype
+    name, fast = f"{dtype}".removeprefix("torch."), model.fast.path.fast
     if dtype != torch.float32:
         bits = round(-math.log2(torch.finfo(dtype).eps)) + 1
         single = "; single tokens are computed in float32" if fast else ""
         return f"{name} (rounds every layer's results to {bits} bits{single})"
-    if network.device.type != "cpu":
+    if model.network.device.type != "cpu":
         return name
     if host.has_native_bf16():
         return f"{name} (exact; bfloat16, for which this processor has units, is faster on prompts)"
@@ -135,26 +134,26 @@ def _damaged(threads: int, placement: Placement | None) -> Iterator[Note]:
             yield found
 
 
-def _predicted_from(network: Any, placement: Placement, name: str, threads: int) -> str:
+def _predicted_from(model: Model, placement: Placement, name: str, threads: int) -> str:
     """Say what the predictions of a placed model are made of, and what would make them better."""
     hardware = placement.hardware
     found = f"for {hardware.name}: {hardware.summary}"
     if placement.cost.knows():
         return found
     emulated = placement.device.startswith("emulated")
-    device = "emulated" if emulated else str(next(network.parameters()).device)
-    command = calibrating(network, name, threads, device, force=not emulated)
+    device = "emulated" if emulated else str(next(model.network.parameters()).device)
+    command = calibrating(model, name, threads, device, force=not emulated)
     return f"{found}; attention and dense layers from its rates only, {command} measures them"
 
 
-def many_tokens(network: Any, *, shared: bool) -> str:
+def many_tokens(model: Model, *, shared: bool) -> str:
     """Say which products the CPU's experts take whose load is more than one token.
 
     ``shared`` is whether a device may have others.
     """
     where = "on the CPU " if shared else ""
     # A family's own gating runs between the kernels' projections, and between no others.
-    loads = [runner.panels_from for runner in experts_of(network) if not runner.own_gating]
+    loads = [runner.panels_from for runner in model.layers if not runner.own_gating]
     if found := [load for load in loads if load is not None]:
         least = min(found)
         return f"{where}torch's bfloat16 from {least} tokens on (measured), packed kernels below"

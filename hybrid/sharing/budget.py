@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from gpu_experts.device import Device
-from hybrid.ask.asked_model import subject
 from hybrid.ask.names import find_hardware
 from hybrid.ask.sizes import at_most
 from hybrid.errors import UsageError
 from hybrid.formats.notes import Note
 from hybrid.formats.registry import packs_dense
 from hybrid.packed.experts import experts_of
+from hybrid.model import Model
 from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
-from planner.describe.families import from_hf_config
 from planner.describe.hardware import CONTEXT_BYTES, HardwareSpec
 from planner.describe.words import in_words
 from planner.foretell.memory import STAGING, Fit, fit
@@ -50,7 +48,7 @@ class Budget:
 
 
 def fitted(
-    model: Any, device: Device, hardware: HardwareSpec, budget: Budget
+    model: Model, device: Device, hardware: HardwareSpec, budget: Budget
 ) -> tuple[CostModel, Fit]:
     """Return what a loaded model takes where on ``device``, and what predicts its durations.
 
@@ -62,7 +60,7 @@ def fitted(
     if budget.ram_bytes is not None:
         hardware = hardware.with_values("cpu", ram_bytes=budget.ram_bytes)
     cost = cost_of(model, hardware, device.torch_device)
-    stride = experts_of(model)[0].blocks.shape[1]
+    stride = model.layers[0].blocks.shape[1]
     return cost, fit(
         cost,
         context=budget.context,
@@ -73,18 +71,17 @@ def fitted(
     )
 
 
-def cost_of(model: Any, hardware: HardwareSpec, where: torch.device) -> CostModel:
+def cost_of(model: Model, hardware: HardwareSpec, where: torch.device) -> CostModel:
     """Return what predicts sizes and durations of a loaded model whose dense part is ``where``."""
-    index = model.hybrid_store.index
-    spec = from_hf_config(model.config.to_dict(), index.source["name"])
+    index = model.index
     dense = index.dense_format
     # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
     if dense is None or not packs_dense(dense) or where.type != "cpu":
-        dense = "f32" if model.dtype == torch.float32 else "bf16"
-    return CostModel(spec, hardware, index.format, dense)
+        dense = "f32" if model.network.dtype == torch.float32 else "bf16"
+    return CostModel(model.spec, hardware, index.format, dense)
 
 
-def fitted_alone(model: Any, ram_bytes: int, context: int) -> Fit:
+def fitted_alone(model: Model, ram_bytes: int, context: int) -> Fit:
     """Return what a loaded model takes of ``ram_bytes`` on the CPU alone.
 
     Raises
@@ -93,12 +90,11 @@ def fitted_alone(model: Any, ram_bytes: int, context: int) -> Fit:
         When it does not run within them.
     """
     hardware = find_hardware("cpu-only-laptop").with_values("cpu", ram_bytes=ram_bytes)
-    found = subject(model.hybrid_store.path)
     placed = Request(
-        model=found.model,
+        model=model.spec,
         hardware=hardware,
-        experts=found.experts,
-        dense=found.dense,
+        experts=model.asked.experts,
+        dense=model.asked.dense,
         context=context,
         prompt=min(Request.prompt, context),
     ).fit()

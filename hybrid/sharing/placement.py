@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -14,13 +13,15 @@ from hybrid.anatomy.survey import survey
 from hybrid.errors import UsageError
 from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
+from hybrid.grafts import expert_modules, set_runner
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.ledger.metrics import WHOLE, Figure, GenerationTimes, Term
 from hybrid.ledger.timeline import DECODE, PREFILL, Timeline
 from hybrid.machine.devices import memory_told
+from hybrid.model import Model
 from hybrid.packed.bf16_products import panels_from
 from hybrid.packed.dense_move import move_dense
-from hybrid.packed.experts import LayerExperts, experts_of
+from hybrid.packed.experts import LayerExperts
 from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.device_slots import Opened, Settle
 from hybrid.sharing.executor import Executor
@@ -217,7 +218,7 @@ class Placement:
 
 
 def place_model(
-    model: Any,
+    model: Model,
     device: Device,
     hardware: HardwareSpec,
     budget: Budget,
@@ -230,7 +231,7 @@ def place_model(
     Parameters
     ----------
     model
-        A transformers model with its expert store.
+        What was loaded.
     device
         Not opened yet.
     hardware
@@ -250,11 +251,11 @@ def place_model(
     cost, placed = fitted(model, device, hardware, budget)
     if not placed.fits:
         raise UsageError(f"{device.name}: {placed.shortage}", hint=_remedy(placed, budget))
-    nbytes = model.hybrid_store.index.nbytes
+    nbytes = model.index.nbytes
     device.pin(nbytes if placed.host is HostMemory.PINNED else RING_BYTES)
     with memory_told(device):
-        move_dense(model, device.torch_device)
-    layers: list[LayerExperts] = experts_of(model)
+        move_dense(model.network, device.torch_device)
+    layers: list[LayerExperts] = model.layers
     for experts in layers:
         experts.panels_from = panels_from(experts.shape, cost.hardware)
         if experts.own_gating:  # computed on the CPU, between projections that are
@@ -289,7 +290,7 @@ def _remedy(placed: Fit, budget: Budget) -> str:
 
 
 def _share_experts(
-    model: Any,
+    model: Model,
     device: Device,
     cost: CostModel,
     placed: Fit,
@@ -297,13 +298,12 @@ def _share_experts(
     threads: int,
     timeline: Timeline | None,
 ) -> tuple[Executor, SharedFirst]:
-    modules = [module for module in model.modules() if hasattr(module, "hybrid_experts")]
-    layers: list[LayerExperts] = [module.hybrid_experts for module in modules]
+    network, layers = model.network, model.layers
     layout = layers[0].shape.with_stride(layers[0].blocks.shape[1])
     seconds = DenseSeconds(cost, budget.context)
     specs = [experts.spec for experts in layers]
-    views = survey(model, specs)
-    lookahead, shared = Lookahead.discover(model, specs, views=views), SharedFirst(views)
+    views = survey(network, specs)
+    lookahead, shared = Lookahead.discover(network, specs, views=views), SharedFirst(views)
     executor = Executor(
         layers,
         device,
@@ -313,7 +313,7 @@ def _share_experts(
         threads=threads,
         lookahead=lookahead,
         shared=shared,
-        read_ahead=model.hybrid_store.read_ahead if placed.in_ram < 1 else None,
+        read_ahead=model.store.read_ahead if placed.in_ram < 1 else None,
         timeline=timeline,
         record_routing=budget.record_routing,
     )
@@ -325,9 +325,9 @@ def _share_experts(
     if lookahead.reason is not None:
         remedy = "none yet: experts of those layers are not copied ahead"
         executor.notes.append(Note("layers without lookahead", lookahead.reason, remedy))
-    for number, module in enumerate(modules):
-        module.hybrid_experts = PlacedExperts(executor, number, layers[number])
-    watch_steps(model, executor, seconds)
+    for number, module in enumerate(expert_modules(network)):
+        set_runner(module, PlacedExperts(executor, number, layers[number]))
+    watch_steps(network, executor, seconds)
     return executor, shared
 
 

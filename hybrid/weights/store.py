@@ -304,9 +304,3 @@ def damaged_experts(blocks: U8, checksums: tuple[int, ...]) -> Iterator[int]:
     for expert, block in enumerate(blocks):
         if expert >= len(checksums) or zlib.crc32(block) != checksums[expert]:
             yield expert
-
-
-def weights_of(network: Any) -> str:
-    """Return the digest of a loaded model's checkpoint, in whatever format its experts are."""
-    identity: str = network.hybrid_store.index.source["identity"]
-    return identity

@@ -17,6 +17,7 @@ from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.events import poll
 from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
+from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.executor import Executor
@@ -256,7 +257,7 @@ def test_families_keep_to_the_device(kind: str, tmp_path: Path) -> None:
     with runtime.here(), torch.no_grad():
         hardware = find_hardware("rtx4060-laptop-8gb")
         device = CudaDevice(runtime=runtime)
-        place_model(model, device, hardware, Budget(None, None, 64), threads=1)
+        place_model(Model(model), device, hardware, Budget(None, None, 64), threads=1)
         found = model(ids.to(DEVICE)).logits.cpu(), model.generate(ids.to(DEVICE), **options).cpu()
         device.close()
     runtime.finish()

@@ -12,6 +12,7 @@ from hybrid.ask.names import find_hardware
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
 from hybrid.machine.devices import emulated_device
+from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import Placement, place_model
@@ -38,7 +39,7 @@ def dense_bytes(model: Any) -> int:
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
     big = emulated_device(2 << 30, layer.shape, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
-    placement = place_model(model, big, hardware, Budget(None, None, 256), threads=1)
+    placement = place_model(Model(model), big, hardware, Budget(None, None, 256), threads=1)
     return sum(
         item.bytes
         for item in placement.fit.items

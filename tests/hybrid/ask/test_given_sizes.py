@@ -19,6 +19,7 @@ from hybrid.loading import set_threads
 from hybrid.machine import host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.devices import choose_device
+from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import beyond_ram, fitted_alone
 from planner.describe.words import enough_in_words, in_words
@@ -112,7 +113,7 @@ def test_experts_beyond_ram_are_told(capfd: Any) -> None:
     model = HybridModel.from_pretrained(threads=1)
     least = sum(
         item.bytes
-        for item in fitted_alone(model.model, 8 << 30, 4096 // 4).items
+        for item in fitted_alone(Model(model.model), 8 << 30, 4096 // 4).items
         if item.place == "ram" and not item.name.startswith("experts")
     )
     assert least > RAM_RESERVE_BYTES
@@ -125,7 +126,7 @@ def test_experts_beyond_ram_are_told(capfd: Any) -> None:
     assert "stay on disk" in err
     assert main([*words, str(least + nbytes)]) == 0
     assert "experts beyond ram" not in capfd.readouterr().err
-    half = beyond_ram(fitted_alone(model.model, least + nbytes // 2, 1024))
+    half = beyond_ram(fitted_alone(Model(model.model), least + nbytes // 2, 1024))
     assert half is not None
     assert "%" in half.reason
 

@@ -23,6 +23,7 @@ from fast_models import BATCH, FAMILIES, PROMPT, converted, open_model, write, w
 from hybrid.demo import demo_path
 from hybrid.fast.attach import UNTESTED
 from hybrid.ledger.slow_paths import slow_paths
+from hybrid.model import Model
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import convert
 
@@ -126,7 +127,7 @@ def test_calls_that_transformers_answers(pair: Any, name: str) -> None:
     assert not model.hybrid_fast.refused
     assert torch.equal(write(model, ids, **options), wanted)
     assert model.hybrid_fast.refused.total() == model.hybrid_fast.refused[reason] > 0
-    (slow,) = [slow for slow in slow_paths(model) if slow.reason == reason]
+    (slow,) = [slow for slow in slow_paths(Model(model)) if slow.reason == reason]
     assert "steps in transformers' code" in slow.what
 
 
@@ -281,7 +282,7 @@ def test_switched_off_and_bodies_without_head(qwen_folder: Path) -> None:
     model = open_model(qwen_folder, fast=False)
     write(model)
     assert str(model.hybrid_fast.path) == "transformers (switched off: fast=False)"
-    (slow,) = [slow for slow in slow_paths(model) if "switched off" in slow.reason]
+    (slow,) = [slow for slow in slow_paths(Model(model)) if "switched off" in slow.reason]
     assert slow.remedy == "leave out fast=False"
     body = AutoModel.from_pretrained(qwen_folder)
     assert str(body.hybrid_fast.path) == "transformers (the model does not generate text)"

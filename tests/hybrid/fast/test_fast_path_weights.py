@@ -21,6 +21,7 @@ from hybrid.errors import UsageError
 from hybrid.fast.attach import UNTESTED
 from hybrid.ledger.slow_paths import slow_paths
 from hybrid.machine import host
+from hybrid.model import Model
 from hybrid.packed.dense import (
     PackedMlp,
     QuantizedEmbedding,
@@ -411,7 +412,7 @@ def test_copies_need_memory(
     monkeypatch.setattr(host, "available_memory_bytes", lambda: 5000)
     assert torch.equal(write(model), write(plain))
     assert model.hybrid_fast.path.reason.startswith("copies of dense weights take 120.0 KiB")
-    (slow,) = [slow for slow in slow_paths(model) if "copies" in slow.reason]
+    (slow,) = [slow for slow in slow_paths(Model(model)) if "copies" in slow.reason]
     assert "--dense q8_0" in slow.remedy
     write(replaced := owned(qwen_folder))
     assert replaced.hybrid_fast.path.fast

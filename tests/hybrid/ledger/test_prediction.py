@@ -17,6 +17,7 @@ from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.coverage import Coverage
+from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.weights.checkpoint import convert
 from planner.cost.cost import CostModel
@@ -99,15 +100,15 @@ def test_loads_of_a_prompt_are_counted_piece_by_piece(tiny_model: Path) -> None:
     """One row a layer and piece, every token's experts in it; single tokens do not count."""
     network, _ = load_fast_model(tiny_model)
     set_threads(1)
-    begin_run(network, 600)
+    begin_run(Model(network), 600)
     generate_once(network, 600, 3)
-    rows = prompt_loads(network)
+    rows = prompt_loads(Model(network))
     assert [sum(row) for row in rows] == [2 * 512, 2 * 512, 2 * 88, 2 * 88]
     assert {len(row) for row in rows} == {8}
-    begin_run(network, 5)
-    assert prompt_loads(network) == []
+    begin_run(Model(network), 5)
+    assert prompt_loads(Model(network)) == []
     generate_once(network, 5, 3)
-    assert [sum(row) for row in prompt_loads(network)] == [10, 10]
+    assert [sum(row) for row in prompt_loads(Model(network))] == [10, 10]
 
 
 def test_a_report_predicts_the_experts_that_ran(
@@ -127,7 +128,7 @@ def test_a_report_predicts_the_experts_that_ran(
         dense=found.dense,
         prompt=64,
         tokens=2,
-        loads=prompt_loads(model.model),
+        loads=prompt_loads(Model(model.model)),
     )
     terms = {(term.phase, term.name): term for term in model.report().terms}
     assert terms["prefill", CPU].predicted_s == expected.prompt[CPU].value
@@ -224,7 +225,7 @@ def test_a_report_says_what_it_predicts_from(
         terms["decode", CPU].predicted_s
     )
     assert "decode layers" in str(report)
-    assert calibrating(model.model, "M") == "'hybrid calibrate M --dense q8_0'"
+    assert calibrating(Model(model.model), "M") == "'hybrid calibrate M --dense q8_0'"
 
 
 def test_only_steps_of_the_kernels_are_told_apart(

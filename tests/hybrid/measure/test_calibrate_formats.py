@@ -14,6 +14,7 @@ from hybrid.loading import load_fast_model, set_threads
 from hybrid.measure import calibrate as calibration
 from hybrid.measure.calibrate import covers, hardware_for
 from hybrid.measure.random_model import write_random_model
+from hybrid.model import Model
 from planner.cost.terms import CALL, MIXER
 
 
@@ -57,7 +58,7 @@ def test_a_loaded_model_is_predicted_from_its_own_calibration(
     set_threads(1)
     spec = hardware_for(tiny_model, threads=1)
     network, _ = load_fast_model(tiny_model)
-    found = predicted(network, 8, 4, threads=1)
+    found = predicted(Model(network), 8, 4, threads=1)
     assert found is not None
     of_layer = {(term.term, term.tokens): term.seconds for term in spec.terms}
     assert found.prompt[MIXER].value == pytest.approx(2 * of_layer["attention", 8])

@@ -15,6 +15,7 @@ from hybrid.ledger.prediction import predict, prompt_loads
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity, alone, load, save, without_device
 from hybrid.machine.devices import ToEmulate
+from hybrid.model import Model
 from hybrid.planning.plan import plan
 from hybrid.session.model import HybridModel
 from planner.describe.estimate import Source
@@ -137,7 +138,7 @@ def test_a_run_on_the_cpu_is_predicted_from_it(
     assert report.predictions == "from a calibration of this shape in these formats"
     found = subject(model.model.hybrid_store.path)
     formats = {"experts": found.experts, "dense": found.dense}
-    loads = prompt_loads(model.model)
+    loads = prompt_loads(Model(model.model))
     expected = predict(
         found.model, without_device(measured), **formats, prompt=8, tokens=5, loads=loads
     )

@@ -22,7 +22,8 @@ import hybrid
 from cpu_experts.jit.hostcpu import Processor
 from hybrid.errors import CheckpointError, HybridError, StoreError, UsageError
 from hybrid.ledger import slow_paths
-from hybrid.session.model import DEFAULT_NEW_TOKENS, HybridModel
+from hybrid.session.generation_options import DEFAULT_NEW_TOKENS
+from hybrid.session.model import HybridModel
 from tiny_model import CONTEXT, TEMPLATE
 
 GREEDY = {"do_sample": False}

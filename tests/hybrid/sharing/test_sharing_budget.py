@@ -14,6 +14,7 @@ from hybrid.ask.names import find_hardware
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.machine.devices import choose_device, emulated_device
+from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget, usable_vram
 from hybrid.sharing.placement import place_model
@@ -100,7 +101,7 @@ def test_more_vram_than_the_device_has_is_refused(tiny_model: Path) -> None:
     device = emulated_device(1 << 30, layer.shape, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
     with pytest.raises(UsageError, match=r"vram is 2\.00 GiB, emulated, exact has 1024\.0 MiB"):
-        place_model(model, device, hardware, Budget(2 << 30, None, 256), threads=1)
+        place_model(Model(model), device, hardware, Budget(2 << 30, None, 256), threads=1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
 from hybrid.machine.devices import emulated_device
+from hybrid.model import Model
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import place_model
 from massive import make_massive
@@ -42,7 +43,7 @@ def test_a_shared_family_writes_the_same_tokens(
     layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
     device = emulated_device(1 << 30, layer.shape, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
-    placement = place_model(model, device, hardware, Budget(None, None, 64), threads=1)
+    placement = place_model(Model(model), device, hardware, Budget(None, None, 64), threads=1)
     assert torch.equal(model.generate(ids, **options), expected)
     if placement.executor is None:
         assert any("on the CPU" in note.what for note in placement.notes)

@@ -11,6 +11,7 @@ import torch
 from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
 from hybrid.machine.calibrations import Identity
+from hybrid.model import Model
 from hybrid.planning.plan import plan
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import cost_of, fitted_alone
@@ -69,7 +70,7 @@ def test_the_dry_run_widens_dense_weights_as_a_gpu_does(
     converted = convert(tiny_model, tmp_path / "converted", dense=dense).path
     hardware = find_hardware("rtx4060-laptop")
     model, _ = load_fast_model(converted, dtype=torch.bfloat16, fast=False)
-    there = cost_of(model, hardware, torch.device("cuda")).dense_format
+    there = cost_of(Model(model), hardware, torch.device("cuda")).dense_format
     for planned in (
         plan(converted, hardware, tokens=1),
         plan(tiny_model, hardware, tokens=1, dense=dense),
@@ -84,7 +85,7 @@ def test_the_dry_run_of_the_cpu_alone_is_the_runtimes(tiny_model: Path) -> None:
     ram = plan(tiny_model, "cpu-only-laptop", **given).fit.used("ram") - 20_000
     found = plan(tiny_model, "cpu-only-laptop", ram=ram, **given).fit
     assert 0 < found.in_ram < 1
-    assert found == fitted_alone(load_fast_model(tiny_model)[0], ram, 512)
+    assert found == fitted_alone(Model(load_fast_model(tiny_model)[0]), ram, 512)
 
 
 def test_this_machines_memory_is_that_of_an_emulated_run() -> None:

@@ -1,0 +1,106 @@
+"""A loaded model: its transformers network, and all that we know of it, read in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid import grafts
+from hybrid.ask.asked_model import Subject, subject
+from hybrid.errors import UsageError
+from hybrid.fast.attach import FastPath
+from hybrid.packed.experts import experts_of
+from hybrid.weights.store import ExpertStore, StoreIndex
+from planner.describe.model import ModelSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network that transformers loaded with us.
+
+    Attributes
+    ----------
+    network
+        The transformers model. What we added to it stays on it, and is read here.
+    """
+
+    network: Any
+
+    @property
+    def store(self) -> ExpertStore:
+        """What its experts run from."""
+        store: ExpertStore = grafts.store_of(self.network)
+        return store
+
+    @property
+    def index(self) -> StoreIndex:
+        """What the store says of itself: formats, sizes, the checkpoint it was made from."""
+        return self.store.index
+
+    @property
+    def directory(self) -> Path:
+        """The converted directory that it was loaded from."""
+        return self.store.path
+
+    @property
+    def layers(self) -> list[Any]:
+        """What runs the experts of each MoE layer, in the layers' order."""
+        return experts_of(self.network)
+
+    @property
+    def fast(self) -> FastPath:
+        """What computes the calls that take the fast path."""
+        fast: FastPath = grafts.fast_path_of(self.network)
+        return fast
+
+    @cached_property
+    def asked(self) -> Subject:
+        """Its counts and formats as its directory says them, which is what calibrations name.
+
+        Raises
+        ------
+        UsageError, PlannerError
+            When the directory is gone, or the planner cannot read its ``config.json``.
+        """
+        where = self.directory
+        if not where.is_dir():  # a name that no directory has would be taken for a shipped model's
+            raise UsageError(
+                f"{where} is there no more", hint="load the model from where it lies now"
+            )
+        return subject(where)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its counts; raises what :attr:`asked` raises."""
+        return self.asked.model
+
+    @property
+    def dense_format(self) -> str:
+        """Weight format of its dense layers, in a user's words."""
+        config = self.network.hf_quantizer.quantization_config
+        return config.dense or "as in the checkpoint"
+
+    @property
+    def weights(self) -> str:
+        """The digest of its checkpoint, in whatever format its experts are."""
+        return self.index.source["identity"]
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that it takes, prompt included; None when it does not say."""
+        config = self.network.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its dense layers are."""
+        device: torch.device = self.network.device
+        return device
+
+    def changes(self) -> str:
+        """Say what is changed about the network that transformers made, a line for each kind."""
+        return grafts.describe(self.network)

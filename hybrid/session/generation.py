@@ -1,0 +1,38 @@
+"""What one call of ``generate`` made: text, ids, times, and why it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hybrid.ledger.metrics import GenerationTimes
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One call of ``generate``.
+
+    Attributes
+    ----------
+    text
+        The new text, without the prompt and without the stop string; empty where ids were asked
+        for.
+    ids
+        The new tokens, ``[B, T]``, as far as they were seen: with a stop string's.
+    times
+        How many tokens there were, how long they took, and why they ended.
+    result
+        What transformers' ``generate`` returned; None where it was left early.
+    """
+
+    text: str
+    ids: Tensor
+    times: GenerationTimes
+    result: Any
+
+    @property
+    def ended(self) -> str:
+        """Why it ended, see :class:`GenerationTimes`."""
+        return self.times.ended
