@@ -50,7 +50,7 @@ class _Change(NamedTuple):
 def grafts_of(network: nn.Module) -> list[Graft]:
     """Return what is changed about a network and its modules, in the order to undo it."""
     found = [*_replacements(network)]
-    for module in network.modules():
+    for module in reversed(list(network.modules())):
         changes: list[_Change] = vars(module).get(_CHANGES, [])
         found += [Graft(at.what, functools.partial(_undo, module, at)) for at in changes[::-1]]
         if _asks_first(type(module)):
@@ -304,7 +304,8 @@ def put_module(owner: Any, name: str, new: nn.Module, *, back: bool = False) -> 
     ----------
     back
         Whether it keeps the other one, for :func:`bring_back`; it then has ``give_back()``, which
-        returns the weights to the module that :func:`stood_for` tells.
+        returns the weights to the module that :func:`stood_for` tells. One that keeps none and is
+        not torch's own has ``ordinary()``, which makes one that is.
     """
     if back:
         vars(new)[_REPLACED] = getattr(owner, name)  # not a submodule
@@ -339,12 +340,22 @@ def tie_again(network: Any, module: nn.Module) -> None:
         network.all_tied_weights_keys = vars(module)[_TIED]
 
 
-def _replacements(network: nn.Module) -> Iterator[Graft]:
+def set_tied_weights(network: Any, names: dict[str, str]) -> Graft:
+    """Let a model note that weights are tied by other names."""
+    return _set(network, "all_tied_weights_keys", names, "tied weights are noted by packed names")
+
+
+def _replacements(network: Any) -> Iterator[Graft]:
+    """Find the packed modules of a network, which say themselves what they stand for."""
     for owner in network.modules():
         for name, child in owner.named_children():
+            kind = type(child).__name__
             if (old := stood_for(child)) is not None:
-                what = f"{type(child).__name__} in the place of {type(old).__name__}"
+                what = f"{kind} in the place of {type(old).__name__}"
                 yield Graft(what, functools.partial(_bring_back, network, owner, name))
+            elif hasattr(child, "ordinary"):
+                what = f"{kind} in the place of a layer that is not quantized"
+                yield Graft(what, functools.partial(_widen, owner, name, network.dtype))
 
 
 def _bring_back(network: Any, owner: Any, name: str) -> None:
@@ -352,3 +363,37 @@ def _bring_back(network: Any, owner: Any, name: str) -> None:
     with torch.inference_mode(False), torch.no_grad():
         bring_back(owner, name)
     tie_again(network, child)
+
+
+def _widen(owner: Any, name: str, dtype: torch.dtype) -> None:
+    child = getattr(owner, name)
+    weight = nn.Parameter(child.weight.to(dtype), requires_grad=False)
+    setattr(owner, name, child.ordinary(weight))
+
+
+# Classes of transformers, for every network of this process.
+
+_EVERYWHERE: list[Graft] = []
+_ABSENT = object()
+
+
+def set_on_class(kind: type, name: str, value: Any, what: str) -> Graft:
+    """Set an attribute of a class of transformers."""
+    before = vars(kind).get(name, _ABSENT)
+    setattr(kind, name, value)
+    graft = Graft(what, functools.partial(_set_back_on_class, kind, name, before, what))
+    _EVERYWHERE.append(graft)
+    return graft
+
+
+def grafts_everywhere() -> list[Graft]:
+    """Return what is changed about transformers' own classes."""
+    return list(_EVERYWHERE)
+
+
+def _set_back_on_class(kind: type, name: str, before: Any, what: str) -> None:
+    _EVERYWHERE[:] = [graft for graft in _EVERYWHERE if graft.what != what]
+    if before is _ABSENT:
+        delattr(kind, name)
+    else:
+        setattr(kind, name, before)

@@ -31,6 +31,7 @@ def register() -> None:
 
 def _register(registry: Any) -> None:
     from hybrid.ask.formats import QUANT_METHOD
+    from hybrid.grafts import set_on_class
     from hybrid.quantizer import HybridQuantizer, merge_configs
     from hybrid.weights.config import HybridConfig
 
@@ -46,7 +47,12 @@ def _register(registry: Any) -> None:
             return merge_configs(from_args, of_model)
         return merge(of_model, from_args)
 
-    registry.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_with_ours)
+    set_on_class(
+        registry.AutoHfQuantizer,
+        "merge_quantization_configs",
+        classmethod(merge_with_ours),
+        "a HybridConfig may be asked for with a checkpoint that is quantized in another way",
+    )
 
 
 class _Watch:

@@ -24,6 +24,8 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from hybrid.grafts import set_on_class
+
 #: What ``forward`` has called a cache, newest first.
 CACHE_NAMES = ("cache", "past_key_values")
 _FIELDS = {field.name for field in dataclasses.fields(MoeCausalLMOutputWithPast)}
@@ -31,7 +33,12 @@ _CACHE = next(name for name in CACHE_NAMES if name in _FIELDS)
 
 
 if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
-    MoeCausalLMOutputWithPast.image_outputs = None
+    set_on_class(
+        MoeCausalLMOutputWithPast,
+        "image_outputs",
+        None,
+        "outputs of language models have no image_outputs, and say so",
+    )
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

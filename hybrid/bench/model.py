@@ -243,8 +243,8 @@ def _measure(
         bandwidth = bandwidth if reached is None else reached
     disturbed = others.lap()
     peak_bytes = host.peak_memory_bytes()
-    loads_known = loads if prompt > 1 else None
-    found = predicted(loaded, prompt, generate, threads=threads, loads=loads_known)
+    known = loads if prompt > 1 else None
+    found = predicted(loaded, prompt, generate, threads=threads, loads=known)
     about: dict[str, Any] = dict.fromkeys(("predicted", "calibration", "residuals", "terms"))
     if found is not None:
         progress("timing its parts")

@@ -1,4 +1,4 @@
-"""Matrices outside the experts in quantized form: linear layers, embeddings and the lm_head."""
+"""Runs matrices outside the experts in packed form: linear layers, embeddings, gated MLPs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from hybrid.formats.block import Block, unpack_expert
 from hybrid.formats.matrix import packed_bytes, unpack, unpack_rows
 from hybrid.formats.registry import packs_dense
 from hybrid.formats.strips import GROUP, TILE
-from hybrid.grafts import bring_back, put_module, stood_for, tie_again, untie
+from hybrid.grafts import (
+    bring_back,
+    put_module,
+    set_tied_weights,
+    stood_for,
+    tie_again,
+    untie,
+)
 from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
 
 #: Memory that is taken at a time for dense weights, and what each of them starts on.
@@ -90,6 +97,14 @@ class QuantizedLinear(_Packed):
         self.in_features, self.out_features = cols, rows
         self.register_parameter("bias", bias)
 
+    def ordinary(self, weight: nn.Parameter) -> nn.Linear:
+        """Return a layer of torch's own with this one's weights, widened."""
+        new = nn.Linear(self.cols, self.rows, bias=self.bias is not None, device="meta")
+        new.weight = weight
+        if self.bias is not None:
+            new.bias = self.bias
+        return new
+
     def forward(self, x: Tensor) -> Tensor:
         _check_no_gradients(self, x)
         flat = x.detach().reshape(-1, self.cols).float().contiguous()
@@ -105,6 +120,12 @@ class QuantizedEmbedding(_Packed):
     def __init__(self, rows: int, cols: int, fmt: str, dtype: torch.dtype) -> None:
         super().__init__(rows, cols, fmt)
         self.num_embeddings, self.embedding_dim, self.dtype = rows, cols, dtype
+
+    def ordinary(self, weight: nn.Parameter) -> nn.Embedding:
+        """Return an embedding of torch's own with this one's weights, widened."""
+        new = nn.Embedding(self.rows, self.cols, device="meta")
+        new.weight = weight
+        return new
 
     def forward(self, ids: Tensor) -> Tensor:
         wanted = ids.reshape(-1).numpy()
@@ -284,11 +305,12 @@ def install_dense(model: Any, matrices: Mapping[str, tuple[int, int]], fmt: str 
             new = QuantizedEmbedding(rows, cols, fmt, old.weight.dtype)
         else:
             new = QuantizedLinear(rows, cols, fmt, old.bias)
-        setattr(parent, name, new)
-    model.all_tied_weights_keys = {
+        put_module(parent, name, new)
+    tied = {
         _packed_name(target, matrices): _packed_name(source, matrices)
         for target, source in model.all_tied_weights_keys.items()
     }
+    set_tied_weights(model, tied)
 
 
 def _packed_name(name: str, matrices: Mapping[str, tuple[int, int]]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrid.grafts import put_module
 from hybrid.packed.dense import QuantizedEmbedding, QuantizedLinear
 
 
@@ -21,19 +22,5 @@ def move_dense(model: Any, where: torch.device) -> None:
             key = id(module.packed)
             if key not in widened:
                 widened[key] = nn.Parameter(module.weight.to(where, model.dtype), False)
-            setattr(model.get_submodule(owner), leaf, _plain(module, widened[key]))
+            put_module(model.get_submodule(owner), leaf, module.ordinary(widened[key]))
     model.to(where)
-
-
-def _plain(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Parameter) -> nn.Module:
-    """Return an ordinary layer with a quantized one's weights, widened."""
-    new: nn.Linear | nn.Embedding
-    with torch.device("meta"):
-        if isinstance(module, QuantizedEmbedding):
-            new = nn.Embedding(module.rows, module.cols)
-        else:
-            new = nn.Linear(module.cols, module.rows, bias=module.bias is not None)
-    new.weight = weight
-    if isinstance(module, QuantizedLinear) and module.bias is not None:
-        new.bias = module.bias
-    return new
