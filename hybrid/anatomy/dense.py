@@ -1,4 +1,4 @@
-"""Which of a model's matrices are dense weights that may be quantized."""
+"""Lists the matrices outside a model's experts that may be quantized."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hybrid.anatomy.experts import ExpertsSpec
+from hybrid.anatomy.names import is_router
 from hybrid.formats.strips import GROUP
 
 
@@ -41,8 +42,6 @@ def _router_prefixes(model: nn.Module, spec: ExpertsSpec) -> list[str]:
     """Paths of the experts themselves and of the routers beside them."""
     block = spec.path.rpartition(".")[0]
     routers = [
-        name
-        for name, child in model.get_submodule(block).named_children()
-        if name == "gate" or "router" in name
+        name for name, child in model.get_submodule(block).named_children() if is_router(name)
     ]
     return [f"{spec.path}.", *(f"{block}.{name}." for name in routers)]

@@ -1,13 +1,21 @@
-"""Norms as what they do to a stream: divide by a size, multiply by a weight, add a bias."""
+"""Reads norms as what they do to a stream: divide by a size, multiply by a weight, add a bias.
+
+:func:`read_norm` reads a norm module exactly, as the kernels need it; :func:`probe` reads whatever
+code makes of a stream off its results, within that code's precision.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from hybrid.anatomy.samples import UnfitError, close, sample
+from hybrid.anatomy.widened import widened
 
 _KINDS: tuple[Literal["rms", "centred", "direct"], ...] = ("rms", "centred", "direct")
 
@@ -23,11 +31,14 @@ class Scaling:
         first, ``"direct"`` leaves it as it is.
     weight, bias
         ``[D]`` float32.
+    eps
+        Added to the mean square; 0 where it is not known.
     """
 
     kind: Literal["rms", "centred", "direct"]
     weight: Tensor
     bias: Tensor
+    eps: float = 0.0
 
     @classmethod
     def direct(cls, size: int) -> Scaling:
@@ -39,8 +50,30 @@ class Scaling:
         if self.kind == "centred":
             x = x - x.mean(-1, keepdim=True)
         if self.kind != "direct":
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True))
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return x * self.weight + self.bias
+
+
+def read_norm(module: Any) -> Scaling:
+    """Read a norm module: its own weight, one that means ``1 + weight`` folded in, and its eps.
+
+    Raises
+    ------
+    UnfitError
+        When its code computes something else of them.
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if eps is None or getattr(module, "weight", None) is None:
+        raise UnfitError(f"{type(module).__name__} has no eps or no weight")
+    weight, bias = module.weight.detach().float(), getattr(module, "bias", None)
+    bias = torch.zeros_like(weight) if bias is None else bias.detach().float()
+    x = sample(3, weight.numel()) * 2 + 1
+    results = widened(module)(x)
+    for offset, kind in product((0.0, 1.0), _KINDS[:2]):
+        scaling = Scaling(kind, weight + offset, bias, float(eps))
+        if close(scaling(x), results):
+            return scaling
+    raise UnfitError(f"{type(module).__name__} is another norm")
 
 
 def probe(function: Callable[[Tensor], Tensor], like: Tensor) -> Scaling | None:

@@ -1,4 +1,8 @@
-"""From a router's logits to the order in which it takes experts."""
+"""Describes routers: from the logits to the order in which experts are taken.
+
+The lookahead needs no more of it than most of the order; the fast path's own reader
+(:mod:`hybrid.fast.router_parts`) tells weights, too, equal to rounding.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +134,7 @@ def find_selection(
 def _candidates(
     experts: int, vectors: Sequence[F32], owners: Sequence[Any]
 ) -> Iterator[tuple[F32 | None, Selection]]:
-    groups, top_groups = _attribute(owners, _GROUPS), _attribute(owners, _TOP_GROUPS)
+    groups, top_groups = group_limits(owners)
     limits: list[tuple[int, int, int]] = [(1, 1, 1)]
     if 1 <= top_groups < groups and experts % groups == 0:
         limits += [(groups, top_groups, best) for best in (1, 2) if best * groups <= experts]
@@ -138,6 +142,11 @@ def _candidates(
         yield bias, Selection()
     for limit, correction, scoring in product(limits, (None, *vectors), _SCORINGS):
         yield None, Selection(scoring, correction, *limit)
+
+
+def group_limits(owners: Sequence[Any]) -> tuple[int, int]:
+    """Return how many groups of experts modules name, and how many of them a token may use."""
+    return _attribute(owners, _GROUPS), _attribute(owners, _TOP_GROUPS)
 
 
 def _attribute(owners: Sequence[Any], names: Sequence[str]) -> int:

@@ -14,17 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from cpu_experts.formats import F32
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder.decoder import Decoder
-from cpu_experts.decoder.layers import Latent, Layer, Matrix, Norm
+from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm
 from cpu_experts.kernels.records import Experts
+from hybrid.anatomy.names import EXPERTS_BLOCKS, MLP_PROJECTIONS, SHARED_EXPERTS, SHARED_GATE
+from hybrid.anatomy.norms import read_norm
 from hybrid.anatomy.samples import UnfitError, close, floats, sample
+from hybrid.anatomy.widened import widened
 from hybrid.fast.packed_rows import packed_rows
 from hybrid.fast.router_parts import read_router
-from hybrid.fast.widened import widened
 from hybrid.formats.errors import HybridError
 from hybrid.formats.strips import F32
 from hybrid.grafts import runner_of
@@ -44,8 +47,6 @@ from planner.describe.words import in_words
 
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
 _HEADS_AN_ITEM = 8
-#: Projections of MLPs, which the kernels take as one block.
-_OF_MLPS = ("gate_proj", "up_proj", "down_proj")
 
 
 def _only(module: nn.Module, allowed: str, what: str) -> None:
@@ -54,22 +55,15 @@ def _only(module: nn.Module, allowed: str, what: str) -> None:
         raise UnfitError(f"{what} has {', '.join(strange)}")
 
 
-def read_norm(module: Any) -> Norm:
-    """Return a norm, a weight that means ``1 + weight`` folded in."""
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if eps is None or getattr(module, "weight", None) is None:
-        raise UnfitError(f"{type(module).__name__} has no eps or no weight")
-    weight = module.weight.detach()
-    x = sample(3, weight.numel()) * 2 + 1
-    wanted = widened(module)(x)
-    bias = getattr(module, "bias", None)
-    for offset, centered in product((0.0, 1.0), (False, True)):
-        y = x - (x.mean(-1, keepdim=True) if centered else 0)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (weight.float() + offset)
-        if close(y if bias is None else y + bias.float(), wanted):
-            folded = np.ascontiguousarray((weight.float() + offset).numpy())
-            return Norm(weight=folded, eps=float(eps), bias=floats(bias), centered=centered)
-    raise UnfitError(f"{type(module).__name__} is another norm")
+def _norm(module: Any) -> Norm:
+    """Return a norm as the kernels take it."""
+    norm = read_norm(module)
+    return Norm(
+        weight=np.ascontiguousarray(norm.weight.numpy()),
+        eps=norm.eps,
+        bias=floats(getattr(module, "bias", None)),
+        centered=norm.kind == "centred",
+    )
 
 
 class _Packer:
@@ -107,7 +101,9 @@ class _Packer:
         """Return a gated MLP's packed weights."""
         module = getattr(owner, name)
         if not isinstance(module, PackedMlp):
-            _only(module, "gate_proj up_proj down_proj act_fn", f"{name} ({type(module).__name__})")
+            _only(
+                module, f"{' '.join(MLP_PROJECTIONS)} act_fn", f"{name} ({type(module).__name__})"
+            )
             packed = pack_mlp(module)
             if packed is None:
                 kind = type(module).__name__
@@ -128,7 +124,7 @@ def _check_room(model: Any, layers: nn.Module) -> None:
     for path, module in [*layers.named_modules(), ("lm_head", model.lm_head)]:
         if type(module) is nn.Linear:
             copied += packed_size(module)
-        elif type(module) is QuantizedLinear and path.rpartition(".")[2] in _OF_MLPS:
+        elif type(module) is QuantizedLinear and path.rpartition(".")[2] in MLP_PROJECTIONS:
             copied += module.packed.numel()  # three matrices make one block
     left = host.available_memory_bytes()
     if copied > left:
@@ -188,9 +184,9 @@ def rotary_row(values: Tensor, pairs: int) -> F32:
 
 def _shared(block: Any, packer: _Packer) -> tuple[Experts | None, Tensor | None]:
     """The shared expert of a block, packed, and the row that weighs it."""
-    for name in ("shared_expert", "shared_experts", "shared_mlp"):
+    for name in SHARED_EXPERTS:
         if getattr(block, name, None) is not None:
-            gate = getattr(block, "shared_expert_gate", None)
+            gate = getattr(block, SHARED_GATE, None)
             return _mlp(block, name, packer), None if gate is None else gate.weight
     return None, None
 
@@ -207,7 +203,8 @@ def _read_layer(layer: Any, window: int, packer: _Packer) -> Layer:
         f"a layer ({type(layer).__name__})",
     )
     attention = layer.self_attn
-    name = "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
+    name, other = EXPERTS_BLOCKS
+    name = name if hasattr(layer, name) else other
     block = getattr(layer, name)
     router = experts = None
     if hasattr(block, "experts"):
@@ -228,11 +225,11 @@ def _read_layer(layer: Any, window: int, packer: _Packer) -> Layer:
     read = _read_latent if hasattr(attention, "kv_b_proj") else _read_heads
     return Layer(
         **read(attention, packer),
-        norm=read_norm(layer.input_layernorm),
+        norm=_norm(layer.input_layernorm),
         scaling=float(attention.scaling),
         window=window,
         residual=float(getattr(layer, "residual_multiplier", 1.0)),
-        ffn_norm=read_norm(layer.post_attention_layernorm),
+        ffn_norm=_norm(layer.post_attention_layernorm),
         router=router,
         experts=experts,
         shared=shared,
@@ -250,7 +247,7 @@ def _read_heads(attention: Any, packer: _Packer) -> dict[str, Any]:
     q, k, v, o = (_matrix(attention, f"{x}_proj", packer) for x in "qkvo")
     clip = getattr(attention.config, "clip_qkv", None)
     norms = [
-        read_norm(module) if isinstance(module, nn.Module) else None
+        _norm(module) if isinstance(module, nn.Module) else None
         for module in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
     ]
     return {
@@ -286,10 +283,10 @@ def _read_latent(attention: Any, packer: _Packer) -> dict[str, Any]:
         rope=rope,
         nope=nope,
         value=value,
-        kv_norm=read_norm(attention.kv_a_layernorm),
+        kv_norm=_norm(attention.kv_a_layernorm),
         absorb=packed_rows(of_keys.transpose(1, 2).reshape(-1, nope), None, packer.arena),
         kv_b=kv_b,
-        q_norm=read_norm(attention.q_a_layernorm) if low_rank else None,
+        q_norm=_norm(attention.q_a_layernorm) if low_rank else None,
         q_b=_matrix(attention, "q_b_proj", packer) if low_rank else None,
     )
     return {
@@ -389,7 +386,7 @@ def read_decoder(model: Any, *, replace: bool) -> tuple[Decoder, int]:
             ]
         decoder = Decoder(
             layers,
-            norm=read_norm(base.norm),
+            norm=_norm(base.norm),
             lm_head=_matrix(model, "lm_head", packer),
             scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
             paired=paired,

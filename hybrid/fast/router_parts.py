@@ -1,4 +1,4 @@
-"""Reads a family's router: the parameters with which the kernels choose as its own code does."""
+"""Reads a family's router: finds the parameters with which the kernels choose as its code does."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.nn.functional import linear
 
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder import records
-from cpu_experts.decoder.layers import Router
+from cpu_experts.decoder.layers import Router, fill_record
 from cpu_experts.kernels.records import fill_record
+from hybrid.anatomy.routers import group_limits
 from hybrid.anatomy.samples import UnfitError, floats, sample
+from hybrid.anatomy.widened import widened
 from hybrid.fast.packed_rows import packed_rows
-from hybrid.fast.widened import widened
 from hybrid.packed.dense import Arena
 
 #: Tokens whose experts tell ways of choosing apart; few do not where there are groups of experts.
@@ -88,8 +89,7 @@ def _router_candidates(module: Any, base: Router) -> Iterator[Router]:
     statics = getattr(module, "moe_statics", module)
     correction = floats(getattr(statics, "e_score_correction_bias", None))
     scales = {1.0, float(getattr(module, "routed_scaling_factor", None) or 1.0)}
-    groups = int(getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1)
-    top_groups = int(getattr(module, "topk_group", None) or 1)
+    groups, top_groups = group_limits([module])
     floor = float(getattr(module, "norm_min", 1e-20))
     scorings = (records.SOFTMAX, records.SOFTMAX_OF_CHOSEN, records.SIGMOID)
     of_groups = (2, 1) if groups > 1 else (2,)

@@ -26,8 +26,8 @@ from transformers import DynamicCache
 
 from cpu_experts.decoder.attention import LARGEST_HALF
 from hybrid.anatomy.samples import WrongError
+from hybrid.anatomy.widened import widened
 from hybrid.fast.prompt import Piece
-from hybrid.fast.widened import widened
 from hybrid.transformers_api import cache_argument
 
 if TYPE_CHECKING:

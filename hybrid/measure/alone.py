@@ -15,6 +15,7 @@ import torch
 
 from cpu_experts.decoder.decoder import Decoder
 from hybrid import grafts
+from hybrid.anatomy.names import FEED_FORWARDS, SHARED_EXPERTS, SHARED_GATE
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import PIECE
 from hybrid.measure.terms_of_step import Part, Pass, in_modules, single_tokens, totals
@@ -22,8 +23,6 @@ from hybrid.packed.experts import experts_of
 from planner.describe.model import Layer, ModelSpec
 
 _PAGE = 4096
-_SHARED = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
-_PLAIN = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _NEVER = -1e30
 """The logit of tokens that the head does not have: never chosen."""
 SETTLING = 2
@@ -202,13 +201,13 @@ def _beside_attention(layer: Any) -> Iterator[Any]:
     """The modules of a decoder layer that are experts, shared experts or a dense MLP."""
     experts = [name for name, part in layer.named_modules() if grafts.runner_of(part) is not None]
     if not experts:
-        yield from (getattr(layer, name) for name in _PLAIN if hasattr(layer, name))
+        yield from (getattr(layer, name) for name in FEED_FORWARDS if hasattr(layer, name))
         return
     for path in experts:
         yield layer.get_submodule(path)
     blocks = {layer, *(layer.get_submodule(path.rpartition(".")[0]) for path in experts)}
     for block in blocks:
-        for name in _SHARED:
+        for name in (*SHARED_EXPERTS, SHARED_GATE):
             if isinstance(getattr(block, name, None), torch.nn.Module):
                 yield getattr(block, name)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cpu_experts.ffn import linear, run_experts
 from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
+from hybrid.anatomy.names import MLP_PROJECTIONS
 from hybrid.errors import UnsupportedModelError, UsageError
 from hybrid.formats.block import Block, unpack_expert
 from hybrid.formats.matrix import packed_bytes, unpack, unpack_rows
@@ -252,7 +253,7 @@ def pack_tied(model: Any) -> None:
 def pack_mlp(mlp: Any) -> PackedMlp | None:
     """Return a gated MLP as one expert; None when the kernels have no such expert."""
     parts: list[Any] = []
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in MLP_PROJECTIONS:
         module = getattr(mlp, name, None)
         module = pack_linear(module) if type(module) is nn.Linear else module
         if type(module) is not QuantizedLinear:
