@@ -10,6 +10,7 @@ from gpu_experts.cuda.device import CudaDevice
 from hybrid.ask.names import find_hardware
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
+from hybrid.model import Model
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import Placement, place_model
 from planner.foretell.memory import STAGING
@@ -34,7 +35,7 @@ def placed(target: CudaDevice, slots: int) -> tuple[Any, Placement]:
     if target.torch_device.type != "cpu":
         assert hardware.gpu is not None
         vram += int(hardware.gpu.reserve_bytes.value)
-    placement = place_model(model, target, hardware, Budget(vram, None, 256), threads=1)
+    placement = place_model(Model(model), target, hardware, Budget(vram, None, 256), threads=1)
     assert placement.executor is not None
     assert placement.executor.slot_count == slots
     return model, placement
