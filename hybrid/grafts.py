@@ -182,6 +182,25 @@ def expert_modules(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if hasattr(module, "hybrid_experts")]
 
 
+def remove_parameters(network: Any, path: str, names: Sequence[str]) -> None:
+    """Take the parameters out of an experts module that has no weights yet: a store has them."""
+    for name in names:
+        owner_path, _, leaf = f"{path}.{name}".rpartition(".")
+        owner = network.get_submodule(owner_path)
+        old = owner._parameters[leaf]
+        owner.register_parameter(leaf, None)
+        owner._is_hf_initialized = True
+        undo = functools.partial(_register_again, name=leaf, shape=old.shape, dtype=old.dtype)
+        _note(owner, "the experts' parameters are in the store", undo)
+    network.get_submodule(path)._is_hf_initialized = True
+
+
+def _register_again(owner: nn.Module, *, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Give a module a parameter back as it was: without memory."""
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    owner.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+
 @contextmanager
 def replaced_runners(modules: Sequence[Any], runners: Sequence[Any]) -> Iterator[None]:
     """Let other runners compute the experts of modules meanwhile."""

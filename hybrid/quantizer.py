@@ -17,7 +17,7 @@ from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
-from hybrid.grafts import experts_forward, set_runner, set_store
+from hybrid.grafts import experts_forward, remove_parameters, set_runner, set_store
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.store import DATA_NAME, ExpertStore, LayerRecord
 
@@ -51,7 +51,7 @@ class HybridQuantizer(HfQuantizer):
         self._store = ExpertStore.open(directory, verify=self.quantization_config.verify)
         self._records = _match(self._store, specs, self.quantization_config.store)
         for spec in specs:
-            _remove_parameters(model, spec)
+            remove_parameters(model, spec.path, spec.parameters)
         self._specs = specs
         index = self._store.index
         install_dense(model, index.dense, index.dense_format)
@@ -138,15 +138,6 @@ def _tail(path: str) -> str:
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[max(0, numbers[0] - 1) :]) if numbers else path
-
-
-def _remove_parameters(model: Any, spec: ExpertsSpec) -> None:
-    for name in spec.parameters:
-        owner_path, _, leaf = f"{spec.path}.{name}".rpartition(".")
-        owner = model.get_submodule(owner_path)
-        owner.register_parameter(leaf, None)
-        owner._is_hf_initialized = True
-    spec.module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def merge_configs(asked: HybridConfig, of_model: Any) -> HybridConfig:

@@ -30,14 +30,14 @@ def floats(tensor: Tensor | None) -> F32 | None:
     return tensor.detach().float().reshape(-1).contiguous().numpy().copy()
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor) -> bool:
     """Whether two results in float32 differ by rounding at most.
 
     Numbers count beside the largest of their column, whatever its size: weights of trained
     models are not of size one, and those of one norm may be a thousand times apart.
     """
-    sizes = wanted.abs().amax(dim=0)
-    return bool(((found - wanted).abs() <= 1e-4 * sizes).all())
+    sizes = expected.abs().amax(dim=0)
+    return bool(((found - expected).abs() <= 1e-4 * sizes).all())
 
 
 def sample(*shape: int) -> Tensor:

@@ -47,7 +47,7 @@ _KNOWN = {
     *("return_dict", "logits_to_keep", "cache_position"),
 }
 #: Settings of a model that ask for more than logits and the cache.
-_WANTED = ("output_attentions", "output_hidden_states", "output_router_logits")
+_INNER_STATES = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 #: Whose hooks stay where inner states were asked for once, and do nothing until they are again.
@@ -210,7 +210,7 @@ class FastPath:
         self.refused: Counter[str] = Counter()
         self.past_hooks = False
         self._snapshot: _Snapshot | None = None
-        self._told: list[Note] = []
+        self._said: list[Note] = []
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
@@ -231,8 +231,8 @@ class FastPath:
                 except BaseException:
                     self.release(model)
                     raise
-                for note in [note for note in self.notes() if note not in self._told]:
-                    self._told.append(note)
+                for note in [note for note in self.notes() if note not in self._said]:
+                    self._said.append(note)
                     if tell:
                         print(f"hybrid: {note}", file=sys.stderr)
             return self.decoder
@@ -337,9 +337,9 @@ class FastPath:
             return "training"
         if type(cache) is not DynamicCache or arguments.get("use_cache") is False:
             return "no cache" if cache is None else f"a cache of {type(cache).__name__}"
-        wanted = [name for name in _WANTED if getattr(model.config, name, False)]
-        if wanted:
-            return wanted[0]
+        for name in _INNER_STATES:
+            if getattr(model.config, name, False):
+                return name
         if False in (arguments.get("return_dict"), getattr(model.config, "return_dict", None)):
             return "return_dict"
         positions = arguments.get("position_ids")

@@ -114,14 +114,14 @@ class FastDecoder:
             positions = torch.arange(total)[None] + cache.get_seq_length()
         keep = arguments.get("logits_to_keep", 0)
         kept, teller, ours = [], Teller(on_prompt, total), not self.compressed
-        for cut, wanted in in_pieces(ids, keep):
+        for cut, logits_kept in in_pieces(ids, keep):
             piece = functools.partial(
                 slow,
                 input_ids=ids[:, cut],
                 position_ids=positions[:, cut],
                 **cache_argument(cache),
                 use_cache=True,
-                logits_to_keep=wanted,
+                logits_to_keep=logits_kept,
             )
             if ours:
                 sequence = self.packed(cache)

@@ -157,13 +157,13 @@ def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
         raise UnfitError(f"{code.__name__} has no apply_rotary_pos_emb")
     q = sample(1, 1, 1, head_dim)
     cos, sin = rotary_sides(rotary, q, torch.tensor([[5]]))
-    wanted, _ = code.apply_rotary_pos_emb(q, q, cos, sin)
+    expected, _ = code.apply_rotary_pos_emb(q, q, cos, sin)
     for pairs, paired in product((cos.numel() // 2, cos.numel()), (False, True)):
         turned = q.reshape(-1).numpy().copy()
         if 2 * pairs <= head_dim:
             angles = (rotary_row(cos, pairs), rotary_row(sin, pairs))
             kernels.rotate(turned, *angles, paired)
-            if close(torch.from_numpy(turned), wanted.float().reshape(-1)):
+            if close(torch.from_numpy(turned), expected.float().reshape(-1)):
                 return paired, pairs
     raise UnfitError("the rotary embedding turns in another way")
 
@@ -325,7 +325,7 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
         attention_mask=None,
         **cache_argument(cache),
     )
-    wanted = cache.key.reshape(-1)
+    expected = cache.key.reshape(-1)
     source = attention.kv_a_proj_with_mqa(x).reshape(-1)[rank:].numpy()
     pairs = source.size // 2
     cos, sin = (rotary_row(side, pairs) for side in rotary_sides(rotary, x, position))
@@ -334,7 +334,7 @@ def _read_latent_rotary(attention: Any, rotary: Any, rank: int) -> tuple[bool, b
         kernels.rotate(turned, cos, sin, paired)
         if apart:
             turned = np.concatenate((turned[0::2], turned[1::2]))
-        if close(torch.from_numpy(turned), wanted):
+        if close(torch.from_numpy(turned), expected):
             return paired, apart, pairs
     raise UnfitError("the key of the compressed cache turns in another way")
 

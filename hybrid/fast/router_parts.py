@@ -43,7 +43,7 @@ def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router
     _, weights, ids = outputs
     own = getattr(module, "bias", None)
     logits = linear(x, weight.float(), None if own is None else own.float())
-    wanted = _as_rows(ids, weights, weight.shape[0])
+    expected = _as_rows(ids, weights, weight.shape[0])
     base = Router(
         matrix=matrix,
         experts=weight.shape[0],
@@ -52,17 +52,17 @@ def read_router(module: Any, shared_gate: Tensor | None, arena: Arena) -> Router
     )
     for candidate in _router_candidates(module, base):
         some, more = slice(_FEW), slice(_FEW, None if candidate.groups > 1 else _FEW)
-        if all(_agrees(candidate, logits[part], wanted[part]) for part in (some, more)):
+        if all(_agrees(candidate, logits[part], expected[part]) for part in (some, more)):
             return candidate
     raise UnfitError(f"{type(module).__name__} chooses in another way")
 
 
-def _agrees(candidate: Router, logits: Tensor, wanted: Tensor) -> bool:
+def _agrees(candidate: Router, logits: Tensor, expected: Tensor) -> bool:
     """Whether a router chooses and weighs for every token as the family's code does."""
     if not len(logits):
         return True
-    distances = (_choices(candidate, logits) - wanted).abs().amax(dim=1)
-    return bool((distances <= _NEAR * wanted.abs().amax(dim=1)).all())
+    distances = (_choices(candidate, logits) - expected).abs().amax(dim=1)
+    return bool((distances <= _NEAR * expected.abs().amax(dim=1)).all())
 
 
 def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:

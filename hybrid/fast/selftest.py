@@ -28,6 +28,7 @@ from cpu_experts.decoder.attention import LARGEST_HALF
 from hybrid.anatomy.samples import WrongError
 from hybrid.anatomy.widened import widened
 from hybrid.fast.prompt import Piece
+from hybrid.grafts import hook_after
 from hybrid.transformers_api import cache_argument
 
 if TYPE_CHECKING:
@@ -146,13 +147,13 @@ class _Test:
             passes.append(self._record(cache, input_ids=token.reshape(1, 1), position_ids=at))
         attend = None if self._fast.compressed else self._piece(ids.shape[1])
         reference = self._new_cache()
-        wanted = []
+        expected = []
         for index, layer in enumerate(self._base.layers):
             twin = widened(layer)
             if attend is not None:
                 yield self._attention(index, twin, passes[0], attend)
-            wanted.append(list(self._additions(index, twin, passes, reference)))
-        yield from self._tokens(passes[1:], wanted)
+            expected.append(list(self._additions(index, twin, passes, reference)))
+        yield from self._tokens(passes[1:], expected)
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self._config)
@@ -183,7 +184,7 @@ class _Test:
             else:
                 yield (after - call.hidden.float()).reshape(-1)
 
-    def _tokens(self, steps: list[_Pass], wanted: list[list[Tensor]]) -> Iterator[float]:
+    def _tokens(self, steps: list[_Pass], expected: list[list[Tensor]]) -> Iterator[float]:
         """The distances of the layers and of the head for single tokens."""
         _check_range(self._prompt)
         kv = self._fast.packed(self._prompt).kv
@@ -193,7 +194,7 @@ class _Test:
             for index, call in enumerate(step.layers):
                 before = call.hidden.float().reshape(-1)
                 found = self._fast.decoder.layer_step(index, before.numpy(), *angles, kv)
-                row.append(_relative(torch.from_numpy(found) - before, wanted[index][at]))
+                row.append(_relative(torch.from_numpy(found) - before, expected[index][at]))
             logits = np.empty(step.logits.numel(), np.float32)
             last = step.layers[-1].made.float().reshape(-1)
             self._fast.decoder.head_step(last.numpy(), logits)
@@ -205,7 +206,7 @@ class _Test:
             rows.append(row)
         if kv.beyond:
             raise WrongError(_BEYOND)
-        parts = [*(f"layer {index}" for index in range(len(wanted))), "the head"]
+        parts = [*(f"layer {index}" for index in range(len(expected))), "the head"]
         for part, column in zip(parts, zip(*rows, strict=True), strict=True):
             _within(part, max(column), _TOKEN_TOLERANCE)
             yield _within(part, median(column), self._limit)
@@ -241,12 +242,15 @@ def _noting(calls: dict[str, list[_Call]], places: list[tuple[str, Any]]) -> Ite
 
         return note
 
-    hooks = [module.register_forward_hook(hook(kind), with_kwargs=True) for kind, module in places]
+    hooks = [
+        hook_after(module, hook(kind), "its calls are noted", with_kwargs=True)
+        for kind, module in places
+    ]
     try:
         yield
     finally:
         for handle in hooks:
-            handle.remove()
+            handle.undo()
 
 
 def _stream(result: Any) -> Tensor:
@@ -276,19 +280,19 @@ def _check_range(cache: DynamicCache) -> None:
             raise WrongError(_BEYOND)
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    """The distance of two results relative to ``wanted``: of all channels or of ordinary ones."""
-    sizes = wanted.abs()
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """The distance of two results relative to ``expected``: of all channels or of ordinary ones."""
+    sizes = expected.abs()
     typical = sizes.median()
-    distance = _ratio(found - wanted, wanted)
+    distance = _ratio(found - expected, expected)
     if typical > 0:
         ordinary = sizes <= _MASSIVE * typical
-        distance = max(distance, _ratio((found - wanted)[ordinary], wanted[ordinary]))
+        distance = max(distance, _ratio((found - expected)[ordinary], expected[ordinary]))
     return distance
 
 
-def _ratio(apart: Tensor, wanted: Tensor) -> float:
-    size, distance = float(wanted.norm()), float(apart.norm())
+def _ratio(apart: Tensor, expected: Tensor) -> float:
+    size, distance = float(expected.norm()), float(apart.norm())
     distance = distance / size if size > 0 else distance
     return distance if math.isfinite(distance) else math.inf  # which unlike NaN has an order
 
