@@ -25,8 +25,8 @@ def register() -> None:
     loaded = sys.modules.get(_REGISTRY)
     if loaded is not None and hasattr(loaded, "register_quantizer"):
         _register(loaded)
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 def _register(registry: Any) -> None:
@@ -55,7 +55,7 @@ def _register(registry: Any) -> None:
     )
 
 
-class _Watch:
+class _Finder:
     """Steps aside for every import but one, whose loader it wraps."""
 
     def find_spec(

@@ -55,6 +55,8 @@ class HybridModel:
     ----------
     model
         The transformers model, ready for anything that takes one.
+    loaded
+        What is known of it; ``print(model.loaded.changes())`` says what is changed about it.
     tokenizer
         Its tokenizer.
     threads
@@ -82,7 +84,7 @@ class HybridModel:
         self._name = name
         self._load_s = 0.0
         self._reserved: int | None = None
-        self._model = Model(model)
+        self.loaded = Model(model)
         self._last: Generation | None = None
         self._turn = threading.Lock()
 
@@ -184,7 +186,7 @@ class HybridModel:
     @property
     def context(self) -> int | None:
         """The most tokens that the model takes, prompt included; None when it does not say."""
-        return self._model.context
+        return self.loaded.context
 
     @overload
     def generate(
@@ -279,7 +281,7 @@ class HybridModel:
     def report(self) -> RunReport:
         """Say what runs, how, how fast the last call was, and what ran slower than it could."""
         return run_report(
-            self._model,
+            self.loaded,
             self.placement,
             None if self._last is None else self._last.times,
             name=self._name,
@@ -298,7 +300,7 @@ class HybridModel:
 
     def _tell_refusals(self) -> None:
         """Say why plain steps go past the fast path, if they do; before any text is written."""
-        fast = self._model.fast
+        fast = self.loaded.fast
         if fast.path.fast and fast.refused:
             notes = tuple(refusals(fast))
             for note in notes:
@@ -356,8 +358,8 @@ class HybridModel:
             if self.placement is not None:
                 self.placement.begin_run()
             else:
-                begin_run(self._model, ids.shape[1])
-            self._model.fast.refused.clear()
+                begin_run(self.loaded, ids.shape[1])
+            self.loaded.fast.refused.clear()
             stream.start(ids)
             try:
                 with progress:
@@ -383,7 +385,7 @@ class HybridModel:
             written.
         """
         usage = self.require_executor("counts which experts are used").usage
-        known = Popularity(self._name, usage.tokens, usage.uses, self._model.weights)
+        known = Popularity(self._name, usage.tokens, usage.uses, self.loaded.weights)
         before = self.placement.popularity if self.placement else None
         if before is not None:
             tokens, uses = usage.tokens + before.tokens, usage.uses + before.uses
