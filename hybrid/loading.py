@@ -49,9 +49,9 @@ def load_fast_model(
     if config.store is None:
         directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
     model = _load_model(directory, config, _compute_dtype(dtype, directory))
-    fast = fast_path_of(model)
-    fast.replace = True
-    fast.settle(model, tell=False)
+    fast_path = fast_path_of(model)
+    fast_path.replace = True
+    fast_path.settle(model, tell=False)
     return model, directory
 
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cpu_experts.formats import F32
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder.decoder import Decoder
-from cpu_experts.decoder.layers import Experts, Latent, Layer, Matrix, Norm
+from cpu_experts.decoder.layers import Latent, Layer, Matrix, Norm
 from cpu_experts.kernels.records import Experts
 from hybrid.anatomy.names import EXPERTS_BLOCKS, MLP_PROJECTIONS, SHARED_EXPERTS, SHARED_GATE
 from hybrid.anatomy.norms import read_norm

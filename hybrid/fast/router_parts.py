@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder import records
-from cpu_experts.decoder.layers import Router, fill_record
+from cpu_experts.decoder.layers import Router
 from cpu_experts.kernels.records import fill_record
 from hybrid.anatomy.routers import group_limits
 from hybrid.anatomy.samples import UnfitError, floats, sample

@@ -339,7 +339,7 @@ def _cpu_terms(
     layers: list[Term] = []
     if steps:
         token_s = times.decode_s / steps
-        measured, by_layer = _measured(fast, token_s) if whole else ({}, [])
+        measured, by_layer = _measured(fast, token_s) if whole and fast is not None else ({}, [])
         terms.append(term(DECODE, WHOLE, found.tpot, token_s))
         terms += [
             term(DECODE, name, estimate, measured.get(name))

@@ -12,7 +12,6 @@ from hybrid.ask.sizes import at_most
 from hybrid.errors import UsageError
 from hybrid.formats.notes import Note
 from hybrid.formats.registry import packs_dense
-from hybrid.packed.experts import experts_of
 from hybrid.model import Model
 from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
