@@ -26,9 +26,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from gpu_experts.backend import Backend
+
 U8 = NDArray[np.uint8]
 I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
+
+#: ``run(x, slot_ids, routing_weights, slots, layout, out)``: add the experts' weighted outputs to
+#: ``out``, on the CPU; all arrays are in host memory.
+Run = Callable[[F32, I32, F32, U8, Block, F32], object]
 
 #: How long a wait without a time of its own lasts before it gives the device up.
 TIMEOUT_S = 60.0
@@ -72,7 +78,12 @@ class Device(Protocol):
     Attributes
     ----------
     name
-        For reports.
+        For reports and calibrations, see :class:`~gpu_experts.backend.Backend`.
+    backend
+        What kind of device it is.
+    dtype
+        What dense layers compute in there unless another type is asked for; None is what they do
+        on the CPU.
     meaningful
         Whether results are the experts' outputs; False where only time is modelled.
     torch_device
@@ -82,6 +93,8 @@ class Device(Protocol):
     """
 
     name: str
+    backend: Backend
+    dtype: torch.dtype | None
     meaningful: bool
     torch_device: torch.device
     notes: list[Note]

@@ -30,7 +30,7 @@ from gpu_experts.checks import (
     opened,
     require_content,
 )
-from gpu_experts.cuda import kernels
+from gpu_experts.cuda import CUDA, kernels
 from gpu_experts.cuda.events import ANCHOR_S, Anchor, CudaEvent
 from gpu_experts.cuda.feeder import Feeder, HostBlocks
 from gpu_experts.cuda.runtime import CudaRuntime, Runtime, ran_out_of_memory
@@ -73,6 +73,8 @@ class CudaDevice:
     Beside slots, memory goes to outputs and :func:`gpu_experts.cuda.kernels.workspace_bytes`.
     """
 
+    backend = CUDA
+
     def __init__(
         self,
         index: int = 0,
@@ -83,6 +85,7 @@ class CudaDevice:
     ) -> None:
         self._runtime: Runtime = runtime or CudaRuntime(index)
         self.name = self._runtime.name
+        self.dtype: torch.dtype | None = self._runtime.dtype
         self.meaningful = True
         self.torch_device = self._runtime.device
         self.notes: list[Note] = []

@@ -33,15 +33,14 @@ from gpu_experts.checks import (
     opened,
     require_content,
 )
-from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory
+from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory, Run
+from gpu_experts.emulated import EMULATED
 from gpu_experts.emulated.lanes import Clock, ClockLane, Lane, ThreadLane
 from gpu_experts.errors import ArgumentError, DeviceFailedError, DeviceMemoryError
 from gpu_experts.events import DoneEvent
 from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 
-#: ``run(x, slot_ids, routing_weights, slots, out)``: add the experts' weighted outputs to out.
-Run = Callable[[F32, I32, F32, U8, F32], object]
 Fault = Literal["copy", "compute", "memory", "stall"]
 
 
@@ -56,8 +55,8 @@ class EmulatedDevice:
         ``"exact"`` or ``"timing"``, see the module.
     run
         What computes experts in exact mode: x ``[T, D]`` float32, slot ids ``[T, A]`` int32,
-        routing weights ``[T, A]`` float32, slots ``[slots, stride]`` uint8, out ``[T, D]``
-        float32, all in host memory; called from a thread of the device's own.
+        routing weights ``[T, A]`` float32, slots ``[slots, stride]`` uint8, their layout, out
+        ``[T, D]`` float32, all in host memory; called from a thread of the device's own.
     link_bytes_per_s, link_latency_s
         A copy takes ``latency + block / rate``.
     memory_bytes_per_s, flop_per_s, launch_s
@@ -75,6 +74,9 @@ class EmulatedDevice:
     ArgumentError
         When exact mode lacks ``run``, or a rate or time is negative.
     """
+
+    backend = EMULATED
+    dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class EmulatedDevice:
             raise ArgumentError("rates must be positive")
         if min(capacity_bytes, link_latency_s, launch_s) < 0:
             raise ArgumentError("capacity, latency and launch time cannot be negative")
-        self.name = f"emulated, {mode}"
+        self.name = f"{self.backend.name}, {mode}"
         self.meaningful = mode == "exact"
         self.torch_device = torch.device("cpu")
         self.notes: list[Note] = []
@@ -195,7 +197,7 @@ class EmulatedDevice:
         memory, run = self._memory, self._run
         if memory is not None and run is not None:
             run_on = partial(run, on_host(x), *as_arrays(slot_ids, routing_weights))
-            work = partial(run_on, memory, out.numpy())
+            work = partial(run_on, memory, layout, out.numpy())
         event = lane.submit(
             what,
             *self._disturbed("compute", work, seconds),

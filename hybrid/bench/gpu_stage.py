@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from hybrid.grafts import expert_modules, set_runner
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.loading import load_fast_model
 from hybrid.machine import host
-from hybrid.machine.devices import dtype_on, memory_told
+from hybrid.machine.devices import memory_told
 from hybrid.measure.random_model import check_room, first_layers, write_random_model
 from hybrid.model import Model
 from hybrid.packed.bf16_products import panels_from
@@ -84,7 +83,7 @@ class OnGpu:
         needed = check_room(settings, folder, FORMAT, "bf16")
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
         write_random_model(settings, folder, experts=FORMAT, dense="bf16")
-        network, _ = load_fast_model(folder, dtype=dtype_on(device.torch_device), fast=False)
+        network, _ = load_fast_model(folder, dtype=device.dtype, fast=False)
         model = Model(network)
         self.layers = model.layers
         for experts in self.layers:
@@ -165,15 +164,9 @@ class _Replayed:
 def of_gpu(device: Device) -> dict[str, Any]:
     """Return name, memory, driver and versions of a GPU and its software, for a record."""
     known = [gpu for gpu in host.gpus() if gpu.driver and device.name.startswith(gpu.name)]
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
     return {
         "name": device.name,
         "memory_bytes": device.memory().total_bytes,
         "driver": known[0].driver if known else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton,
+        **device.backend.software(),
     }

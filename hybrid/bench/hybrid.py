@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from gpu_experts.backends import BACKENDS
 from hybrid.ask.asked_model import Subject, subject
 from hybrid.ask.counts import whole_number
 from hybrid.ask.names import find_hardware
@@ -23,7 +24,7 @@ from hybrid.formats.registry import weight_bytes
 from hybrid.ledger.timeline import DECODE, HEAD, ROUTER
 from hybrid.loading import set_threads
 from hybrid.machine import host
-from hybrid.machine.devices import choose_device
+from hybrid.machine.devices import choose_device, open_device
 from hybrid.machine.machines import EMULATED_AS, emulated_hardware
 from hybrid.measure.calibrate import hardware_for
 from hybrid.sharing.budget import Budget, usable_vram
@@ -98,7 +99,7 @@ def run(
     """
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
-    gpu = choose_device(device, None) if device.partition(":")[0] == "cuda" else None
+    gpu = choose_device(device, None) if _names_gpu(device) else None
     like = find_hardware(device) if gpu is None else None
     if like is not None and like.gpu is None:
         raise UsageError(f"{device} has no GPU to emulate", hint="choose hardware with one")
@@ -140,6 +141,12 @@ def run(
                     }
                     finished(result, *map(_in_words, new))
     return result
+
+
+def _names_gpu(device: str) -> bool:
+    """Whether ``device`` begins as a GPU's name does; else it is that of a machine."""
+    backend = BACKENDS.get(device.partition(":")[0])
+    return backend is not None and not backend.emulated
 
 
 def _in_words(row: dict[str, Any]) -> str:
@@ -202,10 +209,9 @@ def _on_gpu(
     options: dict[str, Any],
 ) -> tuple[Stage, dict[str, Any]]:
     """Set a model up on a GPU of this machine; also returns what to record of that GPU."""
-    from gpu_experts.cuda.device import CudaDevice
     from hybrid.bench.gpu_stage import OnGpu, of_gpu
 
-    opened = CudaDevice(int(device.partition(":")[2]))
+    opened = open_device(device, None, options["threads"])
     about = {"device": of_gpu(opened)}
     hardware = hardware_for(name, device=opened, **options)
     usable = usable_vram(opened, hardware, Budget(None, None, context))
@@ -379,10 +385,8 @@ def _routing(
 def _gpu(about: dict[str, Any]) -> str:
     """A GPU and its software in one line."""
     parts = [f"{about['name']}, {about['memory_bytes'] / 2**30:.1f} GiB"]
-    parts += [
-        f"{name} {about[name]}" if about[name] else f"no {name}"
-        for name in ("driver", "cuda", "torch", "triton")
-    ]
+    software = (name for name in about if name not in ("name", "memory_bytes"))
+    parts += [f"{name} {about[name]}" if about[name] else f"no {name}" for name in software]
     return ", ".join(parts)
 
 

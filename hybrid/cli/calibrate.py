@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpu_experts.backends import choices, emulation
+
 if TYPE_CHECKING:
     from gpu_experts.device import Device
-    from hybrid.machine.devices import ToEmulate
 
 
 def calibrate(
@@ -38,8 +39,8 @@ def calibrate(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cuda or cuda:N to measure it, too, emulated for what stands in for a GPU where "
-            "there is none; cpu for the CPU alone.",
+            help=f"Measure it, too: {choices()}; {emulation().name} is what stands in for a GPU "
+            "where there is none. cpu is the CPU alone.",
             show_default="the GPU if there is one",
         ),
     ] = None,
@@ -66,7 +67,7 @@ def calibrate(
     from hybrid.measure.calibrate import LIMIT_S, hardware_for
     from planner.describe.hardware import to_toml
 
-    gpu = _gpu(device)
+    gpu = _gpu(device, threads)
     identity = Identity.of_this_machine(threads, gpu.name if gpu else "")
     with _Progress(LIMIT_S) as progress:
         spec = hardware_for(
@@ -121,15 +122,10 @@ class _Progress:
         self.used = True
 
 
-def _gpu(name: str | None) -> Device | ToEmulate | None:
+def _gpu(name: str | None, threads: int | None) -> Device | None:
     """Return the GPU to measure, or what stands in for it; None for the CPU alone."""
-    from hybrid.machine.devices import ToEmulate, choose_device
+    from hybrid.machine.devices import choose_device, open_device
+    from hybrid.machine.host import default_threads
 
     chosen = choose_device(name, None)
-    if chosen == "emulated":
-        return ToEmulate()
-    if chosen is None:
-        return None
-    from gpu_experts.cuda.device import CudaDevice
-
-    return CudaDevice(int(chosen.partition(":")[2]))
+    return None if chosen is None else open_device(chosen, None, threads or default_threads())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpu_experts.backends import choices
 from hybrid.errors import UsageError
 from hybrid.ledger.metrics import summary_line
 from hybrid.paths import check_writable, write_whole
@@ -89,9 +90,7 @@ Threads = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="cuda, cuda:N, emulated or cpu.", show_default="the GPU if there is one, else cpu"
-    ),
+    typer.Option(help=f"{choices()} or cpu.", show_default="the GPU if there is one, else cpu"),
 ]
 Vram = Annotated[
     str | None,

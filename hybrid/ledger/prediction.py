@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
+from gpu_experts.backends import first_there
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import UsageError
 from hybrid.fast.decode import FastDecoder
@@ -251,7 +251,7 @@ def calibrating(
         words += ["--experts", index.format]
     if index.dense_format is not None:
         words += ["--dense", index.dense_format]
-    if not device and torch.cuda.is_available():
+    if not device and first_there() is not None:
         device = "cpu"
     if device:
         words += ["--device", device]

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from cpu_experts.jit import hostcpu
+from gpu_experts.backends import is_emulated, name_of
 from hybrid.errors import UsageError
 from hybrid.formats.notes import Note
 from hybrid.formats.registry import weight_bytes
@@ -138,8 +139,8 @@ def load(identity: Identity | None = None) -> HardwareSpec | None:
 def _again(identity: Identity) -> str:
     """The command that measures over a calibration."""
     words = [f"{COMMAND} --force"]
-    if identity.device.startswith("emulated"):
-        words.append("--device emulated")
+    if is_emulated(identity.device):
+        words.append(f"--device {name_of(identity.device)}")
     if identity.threads != host.default_threads():
         words.append(f"--threads {identity.threads}")
     return f"'{' '.join(words)}'"
@@ -188,7 +189,7 @@ def in_force(threads: int | None = None) -> tuple[HardwareSpec | None, str]:
         When the file is damaged.
     """
     for identity in with_devices(threads):
-        if not identity.device.startswith("emulated"):
+        if not is_emulated(identity.device):
             return load(identity), identity.device
     return alone(threads, load), ""
 

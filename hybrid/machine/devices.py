@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from cpu_experts.ffn import run_experts
 from cpu_experts.jit.workers import use_threads
-from gpu_experts.cuda.runtime import ran_out_of_memory
-from gpu_experts.device import F32, I32, U8, Device
-from gpu_experts.emulated.device import EmulatedDevice
+from gpu_experts import backends
+from gpu_experts.backend import StandIn
+from gpu_experts.device import F32, I32, U8, Device, Run
 from hybrid.ask.names import find_hardware
 from hybrid.ask.sizes import size_in_bytes
 from hybrid.errors import UsageError, first_line
 from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
-from hybrid.machine.machines import EMULATED, EMULATED_AS
+from hybrid.machine.machines import EMULATED_AS
 
 Size = str | int | None
 
 
 def choose_device(device: str | int | torch.device | None, vram: Size) -> str | None:
-    """Return ``cuda:N``, ``emulated``, or None for the CPU alone.
+    """Return what users call the chosen device, such as ``cuda:0``, or None for the CPU alone.
 
     Parameters
     ----------
     device
-        ``"cuda"``, ``"cuda:1"``, ``"emulated"``, ``"cpu"``, what torch calls a device, a GPU's
-        number, or None to choose: the GPU that is there; without one the CPU, or an emulated
-        device where vram is asked for.
+        A name such as ``"cuda"``, ``"cuda:1"``, ``"emulated"`` or ``"cpu"``, what torch calls a
+        device, a GPU's number, or None to choose: the GPU that is there; without one the CPU, or
+        an emulated device where vram is asked for.
     vram
         0 is the CPU alone.
 
@@ -40,12 +39,7 @@ def choose_device(device: str | int | torch.device | None, vram: Size) -> str | 
     UsageError
         When the name is unknown or the device is not there.
     """
-    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
-        raise UsageError(
-            f"device is {device!r}, neither a name nor a number",
-            hint="choose cuda, cuda:N, emulated or cpu, or leave it out",
-        )
-    name = f"cuda:{device}" if isinstance(device, int) else None if device is None else str(device)
+    name = _name(device)
     asked = size_in_bytes(vram, "vram")
     if name == "cpu" or asked == 0:
         if name == "cpu" and asked:
@@ -59,69 +53,68 @@ def choose_device(device: str | int | torch.device | None, vram: Size) -> str | 
                 hint="leave one of them out: vram=0 is the CPU alone",
             )
         return None
-    if name is None:
-        if torch.cuda.is_available():
-            return "cuda:0"
-        return "emulated" if asked else None
-    if name == "emulated":
-        return name
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (name == "cuda" or index.isdecimal()):
+    if name is not None:
+        return _called(name)
+    backend = backends.first_there() or (backends.emulation() if asked else None)
+    return None if backend is None else backend.called(0)
+
+
+def _name(device: str | int | torch.device | None) -> str | None:
+    """Return the name that ``device`` means; a number counts the devices of the first backend."""
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
+        raise UsageError(f"device is {device!r}, neither a name nor a number", hint=_choices())
+    if isinstance(device, int):
+        return (backends.first_there() or next(iter(backends.BACKENDS.values()))).called(device)
+    return None if device is None else str(device)
+
+
+def _called(name: str) -> str:
+    """Return in full what users call the device ``name``, which is there."""
+    found = backends.find(name)
+    if found is None:
+        raise UsageError(f"unknown device {name!r}", hint=_choices())
+    backend, number = found
+    count = backend.count()
+    if number >= count:
         raise UsageError(
-            f"unknown device {name!r}", hint="choose cuda, cuda:N, emulated or cpu, or leave it out"
+            f"device {name} is asked for, {backend.absent.format(count=count)}",
+            hint=f"leave the device out, or {backend.remedy}",
         )
-    if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {name} is asked for, torch finds {torch.cuda.device_count()} CUDA devices",
-            hint="leave the device out, or install a torch that is built for CUDA",
-        )
-    return f"cuda:{index or 0}"
+    return backend.called(number)
 
 
-def dtype_on(device: torch.device) -> torch.dtype | None:
-    """What dense layers are computed in on a device unless asked; None as on the CPU."""
-    if device.type != "cuda":
-        return None
-    with torch.cuda.device(device):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+def _choices() -> str:
+    return f"choose {backends.choices()} or cpu, or leave it out"
 
 
-def open_device(name: str, vram_bytes: int | None, shape: Block, threads: int) -> Device:
-    """Return the device called ``name`` for experts of ``shape``.
+def open_device(name: str, vram_bytes: int | None, threads: int) -> Device:
+    """Return the device that users call ``name``, which is there.
 
-    An emulated one has as much memory as is asked for, or as the GPU it is planned as.
+    Parameters
+    ----------
+    vram_bytes
+        Memory of an emulated one; None is that of the GPU that it is planned as.
+    threads
+        That compute where it is emulated.
     """
-    if name != "emulated":
-        from gpu_experts.cuda.device import CudaDevice
-
-        return CudaDevice(int(name.partition(":")[2]))
+    found = backends.find(name)
+    assert found is not None, name
+    backend, number = found
     if vram_bytes is None:
         gpu = find_hardware(EMULATED_AS).gpu
         assert gpu is not None
         vram_bytes = int(gpu.vram_bytes.value)
-    return emulated_device(vram_bytes, shape, threads)
+    return backend.open(number, StandIn(vram_bytes, _on_cpu(threads)))
 
 
-@dataclass(frozen=True)
-class ToEmulate:
-    """A device that is emulated once it is known what experts it computes."""
+def _on_cpu(threads: int) -> Run:
+    """Return what computes a device's experts with the CPU's kernels."""
 
-    name = EMULATED
-
-    def open(self, shape: Block, threads: int) -> Device:
-        """Return it, with as much memory as the GPU that it is planned as."""
-        return open_device("emulated", None, shape, threads)
-
-
-def emulated_device(capacity_bytes: int, shape: Block, threads: int) -> EmulatedDevice:
-    """Return a device that computes with the CPU's kernels, in ``capacity_bytes`` of its own."""
-
-    def run(x: F32, slot_ids: I32, weights: F32, slots: U8, out: F32) -> None:
+    def run(x: F32, slot_ids: I32, weights: F32, slots: U8, layout: Block, out: F32) -> None:
         use_threads(threads)
-        run_experts(x, slot_ids, weights, slots, shape, out)
+        run_experts(x, slot_ids, weights, slots, layout, out)
 
-    return EmulatedDevice(capacity_bytes, run=run)
+    return run
 
 
 @contextmanager
@@ -134,7 +127,7 @@ def memory_told(
     try:
         yield
     except RuntimeError as error:
-        if not ran_out_of_memory(error):
+        if not device.backend.ran_out_of_memory(error):
             raise
         raise UsageError(f"{device.name} {what}: {first_line(error)}", hint=remedy) from error
 

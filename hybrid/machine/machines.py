@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from gpu_experts.backends import emulation
 from hybrid.ask.asked_model import Subject
 from hybrid.ask.names import find_hardware
 from hybrid.errors import UsageError
@@ -18,7 +19,7 @@ from planner.describe.hardware import PANELS, HardwareSpec, Quantity
 
 EMULATED_AS = "rtx4060-laptop-8gb"
 """The machine whose device and link an emulated device is taken for when experts are placed."""
-EMULATED = "emulated, exact"
+EMULATED = emulation().calibrated_as
 """What the device is called that computes in a GPU's place."""
 
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
-from gpu_experts.cuda.runtime import ran_out_of_memory
 from gpu_experts.errors import GpuExpertsError
 from hybrid.ask.asked_model import Subject, subject
 from hybrid.errors import UsageError, first_line
@@ -30,7 +29,6 @@ from hybrid.loading import set_threads
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.coverage import Coverage
-from hybrid.machine.devices import ToEmulate
 from hybrid.measure.describe import Measured, ModelParts, to_spec
 from hybrid.measure.experts import (
     Budget,
@@ -80,7 +78,7 @@ def calibrate(
     *,
     experts: str | None = None,
     dense: str | None = None,
-    device: Device | ToEmulate | None = None,
+    device: Device | None = None,
     threads: int | None = None,
     progress: Progress = lambda what: None,
     limit_s: float = LIMIT_S,
@@ -96,7 +94,7 @@ def calibrate(
         Weight formats: those of a converted directory; ``"q4_0"`` and what the checkpoint has
         for anything else.
     device
-        An accelerator to measure, too, or one to emulate; opened and closed here.
+        An accelerator to measure, too; opened and closed here.
     threads
         For torch and the kernels, as the runtime chooses them unless given.
     progress
@@ -127,8 +125,6 @@ def calibrate(
             from hybrid.measure.device import device_times
 
             progress(f"measuring {device.name}")
-            if isinstance(device, ToEmulate):
-                device = device.open(experts_of(replica.network)[0].shape, threads)
             top_k = wanted.model.experts.top_k
             found.device = device_times(
                 device, experts_of(replica.network), top_k, budget.part(0.2)
@@ -336,7 +332,7 @@ def _measure_placed(
             placed.close()
     except Exception as error:
         told = isinstance(error, UnmeasuredError | UsageError | GpuExpertsError)
-        if not (told or ran_out_of_memory(error)):
+        if not (told or device.backend.ran_out_of_memory(error)):
             raise
         what = f"attention and dense layers on {device.name}"
         found.refused.append(f"{what} ({first_line(error)})")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from statistics import median, pstdev
@@ -18,7 +18,6 @@ import torch
 
 from hybrid.formats.block import Block
 from hybrid.formats.registry import weight_bytes
-from hybrid.machine.devices import dtype_on
 from hybrid.measure.experts import LOADS, Budget
 from planner.describe.estimate import Source
 from planner.describe.hardware import Gpu, Link, Point, Quantity
@@ -59,6 +58,7 @@ class DeviceTimes:
     memory_bytes: int
     shape: Block
     block_bytes: int
+    reserve_bytes: int | None = None
     copies: list[float] = field(default_factory=list)
     copies_beside: list[float] = field(default_factory=list)
     cpu_alone: list[float] = field(default_factory=list)
@@ -72,7 +72,7 @@ class DeviceTimes:
         params = (3 if self.shape.gated else 2) * self.shape.hidden * self.shape.intermediate
         size, most = weight_bytes(params, self.shape.format), max(self.loads)
         reached = Quantity(1.0, Source.MEASURED, f"{command}: the rate is what kernels reach", 0.0)
-        return Gpu(
+        gpu = Gpu(
             name=self.name,
             vram_bytes=Quantity(
                 float(self.memory_bytes), Source.MEASURED, f"{command}: the device's own figure"
@@ -88,6 +88,10 @@ class DeviceTimes:
             flop_efficiency=reached,
             launch_s=_quantity(self.launch_s, f"{command}: a call besides its experts"),
         )
+        if self.reserve_bytes is None:
+            return gpu
+        reserve = Quantity(self.reserve_bytes, Source.ASSUMED, "driver and compiled kernels")
+        return replace(gpu, reserve_bytes=reserve)
 
     def link(self, command: str) -> Link:
         """Describe the way to it."""
@@ -156,7 +160,8 @@ def device_times(
     shape, blocks = layers[0].shape, [block for layer in layers for block in layer.blocks]
     slots = min(SLOTS, len(blocks))
     layout = shape.with_stride(layers[0].blocks.shape[1])
-    found = DeviceTimes(device.name, device.memory().total_bytes, shape, layout.block_bytes)
+    total, reserve = device.memory().total_bytes, device.backend.reserve_bytes
+    found = DeviceTimes(device.name, total, shape, layout.block_bytes, reserve)
     device.open(layout, slots)
     try:
         _copies(device, layers, blocks, slots, top_k, found, clock)
@@ -231,7 +236,7 @@ def _experts(
     def call(load: int, experts: int) -> float:
         """Every one of ``load`` tokens uses the same experts."""
         # As a model computes on such a device: float32 would leave its tensor cores idle.
-        dtype = dtype_on(device.torch_device) or torch.float32
+        dtype = device.dtype or torch.float32
         x = torch.randn(load, found.shape.hidden).to(device.torch_device, dtype)
         ids = np.tile(np.arange(experts, dtype=np.int32), (load, 1))
         weights = np.full(ids.shape, 1 / experts, np.float32)

@@ -24,7 +24,6 @@ from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.grafts import set_fast_path
 from hybrid.ledger.timeline import DECIDING, EXPERTS, HEAD, ROUTER, LayerRecord, Timeline
 from hybrid.loading import load_fast_model
-from hybrid.machine.devices import dtype_on
 from hybrid.measure.alone import DRAWING, SETTLING, Passes, Spans, generate
 from hybrid.measure.terms_of_step import Part, Pass
 from hybrid.model import Model
@@ -126,7 +125,7 @@ class Placed:
         self._device = device
         self._begun = Counter[tuple[int, bool]]()
         self._times = LayerTimes()
-        self.network, _ = load_fast_model(folder, dtype=dtype_on(device.torch_device), fast=False)
+        self.network, _ = load_fast_model(folder, dtype=device.dtype, fast=False)
         path = DecodePath(False, f"shared with {device.name}")
         set_fast_path(self.network, FastPath(path))
         self.network.generation_config.eos_token_id = None

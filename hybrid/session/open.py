@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 
 from gpu_experts.device import Device
-from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.asked_model import subject
 from hybrid.ask.counts import whole_number
 from hybrid.ask.dtypes import check_dtype
@@ -24,7 +23,7 @@ from hybrid.ledger.timeline import Timeline
 from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
-from hybrid.machine.devices import Size, choose_device, dtype_on, emulation_note, open_device
+from hybrid.machine.devices import Size, choose_device, emulation_note, open_device
 from hybrid.machine.machines import with_emulated
 from hybrid.measure.calibrate import hardware_for
 from hybrid.model import Model
@@ -76,8 +75,6 @@ def load_model(
     name = choose_device(device, vram)
     if isinstance(dtype, str):
         dtype = None if check_dtype(dtype) == "auto" else dtype
-    if dtype is None and name is not None and name != "emulated":
-        dtype = dtype_on(torch.device(name))
     # Checked even where they change nothing: the same script may find a GPU elsewhere.
     ram_bytes = checked_ram(ram)
     if context is not None:
@@ -87,8 +84,12 @@ def load_model(
             f"there is no popularity file {str(popularity)!r}",
             hint="write one with HybridModel.save_popularity, or leave it out",
         )
+    asked = size_in_bytes(vram, "vram")
+    opened = None if name is None else open_device(name, asked, threads)
+    if dtype is None and opened is not None:
+        dtype = opened.dtype
     model, directory = load_fast_model(
-        path, experts=experts, dense=dense, verify=verify, dtype=dtype, fast=name is None
+        path, experts=experts, dense=dense, verify=verify, dtype=dtype, fast=opened is None
     )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
@@ -98,7 +99,7 @@ def load_model(
             f"a context of {context} tokens is asked for, the model was made for {longest}",
             hint=f"ask for {longest} or fewer",
         )
-    if name is None:
+    if opened is None:
         beyond = (
             None
             if ram_bytes is None
@@ -108,9 +109,6 @@ def load_model(
         return _told(Loaded(model, directory, None, context, notes))
     reason = f"the model lies on a device ({name})"
     set_fast_path(model, FastPath(DecodePath(False, reason, ALONE, chosen=True)))
-    layer = experts_of(model)[0]
-    asked = size_in_bytes(vram, "vram")
-    opened = open_device(name, asked, layer.shape, threads)
     placement = place_model(
         Model(model),
         opened,
@@ -125,7 +123,7 @@ def load_model(
         threads=threads,
         timeline=Timeline(keep_timeline),
     )
-    if name == "emulated":
+    if opened.backend.emulated:
         note = emulation_note(by_name=device is not None)
         placement = replace(placement, notes=(note, *placement.notes))
     for line in placement.decision:
@@ -176,7 +174,7 @@ def hardware_with(device: Device, directory: Path, threads: int) -> HardwareSpec
     calibrate``; else it is taken for that of ``EMULATED_AS``, beside this machine's CPU where that
     was calibrated.
     """
-    if isinstance(device, EmulatedDevice):
+    if device.backend.emulated:
         return with_emulated(subject(directory), threads, device.name)
     damaged = calibrations.damage(Identity.of_this_machine(threads, device.name))
     if damaged is not None:

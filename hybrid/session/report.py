@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from cpu_experts.jit import hostcpu, simd_level
+from gpu_experts.backends import is_emulated, name_of
 from hybrid.formats.notes import Note
 from hybrid.ledger.metrics import Figure, GenerationTimes, RunReport, Term
 from hybrid.ledger.prediction import calibrating, cpu_terms
@@ -140,8 +141,7 @@ def _predicted_from(model: Model, placement: Placement, name: str, threads: int)
     found = f"for {hardware.name}: {hardware.summary}"
     if placement.cost.knows():
         return found
-    emulated = placement.device.startswith("emulated")
-    device = "emulated" if emulated else str(next(model.network.parameters()).device)
+    device, emulated = name_of(placement.device) or "", is_emulated(placement.device)
     command = calibrating(model, name, threads, device, force=not emulated)
     return f"{found}; attention and dense layers from its rates only, {command} measures them"
 

@@ -53,7 +53,7 @@ def fitted(
 
     Takes what :func:`place_model` takes.
     """
-    if device.torch_device.type == "cpu":
+    if device.backend.emulated:
         hardware = hardware.emulated()
     hardware = hardware.with_values("gpu", vram_bytes=usable_vram(device, hardware, budget))
     if budget.ram_bytes is not None:

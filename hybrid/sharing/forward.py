@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from gpu_experts.cuda.runtime import ran_out_of_memory
 from gpu_experts.device import Device
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid.errors import bare, first_line
@@ -49,7 +48,7 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
                 output = inner(*args, **kwargs)
                 break
             except RuntimeError as raised:
-                if not (ran_out_of_memory(raised) or isinstance(raised, torch.AcceleratorError)):
+                if device is None or not _is_of(device, raised):
                     raise
                 error = bare(raised)
             # What the broken pass held is free by now.
@@ -63,11 +62,14 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
     replace_forward(model, forward, what)
 
 
-def _check_going_on(device: Device | None, executor: Executor, error: RuntimeError) -> None:
+def _is_of(device: Device, error: RuntimeError) -> bool:
+    """Whether the device, and not the model's code, is what is wrong."""
+    return device.backend.ran_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
+
+
+def _check_going_on(device: Device, executor: Executor, error: RuntimeError) -> None:
     """Raise ``error`` under its own name unless fewer slots may help."""
-    if device is None:
-        raise error
-    if not ran_out_of_memory(error):
+    if not device.backend.ran_out_of_memory(error):
         raise DeviceFailedError(
             f"{device.name} failed: {first_line(error)}",
             hint="start again: what this process has on the device is lost",

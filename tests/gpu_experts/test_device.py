@@ -76,9 +76,9 @@ def test_a_copy_waits_for_the_compute_that_reads_the_slot() -> None:
     """With a reader held up, the next copy into its slot does not start, another's does."""
     hold = threading.Event()
 
-    def run(x, slot_ids, weights, slots, out) -> None:
+    def run(x, slot_ids, weights, slots, layout, out) -> None:
         hold.wait(20)
-        add_stamps(x, slot_ids, weights, slots, out)
+        add_stamps(x, slot_ids, weights, slots, layout, out)
 
     target = EmulatedDevice(SLOTS * 4096, run=run)
     target.open(small_layout(), SLOTS)
@@ -103,7 +103,7 @@ def test_exact_results_are_the_cpu_paths_bit_for_bit() -> None:
     ids, weights = random_routing(9, 5, 2)
     x = np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)
 
-    def run(x, slot_ids, weights, slots, out) -> None:
+    def run(x, slot_ids, weights, slots, layout, out) -> None:
         run_experts(x, slot_ids, weights, slots, shape, out)
 
     target = EmulatedDevice(5 * blocks.shape[1], run=run)

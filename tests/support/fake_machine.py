@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpu_experts.emulated import EMULATED
 from hybrid.formats.block import Block
 from hybrid.measure.describe import Measured, ModelParts
 from hybrid.measure.device import DeviceTimes, device_times
@@ -86,6 +87,8 @@ class FakeDevice:
 
     clock: Clock
     name: str = "fake"
+    backend: Any = EMULATED
+    dtype: Any = None
     torch_device: Any = torch.device("cpu")  # noqa: RUF009
     opened: list[int] = field(default_factory=list)
     link_free_s: float = 0.0

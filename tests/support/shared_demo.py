@@ -11,7 +11,7 @@ from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.names import find_hardware
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
-from hybrid.machine.devices import emulated_device
+from hybrid.machine.devices import open_device
 from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
@@ -36,8 +36,7 @@ def placed(
 
 def dense_bytes(model: Any) -> int:
     """What a placement takes besides slots, found by asking for too little."""
-    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    big = emulated_device(2 << 30, layer.shape, 1)
+    big = open_device("emulated", 2 << 30, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
     placement = place_model(Model(model), big, hardware, Budget(None, None, 256), threads=1)
     return sum(

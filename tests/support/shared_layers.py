@@ -14,7 +14,7 @@ from gpu_experts.slots import SlotTable
 from hybrid.ask.names import find_hardware
 from hybrid.formats.block import Block, pack_expert
 from hybrid.ledger.dense_seconds import DenseSeconds
-from hybrid.machine.devices import emulated_device
+from hybrid.machine.devices import open_device
 from hybrid.sharing.device_slots import Opened
 from hybrid.sharing.executor import Executor
 from planner.cost.cost import CostModel
@@ -80,7 +80,7 @@ def shared_executor(
     kept = policy(LAYERS, EXPERTS)
     if device is None:
         room = (slots if capacity_slots is None else capacity_slots) + STAGING
-        device = emulated_device(room * layout.stride, SHAPE, 1)
+        device = open_device("emulated", room * layout.stride, 1)
 
     def settle(count: int) -> Opened:
         device.open(layout, count + STAGING)

@@ -21,7 +21,7 @@ def stamp(number: int) -> np.ndarray:
     return np.full(small_layout().block_bytes, number, np.uint8)
 
 
-def add_stamps(x, slot_ids, routing_weights, slots, out) -> None:
+def add_stamps(x, slot_ids, routing_weights, slots, layout, out) -> None:
     """In place of experts: add what the slots hold, when reading starts and when it ends."""
     before = slots[slot_ids[slot_ids >= 0]].copy()
     time.sleep(0.0005)

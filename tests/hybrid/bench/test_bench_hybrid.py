@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from fake_cuda import FakeRuntime
+from gpu_experts.backends import BACKENDS
+from gpu_experts.cuda import CUDA
 from gpu_experts.cuda import device as cuda
 from hybrid.bench import hybrid as bench
 from hybrid.bench.sharing import RULES, Scene
@@ -88,7 +91,7 @@ def test_a_gpu_by_its_stand_in(shared_spec: Path, monkeypatch: pytest.MonkeyPatc
     """
     runtime = FakeRuntime(total_bytes=4 << 30)
     monkeypatch.setattr(cuda, "CudaRuntime", lambda index: runtime)
-    monkeypatch.setattr(bench, "choose_device", lambda name, vram: "cuda:0")
+    monkeypatch.setitem(BACKENDS, "cuda", replace(CUDA, count=lambda: 1))
     result = run(shared_spec, "cuda")
     check(result, 3)
     check_gpu(result)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from gpu_experts.emulated import EMULATED
 from hybrid.cli import main
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
-from hybrid.machine.devices import ToEmulate
 from planner.describe.hardware import HardwareSpec
 
 
@@ -18,6 +18,6 @@ def measured(quick: Path, tiny_model: Path) -> HardwareSpec:
     """The tiny model on an emulated device, as the command measures it on this processor."""
     words = ["calibrate", str(tiny_model), "--device", "emulated", "--threads", "1"]
     assert main(words) == 0
-    spec = calibrations.load(Identity.of_this_machine(1, ToEmulate.name))
+    spec = calibrations.load(Identity.of_this_machine(1, EMULATED.calibrated_as))
     assert spec is not None
     return spec

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from gpu_experts.cuda import CUDA
+from gpu_experts.emulated import EMULATED
 from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.asked_model import subject
 from hybrid.cli import main
@@ -20,7 +22,7 @@ from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
-from hybrid.machine.devices import ToEmulate
+from hybrid.machine.devices import open_device
 from hybrid.measure import calibrate as calibration
 from hybrid.measure import replica
 from hybrid.measure import shared as measure_placed
@@ -109,7 +111,7 @@ def test_a_report_says_that_nothing_was_measured(quick: Path, tiny_model: Path) 
 def test_another_model_is_still_planned_as_a_gpus(measured: HardwareSpec) -> None:
     """An emulated device that was measured with other experts stands for the GPU as before."""
     device = EmulatedDevice(1 << 30, run=lambda *_: None)
-    assert device.name == ToEmulate.name
+    assert device.name == EMULATED.calibrated_as
     found = hardware_with(device, demo_path(), 1)
     assert found.gpu is not None
     assert "RTX 4060" in found.gpu.name
@@ -151,7 +153,7 @@ def test_a_load_measures_only_once(quick: Path, monkeypatch: pytest.MonkeyPatch)
         return made[-1]
 
     monkeypatch.setattr(calibration, "calibrate", calibrate)
-    device: Any = SimpleNamespace(name="Wide (cuda:0)")
+    device: Any = SimpleNamespace(name="Wide (cuda:0)", backend=CUDA)
     found = [hardware_with(device, demo_path(), 1) for _ in range(3)]
     assert len(made) == 1
     assert found[1:] == [calibrations.load(Identity.of_this_machine(1, device.name))] * 2
@@ -183,13 +185,13 @@ def test_what_cannot_be_measured_is_said(
         raise error
 
     monkeypatch.setattr(measure_placed, "Placed", refuse)
-    options: dict[str, Any] = {"device": ToEmulate(), "threads": 1}
+    options: dict[str, Any] = {"device": open_device("emulated", None, 1), "threads": 1}
     if error in DEFECTS:
         with pytest.raises(type(error), match=str(error)):
             hardware_for(tiny_model, **options)
         return
     spec = hardware_for(tiny_model, **options)
-    assert f"attention and dense layers on {ToEmulate.name} ({error})" in spec.summary
+    assert f"attention and dense layers on {EMULATED.calibrated_as} ({error})" in spec.summary
     assert {term.lane for term in spec.terms} == {"cpu"}
     assert spec.gpu is not None
     assert hardware_for(tiny_model, **options) == spec  # it is not tried again and again
@@ -231,7 +233,8 @@ def test_nothing_of_the_layers_is_kept(
     gc.collect()
     gc.disable()
     try:
-        calibration.calibrate(tiny_model, device=ToEmulate(), threads=1, limit_s=0.5)
+        device = open_device("emulated", None, 1)
+        calibration.calibrate(tiny_model, device=device, threads=1, limit_s=0.5)
     finally:
         gc.enable()
     assert len(made) == 2
@@ -247,11 +250,10 @@ def test_what_there_was_no_time_for_is_named(
     monkeypatch.setattr(calibration, "PROMPTS", (2, 8, 64))
     monkeypatch.setattr(calibration, "DECODED_AFTER", (8, 64))
     told: list[str] = []
-    spec = hardware_for(
-        tiny_model, device=ToEmulate(), threads=1, limit_s=0.1, progress=told.append
-    )
-    assert f"prompts of 64 on {ToEmulate.name}" in spec.summary
-    assert f"putting the layers on {ToEmulate.name}" in told
+    device = open_device("emulated", None, 1)
+    spec = hardware_for(tiny_model, device=device, threads=1, limit_s=0.1, progress=told.append)
+    assert f"prompts of 64 on {EMULATED.calibrated_as}" in spec.summary
+    assert f"putting the layers on {EMULATED.calibrated_as}" in told
     assert {t.tokens for t in spec.terms if t.lane == "gpu"} == {1, 2, 8}
 
 
@@ -263,7 +265,7 @@ def test_a_gpu_that_was_measured_is_planned_with(
     words = ["plan", str(save_config(quick / "model")), "--tokens", "2", "--prompt", "8", "--json"]
     for name, device in (
         ("alone", ""),
-        ("emulated", ToEmulate.name),
+        ("emulated", EMULATED.calibrated_as),
         ("second", "Big (cuda:1)"),
         ("first", "Wide (cuda:0)"),
     ):
@@ -271,7 +273,7 @@ def test_a_gpu_that_was_measured_is_planned_with(
         calibrations.save(replace(spec, name=name), Identity.of_this_machine(device=device))
         assert main(words) == 0
         out, err = capsys.readouterr()
-        expected = "alone" if device in ("", ToEmulate.name) else name
+        expected = "alone" if device in ("", EMULATED.calibrated_as) else name
         assert json.loads(out)["hardware"]["name"] == expected
         assert err.strip().endswith("as it was calibrated") is (expected == "alone")
     assert "Wide (cuda:0)" in err

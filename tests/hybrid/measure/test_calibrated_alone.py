@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from gpu_experts.emulated import EMULATED
 from hybrid.ask.asked_model import subject
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.ledger.prediction import predict, prompt_loads
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity, alone, load, save, without_device
-from hybrid.machine.devices import ToEmulate
 from hybrid.model import Model
 from hybrid.planning.plan import plan
 from hybrid.session.model import HybridModel
@@ -76,12 +76,12 @@ def test_a_device_calibration_stands_in() -> None:
     for other in (Identity.of_this_machine(3, GPU), replace(here, kernels="older")):
         save(with_device(), other)
         assert alone(2) is None
-    save(with_device(), Identity.of_this_machine(2, ToEmulate.name))
+    save(with_device(), Identity.of_this_machine(2, EMULATED.calibrated_as))
     assert alone(2) == without_device(with_device())
     assert load(Identity.of_this_machine(2)) is None
     # The first GPU's counts before an emulated one's, and both know shapes.
     save(with_device(seconds=2.0), here)
-    save(with_device(hidden=7, seconds=3.0), Identity.of_this_machine(2, ToEmulate.name))
+    save(with_device(hidden=7, seconds=3.0), Identity.of_this_machine(2, EMULATED.calibrated_as))
     found = alone(2)
     assert found is not None
     known = {(point.hidden, point.seconds) for point in found.points}
@@ -91,11 +91,11 @@ def test_a_device_calibration_stands_in() -> None:
 @pytest.mark.usefixtures("quick")
 def test_env_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Nobody is asked to measure what is known."""
-    save(with_device(), Identity.of_this_machine(device=ToEmulate.name))
+    save(with_device(), Identity.of_this_machine(device=EMULATED.calibrated_as))
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
     assert "none of the CPU alone: the CPU's part of those below counts" in shown
-    assert f"with {ToEmulate.name}" in shown
+    assert f"with {EMULATED.calibrated_as}" in shown
     assert "hybrid calibrate" not in shown
 
 
@@ -105,7 +105,7 @@ def test_the_cpus_own_calibration_counts_first() -> None:
     own = replace(bare_machine(), points=(point("cpu", 1, 9.0),), terms=())
     save(own, Identity.of_this_machine(2))
     assert alone(2) == own
-    save(with_device(), Identity.of_this_machine(2, ToEmulate.name))
+    save(with_device(), Identity.of_this_machine(2, EMULATED.calibrated_as))
     found = alone(2)
     assert found is not None
     assert (found.cpu, found.summary) == (own.cpu, own.summary)
@@ -117,7 +117,7 @@ def test_the_cpus_own_calibration_counts_first() -> None:
 @pytest.mark.usefixtures("quick")
 def test_damaged_files_do_not_count() -> None:
     """A device's is passed over; the CPU's own, too, or raises, as the caller needs it."""
-    device = save(with_device(), Identity.of_this_machine(2, ToEmulate.name))
+    device = save(with_device(), Identity.of_this_machine(2, EMULATED.calibrated_as))
     own = save(bare_machine(), Identity.of_this_machine(2))
     own.write_text(own.read_text()[:200])
     assert alone(2) == without_device(with_device())

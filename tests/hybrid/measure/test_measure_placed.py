@@ -15,8 +15,7 @@ from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.asked_model import subject
 from hybrid.ask.names import find_hardware
 from hybrid.ledger.timeline import DECIDING, EXPERTS, HEAD, ROUTER, Timeline
-from hybrid.loading import load_fast_model
-from hybrid.machine.devices import emulated_device
+from hybrid.machine.devices import open_device
 from hybrid.measure import shared as measure_placed
 from hybrid.measure.alone import SETTLING
 from hybrid.measure.shared import (
@@ -28,7 +27,6 @@ from hybrid.measure.shared import (
     parts_of,
 )
 from hybrid.measure.terms_of_step import Part, Pass
-from hybrid.packed.experts import experts_of
 from planner.describe.model import ModelSpec
 from planner_examples import small_model
 from tiny_families import families, tiny_config
@@ -161,8 +159,7 @@ def test_where_nothing_tells_layers_apart_they_share_evenly() -> None:
 
 def of_tiny(path: Path, context: int = 64) -> Placed:
     """A tiny model, all of it, on an emulated device."""
-    layer = experts_of(load_fast_model(path, fast=False)[0])[0]
-    device = emulated_device(1 << 30, layer.shape, 1)
+    device = open_device("emulated", 1 << 30, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
     return Placed(path, subject(path).model, device, hardware, context, 1)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid.ledger.timeline import DECODE, PREFILL, Timeline
-from hybrid.machine.devices import emulated_device
+from hybrid.machine.devices import open_device
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.routed import Choice
 from planner.decide.popularity import Popularity, informed
@@ -266,7 +266,7 @@ def test_slots_shrink_after_the_failed_call_let_go(
 def test_memory_that_is_short_from_the_start_costs_slots(layers: list[Blocks]) -> None:
     """Slots that cannot be allocated when a model is loaded become fewer, and it is said."""
     layout = SHAPE.with_stride(layers[0].blocks.shape[1])
-    device = emulated_device(100 * layout.stride, SHAPE, 1)
+    device = open_device("emulated", 100 * layout.stride, 1)
     device.fail("memory")
     executor = shared_executor(layers, 8, device=device)
     assert executor.slot_count == 6

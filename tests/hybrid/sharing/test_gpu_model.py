@@ -7,6 +7,7 @@ tests and the bookkeeping, not streams, Triton or speed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ import torch
 
 from demo_on_cuda import ROUNDING, demo, distance, logits, placed, prompts
 from fake_cuda import FakeRuntime
+from gpu_experts.backends import BACKENDS
+from gpu_experts.cuda import CUDA, kernels
 from gpu_experts.cuda import device as cuda
-from gpu_experts.cuda import kernels
 from gpu_experts.cuda.device import CudaDevice
 from gpu_experts.errors import DeviceFailedError, DeviceMemoryError
 from hybrid.cli import main
 from hybrid.formats.notes import Note
-from hybrid.machine import calibrations, devices
+from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
-from hybrid.session import open as opening
 from hybrid.session.model import HybridModel
 from planner.describe.hardware import PANELS
 from shared_demo import GREEDY, PROMPT
@@ -43,7 +44,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> O
         return CudaDevice
     runtime = FakeRuntime(total_bytes=4 << 30)
     monkeypatch.setattr(cuda, "CudaRuntime", lambda index: runtime)
-    monkeypatch.setattr(devices, "choose_device", lambda name, vram: "cuda:0")
+    monkeypatch.setitem(BACKENDS, "cuda", replace(CUDA, count=lambda: 1))
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
     return CudaDevice
 
@@ -168,12 +169,8 @@ def test_what_the_device_says_is_in_the_report(
     device: Open,
     quick: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is found out when slots are opened is said at once, and all of it in every report."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(opening, "choose_device", lambda name, vram: "cuda:0")
-        monkeypatch.setattr(opening, "dtype_on", lambda where: torch.float32)
     for calibrated_by_now in (False, True):
         model = HybridModel.from_pretrained(device="cuda", threads=1, context=256)
         said, executor = capsys.readouterr().err, model.placement.executor

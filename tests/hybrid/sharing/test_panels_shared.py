@@ -18,7 +18,7 @@ from hybrid.bench.stages import Emulated
 from hybrid.loading import load_fast_model
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
-from hybrid.machine.devices import emulated_device
+from hybrid.machine.devices import open_device
 from hybrid.machine.machines import emulated_hardware
 from hybrid.model import Model
 from hybrid.packed.experts import compute_on_cpu, experts_of
@@ -185,7 +185,7 @@ def test_who_places_a_model_decides_by_its_own_figures(tiny_model: Path, tmp_pat
         network, _ = load_fast_model(tmp_path / "model", fast=False)
         runner = experts_of(network)[0]
         runner.panels_from = 99
-        device = emulated_device(1 << 30, runner.shape, 1)
+        device = open_device("emulated", 1 << 30, 1)
         known = hardware or _measured(described, runner.shape)
         place_model(Model(network), device, known, Budget(None, None, 64), threads=1)
         assert experts_of(network)[0].panels_from == wanted

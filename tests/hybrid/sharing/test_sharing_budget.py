@@ -13,7 +13,7 @@ from gpu_experts.device import Memory
 from hybrid.ask.names import find_hardware
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
-from hybrid.machine.devices import choose_device, emulated_device
+from hybrid.machine.devices import choose_device, open_device
 from hybrid.model import Model
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget, usable_vram
@@ -97,8 +97,7 @@ def test_a_drivers_context_is_not_reserved_twice() -> None:
 def test_more_vram_than_the_device_has_is_refused(tiny_model: Path) -> None:
     """Both sizes and the remedy."""
     model, _ = load_fast_model(tiny_model, fast=False)
-    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    device = emulated_device(1 << 30, layer.shape, 1)
+    device = open_device("emulated", 1 << 30, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
     with pytest.raises(UsageError, match=r"vram is 2\.00 GiB, emulated, exact has 1024\.0 MiB"):
         place_model(Model(model), device, hardware, Budget(2 << 30, None, 256), threads=1)

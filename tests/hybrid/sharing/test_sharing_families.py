@@ -9,7 +9,7 @@ import torch
 
 from hybrid.ask.names import find_hardware
 from hybrid.loading import load_fast_model
-from hybrid.machine.devices import emulated_device
+from hybrid.machine.devices import open_device
 from hybrid.model import Model
 from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import place_model
@@ -40,8 +40,7 @@ def test_a_shared_family_writes_the_same_tokens(
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, **options)
-    layer = next(m.hybrid_experts for m in model.modules() if hasattr(m, "hybrid_experts"))
-    device = emulated_device(1 << 30, layer.shape, 1)
+    device = open_device("emulated", 1 << 30, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
     placement = place_model(Model(model), device, hardware, Budget(None, None, 64), threads=1)
     assert torch.equal(model.generate(ids, **options), expected)
