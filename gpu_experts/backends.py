@@ -44,7 +44,7 @@ def name_of(device: str) -> str | None:
     None when that is the name of no backend's device.
     """
     for backend in BACKENDS.values():
-        if device == backend.calibrated_as:
+        if backend.calibrated_as and device == backend.calibrated_as:
             return backend.name
     name = device.rpartition("(")[2].removesuffix(")")
     return None if find(name) is None else name
@@ -52,4 +52,6 @@ def name_of(device: str) -> str | None:
 
 def is_emulated(device: str) -> bool:
     """Whether the device that reports and calibrations call ``device`` is an emulated one."""
-    return any(b.emulated and b.calibrated_as == device for b in BACKENDS.values())
+    name = name_of(device)
+    found = None if name is None else find(name)
+    return found is not None and found[0].emulated

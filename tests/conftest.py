@@ -1,5 +1,5 @@
 """What several test files share: which copy is tested, an offline Hugging Face, a cache of our own,
-what the processor is taken for, Ctrl-C, a tiny model."""
+what the processor is taken for, Ctrl-C, a tiny model, little to measure."""
 
 from __future__ import annotations
 
@@ -98,3 +98,21 @@ def demo_text(hybrid_cache: Path) -> str:
     from shared_demo import GREEDY, PROMPT
 
     return HybridModel.from_pretrained(threads=1).generate(PROMPT, **GREEDY)
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Little memory, a short file, short prompts, a cache folder of its own, nobody else."""
+    from fake_machine import calm
+    from hybrid.measure import calibrate, experts
+
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    monkeypatch.setattr(experts, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(experts, "_DISK_BYTES", 1 << 22)
+    monkeypatch.setattr("hybrid.measure.interference.system_times", calm)
+    monkeypatch.setattr(experts, "LOADS", (1, 2, 4))
+    monkeypatch.setattr(calibrate, "PROMPTS", (2, 8))
+    monkeypatch.setattr(calibrate, "DECODED_AFTER", (8,))
+    monkeypatch.setattr(calibrate, "DECODED", 12)
+    monkeypatch.setattr(calibrate, "TURNS", (2, 2))
+    return tmp_path

@@ -1,6 +1,7 @@
 """Whoever adds a part adds a file and a line: a made-up one of each runs through everything.
 
-Each is registered in a process of its own, where no other test sees it.
+A format is registered in a process of its own, where no other test sees it; a backend until its
+test is over.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SUPPORT = Path(__file__).parent / "support"
 PROMPT = "def f(x):"
@@ -165,6 +169,116 @@ def test_a_format_without_a_loop_is_refused() -> None:
     """No format is taken for another one: the kernels name the one that they cannot read."""
     said = in_own_process("run_without_loop", NUMBA_DISABLE_JIT="1")
     assert said == "the scalar kernels do not know the weight format 'f8'\n"
+
+
+# A GPU backend
+
+
+def imagined() -> Any:
+    """Two devices that are the emulated one but for what a backend is asked for."""
+    import torch
+
+    from gpu_experts.backend import Backend, StandIn
+    from gpu_experts.emulated.device import EmulatedDevice
+
+    class Imagined(EmulatedDevice):
+        """Counts what it computes."""
+
+        dtype = torch.float32
+
+        def __init__(self, number: int, stand_in: StandIn) -> None:
+            super().__init__(64 << 20, run=stand_in.run)
+            self.name = f"Imagined (made-up:{number})"
+            self.computed = 0
+
+        def compute(self, *call: Any) -> Any:
+            self.computed += 1
+            return super().compute(*call)
+
+    Imagined.backend = Backend(
+        name="made-up",
+        reserve_bytes=3 << 20,
+        absent="its driver finds {count} of them",
+        remedy="make one up",
+        count=lambda: 2,
+        open=Imagined,
+        ran_out_of_memory=lambda error: str(error) == "there is no more of it",
+    )
+    return Imagined.backend
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose only GPUs are made up."""
+    from gpu_experts.backends import BACKENDS
+
+    monkeypatch.setitem(BACKENDS, "cuda", replace(BACKENDS["cuda"], count=lambda: 0))
+    monkeypatch.setitem(BACKENDS, "made-up", imagined())
+
+
+@pytest.mark.usefixtures("made_up")
+def test_devices_of_a_backend_are_chosen_and_refused_as_any() -> None:
+    """By name and number, in the words of all others."""
+    from hybrid.errors import UsageError
+    from hybrid.machine.devices import choose_device
+
+    assert choose_device(None, None) == "made-up:0"
+    assert choose_device("made-up:1", None) == "made-up:1"
+    with pytest.raises(UsageError) as caught:
+        choose_device("made-up:2", None)
+    assert caught.value.message == "device made-up:2 is asked for, its driver finds 2 of them"
+    assert caught.value.hint == "leave the device out, or make one up"
+    with pytest.raises(UsageError, match="unknown device 'madeup'") as caught:
+        choose_device("madeup", None)
+    assert "choose cuda, cuda:N, emulated, made-up, made-up:N or cpu" in str(caught.value.hint)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_backend_is_one_folder_and_its_line(
+    quick: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A registered backend is calibrated, planned with and run on; the text is the CPU's, also
+    where it runs out of memory in its own words."""
+    from hybrid import HybridModel
+    from hybrid.machine import calibrations
+    from hybrid.machine.calibrations import Identity
+
+    name, words = "Imagined (made-up:1)", (str(tiny_model), "--threads", "1")
+    command("calibrate", *words, "--device", "made-up:1")
+    spec = calibrations.load(Identity.of_this_machine(1, name))
+    assert spec is not None
+    assert spec.gpu is not None
+    assert spec.gpu.name == name
+    assert spec.gpu.reserve_bytes.value == 3 << 20
+    command("plan", *words, "--tokens", "1", "--prompt", "8")
+    assert f"this machine, as it was calibrated with {name}" in capsys.readouterr().err
+
+    options = GREEDY | {"max_new_tokens": 12}
+    text = HybridModel.from_pretrained(tiny_model, device="cpu", threads=1).generate(
+        PROMPT, **options
+    )
+    model = HybridModel.from_pretrained(
+        tiny_model, device="made-up:1", vram="32MiB", threads=1, context=64
+    )
+    assert "measuring" not in capsys.readouterr().err
+    assert model.placement is not None
+    assert model.placement.device == name
+    executor = model.placement.executor
+    assert executor is not None
+    assert model.generate(PROMPT, **options) == text
+    device: Any = executor.device
+    assert device.computed
+
+    head, slots = model.model.get_output_embeddings(), executor.slot_count
+
+    def break_once(*_: Any) -> None:
+        broken.remove()
+        raise RuntimeError("there is no more of it")
+
+    broken = head.register_forward_pre_hook(break_once)
+    assert model.generate(PROMPT, **options) == text
+    assert executor.slot_count < slots
+    model.close()
 
 
 if __name__ == "__main__":

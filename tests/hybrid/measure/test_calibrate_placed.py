@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from gpu_experts.cuda import CUDA
+from gpu_experts.cuda.runtime import ran_out_of_memory as no_memory
 from gpu_experts.emulated import EMULATED
 from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.asked_model import subject
@@ -185,7 +186,9 @@ def test_what_cannot_be_measured_is_said(
         raise error
 
     monkeypatch.setattr(measure_placed, "Placed", refuse)
-    options: dict[str, Any] = {"device": open_device("emulated", None, 1), "threads": 1}
+    device = open_device("emulated", None, 1)
+    monkeypatch.setattr(device, "backend", replace(EMULATED, ran_out_of_memory=no_memory))
+    options: dict[str, Any] = {"device": device, "threads": 1}
     if error in DEFECTS:
         with pytest.raises(type(error), match=str(error)):
             hardware_for(tiny_model, **options)
