@@ -28,6 +28,14 @@ def choices() -> str:
     return ", ".join(backend.names for backend in BACKENDS.values())
 
 
+def by_number(number: int) -> str:
+    """Return what users call a device of which they only say the number.
+
+    It counts the devices of the first backend that has any, else of the first.
+    """
+    return (first_there() or next(iter(BACKENDS.values()))).called(number)
+
+
 def first_there() -> Backend | None:
     """Return the first backend that has a device in this machine; None without one."""
     return next((b for b in BACKENDS.values() if not b.emulated and b.count()), None)

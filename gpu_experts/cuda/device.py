@@ -31,11 +31,12 @@ from gpu_experts.checks import (
     require_content,
 )
 from gpu_experts.cuda import CUDA, kernels
-from gpu_experts.cuda.events import ANCHOR_S, Anchor, CudaEvent
+from gpu_experts.cuda.events import ANCHOR_S, Anchor, CudaEvent, issued, over, require
 from gpu_experts.cuda.feeder import Feeder, HostBlocks
-from gpu_experts.cuda.runtime import CudaRuntime, Runtime, ran_out_of_memory
+from gpu_experts.cuda.guard import Guard
+from gpu_experts.cuda.runtime import CudaRuntime, Runtime
 from gpu_experts.device import F32, I32, TIMEOUT_S, U8, Event, Memory
-from gpu_experts.errors import DeviceError, DeviceMemoryError, ShapeError
+from gpu_experts.errors import DeviceError, ShapeError
 from gpu_experts.events import DoneEvent, failed, poll
 from gpu_experts.routing import sort_by_slot
 from hybrid.formats.block import Block
@@ -200,13 +201,13 @@ class CudaDevice:
         ]
         used = {slot for _, routing in parts for slot, _, _ in routing.runs}
         require_content(used, self._written)
-        needs = [need for need in (*after, *(self._written[s] for s in used)) if not _over(need)]
+        needs = [need for need in (*after, *(self._written[s] for s in used)) if not over(need)]
         event, stream, inputs = self._event(what), self._runtime.current(), x.detach()
         with self._guard(what):
             implementation = self._implementation(layout, x.dtype)
 
         def issue() -> None:
-            _require(needs, what)
+            require(needs, what)
             with self._runtime.on(stream):
                 # Before it waits: behind an expert's copy comes the next one's.
                 tables = [self._send(routing.table, implementation) for _, routing in parts]
@@ -221,7 +222,7 @@ class CudaDevice:
                 event.end.record(stream)
 
         before = self._last.get("compute")
-        at_once = (before is None or before.issued) and all(map(_issued, needs))
+        at_once = (before is None or before.issued) and all(map(issued, needs))
         self._submit("compute", event, issue, feeder, at_once)
         self._read.update(dict.fromkeys(used, event))
         return event
@@ -394,52 +395,8 @@ class CudaDevice:
         if note is not None and note not in self.notes:
             self.notes.append(note)
 
-    def _guard(self, what: str, asked_bytes: int | None = None) -> _Guard:
-        return _Guard(self._runtime, what, asked_bytes)
-
-
-class _Guard:
-    """Turns torch's errors into this package's; entered several times a layer, so no generator."""
-
-    __slots__ = ("_asked_bytes", "_runtime", "_what")
-
-    def __init__(self, runtime: Runtime, what: str, asked_bytes: int | None) -> None:
-        self._runtime, self._what, self._asked_bytes = runtime, what, asked_bytes
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError):
-            return
-        if not ran_out_of_memory(error):
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise failed(self._what, said) from error
-        asked, free = self._asked_bytes, self._runtime.memory().free_bytes
-        words = "" if asked is None else f"{asked} bytes asked for, "
-        raise DeviceMemoryError(
-            f"no memory on {self._runtime.name} for {self._what}: {words}{free} free",
-            asked_bytes=asked,
-            free_bytes=free,
-            hint="use fewer slots, a shorter context, or close what else uses the device",
-        ) from error
-
-
-def _over(event: Event) -> bool:
-    """Whether ``event`` ended well and nothing needs to wait for it."""
-    return event.done() and getattr(event, "failure", None) is None
-
-
-def _issued(event: Event) -> bool:
-    return event.issued if isinstance(event, CudaEvent) else event.done()
-
-
-def _require(needs: Sequence[Event], what: str) -> None:
-    """Raise when something that ``what`` needs failed."""
-    for need in needs:
-        failure = getattr(need, "failure", None)
-        if failure is not None:
-            raise failed(what, failure)
+    def _guard(self, what: str, asked_bytes: int | None = None) -> Guard:
+        return Guard(self._runtime, what, asked_bytes)
 
 
 def _refused(reason: str) -> Note:

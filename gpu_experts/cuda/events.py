@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Sequence
 
 from gpu_experts.cuda.runtime import RawEvent, Runtime
+from gpu_experts.device import Event
 from gpu_experts.errors import DeviceError
 from gpu_experts.events import failed, poll, timed_out
 
@@ -92,3 +94,21 @@ class CudaEvent:
         except RuntimeError:  # the device failed since
             return None
         return self._anchor.time + start, self._anchor.time + end
+
+
+def over(event: Event) -> bool:
+    """Whether ``event`` ended well and nothing needs to wait for it."""
+    return event.done() and getattr(event, "failure", None) is None
+
+
+def issued(event: Event) -> bool:
+    """Whether a stream can wait for ``event``, or nothing needs to."""
+    return event.issued if isinstance(event, CudaEvent) else event.done()
+
+
+def require(needs: Sequence[Event], what: str) -> None:
+    """Raise when something that ``what`` needs failed."""
+    for need in needs:
+        failure = getattr(need, "failure", None)
+        if failure is not None:
+            raise failed(what, failure)

@@ -60,11 +60,11 @@ def choose_device(device: str | int | torch.device | None, vram: Size) -> str | 
 
 
 def _name(device: str | int | torch.device | None) -> str | None:
-    """Return the name that ``device`` means; a number counts the devices of the first backend."""
+    """Return the name that ``device`` means."""
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
         raise UsageError(f"device is {device!r}, neither a name nor a number", hint=_choices())
     if isinstance(device, int):
-        return (backends.first_there() or next(iter(backends.BACKENDS.values()))).called(device)
+        return backends.by_number(device)
     return None if device is None else str(device)
 
 
