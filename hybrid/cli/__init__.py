@@ -1,9 +1,8 @@
 """The ``hybrid`` command: one file per command, one verb each."""
 
-__all__ = ["command", "main"]
+from hybrid.cli.exit_codes import INTERRUPTED
 
-INTERRUPTED = 130
-"""The exit code of a program that Ctrl-C ended, as shells count it."""
+__all__ = ["command", "main"]
 
 
 def command() -> int:

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hybrid import __version__
-from hybrid.cli import INTERRUPTED
+from hybrid.cli.exit_codes import INTERRUPTED
 from hybrid.cli.text import apart
 from hybrid.formats.errors import HybridError
 

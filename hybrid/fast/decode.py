@@ -12,15 +12,15 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from cpu_experts.formats import is_quantized
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from cpu_experts.decoder.decoder import Decoder
-from hybrid.fast.decoder_parts import read_decoder, rotary_row, rotary_sides
+from hybrid.fast.decoder_parts import rotary_row, rotary_sides
 from hybrid.fast.kv_cache import CacheForm, Sequence
 from hybrid.fast.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
-from hybrid.fast.selftest import check_decoder
 from hybrid.formats.registry import is_quantized
 from hybrid.transformers_api import cache_argument, causal_output, given_cache
 
@@ -170,17 +170,3 @@ class FastDecoder:
             (rotary_row(c, self._pairs), rotary_row(s, self._pairs))
             for c, s in zip(cos[0], sin[0], strict=True)
         ]
-
-
-def build_decoder(model: Any, *, replace: bool) -> tuple[FastDecoder, float]:
-    """Read and test a model's decoder, whose packed weights may ``replace`` the model's modules.
-
-    Returns the decoder and how far its parts are from transformers' at most.
-
-    Raises
-    ------
-    UnfitError
-        When the kernels compute no such decoder, or not what transformers computes.
-    """
-    fast = FastDecoder(model, *read_decoder(model, replace=replace))
-    return fast, check_decoder(model, fast)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,11 @@ from transformers import DynamicCache
 from cpu_experts.decoder.attention import LARGEST_HALF
 from hybrid.anatomy.samples import WrongError
 from hybrid.anatomy.widened import widened
+from hybrid.fast.decode import FastDecoder
+from hybrid.fast.decoder_parts import read_decoder
 from hybrid.fast.prompt import Piece
 from hybrid.grafts import hook_after
 from hybrid.transformers_api import cache_argument
-
-if TYPE_CHECKING:
-    from hybrid.fast.decode import FastDecoder
 
 #: How far the kernels may be from float32, relative to what a layer adds. Roundings of
 #: activations to int8 differ by single steps between the two, which is well below this.
@@ -107,6 +106,20 @@ class _Pass:
 
         kwargs = {name: widen(value) for name, value in call.kwargs.items()}
         return _stream(twin(*map(widen, call.args), **kwargs)).float()
+
+
+def build_decoder(model: Any, *, replace: bool) -> tuple[FastDecoder, float]:
+    """Read and test a model's decoder, whose packed weights may ``replace`` the model's modules.
+
+    Returns the decoder and how far its parts are from transformers' at most.
+
+    Raises
+    ------
+    UnfitError
+        When the kernels compute no such decoder, or not what transformers computes.
+    """
+    fast = FastDecoder(model, *read_decoder(model, replace=replace))
+    return fast, check_decoder(model, fast)
 
 
 def check_decoder(model: Any, fast: FastDecoder) -> float:

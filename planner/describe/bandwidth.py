@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from hybrid.formats.registry import FORMATS, weight_bytes
 from planner.errors import SpecError
-
-if TYPE_CHECKING:
-    from planner.describe.hardware import HardwareSpec, Point
 
 TOLERANCE = 0.02
 """By how much two measurements next to each other differ."""
@@ -36,6 +33,21 @@ def exceeds(rate: float, bound: float) -> bool:
     return rate > bound * (1 + TOLERANCE)
 
 
+class _Measured(Protocol):
+    """A machine with calibration points: a :class:`planner.describe.hardware.HardwareSpec`.
+
+    That class checks itself with this module, which hence does not import it.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def points(self) -> tuple[Any, ...]: ...
+
+
+_Machine = TypeVar("_Machine", bound=_Measured)
+
+
 class _Reader(NamedTuple):
     """Who reads, how fast, and the quantity that bounds it."""
 
@@ -45,7 +57,7 @@ class _Reader(NamedTuple):
     name: str
 
 
-def _readers(spec: HardwareSpec) -> Iterator[_Reader]:
+def _readers(spec: _Measured) -> Iterator[_Reader]:
     """Calibration points that nothing but reading from memory takes time of."""
     for point in spec.points:
         part, name = _BOUNDS.get(point.lane, ("", ""))
@@ -56,13 +68,13 @@ def _readers(spec: HardwareSpec) -> Iterator[_Reader]:
             yield _Reader(what, size / point.seconds, part, name)
 
 
-def _bytes(point: Point) -> int:
+def _bytes(point: Any) -> int:
     if point.format not in FORMATS:
         return 0
     return weight_bytes(point.matrices * point.hidden * point.intermediate, point.format)
 
 
-def check(spec: HardwareSpec, where: str) -> None:
+def check(spec: _Measured, where: str) -> None:
     """Raise SpecError when a point of ``spec`` reads faster than its memory or link can."""
     for reader in _readers(spec):
         bound = getattr(getattr(spec, reader.part), reader.name).value
@@ -74,7 +86,7 @@ def check(spec: HardwareSpec, where: str) -> None:
             )
 
 
-def raised(spec: HardwareSpec) -> HardwareSpec:
+def raised(spec: _Machine) -> _Machine:
     """Return ``spec`` with every bandwidth at least what its points read at.
 
     What is reached of it stays the same rate, a smaller part.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import hybrid.fast.decode
+import hybrid.fast.selftest
 from cpu_experts.decoder.decoder import Decoder
 from fast_models import (
     install_fast_decode,
@@ -47,7 +47,7 @@ def test_a_wrong_result_is_found_and_told(
     What massive activations do to the size of a layer's numbers hides nothing.
     """
     model = load_family("qwen3_moe", tmp_path, dtype=dtype, massive=massive)
-    read, wrong = hybrid.fast.decode.read_decoder, 0 if massive else 1
+    read, wrong = hybrid.fast.selftest.read_decoder, 0 if massive else 1
 
     def misread(model: Any, **options: Any) -> Any:
         model.model.layers[wrong].self_attn.scaling *= 2
@@ -55,7 +55,7 @@ def test_a_wrong_result_is_found_and_told(
         model.model.layers[wrong].self_attn.scaling /= 2
         return decoder
 
-    monkeypatch.setattr(hybrid.fast.decode, "read_decoder", misread)
+    monkeypatch.setattr(hybrid.fast.selftest, "read_decoder", misread)
     path = install_fast_decode(model)
     assert not path.fast
     assert f"layer {wrong} differs from transformers' by" in path.reason

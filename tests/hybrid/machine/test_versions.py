@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 
-import hybrid.fast.decode
+import hybrid.fast.selftest
 from hybrid.machine import versions
 from hybrid.machine.versions import Untested, untested
 from hybrid.session.model import HybridModel
@@ -98,7 +98,7 @@ def test_a_test_that_fails_for_any_reason_is_told_at_load(
     def changed(*_: Any, **__: Any) -> Any:
         raise TypeError("forward() got an unexpected keyword argument 'cache'")
 
-    monkeypatch.setattr(hybrid.fast.decode, "check_decoder", changed)
+    monkeypatch.setattr(hybrid.fast.selftest, "check_decoder", changed)
     monkeypatch.setattr("hybrid.fast.attach.untested", lambda: newer)
     model = HybridModel.from_pretrained()
     (line,) = told(capsys)
