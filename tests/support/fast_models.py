@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybrid.fast.attach import DecodePath, attach_fast_path
+from hybrid.packed.dense import PackedMlp, QuantizedEmbedding, QuantizedLinear
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.config import HybridConfig
 from massive import make_massive
@@ -24,6 +25,7 @@ RANKS = {"kv_lora_rank": 32, "q_lora_rank": 32}
 STORES = {"f32": ("f32", None), "q8_0": ("q8_0", "q8_0")}
 NEW_TOKENS = 20
 PROMPT = torch.tensor([[5, 9, 33, 21, 7, 80, 2]])
+_PACKED = (QuantizedLinear, QuantizedEmbedding, PackedMlp)
 #: Two sequences of the same length.
 BATCH = torch.cat((PROMPT, PROMPT.flip(1)))
 
@@ -123,3 +125,20 @@ class CountedTokens:
             return real(arguments)
 
         monkeypatch.setattr(decoder, "forward", forward)
+
+
+def owned(directory: Path) -> Any:
+    """A model whose modules are replaced while the path is in use, as in HybridModel."""
+    model = open_model(directory)
+    model.hybrid_fast.replace = True
+    return model
+
+
+def opened(directory: Path, replace: bool) -> Any:
+    """A model whose modules are replaced, or are not."""
+    return owned(directory) if replace else open_model(directory)
+
+
+def packed_modules(model: Any) -> list[str]:
+    """The names of modules that are ours."""
+    return [name for name, module in model.named_modules() if isinstance(module, _PACKED)]

@@ -1,37 +1,22 @@
-"""HybridModel: what it writes, what it refuses, what it reports."""
+"""HybridModel: what it writes, and which calls it refuses."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import hybrid
-from cpu_experts.jit.hostcpu import Processor
-from hybrid.errors import CheckpointError, HybridError, StoreError, UsageError
-from hybrid.ledger import slow_paths
+from hybrid.errors import UsageError
 from hybrid.session.generation_options import DEFAULT_NEW_TOKENS
 from hybrid.session.model import HybridModel
 from tiny_model import CONTEXT, TEMPLATE
 
 GREEDY = {"do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> HybridModel:
-    return HybridModel.from_pretrained(tiny_model, threads=1)
 
 
 @pytest.fixture
@@ -255,228 +240,6 @@ def test_an_error_in_the_worker_reaches_the_reader(model: HybridModel) -> None:
     """stream() raises in the reader's thread what generate would have raised."""
     with pytest.raises(UsageError, match="stop string"):
         list(model.stream("a", stop_strings=""))
-
-
-def test_torch_and_kernels_use_the_same_threads(model: HybridModel) -> None:
-    """Also in the thread that stream() runs the model in, where numba would start afresh."""
-    seen: list[tuple[int, int]] = []
-
-    class Look(BaseStreamer):
-        def put(self, value: torch.Tensor) -> None:
-            seen.append((numba.get_num_threads(), torch.get_num_threads()))
-
-        def end(self) -> None: ...
-
-    list(model.stream("a", max_new_tokens=2, streamer=Look(), **GREEDY))
-    assert set(seen) == {(1, 1)}
-
-
-@pytest.mark.parametrize("threads", [0, -1, 10_000])
-def test_thread_counts_that_cannot_be(tiny_model: Path, threads: int) -> None:
-    """The message names the number asked for and the most there can be."""
-    with pytest.raises(
-        UsageError, match=rf"threads is {threads}\b.*{numba.config.NUMBA_NUM_THREADS}"
-    ):
-        HybridModel.from_pretrained(tiny_model, threads=threads)
-
-
-def test_a_default_is_never_too_many_threads(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An OMP_NUM_THREADS meant for other programs is no error: all that numba has are used."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
-    loaded = HybridModel.from_pretrained(tiny_model)
-    assert loaded.threads == numba.config.NUMBA_NUM_THREADS
-
-
-def test_converted_once_and_its_formats_stay(
-    model: HybridModel, tiny_model: Path, hybrid_cache: Path, tmp_path: Path
-) -> None:
-    """An ordinary directory is converted into the cache once; a converted one loads as it is."""
-    copies = list((hybrid_cache / "converted").glob("tiny-*/experts.bin"))
-    assert len(copies) == 1
-    changed = copies[0].stat().st_mtime_ns
-    HybridModel.from_pretrained(tiny_model)
-    assert copies[0].stat().st_mtime_ns == changed
-    moved = tmp_path / "moved"
-    shutil.copytree(copies[0].parent, moved)
-    loaded = HybridModel.from_pretrained(moved, verify=True)
-    assert loaded.generate("a", max_new_tokens=9, **GREEDY) == model.generate(
-        "a", max_new_tokens=9, **GREEDY
-    )
-    assert loaded.report().experts_format == "q4_0"
-    with pytest.raises(UsageError, match=r"q4_0.*q8_0"):
-        HybridModel.from_pretrained(moved, experts="q8_0")
-
-
-def test_directories_that_hold_no_model(tmp_path: Path, tiny_model: Path) -> None:
-    """Missing, empty, not a model, without a tokenizer: each is named, with a remedy."""
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    strange = tmp_path / "strange"
-    shutil.copytree(tiny_model, strange)
-    config = json.loads((strange / "config.json").read_text())
-    (strange / "config.json").write_text(json.dumps(config | {"model_type": "no-such-kind"}))
-    mute = tmp_path / "mute"
-    shutil.copytree(tiny_model, mute)
-    for file in mute.glob("tokenizer*"):
-        file.unlink()
-    for directory, match in (
-        (tmp_path / "missing", "missing"),
-        (empty, "empty"),
-        (strange, "no-such-kind"),
-        (mute, "no tokenizer"),
-    ):
-        with pytest.raises(CheckpointError, match=match) as caught:
-            HybridModel.from_pretrained(directory)
-        assert caught.value.hint
-
-
-def test_a_converted_directory_that_was_cut_short(
-    model: HybridModel, hybrid_cache: Path, tmp_path: Path
-) -> None:
-    """Dense weights or experts that end early are a typed error, not half a model."""
-    copy = next((hybrid_cache / "converted").glob("tiny-*/experts.bin")).parent
-    for name, error, match in (
-        ("model.safetensors", CheckpointError, "weight file of .*cut-model"),
-        ("experts.bin", StoreError, r"cut-experts.*should have \d+ bytes"),
-    ):
-        broken = tmp_path / f"cut-{name}"
-        shutil.copytree(copy, broken)
-        data = (broken / name).read_bytes()
-        (broken / name).write_bytes(data[: len(data) // 2])
-        with pytest.raises(error, match=match) as caught:
-            HybridModel.from_pretrained(broken)
-        assert caught.value.hint
-
-
-def test_unknown_formats(tiny_model: Path) -> None:
-    """The message lists the formats there are."""
-    for options in ({"experts": "q5_k"}, {"dense": "q5_k"}):
-        with pytest.raises(HybridError, match="q5_k") as caught:
-            HybridModel.from_pretrained(tiny_model, **options)
-        assert "q4_0" in str(caught.value.hint)
-
-
-def test_dense_layers_compute_in_what_the_processor_multiplies(
-    tiny_model: Path, either_processor: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """bfloat16 only with native instructions, float32 elsewhere and where a model is small.
-
-    What is asked for always.
-    """
-    assert HybridModel.from_pretrained(tiny_model).model.dtype == torch.float32
-    for dtype in (torch.bfloat16, torch.float32, "float32", "bfloat16"):
-        found = HybridModel.from_pretrained(tiny_model, dtype=dtype).model.dtype
-        assert f"{found}".endswith(f"{dtype}".removeprefix("torch."))
-    monkeypatch.setattr("hybrid.machine.compute_dtype.SMALL", 100)
-    model = HybridModel.from_pretrained(tiny_model)
-    assert model.model.dtype == (torch.bfloat16 if either_processor else torch.float32)
-    model = HybridModel.from_pretrained(tiny_model, dtype="float32")
-    slow = [path for path in model.report().slow_paths if path.what == "dense layers in float32"]
-    assert bool(slow) == either_processor
-
-
-@pytest.mark.parametrize("dtype", ["float16", "int8", torch.int8])
-def test_other_types_are_refused(tiny_model: Path, dtype: Any) -> None:
-    """By name, with those that there are."""
-    with pytest.raises(UsageError, match=r"int8|float16") as caught:
-        HybridModel.from_pretrained(tiny_model, dtype=dtype)
-    assert "auto, float32, bfloat16" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("there", "counted", "dtype", "told"),
-    [
-        ((), (), torch.float32, ""),
-        ((), (), torch.bfloat16, "this processor does not multiply it natively"),
-        ((), ("bf16",), torch.bfloat16, "HYBRID_SIMD counts on bf16"),
-        ((), ("bf16",), torch.float32, ""),
-        (("avx512bf16",), ("bf16",), torch.bfloat16, ""),
-        (
-            ("avx512bf16", "amx-bf16"),
-            (),
-            torch.float32,
-            "hides those of this processor (amx, bf16)",
-        ),
-        (("avx512bf16", "amx-bf16"), ("bf16", "amx"), torch.bfloat16, ""),
-    ],
-)
-def test_the_report_says_what_bfloat16_costs(
-    there: tuple[str, ...],
-    counted: tuple[str, ...],
-    dtype: torch.dtype,
-    told: str,
-    tiny_model: Path,
-    bf16_units: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Computed without units, as if there were some, or without those that there are."""
-    model = HybridModel.from_pretrained(tiny_model, dtype=dtype)
-    levels = slow_paths.hostcpu.LEVELS
-    vectors = levels[slow_paths.simd_level.LEVEL] | levels["avx2"]  # what emulation needs
-    monkeypatch.setattr(slow_paths.hostcpu, "host_features", lambda: vectors | set(there))
-    monkeypatch.setattr(slow_paths.simd_level, "EMULATED", False)
-    bf16_units(*counted)
-    found = [path for path in model.report().slow_paths if "bfloat16" in path.what]
-    assert [told in path.reason for path in found] == [True] * bool(told)
-    assert all(path.remedy for path in found)
-
-
-def test_the_report_counts_and_names_its_sources(model: HybridModel) -> None:
-    """Counts are those of the call, every figure has a source, and JSON can carry it all."""
-    model.generate("abcd", max_new_tokens=9, **GREEDY)
-    report = model.report()
-    assert report.figures["prompt_tokens"].value == 4
-    assert report.figures["new_tokens"].value == 9
-    assert report.figures["store_bytes"].value == model.model.hybrid_store.index.nbytes
-    assert all(figure.source for figure in report.figures.values())
-    for name in ("ttft_s", "prompt_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"):
-        assert report.figures[name].value > 0
-    assert json.loads(json.dumps(report.to_dict()))["figures"]["new_tokens"]["value"] == 9
-    assert "measured over 8 steps" in str(report)
-    assert "1 (torch and kernels)" in str(report)
-
-
-def test_the_report_names_slow_paths(model: HybridModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forced SIMD level and gating outside the kernels are told, with reason and remedy."""
-    level = slow_paths.simd_level.LEVEL
-    monkeypatch.setattr(slow_paths.simd_level, "EMULATED", False)
-    monkeypatch.setattr(slow_paths.hostcpu, "actual", slow_paths.hostcpu.processor)
-    plain = [f"expert kernels at {level}"] if level == "portable" else []
-    assert [path.what for path in model.report().slow_paths] == plain
-    better = Processor("better", units=slow_paths.hostcpu.processor().units)
-    monkeypatch.setattr(slow_paths.hostcpu, "actual", lambda: better)
-    experts = model.model.model.layers[0].mlp.experts.hybrid_experts
-    monkeypatch.setattr(experts, "own_gating", True)
-    told = {path.what: path for path in model.report().slow_paths}
-    assert list(told) == [f"expert kernels at {level}", "experts of 1 layers in three steps"]
-    assert all(path.reason and path.remedy for path in told.values())
-    assert "slow path" in str(model.report())
-
-
-def test_slow_threads_are_a_slow_path(tiny_model: Path) -> None:
-    """Where numba has no OpenMP (here: is told to do without), the report says what to install."""
-    code = (
-        "import sys; from hybrid.session.model import HybridModel;"
-        " print(HybridModel.from_pretrained(sys.argv[1]).report())"
-    )
-    for layer, told in (("workqueue", True), ("omp", False)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tiny_model)],
-            env=os.environ | {"NUMBA_THREADING_LAYER": layer},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ("libgomp1" in done.stdout) == told
-
-
-def test_a_fresh_model_reports_without_a_call(tiny_model: Path) -> None:
-    """Before the first call the report says what runs and leaves out what was not measured."""
-    report = HybridModel.from_pretrained(tiny_model).report()
-    assert "ttft_s" not in report.figures
-    assert report.figures["load_s"].value > 0
 
 
 def test_the_package_offers_the_class() -> None:
