@@ -165,6 +165,19 @@ def test_helpers_have_names_of_their_own() -> None:
     assert helpers & (rooms | set(sys.stdlib_module_names)) == set()
 
 
+def test_the_map_is_of_this_project() -> None:
+    """Every room is on it, in the table; every file and folder that it names is there."""
+    text = (ROOT / "hybrid/README.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([\w./]+)`", text) if "/" in name}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    rooms = {
+        path.parent.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).glob("*/__init__.py")
+    }
+    assert rooms - set(re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE)) == set()
+
+
 def test_circles_are_found(tmp_path: Path) -> None:
     """Over any number of files, in functions and for types; who only looks on is none of it."""
     package = tmp_path / "made"
