@@ -1,4 +1,4 @@
-"""Where this program keeps files of its own."""
+"""Says where this program keeps its own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ids as the runtime takes them, and as text as they come: whole characters only, up to a stop."""
+"""Turns token ids into text as they come: whole characters only, up to a stop string."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What ``hybrid bench`` measures, and how."""
+"""Measures what ``hybrid bench`` reports."""

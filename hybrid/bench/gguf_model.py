@@ -1,4 +1,4 @@
-"""Random weights of a Qwen3-MoE shape as a GGUF file, so that llama.cpp can run the shape."""
+"""Writes random weights of a Qwen3-MoE shape to a GGUF file, which llama.cpp can run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage with a real GPU: the model's own code and dense weights run on it, experts are shared.
+"""Shares experts with a real GPU, on which the model's own code and dense weights run.
 
 Weights are random, and a router's answer is replaced by the routing that is replayed: what is
 measured is how long things take, and its text means nothing.

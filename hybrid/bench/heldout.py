@@ -1,4 +1,4 @@
-"""Text that a model was not trained on, as the benchmarks that need some read it."""
+"""Reads text that a model was not trained on, for the benchmarks that need some."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``hybrid bench hybrid``: every rule of sharing experts on every case, turn by turn."""
+"""Measures every rule of sharing experts on every case, in turn (``hybrid bench hybrid``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``hybrid bench kernels``: the expert kernels beside the machine's read bandwidth.
+"""Measures the expert kernels beside the machine's read bandwidth (``hybrid bench kernels``).
 
 Experts come from memory, not from a cache: at least ``ROTATION_BYTES`` of them take turns,
 and every call draws other experts than the one before. Streaming reads of the same memory

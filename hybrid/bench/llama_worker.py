@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own: evaluates tokens on request and answers with the seconds.
+"""Runs llama.cpp in a process of its own: evaluates tokens on request, answers with the seconds.
 
 Started by :mod:`hybrid.bench.peers` as ``python -m hybrid.bench.llama_worker GGUF THREADS
 CONTEXT``; one JSON request ``{"prompt": P, "generate": N, "again": false}`` a line on stdin, one

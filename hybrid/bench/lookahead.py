@@ -1,4 +1,4 @@
-"""``hybrid bench lookahead``: how many of the experts that later layers choose are foretold.
+"""Measures how many of later layers' experts are foretold (``hybrid bench lookahead``).
 
 Held-out text goes through the model window by window, and every layer's choice is compared with
 what the routers' lookahead said of it one, two and three layers before, with what the token before

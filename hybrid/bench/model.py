@@ -1,4 +1,4 @@
-"""``hybrid bench model``: a whole model's load, prefill and decode.
+"""Measures a whole model's load, prefill and decode (``hybrid bench model``).
 
 Every repeat is one ``generate()`` of random tokens with a streaming read of memory beside it,
 so that rates and bandwidth are neighbours in time on a machine whose speed drifts.

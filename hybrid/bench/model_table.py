@@ -1,4 +1,4 @@
-"""A record of ``hybrid bench model`` as text."""
+"""Writes a record of ``hybrid bench model`` as text."""
 
 from __future__ import annotations
 

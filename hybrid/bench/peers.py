@@ -1,4 +1,4 @@
-"""``hybrid bench peers``: the same model through this runtime, llama.cpp and transformers.
+"""Measures a model through this runtime, llama.cpp and transformers (``hybrid bench peers``).
 
 Of a shape, llama.cpp holds random weights, every matrix in q4_0 as ours are; transformers holds
 bfloat16, of fewer layers, which we then run as few of. Of a checkpoint, transformers holds the

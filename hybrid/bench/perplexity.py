@@ -1,4 +1,4 @@
-"""``hybrid bench perplexity``: what weight formats cost a model on held-out text.
+"""Measures what weight formats cost a model on held-out text (``hybrid bench perplexity``).
 
 A checkpoint is converted to one format after another, and each predicts the same windows of text,
 as prompts and, fewer of them, one token at a time as text is written: those are other kernels. What

@@ -1,4 +1,4 @@
-"""``hybrid bench planner``: how long deciding takes, how good plans and caches are."""
+"""Measures how long deciding takes, how good plans and caches are (``hybrid bench planner``)."""
 
 from __future__ import annotations
 

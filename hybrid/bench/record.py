@@ -1,4 +1,4 @@
-"""What every recorded result says of how it came about, and its line in a file."""
+"""Writes results to files, a line each, with command, commit, machine and versions."""
 
 from __future__ import annotations
 

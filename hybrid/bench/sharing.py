@@ -1,4 +1,4 @@
-"""Ways to share experts between CPU and GPU, run by the executor on a stage.
+"""Runs rules of sharing experts between CPU and GPU, by the executor on a stage.
 
 The executor runs for real: its decisions, its bookkeeping and the CPU's experts take the time they
 take on this machine. What the GPU does, and what surrounds the experts, is the stage's: real, or

@@ -1,4 +1,4 @@
-"""What ``hybrid bench peers`` lets take turns: models of transformers, ours and llama.cpp's."""
+"""Opens the models that ``hybrid bench peers`` compares: transformers', ours and llama.cpp's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where experts are shared: a device, the experts of all layers, and what surrounds them.
+"""Sets a stage for sharing experts: a device, all layers' experts, and what surrounds them.
 
 On an emulated device attention and dense layers are waited for, like everything else that a GPU
 would do: no model is needed, and outputs mean nothing. Copies do not read this machine's memory:

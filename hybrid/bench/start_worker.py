@@ -1,4 +1,4 @@
-"""A model in a process of its own, from nothing to a text: when what was done, in which memory.
+"""Starts a model in a process of its own and times each stage up to its first text.
 
 Started by :mod:`hybrid.bench.model` as ``python -m hybrid.bench.start_worker MODEL DTYPE THREADS
 PROMPT GENERATE``; prints one line of JSON.

@@ -1,4 +1,4 @@
-"""The small trained model that ships with the package, and the scripts that made it.
+"""Finds the small trained model that ships with the package; holds the scripts that made it.
 
 The model is an ordinary Hugging Face directory: a Qwen3-MoE with 6 layers of 16 experts (4 per
 token), trained on the sources of the Python standard library. It continues Python code and knows

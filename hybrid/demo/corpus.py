@@ -1,4 +1,4 @@
-"""The text the demo model learns from: the running interpreter's standard library sources.
+"""Reads the demo model's training text: the running interpreter's standard library sources.
 
 Every Python installation has it, so neither the training script nor the tests download anything.
 The split into training and held-out files is a function of a file's relative path alone: the same

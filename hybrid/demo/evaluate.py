@@ -1,4 +1,4 @@
-"""How well a causal language model predicts held-out text, and how evenly it uses its experts."""
+"""Measures how well a model predicts held-out text, and how evenly it uses its experts."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is orthogonalised, for weight matrices and stacks of them.
+"""Implements Muon, momentum with orthogonalised updates, for matrices and stacks of them.
 
 torch's own Muon takes matrices only; a layer's experts are one ``[E, rows, columns]`` tensor, of
 which each expert is a matrix by itself.

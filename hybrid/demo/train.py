@@ -1,4 +1,4 @@
-"""Train the demo model from nothing but the Python standard library's sources.
+"""Trains the demo model from nothing but the Python standard library's sources.
 
 ``python -m hybrid.demo.train --out DIR [--minutes M]`` writes an ordinary Hugging Face directory.
 Until it is complete everything lies in ``DIR.partial``, saved every two minutes: interrupted or

@@ -1,1 +1,1 @@
-"""From a checkpoint to a packed store on disk, and the store itself."""
+"""Converts checkpoints to packed stores on disk, and opens the stores."""

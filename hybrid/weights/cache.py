@@ -1,4 +1,4 @@
-"""Converted copies of checkpoints that are loaded without being converted first."""
+"""Keeps converted copies of checkpoints that are loaded without being converted first."""
 
 from __future__ import annotations
 

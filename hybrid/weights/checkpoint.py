@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to a directory with an expert store, piece by piece.
+"""Converts a Hugging Face checkpoint to a directory with an expert store, piece by piece.
 
 :func:`convert` writes an ordinary Hugging Face directory (config, tokenizer, dense weights)
 plus the packed experts. It works in a ``.partial`` directory beside the destination that is

@@ -1,4 +1,4 @@
-"""The options of a hybrid model, as transformers carries them in ``quantization_config``."""
+"""Holds a hybrid model's options, as transformers carries them in ``quantization_config``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large memory pages: what a token reads is many times what small pages' translations cover.
+"""Asks for large memory pages: translations of small ones cover little of what a token reads.
 
 Measured on a Zen 3 with 2 MiB pages instead of 4 KiB ones, a token of a 4 GB store took 15 %
 less time: neither prefetching nor address translation stops at every 4096 bytes.

@@ -1,4 +1,4 @@
-"""The directory that a conversion works in until everything is on disk."""
+"""Manages the directory that a conversion works in until everything is on disk."""
 
 from __future__ import annotations
 

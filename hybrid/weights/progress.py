@@ -1,4 +1,4 @@
-"""The progress bar of a conversion, on stderr."""
+"""Shows the progress of a conversion on stderr."""
 
 from __future__ import annotations
 

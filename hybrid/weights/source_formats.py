@@ -1,4 +1,4 @@
-"""Quantized checkpoints as sources: fp8 in blocks, mxfp8 and mxfp4, by transformers' own code."""
+"""Dequantizes checkpoints in fp8 blocks, mxfp8 and mxfp4 with transformers' own code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packed expert store: ``experts.bin`` and its JSON index, memory-mapped.
+"""Writes and opens the packed expert store: ``experts.bin`` and its JSON index, memory-mapped.
 
 ``experts.bin`` starts with one page that names the store; then, layer by layer, the experts'
 blocks follow (see :mod:`hybrid.formats.block`), each starting on a page of its own. The index

@@ -1,4 +1,4 @@
-"""safetensors files, read and written piece by piece.
+"""Reads and writes safetensors files piece by piece.
 
 The reader never maps a file: it reads the asked bytes and nothing else, so a conversion holds
 one piece of one tensor at a time. Every header is checked before anything is believed.

@@ -1,4 +1,4 @@
-"""Which checkpoint tensors make which tensor of the model, by transformers' own mapping.
+"""Finds the checkpoint tensors that make each tensor of the model, by transformers' own mapping.
 
 The mapping (renamings, and converters that merge, split, transpose or dequantize) is asked per
 model tensor, and converters run on the pieces that are wanted: one expert, or some rows of it.

@@ -1,1 +1,1 @@
-"""What a model and a machine are: specs, families, estimates, checked tables."""
+"""Describes models and machines: specs, families, estimates, checked tables."""

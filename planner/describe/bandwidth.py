@@ -1,4 +1,4 @@
-"""Whatever reads shows how fast can be read: no rate is above the bandwidth that bounds it.
+"""Checks measured rates against the bandwidth that bounds them: none can be above it.
 
 Measured rates of the same memory differ a little from one moment to the next. One that exceeds its
 bound by more shows that the bound was measured wrong. Where both were measured together, the faster

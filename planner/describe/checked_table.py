@@ -1,4 +1,4 @@
-"""Reading untrusted tables (a config.json, a TOML file) one checked field at a time."""
+"""Reads untrusted tables (a config.json, a TOML file) one checked field at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values every decision starts from: an estimate of a duration, and one layer's work."""
+"""Defines the values that decisions start from: an estimated duration, and a layer's work."""
 
 from __future__ import annotations
 

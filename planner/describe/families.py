@@ -1,4 +1,4 @@
-"""ModelSpec from a Hugging Face ``config.json``, whatever its family calls its fields.
+"""Makes a ModelSpec of a Hugging Face ``config.json``, whatever its family calls its fields.
 
 The counts follow the modelling code in transformers: projections exactly, norms and the other
 vectors of a layer not at all where they are below a thousandth of it.

@@ -1,4 +1,4 @@
-"""What a machine is to the planner: sizes and rates, each with the place it comes from."""
+"""Describes a machine to the planner: sizes and rates, each with its source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter and cache counts of the layers' token mixers, per family of attention."""
+"""Counts parameters and cached numbers of the layers' token mixers, family by family."""
 
 from __future__ import annotations
 

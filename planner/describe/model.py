@@ -1,4 +1,4 @@
-"""What a model is to the planner: counts of parameters and cached numbers, layer by layer."""
+"""Describes a model to the planner: counts of parameters and cached numbers, layer by layer."""
 
 from __future__ import annotations
 

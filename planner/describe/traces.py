@@ -1,4 +1,4 @@
-"""Recorded routing: which experts every token of a text used in every layer."""
+"""Reads recorded routing: the experts that every token of a text used in every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes in words."""
+"""Writes sizes in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences and suggestions of a forecast: what binds, why an expert runs where it does, what fits.
+"""Explains a forecast: what binds, why experts run where they do, what would help or fit.
 
 Nothing here changes a prediction; it reads the cost model and a run.
 """

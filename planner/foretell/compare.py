@@ -1,4 +1,4 @@
-"""Two plans beside each other, from the JSON that reports are written as."""
+"""Compares two plans, read from the JSON that reports are written as."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes where: weights, caches and workspace against VRAM, RAM and disk."""
+"""Fits weights, caches and workspace into VRAM, RAM and disk."""
 
 from __future__ import annotations
 

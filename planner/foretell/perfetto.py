@@ -1,4 +1,4 @@
-"""A run as Chrome trace events, which Perfetto and chrome://tracing open."""
+"""Writes a run as Chrome trace events, which Perfetto and chrome://tracing open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dry run as tables, which every way of writing it shares, and as Markdown and JSON.
+"""Writes a dry run as tables, which all ways of writing share, and as Markdown and JSON.
 
 The JSON is a stable interface. ``schema`` is ``hybrid.plan/1``; fields may be added under the
 same number, a changed meaning raises it. Durations are ``{"value_s", "source", "error_s"}`` or

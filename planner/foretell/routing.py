@@ -1,4 +1,4 @@
-"""Which experts each token uses: read from a recorded trace, or made up with stated statistics.
+"""Gives each token's experts: from a recorded trace, or made up with stated statistics.
 
 The synthetic router adds three terms per expert and keeps the top k: a fixed popularity
 (normal, ``SKEW``), a slowly changing preference of the running text (normal, first-order
