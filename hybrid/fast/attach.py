@@ -34,7 +34,7 @@ from hybrid.anatomy.samples import UnfitError
 from hybrid.errors import first_line
 from hybrid.fast.decode import GROWING, FastDecoder
 from hybrid.fast.kv_cache import can_share, goes_on
-from hybrid.fast.prompt import OnPrompt, own_forward
+from hybrid.fast.prompt import OnPrompt
 from hybrid.fast.selftest import build_decoder
 from hybrid.formats.notes import Note
 from hybrid.grafts import ask_fast_path_first, own_forward, set_fast_path

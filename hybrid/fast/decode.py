@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from cpu_experts.formats import is_quantized
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
