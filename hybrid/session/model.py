@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -40,6 +40,7 @@ from hybrid.sharing.executor import Executor
 from hybrid.sharing.placement import Placement
 from hybrid.textstream import TextStream, as_ids
 from planner.decide.popularity import Popularity
+from planner.errors import PlannerError
 from planner.foretell.perfetto import trace_events
 
 Message = dict[str, Any]
@@ -85,6 +86,8 @@ class HybridModel:
         self._load_s = 0.0
         self._reserved: int | None = None
         self.loaded = Model(model)
+        with suppress(PlannerError, UsageError):  # it may run without being predicted
+            self.loaded.asked  # noqa: B018 (read while the directory is where it was)
         self._last: Generation | None = None
         self._turn = threading.Lock()
 

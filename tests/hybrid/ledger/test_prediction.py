@@ -19,6 +19,7 @@ from hybrid.machine.calibrations import Identity
 from hybrid.machine.coverage import Coverage
 from hybrid.model import Model
 from hybrid.session.model import HybridModel
+from hybrid.session.report import run_report
 from hybrid.weights.checkpoint import convert
 from planner.cost.cost import CostModel
 from planner.cost.terms import CALL, CPU, HEAD, MIXER
@@ -255,7 +256,7 @@ def test_only_steps_of_the_kernels_are_told_apart(
 def test_a_model_whose_directory_is_gone_is_not_taken_for_another(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even when it was called as a model that ships; the text was written all the same."""
+    """Not even when it was called as a model that ships: it was read while it was there."""
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
     calibrations.save(bare_machine(), Identity.of_this_machine(1))
     convert(tiny_model, tmp_path / "mixtral", experts="q4_0")
@@ -263,9 +264,12 @@ def test_a_model_whose_directory_is_gone_is_not_taken_for_another(
     model = HybridModel.from_pretrained("mixtral", threads=1)
     monkeypatch.chdir(tmp_path.parent)
     model.generate(model.encode("abcd"), max_new_tokens=3)
-    assert (model.report().predictions or "").startswith("from rates of this machine")
     (tmp_path / "mixtral").rename(tmp_path / "other")
-    assert "mixtral is there no more; load the model" in (model.report().predictions or "")
+    report = model.report()
+    assert (report.predictions or "").startswith("from rates of this machine")
+    assert len({term.layer for term in report.layers}) == len(model.model.model.layers)
+    report = run_report(Model(model.model), None, model._last.times, name="", threads=1, load_s=0)
+    assert "mixtral is there no more; load the model" in (report.predictions or "")
 
 
 def test_long_runs_are_predicted_from_their_middle() -> None:
