@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpu_experts.jit.workers import use_threads
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.ask.dtypes import DTYPES, check_dtype
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import CheckpointError, UsageError, first_line
@@ -78,7 +78,7 @@ def _compute_dtype(asked: str | torch.dtype | None, directory: Path) -> torch.dt
     name = check_dtype("auto" if asked is None else asked)
     if name == "auto":
         try:
-            name = automatic_dtype(subject(directory).model)
+            name = automatic_dtype(find_model(directory).spec)
         except (PlannerError, UsageError):  # a config.json that the planner does not read
             name = automatic_dtype(None)
     found: torch.dtype = getattr(torch, name)

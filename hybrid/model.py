@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hybrid import grafts
-from hybrid.ask.asked_model import Subject, subject
+from hybrid.ask.asked_model import AskedModel, find_model
 from hybrid.errors import UsageError
 from hybrid.fast.attach import FastPath
 from hybrid.packed.experts import experts_of
@@ -58,7 +58,7 @@ class Model:
         return fast
 
     @cached_property
-    def asked(self) -> Subject:
+    def asked(self) -> AskedModel:
         """Its counts and formats as its directory says them, which is what calibrations name.
 
         Raises
@@ -71,12 +71,12 @@ class Model:
             raise UsageError(
                 f"{where} is there no more", hint="load the model from where it lies now"
             )
-        return subject(where)
+        return find_model(where)
 
     @property
     def spec(self) -> ModelSpec:
         """Its counts; raises what :attr:`asked` raises."""
-        return self.asked.model
+        return self.asked.spec
 
     @property
     def dense_format(self) -> str:

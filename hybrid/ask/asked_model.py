@@ -1,9 +1,10 @@
-"""Which model a calibration or a prediction is about: its settings, its counts, its formats."""
+"""The model that a user means: what its config.json says, its counts, its formats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hybrid.ask.names import resolve
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from planner.describe.checked_table import read_table
-from planner.describe.families import from_hf_config, settings_of
+from planner.describe.families import from_hf_config, from_table, settings_of
 from planner.describe.model import ModelSpec
 
 _FLOATS = {"bfloat16": "bf16", "float16": "f32", "float32": "f32"}
@@ -20,32 +21,55 @@ _FLOATS = {"bfloat16": "bf16", "float16": "f32", "float32": "f32"}
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to measure.
+class AskedModel:
+    """A model that was asked for; its weights need not be there.
 
     Attributes
     ----------
-    model, settings
+    spec, config
         Its counts, and the ``config.json`` they were taken from.
     experts, dense
         Weight formats.
+    directory
+        Where it lies; None where it was named otherwise.
     """
 
-    model: ModelSpec
-    settings: dict[str, Any]
-    experts: str
-    dense: str
+    spec: ModelSpec
+    config: dict[str, Any] = field(default_factory=dict)
+    experts: str = DEFAULT_EXPERTS
+    dense: str = "bf16"
+    directory: Path | None = None
+
+    def in_formats(self, experts: str | None, dense: str | None) -> AskedModel:
+        """Return it with its own formats, but for those that are given."""
+        return replace(self, experts=experts or self.experts, dense=dense or self.dense)
+
+    def weights(self) -> str | None:
+        """Return the digest of the checkpoint a converted directory was made from; None without.
+
+        Raises
+        ------
+        SpecError
+            When the directory's index is damaged.
+        """
+        index = None if self.directory is None else self.directory / "experts.json"
+        if index is None or not index.is_file():
+            return None
+        source = read_table(index).get("source")
+        return source.get("identity") if isinstance(source, dict) else None
 
 
-def subject(name: str | Path, experts: str | None = None, dense: str | None = None) -> Subject:
+def find_model(
+    model: str | Path | ModelSpec, experts: str | None = None, dense: str | None = None
+) -> AskedModel:
     """Find a model by a directory, a ``config.json``, a description or a shipped name.
 
     Parameters
     ----------
-    name
-        Which; ``"demo"`` is the model that ships.
+    model
+        Which; ``"demo"`` is the model that ships. Or its counts.
     experts, dense
-        Formats to measure it in. A converted directory has its own.
+        Formats to have it in. A converted directory has its own.
 
     Raises
     ------
@@ -53,34 +77,59 @@ def subject(name: str | Path, experts: str | None = None, dense: str | None = No
         When there is no such model, it cannot be read, or a format is unknown or another one.
     """
     check_formats(experts, dense)
-    path = demo_path() if name == "demo" else Path(name)
+    if isinstance(model, ModelSpec):
+        return AskedModel(model).in_formats(experts, dense)
+    if not isinstance(model, str | PathLike):
+        raise UsageError(
+            f"model is {model!r}, neither a name nor a file nor a description",
+            hint='give a name such as Qwen3-30B-A3B, a directory, or "demo"',
+        )
+    data, called = _description(model)
+    described = isinstance(data.get("config"), Mapping)
+    config = settings_of(data) if described else dict(data)
+    called = str(data.get("name") or config.get("_name_or_path") or called)
+    spec = (
+        from_table({**data, "name": called}, str(model))
+        if described
+        else from_hf_config(config, called)
+    )
+    stored = _stored_formats(config)
+    for what, asked in (("experts", experts), ("dense", dense)):
+        if stored is not None and asked not in (None, stored.get(what)):
+            raise UsageError(
+                f"{model} is converted with {what} {stored.get(what)}, not {asked}",
+                hint="leave the format out, or name the original checkpoint",
+            )
+    own = stored or {}
+    found = AskedModel(
+        spec=spec,
+        config=config,
+        experts=own.get("experts") or DEFAULT_EXPERTS,
+        dense=own.get("dense") or float_format(config.get("dtype") or config.get("torch_dtype")),
+        directory=Path(model) if model != "demo" and Path(model).is_dir() else None,
+    )
+    return found if stored is not None else found.in_formats(experts, dense)
+
+
+def _description(model: str | Path) -> tuple[Mapping[str, Any], str]:
+    """Read the file that describes a model; also return what it is called unless it says so."""
+    path = demo_path() if model == "demo" else Path(model)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        data = read_table(path, "model description")
         called = path.parent.resolve().name if path.name == "config.json" else path.stem
-        called = "demo" if name == "demo" else called
-    elif path.suffix in (".json", ".toml"):
+        data = read_table(path, "model description")
+        return data, "demo" if model == "demo" else called
+    if path.suffix in (".json", ".toml"):
         raise UsageError(f"there is no file {path}", hint="check the path")
-    else:
-        data, called = resolve(str(name), "models"), str(name)
-    settings = settings_of(data) if isinstance(data.get("config"), Mapping) else dict(data)
-    called = str(data.get("name") or settings.get("_name_or_path") or called)
-    stored = settings.get("quantization_config")
-    stored = stored if isinstance(stored, Mapping) else {}
-    if stored.get("quant_method") == QUANT_METHOD:
-        for what, asked in (("experts", experts), ("dense", dense)):
-            if asked not in (None, stored.get(what)):
-                raise UsageError(
-                    f"{name} is converted with {what} {stored.get(what)}, not {asked}",
-                    hint="leave the format out, or name the original checkpoint",
-                )
-        experts, dense = stored.get("experts"), stored.get("dense")
-    return Subject(
-        model=from_hf_config(settings, called),
-        settings=settings,
-        experts=experts or DEFAULT_EXPERTS,
-        dense=dense or float_format(settings.get("dtype") or settings.get("torch_dtype")),
-    )
+    return resolve(str(model), "models"), str(model)
+
+
+def _stored_formats(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the formats of a converted directory; None when it is none."""
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != QUANT_METHOD:
+        return None
+    return stored
 
 
 def float_format(dtype: Any) -> str:

@@ -1,13 +1,14 @@
-"""Sizes of memory, as users write them and as a machine has them."""
+"""Sizes of memory: what users write in bytes, and no more of it than there is."""
 
 from __future__ import annotations
 
 from math import isfinite, nan
 
-import psutil
-
 from hybrid.errors import UsageError
 from planner.describe.words import in_words
+
+Size = str | int | None
+"""Bytes, or a text such as ``"6GiB"``; None and ``"auto"`` are whatever there is."""
 
 GIB = 2**30
 UNITS = {
@@ -68,7 +69,7 @@ def parse_bytes(text: str, option: str, *, zero: bool = False) -> int:
     return int(value)
 
 
-def size_in_bytes(size: str | int | None, option: str) -> int | None:
+def size_in_bytes(size: Size, option: str) -> int | None:
     """Return a size given as bytes or as a text such as ``"4GiB"``; None is whatever there is.
 
     Raises
@@ -79,18 +80,6 @@ def size_in_bytes(size: str | int | None, option: str) -> int | None:
     if size is None or str(size).strip().lower() == "auto":
         return None
     return parse_bytes(str(size), option, zero=option.endswith("vram"))
-
-
-def checked_ram(size: str | int | None) -> int | None:
-    """Return the memory of this machine to use in bytes; None is all there is.
-
-    Raises
-    ------
-    UsageError
-        When it is no size, or more than this machine has.
-    """
-    asked, total = size_in_bytes(size, "ram"), psutil.virtual_memory().total
-    return None if asked is None else at_most(asked, total, "ram", "this machine")
 
 
 def at_most(asked: int, total: int, what: str, owner: str) -> int:

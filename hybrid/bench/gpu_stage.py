@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from gpu_experts.device import Device
 from hybrid.anatomy.survey import survey
-from hybrid.ask.asked_model import Subject
+from hybrid.ask.asked_model import AskedModel
 from hybrid.bench.stages import FORMAT, Run
 from hybrid.errors import UsageError
 from hybrid.grafts import expert_modules, set_runner
@@ -69,7 +69,7 @@ class OnGpu:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: AskedModel,
         cost: CostModel,
         device: Device,
         context: int,
@@ -79,7 +79,7 @@ class OnGpu:
         self.seconds = DenseSeconds(cost, 0)
         self._folder = tempfile.TemporaryDirectory(prefix="hybrid-bench-")
         folder = Path(self._folder.name)
-        settings = first_layers(subject.settings, len(subject.model.layers), len(cost.model.layers))
+        settings = first_layers(subject.config, len(subject.spec.layers), len(cost.model.layers))
         needed = check_room(settings, folder, FORMAT, "bf16")
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
         write_random_model(settings, folder, experts=FORMAT, dense="bf16")

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from gpu_experts.backends import BACKENDS
-from hybrid.ask.asked_model import Subject, subject
+from hybrid.ask.asked_model import AskedModel, find_model
 from hybrid.ask.counts import whole_number
 from hybrid.ask.names import find_hardware
 from hybrid.bench.record import Told, provenance, spread, untold
@@ -25,9 +25,8 @@ from hybrid.ledger.timeline import DECODE, HEAD, ROUTER
 from hybrid.loading import set_threads
 from hybrid.machine import host
 from hybrid.machine.devices import choose_device, open_device
-from hybrid.machine.machines import EMULATED_AS, emulated_hardware
+from hybrid.machine.machines import EMULATED_AS, Machine, emulated_hardware
 from hybrid.measure.calibrate import hardware_for
-from hybrid.sharing.budget import Budget, usable_vram
 from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
 from planner.describe.hardware import HardwareSpec
@@ -105,28 +104,30 @@ def run(
         raise UsageError(f"{device} has no GPU to emulate", hint="choose hardware with one")
     _check_numbers(shares, prompts, tokens, repeat)
     for name in models:
-        _check_model(subject(name, FORMAT).model, max(prompts) + tokens, layers)
+        _check_model(find_model(name, FORMAT).spec, max(prompts) + tokens, layers)
     if trace is not None:
-        _check_trace(trace, [subject(name, FORMAT).model for name in models], max(prompts), tokens)
+        _check_trace(
+            trace, [find_model(name, FORMAT).spec for name in models], max(prompts), tokens
+        )
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {"emulated": device}
     origin = provenance("hybrid bench hybrid", threads)
     result: dict[str, Any] = {}
     for name in models:
-        wanted = subject(name, FORMAT)
+        wanted = find_model(name, FORMAT)
         options: dict[str, Any] = {"experts": FORMAT, "threads": threads, "progress": progress}
         if gpu is None:
             assert like is not None
             hardware = emulated_hardware(hardware_for(name, **options), like)
-            fitting = _layers_that_fit(wanted.model, hardware)
-            stage: Stage = Emulated(CostModel(_cut(wanted.model, layers or fitting), hardware))
+            fitting = _layers_that_fit(wanted.spec, hardware)
+            stage: Stage = Emulated(CostModel(_cut(wanted.spec, layers or fitting), hardware))
         else:
             lengths = max(prompts) + tokens, max(shares)
             stage, about = _on_gpu(gpu, wanted, name, layers, *lengths, options)
         with closing(stage):
             for prompt in prompts:
                 moe_layers = stage.cost.model.moe_layers
-                routing, known = _routing(wanted.model, prompt, tokens, trace, moe_layers)
+                routing, known = _routing(wanted.spec, prompt, tokens, trace, moe_layers)
                 scene = Scene(stage, prompt, routing, known, threads)
                 for share in shares:
                     new = list(_compare(scene, name, share, repeat, progress))
@@ -201,7 +202,7 @@ def _check_trace(trace: Path, models: Sequence[ModelSpec], prompt: int, tokens: 
 
 def _on_gpu(
     device: str,
-    wanted: Subject,
+    wanted: AskedModel,
     name: str,
     layers: int | None,
     context: int,
@@ -213,11 +214,10 @@ def _on_gpu(
 
     opened = open_device(device, None, options["threads"])
     about = {"device": of_gpu(opened)}
-    hardware = hardware_for(name, device=opened, **options)
-    usable = usable_vram(opened, hardware, Budget(None, None, context))
-    hardware = hardware.with_values("gpu", vram_bytes=usable)
-    fitting = _layers_that_fit(wanted.model, hardware, share)
-    cost = CostModel(_cut(wanted.model, layers or fitting), hardware, FORMAT)
+    machine = Machine(hardware_for(name, device=opened, **options))
+    hardware = machine.within(None, None, (opened.name, opened.memory())).spec
+    fitting = _layers_that_fit(wanted.spec, hardware, share)
+    cost = CostModel(_cut(wanted.spec, layers or fitting), hardware, FORMAT)
     return OnGpu(wanted, cost, opened, context, options["progress"]), about
 
 

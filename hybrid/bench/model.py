@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.ask.counts import whole_number
 from hybrid.ask.dtypes import check_dtype
 from hybrid.bench.record import Told, provenance, spread, untold
@@ -73,8 +73,8 @@ def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any]
     UsageError, PlannerError
         When there is no such model, or it cannot be read.
     """
-    found = subject(spec)
-    name, settings = found.model.name, found.settings
+    found = find_model(spec)
+    name, settings = found.spec.name, found.config
     settings.pop("quantization_config", None)  # random weights are in the formats asked for
     if layers is not None:
         most = settings.get("num_hidden_layers", layers)
@@ -145,7 +145,7 @@ def run(
         model = model or "demo"
         check_no_shape(model, spec, layers, vocabulary)
         path = demo_path() if model == "demo" else Path(model)
-        _check_length(subject(path).model.context, prompt, generate)
+        _check_length(find_model(path).spec.context, prompt, generate)
         if calibrate:
             _calibrate(path, None, None, threads, progress)
         return _measure(str(path), dtype, {}, prompt, generate, repeat, threads, progress, finished)
@@ -285,10 +285,10 @@ def _calibrate(
 
     The replica's memory is no part of what is measured here.
     """
-    wanted = subject(model, experts, dense)
+    wanted = find_model(model, experts, dense)
     known = calibrations.load(Identity.of_this_machine(threads))
     if known is not None:
-        found = Coverage.of(known, wanted.model, wanted.experts, wanted.dense)
+        found = Coverage.of(known, wanted.spec, wanted.experts, wanted.dense)
         if found.whole and not found.disturbed:
             return
     progress("calibrating this machine")
@@ -298,7 +298,7 @@ def _calibrate(
     command = [sys.executable, "-m", "hybrid", *words]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise UsageError(
-            f"this machine could not be calibrated for {wanted.model.name}",
+            f"this machine could not be calibrated for {wanted.spec.name}",
             hint="--no-calibrate takes the calibration that is there",
         )
 

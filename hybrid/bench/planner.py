@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.ask.names import find_hardware, find_model
+from hybrid.ask.asked_model import find_model
+from hybrid.ask.names import find_hardware
 from hybrid.bench.record import Told, provenance, spread, untold
 from planner.cost.cost import CostModel, ExpertCost
 from planner.decide.baselines import BASELINES
@@ -90,7 +91,7 @@ def run_planner_bench(
         under the same rule.
     """
     found = [(path, *read_trace(path)) for path in traces]
-    cost = ExpertCost(find_model(MODEL), find_hardware(HARDWARE), FORMAT)
+    cost = ExpertCost(find_model(MODEL).spec, find_hardware(HARDWARE), FORMAT)
     parts: dict[str, list[dict[str, Any]]] = {
         "decisions": [],
         "steps": [],
@@ -184,7 +185,7 @@ def _decisions(cost: ExpertCost, repeat: int, seed: int) -> Iterator[dict[str, A
 
 def _steps(ahead: int, tokens: int, seed: int) -> dict[str, Any]:
     """Time the director through a simulated decode: ``place`` and ``fill`` of every layer."""
-    model, hardware = find_model(MODEL), find_hardware(HARDWARE)
+    model, hardware = find_model(MODEL).spec, find_hardware(HARDWARE)
     warm = 2
     request = Request(model=model, hardware=hardware, prompt=32, tokens=warm + tokens, seed=seed)
     placed, routing = request.fit(), request.routing()

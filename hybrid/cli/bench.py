@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid.cli.generation import Dtype
+from hybrid.cli.options import Dtype
 
 bench_app = typer.Typer(
     help="Measure this machine and this runtime.", no_args_is_help=True, add_completion=False
@@ -100,8 +100,8 @@ def kernels(
         from hybrid.formats.registry import format_of
 
         counts = set(_numbers(tokens, "--tokens", int)) if tokens else set(bench.TOKENS)
-        wanted = tuple(format_of(word.strip()).name for word in formats.split(","))
-        chosen = [case for case in bench.cases(wanted) if case.tokens in counts]
+        known = tuple(format_of(word.strip()).name for word in formats.split(","))
+        chosen = [case for case in bench.cases(known) if case.tokens in counts]
         if not chosen:
             raise UsageError(
                 f"--tokens {tokens!r} selects no case", hint=f"choose from {bench.TOKENS}"

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybrid.ask.options import Options
 from hybrid.cli import generation as cli
+from hybrid.cli.options import (
+    MaxNewTokens,
+    Model,
+    Sampling,
+    Stop,
+    sampling_options,
+    session_options,
+    with_options,
+)
 from hybrid.cli.text import end_line, write
 from hybrid.errors import UsageError
 
@@ -21,8 +31,10 @@ _WELCOME = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C sto
 _EXITS = {"/exit", "/quit", "/bye"}
 
 
+@with_options(sampling=sampling_options, options=session_options)
 def chat(
-    model: cli.Model = None,
+    *,
+    model: Model = None,
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="The system message.")
     ] = None,
@@ -30,55 +42,21 @@ def chat(
         Path | None,
         typer.Option(help="A Jinja file to use instead of the model's own chat template."),
     ] = None,
-    max_new_tokens: cli.MaxNewTokens = None,
-    temperature: cli.Temperature = None,
-    top_p: cli.TopP = None,
-    top_k: cli.TopK = None,
-    min_p: cli.MinP = None,
-    repeat_penalty: cli.RepeatPenalty = None,
-    seed: cli.Seed = None,
-    greedy: cli.Greedy = False,
-    stop: cli.Stop = None,
-    experts: cli.Experts = None,
-    dense: cli.Dense = None,
-    dtype: cli.Dtype = "auto",
-    threads: cli.Threads = None,
-    verify: cli.Verify = False,
-    device: cli.Device = None,
-    vram: cli.Vram = None,
-    ram: cli.Ram = None,
-    context: cli.Context = None,
+    max_new_tokens: MaxNewTokens = None,
+    sampling: Sampling,
+    stop: Stop = None,
+    options: Options,
 ) -> None:
     """Talk with a model.
 
     A line is a message; one that ends in a backslash goes on in the next line.
     """
-    options = cli.sampling_options(
-        greedy=greedy,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        seed=seed,
-    )
     template = None if chat_template is None else cli.read_text(chat_template)
-    loaded = cli.load(
-        model,
-        experts=experts,
-        dense=dense,
-        dtype=dtype,
-        threads=threads,
-        verify=verify,
-        device=device,
-        vram=vram,
-        ram=ram,
-        context=context,
-    )
+    loaded = cli.load(model, options)
     if template is not None:
         loaded.tokenizer.chat_template = template
     loaded.require_chat_template()
-    cli.set_seed(seed)
+    cli.set_seed(sampling.seed)
     interactive = sys.stdin.isatty()
     if interactive:
         print(_WELCOME, file=sys.stderr)
@@ -90,7 +68,7 @@ def chat(
             patient=interactive,
             stop_strings=stop,
             max_new_tokens=max_new_tokens,
-            **options,
+            **sampling.options,
         )
 
 

@@ -121,19 +121,19 @@ def _calibration() -> dict[str, str]:
 
 def _device_calibrations() -> dict[str, str]:
     """Tell the calibrations with a device, a damaged one, too."""
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for identity in calibrations.with_devices():
         name = f"with {identity.device}"
         try:
             spec = calibrations.load(identity)
         except UsageError as error:
-            found[name] = f"damaged: {error.message}; {error.hint}"
+            lines[name] = f"damaged: {error.message}; {error.hint}"
             continue
         if spec is not None:
-            found[name] = f"{identity.path}: {spec.summary}"
+            lines[name] = f"{identity.path}: {spec.summary}"
             numbers = dict(calibrations.main_numbers(spec))
-            found |= {f"  {key} ": numbers[key] for key in ("device", "on the device")}
-    return found
+            lines |= {f"  {key} ": numbers[key] for key in ("device", "on the device")}
+    return lines
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""What ``hybrid run`` and ``hybrid chat`` share: their options, loading, writing, the summary."""
+"""What ``hybrid run`` and ``hybrid chat`` share: loading a model, the summary, what is kept."""
 
 from __future__ import annotations
 
@@ -6,180 +6,19 @@ import gc
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from gpu_experts.backends import choices
 from hybrid.errors import UsageError
 from hybrid.ledger.metrics import summary_line
 from hybrid.paths import check_writable, write_whole
 
 if TYPE_CHECKING:
+    from hybrid.ask.options import Options
     from hybrid.session.model import HybridModel
 
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        show_default=False,
-        help="A converted directory or any Hugging Face MoE directory, which is converted into "
-        "the cache first. Without it: the small model that ships with this program.",
-    ),
-]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option("--max-new-tokens", "-n", min=1, help="End after this many.", show_default="256"),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        "--temp",
-        min=0,
-        help="Sharpness of sampling; 0 is --greedy.",
-        show_default="the model's",
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this joint probability."),
-]
-TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many likeliest tokens.")]
-MinP = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Drop tokens below this share of the likeliest's probability."),
-]
-RepeatPenalty = Annotated[
-    float | None,
-    typer.Option(min=0.01, help="Above 1, tokens that occurred become less likely."),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        min=0, max=2**64 - 1, help="Make sampling repeatable; samples if nothing else says."
-    ),
-]
-Greedy = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", help="End before this text; can be given several times."),
-]
-Experts = Annotated[
-    str | None, typer.Option(help="Format to convert the experts to.", show_default="q4_0")
-]
-Dense = Annotated[
-    str | None,
-    typer.Option(help="Format to convert all other matrices to.", show_default="the checkpoint's"),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="What dense layers that are not quantized compute in: float32 or bfloat16; auto is "
-        "bfloat16 where the processor multiplies it natively and the model is not small.",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        "-t",
-        min=1,
-        help="For everything.",
-        show_default="OMP_NUM_THREADS or all cores",
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help=f"{choices()} or cpu.", show_default="the GPU if there is one, else cpu"),
-]
-Vram = Annotated[
-    str | None,
-    typer.Option(
-        help="Of the GPU's memory, use this much, such as 4GiB; auto is what is free, 0 is the "
-        "CPU alone.",
-        show_default="auto",
-    ),
-]
-Ram = Annotated[
-    str | None,
-    typer.Option(
-        help="Of the memory, use this much, such as 16GiB; auto is all of it. Experts beyond it "
-        "are read from disk.",
-        show_default="auto",
-    ),
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        "-c",
-        min=1,
-        help="Keep GPU memory for so many tokens.",
-        show_default="4096, or the model's if less",
-    ),
-]
-PopularityFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--popularity",
-        help="Begin with the experts that were used most in this file (if it is there), and "
-        "add this session's uses to it at the end.",
-    ),
-]
-RoutingFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--routing",
-        help="Write which experts every token used to this .npz file, for 'hybrid plan --trace'.",
-    ),
-]
-Perfetto = Annotated[
-    Path | None,
-    typer.Option(help="Write what CPU, GPU and link did when to this file, for ui.perfetto.dev."),
-]
-Verify = Annotated[bool, typer.Option("--verify", help="Check the store's checksums first.")]
 
-
-def sampling_options(
-    *,
-    greedy: bool,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    repeat_penalty: float | None,
-    seed: int | None,
-) -> dict[str, Any]:
-    """Return transformers' options for the command line's.
-
-    Any of temperature, top_p, top_k, min_p or seed asks for sampling; none of them leaves
-    the choice to the model's generation config.
-
-    Raises
-    ------
-    UsageError
-        When greedy is asked for together with what only sampling uses.
-    """
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-    options: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
-    penalty = {} if repeat_penalty is None else {"repetition_penalty": repeat_penalty}
-    if temperature == 0:
-        greedy = True
-        del options["temperature"]
-    if greedy and (options or (temperature or 0) > 0):
-        raise UsageError(
-            "greedy decoding was asked for together with sampling options",
-            hint="leave out --greedy (or --temperature 0), or the sampling options",
-        )
-    if greedy:
-        return {"do_sample": False} | penalty
-    if options or seed is not None:
-        return {"do_sample": True} | options | penalty
-    return penalty
-
-
-def load(model: str | None, **options: Any) -> HybridModel:
-    """Import what is needed and load ``model``; takes what ``HybridModel.from_pretrained`` takes.
+def load(model: str | None, options: Options) -> HybridModel:
+    """Import what is needed and load ``model``.
 
     Collecting garbage while importing torch and transformers costs a fifth of the start and
     finds nothing, so it waits until the model is there.
@@ -191,7 +30,7 @@ def load(model: str | None, **options: Any) -> HybridModel:
         from hybrid.session.model import HybridModel
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return HybridModel.from_pretrained(model, **options)
+        return HybridModel.open(model, options)
     finally:
         gc.freeze()
         gc.enable()
@@ -241,7 +80,7 @@ def check_files(
     check_writable("--popularity", popularity, replaced=True)
 
 
-def require_device(device: str | None, vram: str | None, **files: Path | None) -> None:
+def require_device(options: Options, **files: Path | None) -> None:
     """Refuse files that only a model on a device fills, where it will run on the CPU alone.
 
     Raises
@@ -254,7 +93,7 @@ def require_device(device: str | None, vram: str | None, **files: Path | None) -
         return
     from hybrid.machine.devices import choose_device
 
-    if choose_device(device, vram) is None:
+    if choose_device(options.device, options.vram_bytes) is None:
         raise UsageError(
             f"{given[0]}: on the CPU alone there is nothing to write to it",
             hint=f"add --vram or --device, or leave {' and '.join(given)} out",

@@ -11,17 +11,21 @@ from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hybrid.ask.names import find_hardware, find_model, resolve, shipped_names, stored_weights
+from hybrid.ask.asked_model import find_model
+from hybrid.ask.names import find_hardware, resolve, shipped_names
+from hybrid.ask.options import Options
+from hybrid.ask.policies import DEFAULT_POLICY
+from hybrid.cli.options import Policy
 from hybrid.errors import UsageError
 from hybrid.machine import calibrations
 from hybrid.paths import check_writable, write_whole
-from hybrid.planning.plan import machine_for
-from hybrid.planning.plan import plan as make_plan
+from hybrid.planning.plan import checked_counts, machine_for, plan_on
 from planner.describe.checked_table import read_table
+from planner.foretell.dryrun import PlanResult
 from planner.foretell.report import Table, tables, to_json, to_markdown
 
 DOES_NOT_FIT = 1
@@ -114,6 +118,7 @@ def plan(
             help="Start with what earlier sessions used: a popularity file, or a trace (.npz)."
         ),
     ] = None,
+    policy: Policy = DEFAULT_POLICY,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the made-up routing.")] = 0,
     experiment: Annotated[
         Path | None, typer.Option(help="Run an experiment file and print it beside its reference.")
@@ -150,33 +155,19 @@ def plan(
         )
     check_writable("--html", html, replaced=force, remedy=OR_FORCE)
     check_writable("--perfetto", perfetto, replaced=force, remedy=OR_FORCE)
-    machine = None
-    if model:
-        machine = machine_for(
-            model, hardware, vram=vram, ram=ram, threads=threads, experts=experts, dense=dense
-        )
-    if machine is None:
-        _missing(model)
-    if machine.told:
-        print(f"no --hardware given: {machine.told}", file=sys.stderr)
-    result = make_plan(
-        model,
-        machine,
+    options = Options.of(
+        vram=vram,
+        ram=ram,
         context=context,
-        prompt=prompt,
-        tokens=tokens,
-        batch=batch,
+        threads=threads,
         experts=experts,
         dense=dense,
-        trace=trace,
         popularity=popularity,
-        seed=seed,
+        policy=policy,
+        prefix="--",
     )
-    if popularity is not None and stored_weights(model) is None:
-        print(
-            f"{popularity}: only its shape was compared, {model} does not tell its weights",
-            file=sys.stderr,
-        )
+    simulated = checked_counts(prompt=prompt, tokens=tokens, batch=batch, trace=trace, seed=seed)
+    result = _planned(model, hardware, options, simulated)
     if as_json:
         print(to_json(result))
     else:
@@ -193,6 +184,27 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
+def _planned(
+    model: str, hardware: str | None, options: Options, simulated: dict[str, Any]
+) -> PlanResult:
+    """Plan, and say on stderr what was taken for granted."""
+    if not model:
+        _missing(model)
+    asked = find_model(model).in_formats(options.experts, options.dense)
+    machine = machine_for(asked, hardware, options)
+    if machine is None:
+        _missing(model)
+    if machine.origin:
+        print(f"no --hardware given: {machine.origin}", file=sys.stderr)
+    result = plan_on(machine, asked, options, **simulated)
+    if options.popularity is not None and asked.weights() is None:
+        print(
+            f"{options.popularity}: only its shape was compared, {model} does not tell its weights",
+            file=sys.stderr,
+        )
+    return result
+
+
 def _take_only(given: typer.Context, what: str, names: set[str]) -> None:
     """Refuse what was given besides ``names``, which is all that ``what`` takes."""
     for option in given.command.params:
@@ -202,12 +214,12 @@ def _take_only(given: typer.Context, what: str, names: set[str]) -> None:
             raise UsageError(f"{word} changes nothing of {what}", hint=f"leave {word} out")
 
 
-def _deliver(found: list[Table], *, markdown: bool) -> None:
+def _deliver(report: list[Table], *, markdown: bool) -> None:
     if markdown:
-        print(to_markdown(found))
+        print(to_markdown(report))
     else:
         width = get_terminal_size().columns if sys.stdout.isatty() else _WIDTH
-        print(to_text(found, width))
+        print(to_text(report, width))
 
 
 def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
@@ -220,7 +232,7 @@ def _experiment(path: Path, *, as_json: bool, markdown: bool) -> None:
 
     own = path.is_file()
     data = read_table(path, "experiment") if own else resolve(path.name, "experiments")
-    experiment = read_experiment(data, path.name, find_model, find_hardware)
+    experiment = read_experiment(data, path.name, lambda name: find_model(name).spec, find_hardware)
     outcomes = run_experiment(experiment)
     other = run_experiment(experiment, experiment.what_if[1]) if experiment.what_if else []
     if as_json:
@@ -249,7 +261,7 @@ def _diff(paths: list[Path]) -> list[Table]:
     return compare(read_plan(paths[0]), read_plan(paths[1]))
 
 
-def to_text(found: Iterable[Table], width: int) -> str:
+def to_text(report: Iterable[Table], width: int) -> str:
     """Return tables as text of at most ``width`` columns that needs no colour."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -259,7 +271,7 @@ def to_text(found: Iterable[Table], width: int) -> str:
 
     written = StringIO()
     console = Console(file=written, width=width, color_system=None, legacy_windows=False)
-    for table in found:
+    for table in report:
         console.print(Text(table.title))
         shown = RichTable(
             box=None if table.prose else SIMPLE_HEAD,

@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hybrid.ask.options import Options
 from hybrid.cli import generation as cli
+from hybrid.cli.options import (
+    MaxNewTokens,
+    Model,
+    Sampling,
+    Stop,
+    sampling_options,
+    session_options,
+    with_options,
+)
 from hybrid.cli.text import end_line, write
 from hybrid.errors import UsageError
 
@@ -18,8 +29,10 @@ if TYPE_CHECKING:
     from hybrid.session.model import HybridModel
 
 
+@with_options(sampling=sampling_options, options=session_options)
 def run(
-    model: cli.Model = None,
+    *,
+    model: Model = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The text to continue.")
     ] = None,
@@ -27,28 +40,31 @@ def run(
         Path | None,
         typer.Option("--file", "-f", help="A file with the text to continue; - is stdin."),
     ] = None,
-    max_new_tokens: cli.MaxNewTokens = None,
-    temperature: cli.Temperature = None,
-    top_p: cli.TopP = None,
-    top_k: cli.TopK = None,
-    min_p: cli.MinP = None,
-    repeat_penalty: cli.RepeatPenalty = None,
-    seed: cli.Seed = None,
-    greedy: cli.Greedy = False,
-    stop: cli.Stop = None,
+    max_new_tokens: MaxNewTokens = None,
+    sampling: Sampling,
+    stop: Stop = None,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt first.")] = False,
-    experts: cli.Experts = None,
-    dense: cli.Dense = None,
-    dtype: cli.Dtype = "auto",
-    threads: cli.Threads = None,
-    verify: cli.Verify = False,
-    device: cli.Device = None,
-    vram: cli.Vram = None,
-    ram: cli.Ram = None,
-    context: cli.Context = None,
-    popularity: cli.PopularityFile = None,
-    routing: cli.RoutingFile = None,
-    perfetto: cli.Perfetto = None,
+    options: Options,
+    popularity: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with the experts that were used most in this file (if it is there), and "
+            "add this session's uses to it at the end.",
+        ),
+    ] = None,
+    routing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write which experts every token used to this .npz file, for 'hybrid plan "
+            "--trace'.",
+        ),
+    ] = None,
+    perfetto: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what CPU, GPU and link did when to this file, for ui.perfetto.dev."
+        ),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="End with the whole report instead of one line.")
     ] = False,
@@ -58,36 +74,19 @@ def run(
     The prompt is -p, a file, or stdin. The text goes to stdout as it is generated; messages
     and figures go to stderr.
     """
-    options = cli.sampling_options(
-        greedy=greedy,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        seed=seed,
-    )
     text = read_prompt(prompt, file)
     files = {"perfetto": perfetto, "routing": routing, "popularity": popularity}
     cli.check_files(**files)
-    cli.require_device(device, vram, **files)
-    loaded = cli.load(
-        model,
-        experts=experts,
-        dense=dense,
-        dtype=dtype,
-        threads=threads,
-        verify=verify,
-        device=device,
-        vram=vram,
-        ram=ram,
-        context=context,
+    cli.require_device(options, **files)
+    options = replace(
+        options,
         popularity=cli.known(popularity),
         keep_timeline=perfetto is not None,
         record_routing=routing is not None,
     )
+    loaded = cli.load(model, options)
     cli.require_sharing(loaded, **files)
-    cli.set_seed(seed)
+    cli.set_seed(sampling.seed)
     if echo:
         write(text)
     try:
@@ -97,7 +96,7 @@ def run(
                 on_text=write,
                 stop_strings=stop,
                 max_new_tokens=max_new_tokens,
-                **options,
+                **sampling.options,
             )
     except KeyboardInterrupt:
         end_line(interrupted=True)

@@ -209,7 +209,7 @@ def predicted(
     # As calibrations name it: a loaded network's dtype is that of its arithmetic.
     found = loaded.asked
     return predict(
-        found.model,
+        found.spec,
         hardware,
         experts=found.experts,
         dense=found.dense,

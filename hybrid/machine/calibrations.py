@@ -256,8 +256,8 @@ def layer_overhead(terms: Iterable[TermPoint], rate: Quantity, *, single: bool) 
     single
         Whether it is a single token's step.
     """
-    mine = [t for t in terms if t.term == "attention" and (t.tokens == 1) == single]
-    first = min(mine, key=lambda term: (term.tokens, term.context))
+    steps = [t for t in terms if t.term == "attention" and (t.tokens == 1) == single]
+    first = min(steps, key=lambda term: (term.tokens, term.context))
     rest_s = first.seconds - weight_bytes(first.params, first.format) / rate.value
     step = "a single token's" if single else f"{first.tokens} tokens'"
     origin = f"{COMMAND}: {step} attention and router without reading its weights"
@@ -269,10 +269,10 @@ def missing(identity: Identity | None = None) -> str:
     here = identity or Identity.of_this_machine()
     if here.path.exists():
         return "the calibration of this machine is damaged"
-    mine = _machine(here.comment())
+    this_machine = _machine(here.comment())
     for path in sorted(here.path.parent.glob("*.toml")):
         with suppress(OSError, UnicodeDecodeError):
-            if _machine(path.read_text(encoding="utf-8")) == mine:
+            if _machine(path.read_text(encoding="utf-8")) == this_machine:
                 return "this machine was calibrated before hybrid or its libraries were updated"
     return "this machine was not calibrated yet"
 
@@ -367,8 +367,8 @@ def main_numbers(spec: HardwareSpec) -> Iterable[tuple[str, str]]:
     shapes = {f"{p.hidden} x {p.intermediate} {p.format}" for p in spec.points if p.lane == "cpu"}
     yield "expert shapes", ", ".join(sorted(shapes))
     for lane, name in (("cpu", "models"), ("gpu", "on the device")):
-        mine = [t for t in spec.terms if (t.term, t.lane) == ("attention", lane)]
-        families = {f"{t.family} with {t.format}" for t in mine}
+        attention = [t for t in spec.terms if (t.term, t.lane) == ("attention", lane)]
+        families = {f"{t.family} with {t.format}" for t in attention}
         if families or lane == "cpu" or spec.gpu:
             yield name, ", ".join(sorted(families)) or "none"
     if taken := disturbed([*spec.points, *spec.terms]):

@@ -1,4 +1,4 @@
-"""What a calibration knows of a model, and what to say where that is not enough."""
+"""Compares a calibration with a model: which of its parts were measured, and what would help."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Coverage:
             and point.lane == "cpu"
         ]
         mixers = {layer.mixer.params for layer in model.layers}
-        known: dict[str, set[int]] = {}
+        measured: dict[str, set[int]] = {}
         terms = [term for term in spec.terms if term.family == model.family]
         for term in terms:
             if term.term == "attention" and term.lane == "cpu":
-                known.setdefault(term.format, set()).add(term.params)
-        like = [fmt for fmt, params in known.items() if mixers <= params]
-        mine = [term for term in terms if term.format == dense and dense in like]
+                measured.setdefault(term.format, set()).add(term.params)
+        like = [fmt for fmt, params in measured.items() if mixers <= params]
+        own = [term for term in terms if term.format == dense and dense in like]
         return cls(
             experts=bool(points),
             parts=dense in like,
             like=tuple(sorted(like)),
-            disturbed=calibrations.disturbed([*points, *mine]),
+            disturbed=calibrations.disturbed([*points, *own]),
         )
 
     @property
@@ -70,11 +70,11 @@ class Coverage:
             return "a calibration of this shape in these formats"
         missing = [] if self.experts else ["its experts"]
         if not self.parts:
-            known = f" (measured in {', '.join(self.like)} only)" if self.like else ""
-            missing.append(f"attention and dense layers{known}")
-        found = " and ".join(missing)
+            others = f" (measured in {', '.join(self.like)} only)" if self.like else ""
+            missing.append(f"attention and dense layers{others}")
+        parts = " and ".join(missing)
         return (
-            f"rates of this machine for {found}, \u00b1 {UNMEASURED:.0%}, as they were not measured"
+            f"rates of this machine for {parts}, \u00b1 {UNMEASURED:.0%}, as they were not measured"
         )
 
     def advice(self, command: str) -> str:

@@ -5,33 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from cpu_experts.ffn import run_experts
 from cpu_experts.jit.workers import use_threads
 from gpu_experts import backends
 from gpu_experts.backend import StandIn
 from gpu_experts.device import F32, I32, U8, Device, Run
 from hybrid.ask.names import find_hardware
-from hybrid.ask.sizes import size_in_bytes
 from hybrid.errors import UsageError, first_line
 from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 from hybrid.machine.machines import EMULATED_AS
 
-Size = str | int | None
 
-
-def choose_device(device: str | int | torch.device | None, vram: Size) -> str | None:
+def choose_device(name: str | None, vram_bytes: int | None) -> str | None:
     """Return what users call the chosen device, such as ``cuda:0``, or None for the CPU alone.
 
     Parameters
     ----------
-    device
-        A name such as ``"cuda"``, ``"cuda:1"``, ``"emulated"`` or ``"cpu"``, what torch calls a
-        device, a GPU's number, or None to choose: the GPU that is there; without one the CPU, or
-        an emulated device where vram is asked for.
-    vram
+    name
+        A name such as ``"cuda"``, ``"cuda:1"``, ``"emulated"`` or ``"cpu"``, or None to choose:
+        the GPU that is there; without one the CPU, or an emulated device where vram is asked for.
+    vram_bytes
         0 is the CPU alone.
 
     Raises
@@ -39,40 +33,16 @@ def choose_device(device: str | int | torch.device | None, vram: Size) -> str | 
     UsageError
         When the name is unknown or the device is not there.
     """
-    name = _name(device)
-    asked = size_in_bytes(vram, "vram")
-    if name == "cpu" or asked == 0:
-        if name == "cpu" and asked:
-            raise UsageError(
-                f"vram {vram!r} is asked for with device 'cpu'",
-                hint="leave one of them out: the CPU has no vram",
-            )
-        if name not in (None, "cpu"):
-            raise UsageError(
-                f"device {name!r} is asked for with vram {vram!r}",
-                hint="leave one of them out: vram=0 is the CPU alone",
-            )
+    if name == "cpu" or vram_bytes == 0:
         return None
-    if name is not None:
-        return _called(name)
-    backend = backends.first_there() or (backends.emulation() if asked else None)
-    return None if backend is None else backend.called(0)
-
-
-def _name(device: str | int | torch.device | None) -> str | None:
-    """Return the name that ``device`` means."""
-    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
-        raise UsageError(f"device is {device!r}, neither a name nor a number", hint=_choices())
-    if isinstance(device, int):
-        return backends.by_number(device)
-    return None if device is None else str(device)
-
-
-def _called(name: str) -> str:
-    """Return in full what users call the device ``name``, which is there."""
+    if name is None:
+        backend = backends.first_there() or (backends.emulation() if vram_bytes else None)
+        return None if backend is None else backend.called(0)
     found = backends.find(name)
     if found is None:
-        raise UsageError(f"unknown device {name!r}", hint=_choices())
+        raise UsageError(
+            f"unknown device {name!r}", hint=f"choose {backends.choices()} or cpu, or leave it out"
+        )
     backend, number = found
     count = backend.count()
     if number >= count:
@@ -81,10 +51,6 @@ def _called(name: str) -> str:
             hint=f"leave the device out, or {backend.remedy}",
         )
     return backend.called(number)
-
-
-def _choices() -> str:
-    return f"choose {backends.choices()} or cpu, or leave it out"
 
 
 def open_device(name: str, vram_bytes: int | None, threads: int) -> Device:

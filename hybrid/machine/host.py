@@ -18,6 +18,7 @@ import psutil
 
 from cpu_experts.jit import hostcpu
 from hybrid.ask.counts import whole_number
+from hybrid.ask.sizes import at_most
 
 _GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _NVIDIA_SMI_TIMEOUT_S = 10
@@ -124,6 +125,18 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def checked_ram(asked: int | None) -> int | None:
+    """Return how much of this machine's memory to use; None is all there is.
+
+    Raises
+    ------
+    UsageError
+        When more is asked for than this machine has.
+    """
+    total = psutil.virtual_memory().total
+    return None if asked is None else at_most(asked, total, "ram", "this machine")
 
 
 def available_memory_bytes() -> int:

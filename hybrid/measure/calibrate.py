@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging as transformers_logging
 
 from gpu_experts.errors import GpuExpertsError
-from hybrid.ask.asked_model import Subject, subject
+from hybrid.ask.asked_model import AskedModel, find_model
 from hybrid.errors import UsageError, first_line
 from hybrid.formats.block import Block
 from hybrid.ledger.prediction import predicted
@@ -107,13 +107,13 @@ def calibrate(
     UsageError, UnsupportedModelError, PlannerError
         When the model is unknown or its code cannot be run, or a value cannot be used.
     """
-    wanted = subject(STANDARD if model is None else model, experts, dense)
+    wanted = find_model(STANDARD if model is None else model, experts, dense)
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     home = make_cache_folder()
     prefix = "hybrid-calibrate-"
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
-        progress(f"making some layers of {wanted.model.name} with random weights")
+        progress(f"making some layers of {wanted.spec.name} with random weights")
         replica = _replica(wanted, Path(folder))
         replica.generate(8, 8)
         budget = Budget(limit_s)
@@ -125,7 +125,7 @@ def calibrate(
             from hybrid.measure.device import device_times
 
             progress(f"measuring {device.name}")
-            top_k = wanted.model.experts.top_k
+            top_k = wanted.spec.experts.top_k
             found.device = device_times(
                 device, experts_of(replica.network), top_k, budget.part(0.2)
             )
@@ -200,32 +200,32 @@ def hardware_for(
     return spec
 
 
-def covers(spec: HardwareSpec, wanted: Subject) -> bool:
+def covers(spec: HardwareSpec, wanted: AskedModel) -> bool:
     """Whether a calibration has measured this model's shape and formats."""
-    return Coverage.of(spec, wanted.model, wanted.experts, wanted.dense).whole
+    return Coverage.of(spec, wanted.spec, wanted.experts, wanted.dense).whole
 
 
-def _wanted(model: str | Path, options: Mapping[str, Any]) -> Subject:
-    return subject(model, options.get("experts"), options.get("dense"))
+def _wanted(model: str | Path, options: Mapping[str, Any]) -> AskedModel:
+    return find_model(model, options.get("experts"), options.get("dense"))
 
 
 def _disturbed(spec: HardwareSpec, model: str | Path | None, options: Mapping[str, Any]) -> float:
     if model is None:
         return calibrations.disturbed([*spec.points, *spec.terms])
     wanted = _wanted(model, options)
-    return Coverage.of(spec, wanted.model, wanted.experts, wanted.dense).disturbed
+    return Coverage.of(spec, wanted.spec, wanted.experts, wanted.dense).disturbed
 
 
-def _replica(wanted: Subject, folder: Path) -> Replica:
-    settings = shortened(wanted.settings, wanted.model, wanted.experts, wanted.dense)
+def _replica(wanted: AskedModel, folder: Path) -> Replica:
+    settings = shortened(wanted.config, wanted.spec, wanted.experts, wanted.dense)
     bars: Any = transformers_logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        return Replica(wanted.model, settings, folder, wanted.experts, wanted.dense)
+        return Replica(wanted.spec, settings, folder, wanted.experts, wanted.dense)
     except (KeyError, ValueError, TypeError) as error:
         raise UsageError(
-            f"{wanted.model.name} ({wanted.model.family}) cannot be made with random weights: "
+            f"{wanted.spec.name} ({wanted.spec.family}) cannot be made with random weights: "
             f"{type(error).__name__}: {error}",
             hint="name a text model whose family transformers knows, or none",
         ) from error
@@ -251,7 +251,7 @@ def _prompts(context: int | None) -> dict[int, int]:
 def _measure_alone(
     found: Measured,
     replica: Replica,
-    wanted: Subject,
+    wanted: AskedModel,
     budget: Budget,
     shares: tuple[float, float],
     progress: Progress,
@@ -261,7 +261,7 @@ def _measure_alone(
     ``shares`` are of the budget that is left, for the parts and for the experts' second turn.
     """
     runners = experts_of(replica.network)
-    top_k = wanted.model.experts.top_k
+    top_k = wanted.spec.experts.top_k
 
     def time_experts(share: float) -> ExpertTimes:
         for runner in runners:
@@ -284,7 +284,7 @@ def _measure_alone(
     ]
     disturbed = fmean(turns.disturbed() for turns in runs.values())
     found.parts.append(
-        ModelParts(wanted.model.family, wanted.experts, wanted.dense, parts, disturbed)
+        ModelParts(wanted.spec.family, wanted.experts, wanted.dense, parts, disturbed)
     )
     if missing := [prompt for prompt in prompts if prompt not in runs]:
         found.left_out.append(f"prompts of {', '.join(map(str, missing))}")
@@ -302,7 +302,7 @@ def _let_go() -> None:
 def _measure_placed(
     found: Measured,
     folder: Path,
-    wanted: Subject,
+    wanted: AskedModel,
     device: Device,
     hardware: HardwareSpec,
     threads: int,
@@ -316,12 +316,12 @@ def _measure_placed(
     from hybrid.measure.shared import Placed, UnmeasuredError
 
     progress(f"putting the layers on {device.name}")
-    every = _prompts(wanted.model.context)
+    every = _prompts(wanted.spec.context)
     # Few lengths, so that there is time for long ones: what a device takes grows evenly.
     prompts = {prompt: new for prompt, new in every.items() if new > 1 or prompt == PROMPTS[0]}
     context = max(prompt + new for prompt, new in prompts.items())
     try:
-        placed = Placed(folder, wanted.model, device, hardware, context, threads)
+        placed = Placed(folder, wanted.spec, device, hardware, context, threads)
         try:
             runs = _run(placed, prompts, budget, progress)
             parts = [
@@ -339,7 +339,7 @@ def _measure_placed(
         device.close()
         return
     disturbed = fmean(turns.disturbed() for turns in runs.values())
-    top_k = wanted.model.experts.top_k
+    top_k = wanted.spec.experts.top_k
     found.placed.append(
         ModelParts(placed.family, wanted.experts, placed.dense_format, parts, disturbed, top_k)
     )

@@ -5,39 +5,44 @@ Loads neither torch nor numba.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hybrid.ask.asked_model import Subject, subject
+from hybrid.ask.asked_model import AskedModel, find_model
 from hybrid.ask.counts import whole_number
-from hybrid.ask.names import find_hardware, stored_weights
-from hybrid.ask.sizes import at_most, checked_ram, size_in_bytes
+from hybrid.ask.names import find_hardware
+from hybrid.ask.options import Options
+from hybrid.ask.policies import DEFAULT_POLICY
+from hybrid.ask.sizes import Size
 from hybrid.errors import UsageError
 from hybrid.formats.registry import packs_dense
-from hybrid.machine import calibrations, host
+from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.compute_dtype import automatic_dtype
-from hybrid.machine.machines import Machine, this_machine
+from hybrid.machine.machines import Machine
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
 from planner.foretell.dryrun import PlanResult, dry_run
 from planner.foretell.request import Request
 
+Hardware = str | Path | HardwareSpec | Machine
+
 
 def plan(
     model: str | Path | ModelSpec,
-    hardware: str | Path | HardwareSpec | Machine | None = None,
+    hardware: Hardware | None = None,
     *,
-    vram: str | int | None = None,
-    ram: str | int | None = None,
+    vram: Size = None,
+    ram: Size = None,
     context: int | None = None,
     prompt: int | None = None,
     threads: int | None = None,
     experts: str | None = None,
     dense: str | None = None,
-    **options: Any,
+    popularity: str | PathLike[str] | None = None,
+    policy: str = DEFAULT_POLICY,
+    **simulated: Any,
 ) -> PlanResult:
     """Predict how a model runs on a machine; nothing is downloaded and no weights are needed.
 
@@ -51,7 +56,7 @@ def plan(
     hardware
         A shipped name (``rtx4060-laptop``), a TOML file, or a ``HardwareSpec``; this machine, as
         ``hybrid calibrate`` measured it, by default: with its GPU if that was measured, with an
-        emulated one if vram is asked for and there is none. Or what :func:`machine_for` returned.
+        emulated one if vram is asked for and there is none. Or a :class:`Machine`.
     vram, ram
         Use this much instead: bytes, or a text such as ``"6GiB"``; ``"auto"`` and None are all
         that there is, and vram 0 is the CPU alone.
@@ -68,88 +73,118 @@ def plan(
         checkpoint unless it was converted to something else. On a GPU dense weights are counted
         as bf16, whatever they are stored as; beside an emulated GPU, where they are not
         quantized, as what this machine's processor computes in.
-    options
+    popularity
+        A file of what earlier sessions used, or a trace (``.npz``), to begin with.
+    policy
+        Name of the cache policy that decides which experts stay on the GPU.
+    simulated
         Other fields of ``planner.foretell.request.Request``: ``tokens``, ``batch``, ``trace``,
-        ``popularity``, ``seed``.
+        ``seed``.
 
     Raises
     ------
     UsageError, PlannerError
         When a name is unknown, a file is damaged, or a value cannot be.
     """
-    if context is not None:
-        context = whole_number(context, "context")
+    options = Options.of(
+        vram=vram,
+        ram=ram,
+        context=context,
+        threads=threads,
+        experts=experts,
+        dense=dense,
+        popularity=popularity,
+        policy=policy,
+        prefix="--",
+    )
+    simulated = checked_counts(prompt=prompt, **simulated)
+    asked = find_model(model).in_formats(experts, dense)
+    machine = machine_for(asked, hardware, options)
+    if machine is None:
+        raise calibrations.unmeasured(Identity.of_this_machine(threads))
+    return plan_on(machine, asked, options, **simulated)
+
+
+def checked_counts(prompt: int | None = None, **simulated: Any) -> dict[str, Any]:
+    """Return what is simulated; refuse numbers that cannot be.
+
+    Raises
+    ------
+    UsageError
+        Naming the first.
+    """
     if prompt is not None:
         prompt = whole_number(prompt, "prompt")
     for name, least in (("tokens", 1), ("batch", 1), ("seed", 0)):
-        if name in options:
-            options[name] = whole_number(options[name], name, least=least)
-    machine = machine_for(
-        model, hardware, vram=vram, ram=ram, threads=threads, experts=experts, dense=dense
-    )
-    if machine is None:
-        raise calibrations.unmeasured(Identity.of_this_machine(threads))
-    wanted = _subject(model, experts, dense)
-    if context is None:
-        context = min(Request.context, wanted.model.context or Request.context)
-    request = Request(
-        model=wanted.model,
-        hardware=machine.spec,
-        experts=wanted.experts,
-        dense=_dense(wanted, machine),
-        emulated=machine.emulated,
-        context=context,
-        prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,
-        **options,
-    )
-    weights = stored_weights(model)
-    if weights is not None and request.known is not None:
-        request.known.check_weights(weights, wanted.model.name, str(request.popularity))
-    return dry_run(request)
+        if name in simulated:
+            simulated[name] = whole_number(simulated[name], name, least=least)
+    return {"prompt": prompt, **simulated}
 
 
-def machine_for(
-    model: str | Path | ModelSpec,
-    hardware: str | Path | HardwareSpec | Machine | None = None,
-    *,
-    vram: str | int | None = None,
-    ram: str | int | None = None,
-    threads: int | None = None,
-    experts: str | None = None,
-    dense: str | None = None,
-) -> Machine | None:
-    """Return the machine that a model is planned on; takes what :func:`plan` takes.
+def machine_for(asked: AskedModel, hardware: Hardware | None, options: Options) -> Machine | None:
+    """Return the machine that a model is planned on: the one that is described, or this one.
 
     None is a machine that nobody described: this one, which was never calibrated.
 
     Raises
     ------
     UsageError, PlannerError
-        When it is unknown, or a value cannot be.
+        When it is unknown, or has not what is asked for.
     """
-    vram_bytes = size_in_bytes(vram, "--vram")
-    ram_bytes = checked_ram(ram) if hardware is None else size_in_bytes(ram, "--ram")
-    found: Machine | None
-    if hardware is not None:
-        found = _described(hardware)
-        if threads is not None:
-            raise UsageError(
-                f"threads is {threads}, but the rates of {found.spec.name} are those of all its "
-                "cores",
-                hint="leave threads out; of this machine, 'hybrid calibrate --threads' measures "
-                "fewer",
-            )
-    else:
-        if threads is not None:
-            threads = host.check_threads(threads, host.most_threads())
-        found = this_machine(_subject(model, experts, dense), vram_bytes, threads)
-    gpu = found and not found.emulated and found.spec.gpu
-    if gpu and vram_bytes:
-        vram_bytes = at_most(vram_bytes, int(gpu.vram_bytes.value), "vram", gpu.name)
-    return None if found is None else found.with_memory(vram_bytes, ram_bytes)
+    if hardware is None:
+        return Machine.find(asked, options)
+    machine = _described(hardware)
+    if options.threads is not None:
+        raise UsageError(
+            f"threads is {options.threads}, but the rates of {machine.spec.name} are those of all "
+            "its cores",
+            hint="leave threads out; of this machine, 'hybrid calibrate --threads' measures fewer",
+        )
+    return machine.within(options.vram_bytes, options.ram_bytes)
 
 
-def _described(hardware: str | Path | HardwareSpec | Machine) -> Machine:
+def plan_on(
+    machine: Machine,
+    asked: AskedModel,
+    options: Options,
+    prompt: int | None = None,
+    **simulated: Any,
+) -> PlanResult:
+    """Predict how a model that was found runs on a machine that was found.
+
+    Parameters
+    ----------
+    machine
+        With the memory that is in use.
+    prompt, simulated
+        See :func:`plan`.
+
+    Raises
+    ------
+    PlannerError
+        When a value cannot be, or a file is damaged or of another model.
+    """
+    context = options.context
+    if context is None:
+        context = min(Request.context, asked.spec.context or Request.context)
+    request = Request(
+        model=asked.spec,
+        hardware=machine.spec,
+        experts=asked.experts,
+        dense=_dense(asked, machine),
+        emulated=machine.emulated,
+        context=context,
+        prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,
+        popularity=options.popularity,
+        **simulated,
+    )
+    weights = asked.weights()
+    if weights is not None and request.known is not None:
+        request.known.check_weights(weights, asked.spec.name, str(request.popularity))
+    return dry_run(request)
+
+
+def _described(hardware: Hardware) -> Machine:
     if isinstance(hardware, Machine):
         return hardware
     if isinstance(hardware, HardwareSpec):
@@ -162,22 +197,8 @@ def _described(hardware: str | Path | HardwareSpec | Machine) -> Machine:
     return Machine(find_hardware(hardware))
 
 
-def _subject(model: str | Path | ModelSpec, experts: str | None, dense: str | None) -> Subject:
-    """Return the model with its own formats, but for those that are asked for."""
-    if isinstance(model, ModelSpec):
-        found = Subject(model, {}, Request.experts, Request.dense)
-    elif not isinstance(model, str | PathLike):
-        raise UsageError(
-            f"model is {model!r}, neither a name nor a file nor a description",
-            hint='give a name such as Qwen3-30B-A3B, a directory, or "demo"',
-        )
-    else:
-        found = subject(model)
-    return replace(found, experts=experts or found.experts, dense=dense or found.dense)
-
-
-def _dense(wanted: Subject, machine: Machine) -> str:
+def _dense(asked: AskedModel, machine: Machine) -> str:
     """Return the format of dense weights; an emulated GPU's that are not quantized are torch's."""
-    if not machine.emulated or packs_dense(wanted.dense):
-        return wanted.dense
-    return "bf16" if automatic_dtype(wanted.model) == "bfloat16" else "f32"
+    if not machine.emulated or packs_dense(asked.dense):
+        return asked.dense
+    return "bf16" if automatic_dtype(asked.spec) == "bfloat16" else "f32"

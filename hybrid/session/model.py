@@ -14,16 +14,16 @@ from typing import Any, overload
 
 import torch
 
+from hybrid.ask.options import Options
+from hybrid.ask.policies import DEFAULT_POLICY
+from hybrid.ask.sizes import Size
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import prompts_told
-from hybrid.formats.notes import Note
 from hybrid.ledger.metrics import LANES, RunReport
 from hybrid.ledger.prediction import begin_run
 from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_tokenizer, set_threads
-from hybrid.machine import host
-from hybrid.model import Model
 from hybrid.paths import write_whole
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
@@ -34,10 +34,9 @@ from hybrid.session.generation_options import (
     text_options,
 )
 from hybrid.session.generation_stream import GenerationStream, OnText, Stopped, pieces_of
-from hybrid.session.open import load_model
+from hybrid.session.open import Loaded, open_model
 from hybrid.session.report import run_report
 from hybrid.sharing.executor import Executor
-from hybrid.sharing.placement import Placement
 from hybrid.textstream import TextStream, as_ids
 from planner.decide.popularity import Popularity
 from planner.errors import PlannerError
@@ -68,24 +67,16 @@ class HybridModel:
         What was said to be slower or smaller than it could be when it was loaded.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        name: str,
-        threads: int,
-        placement: Placement | None = None,
-    ) -> None:
-        self.model = model
+    def __init__(self, loaded: Loaded, tokenizer: Any, name: str) -> None:
+        self.model = loaded.model.network
+        self.loaded = loaded.model
         self.tokenizer = tokenizer
-        self.threads = threads
-        self.placement = placement
-        self.told: tuple[Note, ...] = ()
+        self.threads = loaded.threads
+        self.placement = loaded.placement
+        self.told = loaded.notes
         self._name = name
         self._load_s = 0.0
-        self._reserved: int | None = None
-        self.loaded = Model(model)
+        self._reserved = loaded.context
         with suppress(PlannerError, UsageError):  # it may run without being predicted
             self.loaded.asked  # noqa: B018 (read while the directory is where it was)
         self._last: Generation | None = None
@@ -102,10 +93,11 @@ class HybridModel:
         verify: bool = False,
         dtype: str | torch.dtype | None = None,
         device: str | int | torch.device | None = None,
-        vram: str | int | None = None,
-        ram: str | int | None = None,
+        vram: Size = None,
+        ram: Size = None,
         context: int | None = None,
         popularity: str | PathLike[str] | None = None,
+        policy: str = DEFAULT_POLICY,
         keep_timeline: bool = False,
         record_routing: bool = False,
     ) -> HybridModel:
@@ -146,6 +138,8 @@ class HybridModel:
         popularity
             A file of :meth:`save_popularity`, or a routing trace (``.npz``): the experts used most
             there are on the device from the start.
+        policy
+            Name of the cache policy that decides which experts stay on the device.
         keep_timeline
             Keep what every lane did when, for :meth:`perfetto`.
         record_routing
@@ -158,12 +152,10 @@ class HybridModel:
         UsageError
             When an argument has a value that cannot be used.
         """
-        start = time.perf_counter()
-        threads = set_threads(host.default_threads() if threads is None else threads)
-        loaded = load_model(
-            demo_path() if path is None or path == "demo" else path,
+        options = Options.of(
             experts=experts,
             dense=dense,
+            threads=threads,
             verify=verify,
             dtype=dtype,
             device=device,
@@ -171,16 +163,19 @@ class HybridModel:
             ram=ram,
             context=context,
             popularity=popularity,
-            threads=threads,
+            policy=policy,
             keep_timeline=keep_timeline,
             record_routing=record_routing,
         )
-        tokenizer = load_tokenizer(loaded.directory)
+        return cls.open(path, options)
+
+    @classmethod
+    def open(cls, path: str | PathLike[str] | None, options: Options) -> HybridModel:
+        """Load a model directory as :meth:`from_pretrained` does, with what is asked for."""
+        start = time.perf_counter()
+        loaded = open_model(demo_path() if path is None or path == "demo" else path, options)
         name = "demo" if path is None else str(path)
-        self = cls(
-            loaded.network, tokenizer, name=name, threads=threads, placement=loaded.placement
-        )
-        self.told, self._reserved = loaded.notes, loaded.context
+        self = cls(loaded, load_tokenizer(loaded.model.directory), name)
         self._warm_up()
         self._tell_refusals()
         self._load_s = time.perf_counter() - start

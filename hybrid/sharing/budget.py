@@ -8,14 +8,14 @@ import torch
 
 from gpu_experts.device import Device
 from hybrid.ask.names import find_hardware
-from hybrid.ask.sizes import at_most
 from hybrid.errors import UsageError
 from hybrid.formats.notes import Note
 from hybrid.formats.registry import packs_dense
+from hybrid.machine.machines import Machine
 from hybrid.model import Model
 from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
-from planner.describe.hardware import CONTEXT_BYTES, HardwareSpec
+from planner.describe.hardware import HardwareSpec
 from planner.describe.words import in_words
 from planner.foretell.memory import STAGING, Fit, fit
 from planner.foretell.request import Request
@@ -55,10 +55,10 @@ def fitted(
     """
     if device.backend.emulated:
         hardware = hardware.emulated()
-    hardware = hardware.with_values("gpu", vram_bytes=usable_vram(device, hardware, budget))
-    if budget.ram_bytes is not None:
-        hardware = hardware.with_values("cpu", ram_bytes=budget.ram_bytes)
-    cost = cost_of(model, hardware, device.torch_device)
+    machine = Machine(hardware).within(
+        budget.vram_bytes, budget.ram_bytes, (device.name, device.memory())
+    )
+    cost = cost_of(model, machine.spec, device.torch_device)
     stride = model.layers[0].blocks.shape[1]
     return cost, fit(
         cost,
@@ -120,29 +120,3 @@ def beyond_ram(placed: Fit) -> Note | None:
         "unless the system has memory to spare",
         f"give ram {in_words(placed.ram_bytes + stored - kept)} or more",
     )
-
-
-def usable_vram(device: Device, hardware: HardwareSpec, budget: Budget) -> int:
-    """Return how much of ``device`` this program may use, its driver's context included.
-
-    A context that is there already is missing in what the device tells to be free, and counts as
-    ours: whoever asks for all of a card gets all of it.
-
-    Raises
-    ------
-    UsageError
-        When more is asked for than the device has, or than others leave.
-    """
-    assert hardware.gpu is not None
-    total, free = device.memory()
-    reserve = int(hardware.gpu.reserve_bytes.value)
-    usable = min(total, free + min(reserve, CONTEXT_BYTES))
-    asked = budget.vram_bytes
-    if asked is None:
-        return usable
-    if at_most(asked, total, "vram", device.name) > free + reserve:
-        raise UsageError(
-            f"vram is {in_words(asked)}, {device.name} has {in_words(free)} free",
-            hint="close what else uses the device, or leave vram out to use what is free",
-        )
-    return min(asked, usable)

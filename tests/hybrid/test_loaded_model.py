@@ -49,19 +49,19 @@ def test_a_model_is_read_from_its_network(directory: Path) -> None:
 def test_the_counts_are_derived_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks after that gets the same value, though the directory has gone."""
     calls = []
-    real = hybrid.model.subject
+    real = hybrid.model.find_model
 
     def counted(where: Path) -> object:
         calls.append(where)
         return real(where)
 
-    monkeypatch.setattr(hybrid.model, "subject", counted)
+    monkeypatch.setattr(hybrid.model, "find_model", counted)
     model = Model(AutoModelForCausalLM.from_pretrained(directory))
     assert model.spec is model.spec
     assert calls == [directory]
     other = Model(model.network)
     directory.rename(directory.with_name("elsewhere"))
-    assert model.spec is model.asked.model
+    assert model.spec is model.asked.spec
     with pytest.raises(UsageError, match="model is there no more"):
         _ = other.spec
 

@@ -11,15 +11,17 @@ import psutil
 import pytest
 import torch
 
-from hybrid import loading
-from hybrid.ask.sizes import checked_ram, size_in_bytes
+from hybrid.ask.options import Options
+from hybrid.ask.sizes import size_in_bytes
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.loading import set_threads
 from hybrid.machine import host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.devices import choose_device
+from hybrid.machine.host import checked_ram
 from hybrid.model import Model
+from hybrid.session import open as opening
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import beyond_ram, fitted_alone
 from planner.describe.words import enough_in_words, in_words
@@ -35,24 +37,30 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("it was loaded before it was checked")
 
-    monkeypatch.setattr(loading, "load_fast_model", load)
+    monkeypatch.setattr(opening, "load_fast_model", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def chosen(device: Any, vram: Any) -> str | None:
+    """The device that a run takes for what a user writes."""
+    options = Options.of(device=device, vram=vram)
+    return choose_device(options.device, options.vram_bytes)
 
 
 @pytest.mark.parametrize("size", [0, "0", "0GiB", "0.0", " 0 MiB "])
 def test_no_vram_is_the_cpu_alone(size: str | int) -> None:
     """However 0 is written."""
-    assert choose_device(None, size) is None
-    assert choose_device("cpu", size) is None
+    assert chosen(None, size) is None
+    assert chosen("cpu", size) is None
 
 
 @pytest.mark.parametrize("size", [None, "auto", "AUTO", "Auto "])
 def test_auto_is_whatever_there_is(size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In any case."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device(None, size) is None
+    assert chosen(None, size) is None
     assert size_in_bytes(size, "vram") is None
-    assert checked_ram(size) is None
+    assert checked_ram(size_in_bytes(size, "ram")) is None
 
 
 @pytest.mark.parametrize(
@@ -90,10 +98,10 @@ def test_all_the_ram_that_a_machine_is_sold_with(monkeypatch: pytest.MonkeyPatch
     """Of 24 GiB the system tells a little less; 24 GiB is no slip, and is what there is."""
     told = (24 << 30) - (500 << 20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"total": told})())
-    assert checked_ram("24GiB") == told
-    assert checked_ram("20GiB") == 20 << 30
+    assert checked_ram(24 << 30) == told
+    assert checked_ram(20 << 30) == 20 << 30
     with pytest.raises(UsageError, match=r"25\.00 GiB, this machine has 23\.51 GiB"):
-        checked_ram("25GiB")
+        checked_ram(25 << 30)
 
 
 @pytest.mark.parametrize("option", [[], ["--vram", "0"], ["--vram", "1GiB"]])
@@ -169,15 +177,15 @@ def test_devices_as_torch_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number is a GPU's, a torch.device is its name; anything else is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device(0, None) == "cuda:0"
-    assert choose_device(1, "4GiB") == "cuda:1"
-    assert choose_device(torch.device("cuda"), None) == "cuda:0"
-    assert choose_device(torch.device("cuda", 1), None) == "cuda:1"
-    assert choose_device(torch.device("cpu"), None) is None
+    assert chosen(0, None) == "cuda:0"
+    assert chosen(1, "4GiB") == "cuda:1"
+    assert chosen(torch.device("cuda"), None) == "cuda:0"
+    assert chosen(torch.device("cuda", 1), None) == "cuda:1"
+    assert chosen(torch.device("cpu"), None) is None
     for device in (2, -1, True, 1.0, "cuda:", "cuda:²", torch.device("meta"), ["cuda"]):
         unfit: Any = device
         with pytest.raises(UsageError) as caught:
-            choose_device(unfit, None)
+            chosen(unfit, None)
         assert caught.value.hint
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.bench import hybrid as bench
 from hybrid.bench import kernels, model, peers, perplexity, planner
 from hybrid.bench.record import check_recordable
@@ -205,7 +205,7 @@ def test_a_trace_for_one_of_the_models(spec: Path) -> None:
     trace = spec.parent / "mine.npz"
     ids = np.zeros((2000, 3, 2), np.uint8)
     np.savez(trace, expert_ids=ids, routing_weights=ids.astype(np.float16))
-    models = [subject(name, "q4_0").model for name in ("OLMoE", str(spec))]
+    models = [find_model(name, "q4_0").spec for name in ("OLMoE", str(spec))]
     bench._check_trace(trace, models, 4, 32)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.bench.model import _start, read_spec, run
 from hybrid.cli.bench import bench_app
 from hybrid.errors import DiskSpaceError, UsageError
@@ -217,10 +217,10 @@ def test_the_shape_and_formats_are_calibrated_first(
     assert len(asked) == 1
     run(str(tiny_model), threads=1)
     assert asked.pop()[2] == str(tiny_model)
-    wanted = subject(tiny_model)
-    shape = wanted.model.experts
-    about = {"family": wanted.model.family, "format": wanted.dense, "tokens": 1, "context": 1}
-    params = wanted.model.layers[0].mixer.params
+    wanted = find_model(tiny_model)
+    shape = wanted.spec.experts
+    about = {"family": wanted.spec.family, "format": wanted.dense, "tokens": 1, "context": 1}
+    params = wanted.spec.layers[0].mixer.params
     sizes = {"hidden": shape.hidden, "intermediate": shape.intermediate, "format": "q4_0"}
     known = replace(
         bare_machine(),

@@ -17,6 +17,7 @@ import hybrid
 from cpu_experts.jit import hostcpu, simd_level
 from hybrid.cli import generation, main
 from hybrid.cli.app import COMMANDS
+from hybrid.cli.options import Sampling, sampling_options
 from hybrid.errors import UsageError
 from hybrid.machine import host
 from hybrid.session.model import HybridModel
@@ -264,24 +265,13 @@ def test_seed_and_stop(capsys: pytest.CaptureFixture[str], converted: Path) -> N
 )
 def test_sampling_options(given: dict[str, Any], expected: dict[str, Any]) -> None:
     """The command line's options in transformers' words; none leave the choice to the model."""
-    none: dict[str, Any] = dict.fromkeys(
-        ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
-    )
-    assert generation.sampling_options(**{"greedy": False} | none | given) == expected
+    assert sampling_options(**given) == Sampling(expected, given.get("seed"))
 
 
 def test_greedy_with_sampling_is_refused() -> None:
     """Options that contradict each other are not settled silently."""
     with pytest.raises(UsageError):
-        generation.sampling_options(
-            greedy=True,
-            temperature=0.5,
-            top_p=None,
-            top_k=None,
-            min_p=None,
-            repeat_penalty=None,
-            seed=None,
-        )
+        sampling_options(greedy=True, temperature=0.5)
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.bench.model import generate_once
 from hybrid.ledger.metrics import RunReport, Term
 from hybrid.ledger.prediction import begin_run, calibrating, predict, prompt_loads
@@ -121,9 +121,9 @@ def test_a_report_predicts_the_experts_that_ran(
     model = HybridModel.from_pretrained(tiny_model, threads=1)
     ids = model.encode("abcdefgh" * 8)
     model.generate(ids, max_new_tokens=2)
-    found = subject(model.model.hybrid_store.path)
+    found = find_model(model.model.hybrid_store.path)
     expected = predict(
-        found.model,
+        found.spec,
         bare_machine(),
         experts=found.experts,
         dense=found.dense,

@@ -12,7 +12,7 @@ import pytest
 from hybrid.cli import main
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
-from hybrid.session import open as opening
+from hybrid.session import known
 from planner_examples import bare_machine
 
 EMULATED = "emulated, exact"
@@ -83,10 +83,10 @@ def test_a_device_is_measured_anew(
         asked.append(options)
         return bare_machine()
 
-    monkeypatch.setattr(opening, "hardware_for", hardware_for)
+    monkeypatch.setattr(known, "hardware_for", hardware_for)
     for name in (EMULATED, "another"):
         device: Any = SimpleNamespace(name=name)
-        assert opening.hardware_with(device, cut, 1) == bare_machine()
+        assert known.machine_with(device, cut, 1).spec == bare_machine()
     assert [options["force"] for options in asked] == [True, False]
     assert capsys.readouterr().err.count("measuring anew") == 1
 

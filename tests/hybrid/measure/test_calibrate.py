@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fake_machine import WHEN, measured
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.machine import calibrations
@@ -25,22 +25,22 @@ from planner.errors import SpecError
 
 def test_subjects_are_found_with_their_formats(tmp_path: Path, tiny_model: Path) -> None:
     """A name, a directory, a converted one; what cannot be is refused by name."""
-    named = subject("qwen3-30b")
-    assert (named.model.name, named.experts, named.dense) == ("Qwen3-30B-A3B", "q4_0", "bf16")
-    assert subject(tiny_model, dense="q8_0").dense == "q8_0"
+    named = find_model("qwen3-30b")
+    assert (named.spec.name, named.experts, named.dense) == ("Qwen3-30B-A3B", "q4_0", "bf16")
+    assert find_model(tiny_model, dense="q8_0").dense == "q8_0"
     settings = json.loads((tiny_model / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}))
-    assert subject(tmp_path).dense == "f32"
+    assert find_model(tmp_path).dense == "f32"
     stored = {"quant_method": "hybrid", "experts": "q8_0", "dense": None}
     (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": stored}))
-    assert subject(tmp_path).experts == "q8_0"
+    assert find_model(tmp_path).experts == "q8_0"
     with pytest.raises(UsageError, match="converted with experts q8_0, not q4_0"):
-        subject(tmp_path, experts="q4_0")
+        find_model(tmp_path, experts="q4_0")
     with pytest.raises(UsageError, match="there is no file"):
-        subject(tmp_path / "none.json")
+        find_model(tmp_path / "none.json")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
     with pytest.raises(SpecError, match="not a Mixture-of-Experts"):
-        subject(tmp_path)
+        find_model(tmp_path)
 
 
 def test_calibrate_from_the_command_line(
@@ -59,9 +59,9 @@ def test_calibrate_from_the_command_line(
     assert found["path"] == str(identity.path)
     spec = calibrations.load(identity)
     assert spec is not None
-    assert covers(spec, subject(tiny_model))
-    assert not covers(spec, subject(tiny_model, dense="q4_0"))
-    assert not covers(spec, subject("OLMoE"))
+    assert covers(spec, find_model(tiny_model))
+    assert not covers(spec, find_model(tiny_model, dense="q4_0"))
+    assert not covers(spec, find_model("OLMoE"))
     assert {term.term for term in spec.terms} == {
         *("attention", "feed_forward", "head", "call", "sampling", "text", "expert")
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.ledger.prediction import predicted
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.measure import calibrate as calibration
@@ -36,8 +36,8 @@ def test_other_floats_are_measured_as_the_kernels_keep_them(
     directory = of_dtype(tiny_model, quick / dtype, dtype)
     spec = hardware_for(directory, threads=1)
     assert {term.format for term in spec.terms if term.term != "expert"} == {"f32"}
-    assert covers(spec, subject(directory))
-    assert not covers(spec, subject(tiny_model))
+    assert covers(spec, find_model(directory))
+    assert not covers(spec, find_model(tiny_model))
 
 
 def test_replicas_in_float32_hold_what_bfloat16_does_not(tmp_path: Path, tiny_model: Path) -> None:
@@ -47,7 +47,7 @@ def test_replicas_in_float32_hold_what_bfloat16_does_not(tmp_path: Path, tiny_mo
     write_random_model(settings, tmp_path, experts="q4_0", dense="f32")
     network, _ = load_fast_model(tmp_path, dtype=torch.float32)
     assert network.get_output_embeddings().weight_format == "f32"
-    assert subject(tmp_path).dense == "f32"
+    assert find_model(tmp_path).dense == "f32"
 
 
 def test_a_loaded_model_is_predicted_from_its_own_calibration(

@@ -17,7 +17,7 @@ from gpu_experts.cuda import CUDA
 from gpu_experts.cuda.runtime import ran_out_of_memory as no_memory
 from gpu_experts.emulated import EMULATED
 from gpu_experts.emulated.device import EmulatedDevice
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.cli import main
 from hybrid.demo import demo_path
 from hybrid.loading import load_fast_model
@@ -30,8 +30,8 @@ from hybrid.measure import shared as measure_placed
 from hybrid.measure.calibrate import hardware_for
 from hybrid.measure.shared import UnmeasuredError
 from hybrid.planning.plan import plan
+from hybrid.session.known import machine_with
 from hybrid.session.model import HybridModel
-from hybrid.session.open import hardware_with
 from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, HardwareSpec, Point, TermPoint
 from planner_examples import bare_machine, machine, save_config
@@ -113,15 +113,15 @@ def test_another_model_is_still_planned_as_a_gpus(measured: HardwareSpec) -> Non
     """An emulated device that was measured with other experts stands for the GPU as before."""
     device = EmulatedDevice(1 << 30, run=lambda *_: None)
     assert device.name == EMULATED.calibrated_as
-    found = hardware_with(device, demo_path(), 1)
+    found = machine_with(device, demo_path(), 1).spec
     assert found.gpu is not None
     assert "RTX 4060" in found.gpu.name
 
 
 def test_a_load_measures_only_once(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is never calm, too; the command measures that again."""
-    wanted = subject(demo_path())
-    shape = wanted.model.experts
+    wanted = find_model(demo_path())
+    shape = wanted.spec.experts
     points = tuple(
         Point(
             lane="cpu",
@@ -137,7 +137,7 @@ def test_a_load_measures_only_once(quick: Path, monkeypatch: pytest.MonkeyPatch)
     terms = tuple(
         TermPoint(
             term="attention",
-            family=wanted.model.family,
+            family=wanted.spec.family,
             kind=mixer.kind,
             params=mixer.params,
             format=wanted.dense,
@@ -145,7 +145,7 @@ def test_a_load_measures_only_once(quick: Path, monkeypatch: pytest.MonkeyPatch)
             context=1,
             seconds=1e-3,
         )
-        for mixer in {layer.mixer for layer in wanted.model.layers}
+        for mixer in {layer.mixer for layer in wanted.spec.layers}
     )
     made: list[HardwareSpec] = []
 
@@ -155,7 +155,7 @@ def test_a_load_measures_only_once(quick: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(calibration, "calibrate", calibrate)
     device: Any = SimpleNamespace(name="Wide (cuda:0)", backend=CUDA)
-    found = [hardware_with(device, demo_path(), 1) for _ in range(3)]
+    found = [machine_with(device, demo_path(), 1).spec for _ in range(3)]
     assert len(made) == 1
     assert found[1:] == [calibrations.load(Identity.of_this_machine(1, device.name))] * 2
     hardware_for(demo_path(), device=device, threads=1)

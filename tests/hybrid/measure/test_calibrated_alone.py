@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gpu_experts.emulated import EMULATED
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.cli import main
 from hybrid.errors import UsageError
 from hybrid.ledger.prediction import predict, prompt_loads
@@ -136,11 +136,11 @@ def test_a_run_on_the_cpu_is_predicted_from_it(
     model.generate([1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=5, min_new_tokens=5, do_sample=False)
     report = model.report()
     assert report.predictions == "from a calibration of this shape in these formats"
-    found = subject(model.model.hybrid_store.path)
+    found = find_model(model.model.hybrid_store.path)
     formats = {"experts": found.experts, "dense": found.dense}
     loads = prompt_loads(Model(model.model))
     expected = predict(
-        found.model, without_device(measured), **formats, prompt=8, tokens=5, loads=loads
+        found.spec, without_device(measured), **formats, prompt=8, tokens=5, loads=loads
     )
     terms = {(term.phase, term.name): term.predicted_s for term in report.terms}
     assert terms["prefill", "a step"] == expected.ttft.value

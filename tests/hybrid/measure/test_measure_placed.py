@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpu_experts.emulated.device import EmulatedDevice
-from hybrid.ask.asked_model import subject
+from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware
 from hybrid.ledger.timeline import DECIDING, EXPERTS, HEAD, ROUTER, Timeline
 from hybrid.machine.devices import open_device
@@ -161,7 +161,7 @@ def of_tiny(path: Path, context: int = 64) -> Placed:
     """A tiny model, all of it, on an emulated device."""
     device = open_device("emulated", 1 << 30, 1)
     hardware = find_hardware("rtx4060-laptop-8gb")
-    return Placed(path, subject(path).model, device, hardware, context, 1)
+    return Placed(path, find_model(path).spec, device, hardware, context, 1)
 
 
 def test_every_other_generation_begins_with_nothing_resident(tiny_model: Path) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import numba
 import pytest
 
-from hybrid.ask.names import find_hardware, find_model, resolve
+from hybrid.ask.asked_model import find_model
+from hybrid.ask.names import find_hardware, resolve
+from hybrid.ask.options import Options
 from hybrid.ask.sizes import parse_bytes
 from hybrid.cli import main
 from hybrid.demo import demo_path
@@ -37,8 +39,8 @@ def small(tmp_path: Path) -> Path:
 
 def test_names_resolve_when_unique() -> None:
     """Case, publisher and a unique beginning or part suffice; ambiguity is named."""
-    assert find_model("qwen/qwen3-30b-a3b").name == "Qwen3-30B-A3B"
-    assert find_model("Mixtral").name == "Mixtral-8x7B"
+    assert find_model("qwen/qwen3-30b-a3b").spec.name == "Qwen3-30B-A3B"
+    assert find_model("Mixtral").spec.name == "Mixtral-8x7B"
     assert find_hardware("rtx4060-laptop").name == "rtx4060-laptop-8gb"
     assert find_hardware("RTX4090").name == "rtx4090-desktop"
     with pytest.raises(UsageError) as caught:
@@ -399,7 +401,7 @@ def test_threads_are_not_taken_of_described_machines() -> None:
 
 def test_memory_of_a_machine_that_was_found_can_be_less() -> None:
     """What was found for one plan takes other sizes in the next; nothing is emulated without."""
-    machine = machine_for("demo", "rtx4060-laptop", vram="6GiB")
+    machine = machine_for(find_model("demo"), "rtx4060-laptop", Options.of(vram="6GiB"))
     assert machine is not None
     for vram, size in ((None, 6 * 2**30), ("2GiB", 2 * 2**30), (0, 0)):
         for emulated in (False, True):

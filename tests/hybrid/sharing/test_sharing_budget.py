@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from gpu_experts.device import Memory
 from hybrid.ask.names import find_hardware
+from hybrid.ask.options import Options
 from hybrid.errors import UsageError
 from hybrid.loading import load_fast_model
 from hybrid.machine.devices import choose_device, open_device
+from hybrid.machine.machines import Machine
 from hybrid.model import Model
 from hybrid.session.model import HybridModel
-from hybrid.sharing.budget import Budget, usable_vram
+from hybrid.sharing.budget import Budget
 from hybrid.sharing.placement import place_model
 from planner.describe.hardware import CONTEXT_BYTES
 from shared_demo import GREEDY, PROMPT, placement_of
-
-if TYPE_CHECKING:
-    from gpu_experts.device import Device
 
 
 def test_too_little_vram_says_how_much_is_needed(tiny_model: Path) -> None:
@@ -70,8 +69,10 @@ class Card:
 def usable(card: Card, vram: float | None) -> float:
     """GiB that may be used of a card when so many are asked for."""
     asked = None if vram is None else int(vram * 2**30)
-    hardware = find_hardware("rtx4060-laptop-8gb")
-    return usable_vram(cast("Device", card), hardware, Budget(asked, None, 256)) / 2**30
+    machine = Machine(find_hardware("rtx4060-laptop-8gb"))
+    spec = machine.within(asked, None, (card.name, card.memory())).spec
+    assert spec.gpu is not None
+    return spec.gpu.vram_bytes.value / 2**30
 
 
 def test_a_drivers_context_is_not_reserved_twice() -> None:
@@ -103,6 +104,12 @@ def test_more_vram_than_the_device_has_is_refused(tiny_model: Path) -> None:
         place_model(Model(model), device, hardware, Budget(2 << 30, None, 256), threads=1)
 
 
+def chosen(name: str | None, vram: Any) -> str | None:
+    """The device that a run takes for what a user writes."""
+    options = Options.of(device=name, vram=vram)
+    return choose_device(options.device, options.vram_bytes)
+
+
 @pytest.mark.parametrize(
     ("name", "vram", "expected"),
     [
@@ -120,7 +127,7 @@ def test_what_runs_where_without_a_gpu(
 ) -> None:
     """CPU alone unless vram or the device is asked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device(name, vram) == expected
+    assert chosen(name, vram) == expected
 
 
 @pytest.mark.parametrize(
@@ -133,5 +140,5 @@ def test_devices_that_cannot_be_are_refused(
     """One clear error with a hint each."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError) as caught:
-        choose_device(name, vram)
+        chosen(name, vram)
     assert caught.value.hint

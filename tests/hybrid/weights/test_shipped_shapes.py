@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from hybrid.ask.asked_model import subject
-from hybrid.ask.names import find_model, shipped_names
+from hybrid.ask.asked_model import find_model
+from hybrid.ask.names import shipped_names
 from planner.describe.families import from_hf_config, settings_of
 
 
 @pytest.mark.parametrize("name", shipped_names("models"))
 def test_transformers_fills_gaps_as_the_planner_does(name: str) -> None:
     """A field that is left out means the same to both; one that is null is said to be null."""
-    wanted = subject(name)
-    config = AutoConfig.for_model(**wanted.settings)
-    found = from_hf_config(config.to_dict(), wanted.model.name)
-    assert found.layers == wanted.model.layers == find_model(name).layers
-    assert found.experts == wanted.model.experts
+    wanted = find_model(name)
+    config = AutoConfig.for_model(**wanted.config)
+    found = from_hf_config(config.to_dict(), wanted.spec.name)
+    assert found.layers == wanted.spec.layers
+    assert found.experts == wanted.spec.experts
     assert (found.hidden, found.vocab, found.tied) == (
-        *(wanted.model.hidden, wanted.model.vocab, wanted.model.tied),
+        *(wanted.spec.hidden, wanted.spec.vocab, wanted.spec.tied),
     )
 
 
