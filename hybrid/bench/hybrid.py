@@ -21,7 +21,7 @@ from hybrid.bench.sharing import BASELINE, RULES, Runner, Scene
 from hybrid.bench.stages import FORMAT, Emulated, Stage
 from hybrid.errors import UsageError
 from hybrid.formats.registry import weight_bytes
-from hybrid.ledger.timeline import DECODE, HEAD, ROUTER
+from hybrid.ledger.residual import DECODE
 from hybrid.loading import set_threads
 from hybrid.machine import host
 from hybrid.machine.devices import choose_device, open_device
@@ -31,6 +31,7 @@ from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
+from planner.describe.terms import HEAD, MIXER
 from planner.describe.traces import read_trace
 from planner.errors import TraceError
 from planner.foretell.memory import STAGING
@@ -266,9 +267,9 @@ def _compare(
                 term: {"predicted": predicted, "measured": measured}
                 for term, predicted, measured in phase.rows()
             },
-            "decode_predicted_s": phase.predicted.step_s,
+            "decode_predicted_s": phase.predicted.duration_s,
             "decode_least_s": _least_s(scene, last[rule.name]),
-            "decode_measured_mean_s": phase.measured.step_s,
+            "decode_measured_mean_s": phase.measured.duration_s,
         }
 
 
@@ -279,8 +280,8 @@ def _least_s(scene: Scene, runner: Runner) -> float:
     much faster than it.
     """
     phase, cost = runner.executor.timeline.phases[DECODE], scene.stage.cost
-    steps = max(1, phase.predicted.steps)
-    around_s = (phase.predicted.terms[ROUTER] + phase.predicted.terms[HEAD]) / steps
+    terms, steps = phase.predicted.terms, max(1, phase.steps)
+    around_s = terms[MIXER] + terms[HEAD]
     launches_s = len(phase.layers) * cost.experts.gpu_start_s
     return around_s + launches_s + phase.activated / steps * cost.experts.gpu_s(1)
 

@@ -26,9 +26,10 @@ from hybrid.ask.dtypes import check_dtype
 from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
+from hybrid.ledger.alone import begin_run, prompt_loads
 from hybrid.ledger.metrics import Term
-from hybrid.ledger.prediction import Prediction, begin_run, predicted, prompt_loads
-from hybrid.ledger.timeline import DECODE, PREFILL
+from hybrid.ledger.prediction import Prediction, predicted
+from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hybrid.ledger.metrics import WHOLE, Term, most_off
+from hybrid.ledger.metrics import STEP, Term, most_off
 from hybrid.machine.calibrations import REMEDY
 from hybrid.measure.interference import DISTURBED
 
@@ -70,7 +70,7 @@ def _prediction(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", f"from {result['calibration']['from']}; {result['calibration']['machine']}"
     terms = []
     for phase, key in (("prefill", "ttft_s"), ("decode", "tpot_s")):
-        terms.append(Term(phase, WHOLE, found[key], result[phase]["seconds_median"]))
+        terms.append(Term(phase, STEP, found[key], result[phase]["seconds_median"]))
         for term in result["terms"]:
             if term["phase"] == phase:
                 terms.append(Term(phase, term["name"], term["predicted_s"], term["measured_s"]))

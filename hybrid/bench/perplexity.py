@@ -29,7 +29,7 @@ from hybrid.bench.record import Told, provenance, untold
 from hybrid.demo import demo_path
 from hybrid.demo.evaluate import token_losses
 from hybrid.errors import DiskSpaceError
-from hybrid.ledger.timeline import DECODE, PREFILL
+from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.loading import load_fast_model, load_tokenizer, set_threads
 from hybrid.machine import host
 from hybrid.model import Model

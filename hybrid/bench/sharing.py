@@ -256,7 +256,7 @@ class Runner:
             )
             for at in range(len(routing.decode))
         ]
-        self.executor.timeline = self._timeline()
+        self.executor.timeline = Timeline()
         self.lookahead.step = -1
         prefill_s = self.step(ids, [even] * len(ids), scene.prompt)
         decode_s = []
@@ -265,13 +265,6 @@ class Runner:
             decode_s.append(self.step(*step, scene.prompt + at + 1))
         self._check()
         return prefill_s, decode_s
-
-    def _timeline(self) -> Timeline:
-        """A timeline that predicts with what a calibration measured of deciding and joining."""
-        found, seconds = Timeline(), self.stage.seconds
-        if self.stage.cost.knows():
-            found.deciding, found.joining = seconds.deciding, seconds.joining
-        return found
 
     def _check(self) -> None:
         """Raise unless all of it ran as it was meant to."""

@@ -42,7 +42,7 @@ class GenerationTimes:
         Why generation ended: ``"end token"``, ``"stop string"``, ``"max_new_tokens"``,
         ``"context full"``, ``"interrupted"``, or ``"end token or limit"`` where ids were asked
         for and transformers alone knows.
-    asides
+    extras
         ``"sampling"`` where tokens were drawn and not the likeliest ones, ``"text"`` where they
         were written, too.
     """
@@ -53,7 +53,7 @@ class GenerationTimes:
     ttft_s: float | None
     decode_s: float
     ended: str
-    asides: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Figure]:
         """Return the counts and rates that a user compares, by name."""
@@ -75,9 +75,9 @@ class GenerationTimes:
         }
 
 
-WHOLE = "a step"
-"""The name of the term that is all of a phase."""
-LANES = ("cpu", "gpu", "link")
+STEP = "a step"
+"""The name of the term that is all of a step."""
+CPU_LANE, GPU_LANE, LINK_LANE = LANES = ("cpu", "gpu", "link")
 """Who works while the experts run."""
 JOIN = "join"
 """How long the host then waits for the device, its own experts being done."""
@@ -122,11 +122,11 @@ class Term(NamedTuple):
 def most_off(terms: Sequence[Term]) -> Iterator[tuple[str, str]]:
     """Name the term that a phase's prediction is off by most, where the whole is off."""
     for whole in terms:
-        if whole.name != WHOLE or whole.measured_s is None or whole.residual is None:
+        if whole.name != STEP or whole.measured_s is None or whole.residual is None:
             continue
         if abs(whole.residual) <= CLOSE:
             continue
-        within = (WHOLE, *WITHIN)
+        within = (STEP, *WITHIN)
         mine = [term for term in terms if term.phase == whole.phase and term.name not in within]
         parts = [
             (term.measured_s - term.predicted_s, term.name)

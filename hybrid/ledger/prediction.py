@@ -11,17 +11,18 @@ from gpu_experts.backends import first_there
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import UsageError
 from hybrid.fast.decode import FastDecoder
-from hybrid.ledger.metrics import WHOLE, GenerationTimes, Term
-from hybrid.ledger.timeline import DECODE, PREFILL
+from hybrid.ledger.alone import prompt_experts_s, prompt_loads, token_times
+from hybrid.ledger.metrics import STEP, GenerationTimes, Term
+from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.coverage import UNMEASURED, Coverage
 from hybrid.model import Model
-from planner.cost.cost import CostModel
-from planner.cost.terms import CALL, CPU, DENSE, HEAD, MIXER
+from planner.cost.step_times import Terms, extra
 from planner.describe.estimate import Estimate, Source, weakest
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
+from planner.describe.terms import CALL, CPU
 from planner.errors import PlannerError
 from planner.foretell.dryrun import OURS, estimates
 from planner.foretell.request import Request
@@ -75,7 +76,7 @@ def predict(
     prompt: int,
     tokens: int,
     loads: Sequence[Sequence[int]] | None = None,
-    asides: Sequence[str] = (),
+    extras: Sequence[str] = (),
 ) -> Prediction:
     """Predict a run on the CPU alone.
 
@@ -91,7 +92,7 @@ def predict(
         Tokens that each expert of each MoE layer got of the prompt, ``[L, E]``, where it is known,
         or ``[P * L, E]`` of its pieces, one after the other; otherwise they are made up as for
         ``hybrid plan``.
-    asides
+    extras
         ``"sampling"`` where tokens are drawn and not the likeliest ones, ``"text"`` where they are
         written, too.
 
@@ -133,35 +134,14 @@ def predict(
         prompt=_doubted(estimates(request.cost, run.prefill.terms, prompt), coverage),
         token=_doubted(token, coverage),
         coverage=coverage,
-        layers=_shared_out(token, request.cost, prompt + tokens // 2),
+        layers=later.layer_terms if tokens > 1 else (),
     )
-    for name in asides:
-        more = request.cost.aside(name)
-        # The first token is there before it is written.
-        for terms in (found.token,) if name == "text" else (found.prompt, found.token):
+    for name in extras:
+        for terms, first in ((found.prompt, True), (found.token, False)):
+            more = extra(request.cost, name, first=first)
             if terms and more.value:
                 terms[CALL] += more
     return found
-
-
-def _shared_out(
-    token: Mapping[str, Estimate], cost: CostModel, context: int
-) -> tuple[dict[str, float], ...]:
-    """Share a step's terms out among the decoder layers, as each costs alone."""
-    alone = [
-        {
-            MIXER: cost.mixer(layer, 1, context).value,
-            DENSE: cost.ffn(layer, 1).value,
-            CPU: float(layer.moe),
-        }
-        for layer in cost.model.layers
-    ]
-    whole = {name: sum(layer[name] for layer in alone) or 1.0 for name in alone[0]}
-    return tuple(
-        {name: token[name].value * part / whole[name] for name, part in layer.items()}
-        for layer in alone
-        if token
-    )
 
 
 def _doubted(terms: dict[str, Estimate], coverage: Coverage) -> dict[str, Estimate]:
@@ -183,7 +163,7 @@ def predicted(
     *,
     threads: int | None = None,
     loads: Sequence[Sequence[int]] | None = None,
-    asides: Sequence[str] = (),
+    extras: Sequence[str] = (),
 ) -> Prediction | None:
     """Predict a run of a loaded model on this machine; None when no calibration can be used.
 
@@ -195,7 +175,7 @@ def predicted(
         Of the run.
     threads
         That it runs on.
-    loads, asides
+    loads, extras
         See :func:`predict`.
 
     Raises
@@ -216,26 +196,8 @@ def predicted(
         prompt=prompt_tokens,
         tokens=new_tokens,
         loads=loads,
-        asides=asides,
+        extras=extras,
     )
-
-
-def begin_run(loaded: Model, prompt_tokens: int) -> None:
-    """Forget the last run of a model on the CPU; a prompt of so many tokens comes next."""
-    for experts in loaded.layers:
-        experts.begin_run(prompt_tokens)
-    if loaded.fast.decoder is not None:
-        loaded.fast.decoder.begin_run()
-
-
-def prompt_loads(loaded: Model) -> list[list[int]]:
-    """Return the tokens that each expert got of the prompt since :func:`begin_run`.
-
-    One row a MoE layer, in order, of one piece of the prompt after the other: as
-    :func:`predict` takes them.
-    """
-    layers = [experts.loads for experts in loaded.layers]
-    return [loads for piece in zip(*layers, strict=True) for loads in piece]
 
 
 def calibrating(
@@ -314,7 +276,7 @@ def _cpu_terms(
         times.new_tokens,
         threads=threads,
         loads=loads or None,
-        asides=times.asides,
+        extras=times.extras,
     )
     if found is None:
         here = Identity.of_this_machine(threads)
@@ -323,14 +285,14 @@ def _cpu_terms(
         return CpuTerms(predictions=f"none: {calibrations.missing(here)}; {command} measures it")
     fast, steps = loaded.fast.decoder, times.new_tokens - 1
     # Where some steps ran in transformers' code, what kernels and experts counted is not the run's.
-    whole = fast is not None and fast.steps >= steps
-    spent_s = sum(layer.spent_s for layer in loaded.layers) if whole else None
+    seen = fast if fast is not None and fast.steps >= steps else None
+    spent_s = None if seen is None else prompt_experts_s(loaded)
 
     def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
         error = estimate.error / estimate.value if estimate.error and estimate.value else None
         return Term(phase, name, estimate.value, measured_s, error)
 
-    terms = [term(PREFILL, WHOLE, found.ttft, ttft_s)]
+    terms = [term(PREFILL, STEP, found.ttft, ttft_s)]
     terms += [
         term(PREFILL, name, estimate, spent_s if name == CPU else None)
         for name, estimate in found.prompt.items()
@@ -339,15 +301,15 @@ def _cpu_terms(
     layers: list[Term] = []
     if steps:
         token_s = times.decode_s / steps
-        measured, by_layer = _measured(fast, token_s) if whole and fast is not None else ({}, [])
-        terms.append(term(DECODE, WHOLE, found.tpot, token_s))
+        measured, by_layer = ({}, ()) if seen is None else _measured(seen, token_s)
+        terms.append(term(DECODE, STEP, found.tpot, token_s))
         terms += [
             term(DECODE, name, estimate, measured.get(name))
             for name, estimate in found.token.items()
             if estimate.value or measured.get(name)
         ]
         layers = [
-            Term(DECODE, name, share[name], seconds, layer=number)
+            Term(DECODE, name, share.get(name, 0.0), seconds, layer=number)
             for number, (share, row) in enumerate(zip(found.layers, by_layer, strict=False))
             for name, seconds in row.items()
         ]
@@ -355,13 +317,9 @@ def _cpu_terms(
     return CpuTerms(tuple(terms), tuple(layers), found.coverage.advice(command))
 
 
-def _measured(fast: FastDecoder, token_s: float) -> tuple[dict[str, float], list[dict[str, float]]]:
+def _measured(fast: FastDecoder, token_s: float) -> tuple[dict[str, float], tuple[Terms, ...]]:
     """Return what the one-token kernels measured, by term, and by layer and term."""
-    spent_s = fast.decoder.spent_s()
-    if spent_s is None:  # no clock that kernels can read: only the whole of them is known
-        return {CALL: token_s - fast.spent_s / fast.steps}, []
-    *rows, head = (spent_s / fast.steps).tolist()
-    layers = [dict(zip((MIXER, CPU, DENSE), row, strict=True)) for row in rows]
-    terms = {name: sum(layer[name] for layer in layers) for name in (MIXER, CPU, DENSE)}
-    terms[HEAD] = head[0]
-    return terms | {CALL: token_s - sum(terms.values())}, layers
+    times = token_times(fast)
+    if times is None:  # no clock that kernels can read: only the whole of them is known
+        return {CALL: token_s - fast.spent_s / fast.steps}, ()
+    return times.terms | {CALL: token_s - times.duration_s}, times.layers

@@ -1,28 +1,19 @@
-"""What every layer was predicted to take beside what it took, term by term and lane by lane."""
+"""Times a model's layers while it runs and sets beside that what they were predicted to take."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gpu_experts.device import Event as DeviceEvent
-from hybrid.ledger.metrics import JOIN, LANES, WITHIN
+from hybrid.ledger.metrics import CPU_LANE, GPU_LANE, JOIN, LINK_LANE
+from hybrid.ledger.residual import DECODE, PREFILL, Phase
+from planner.cost.cost import CostModel
+from planner.cost.step_times import experts_times
 from planner.decide.director import Decision
-from planner.decide.problem import LayerCost
+from planner.describe.terms import DECIDING, EXPERTS, HEAD, MIXER
 from planner.foretell.run import Event
 
-ROUTER, DECIDING, EXPERTS, HEAD = TERMS = (
-    "attention and router",
-    "deciding",
-    "experts",
-    "output head",
-)
-"""What a step's time is made of, from one layer's join to the next; they add up to it."""
-CPU, GPU, LINK = LANES
-PREFILL, DECODE = "prefill", "decode"
-RECENT = 0.05
-"""Weight of the newest layer in what deciding usually takes."""
 RECORDED_EVENTS = 200_000
 """Spans kept for a timeline; a longer run keeps its beginning."""
 
@@ -37,7 +28,7 @@ class LayerRecord:
         How many tokens the layer saw, and whether several were of one sequence.
     decision
         What was decided, in seconds from that moment.
-    dense_s
+    mixer_s
         Predicted: attention and router before it.
     entered_s, routed_s, decided_s, cpu_end_s, joined_s
         Measured: the layer before was done, the router's answer was on the host, the device had its
@@ -49,7 +40,7 @@ class LayerRecord:
     tokens: int
     prompt: bool
     decision: Decision
-    dense_s: float
+    mixer_s: float
     entered_s: float
     routed_s: float
     decided_s: float
@@ -61,100 +52,6 @@ class LayerRecord:
     def done(self) -> bool:
         """Whether the device has finished everything of it."""
         return all(event.done() for event in (*self.computes, *self.copies))
-
-
-@dataclass
-class Sums:
-    """Seconds over all steps of a phase, by term, and of lanes and joins within them."""
-
-    steps: int = 0
-    terms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TERMS, 0.0))
-    lanes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WITHIN, 0.0))
-
-    @property
-    def step_s(self) -> float:
-        """Mean time of a step."""
-        return sum(self.terms.values()) / self.steps if self.steps else 0.0
-
-    def add(self, other: Sums) -> None:
-        """Add another's seconds."""
-        for name, seconds in other.terms.items():
-            self.terms[name] += seconds
-        for name, seconds in other.lanes.items():
-            self.lanes[name] += seconds
-
-
-@dataclass
-class Both:
-    """Predicted and measured side by side."""
-
-    predicted: Sums = field(default_factory=Sums)
-    measured: Sums = field(default_factory=Sums)
-
-    def rows(self) -> Iterator[tuple[str, float, float]]:
-        """Yield each term and lane with its predicted and measured mean seconds a step."""
-        steps = max(1, self.measured.steps)
-        for kind in ("terms", "lanes"):
-            predicted, measured = getattr(self.predicted, kind), getattr(self.measured, kind)
-            for name in predicted:
-                yield name, predicted[name] / steps, measured[name] / steps
-
-
-class Phase:
-    """Prefill or decode, over the same layers.
-
-    Attributes
-    ----------
-    layers
-        Of every MoE layer; the output head is no layer's.
-    activated, hits
-        Experts that routers chose, and how many of them were resident.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[Both] = []
-        self.activated = self.hits = 0
-        self.steps = 0
-        self.head_s = [0.0, 0.0]
-        """Of all steps, predicted and measured."""
-
-    def layer(self, index: int) -> Both:
-        """One layer's share."""
-        while len(self.layers) <= index:
-            self.layers.append(Both())
-        return self.layers[index]
-
-    def whole(self) -> Both:
-        """Return what whole steps took."""
-        found = Both()
-        for sums, head_s in zip((found.predicted, found.measured), self.head_s, strict=True):
-            sums.steps, sums.terms[HEAD] = self.steps, head_s
-        for layer in self.layers:
-            found.predicted.add(layer.predicted)
-            found.measured.add(layer.measured)
-        return found
-
-    @property
-    def predicted(self) -> Sums:
-        """Of whole steps."""
-        return self.whole().predicted
-
-    @property
-    def measured(self) -> Sums:
-        """Of whole steps."""
-        return self.whole().measured
-
-    def rows(self) -> Iterator[tuple[str, float, float]]:
-        """Yield each term and lane of whole steps: :meth:`Both.rows`."""
-        return self.whole().rows()
-
-    def by_layer(self) -> Iterator[tuple[int, str, float, float]]:
-        """Yield the layer before every row of its own."""
-        for index, layer in enumerate(self.layers):
-            layer.measured.steps = self.steps
-            for name, predicted_s, measured_s in layer.rows():
-                if name != HEAD:
-                    yield index, name, predicted_s, measured_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,23 +71,12 @@ class Timeline:
     ----------
     keep
         Whether single spans are kept for a trace viewer; sums always are.
-
-    Attributes
-    ----------
-    deciding
-        Predicts what deciding takes in a layer of so many tokens that copies so many experts,
-        where that was measured.
-    joining
-        The same of what its experts take beyond their plan, until their sum is there.
     """
 
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
-        self.deciding: Callable[[int, int], float] | None = None
-        self.joining: Callable[[int], float] = _nothing
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
         self.events: list[Event] = []
-        self._usual: dict[bool, float] = {}
         self._open: deque[LayerRecord] = deque()
         self._start_s: float | None = None
         self._joined_s = 0.0
@@ -206,42 +92,43 @@ class Timeline:
         self.phases = {PREFILL: Phase(), DECODE: Phase()}
 
     def forget(self) -> None:
-        """Begin anew with sums and spans: a warm-up is nobody's session."""
+        """Begin anew with sums and spans, after a warm-up."""
         self.restart()
         self.events.clear()
         self._start_s = None
-        self._usual.clear()
 
     def phase(self, prompt: bool) -> Phase:
         """Return the phase of a prompt's steps or of the others."""
         return self.phases[PREFILL if prompt else DECODE]
 
-    def add(self, record: LayerRecord, cost: LayerCost) -> None:
-        """Take one layer's record; ``cost`` tells what its experts were predicted to take."""
-        phase, plan, work = self.phase(record.prompt), record.decision.plan, record.decision.work
+    def add(self, record: LayerRecord, cost: CostModel) -> None:
+        """Take one layer's record; ``cost`` predicts what its experts take."""
+        phase, decision = self.phase(record.prompt), record.decision
+        plan, work = decision.plan, decision.work
         phase.activated += len(work.loads)
-        phase.hits += record.decision.hits
+        phase.hits += decision.hits
         layer = phase.layer(plan.layer)
-        terms, lanes = layer.measured.terms, layer.measured.lanes
-        terms[ROUTER] += record.routed_s - record.entered_s
+        terms, lanes = layer.measured, layer.measured_lanes
+        terms[MIXER] += record.routed_s - record.entered_s
         terms[DECIDING] += record.decided_s - record.routed_s
         terms[EXPERTS] += record.joined_s - record.decided_s
-        lanes[CPU] += record.cpu_end_s - record.decided_s if plan.cpu else 0.0
+        lanes[CPU_LANE] += record.cpu_end_s - record.decided_s if plan.cpu else 0.0
         lanes[JOIN] += record.joined_s - record.cpu_end_s
-        terms, lanes = layer.predicted.terms, layer.predicted.lanes
-        terms[ROUTER] += record.dense_s
-        terms[DECIDING] += self._usually(record)
-        joining_s = self.joining(record.tokens)
-        terms[EXPERTS] += plan.makespan_s + joining_s
-        lanes[CPU] += plan.cpu_end_s if plan.cpu else 0.0
-        lanes[JOIN] += plan.makespan_s - (plan.cpu_end_s if plan.cpu else 0.0) + joining_s
-        if plan.gpu and record.tokens == 1:
-            lanes[GPU] += cost.gpu_start_s + len(plan.gpu) * cost.gpu_s(1)
-        elif plan.gpu:
-            given = frozenset(plan.gpu)
-            loads_s = [cost.gpu_s(load) for expert, load in work.loads if expert in given]
-            lanes[GPU] += cost.gpu_start_s + sum(loads_s)
-        lanes[LINK] += len(record.copies) * cost.copy_s()
+        copies, copied, copy_s = len(plan.copies), len(record.copies), cost.experts.copy_s()
+        link_end_s = max(plan.link_end_s, work.link_free_s) + (copied - copies) * copy_s
+        times = experts_times(cost, record.tokens, work, plan, link_end_s)
+        experts_s = times.end_s + times.joining_s
+        cpu_s = times.cpu_end_s if plan.cpu else 0.0
+        terms, lanes = layer.predicted, layer.predicted_lanes
+        terms[MIXER] += record.mixer_s
+        terms[DECIDING] += times.deciding_s
+        terms[EXPERTS] += experts_s
+        lanes[CPU_LANE] += cpu_s
+        lanes[JOIN] += experts_s - cpu_s
+        lanes[GPU_LANE] += times.gpu_busy_s
+        lanes[LINK_LANE] += copied * copy_s
+        layer.planned_s += times.planned_s
+        layer.copies += copies
         self._joined_s = record.joined_s
         if self._start_s is None:
             self._start_s = record.entered_s
@@ -249,24 +136,12 @@ class Timeline:
         while self._open and self._open[0].done():
             self._close(self._open.popleft())
 
-    def _usually(self, record: LayerRecord) -> float:
-        """Predict what deciding takes: what it took lately where it was not measured before.
-
-        The very first layer has nothing to go by then.
-        """
-        if self.deciding is not None:
-            return self.deciding(record.tokens, len(record.decision.plan.copies))
-        prompt, took_s = record.prompt, record.decided_s - record.routed_s
-        usual_s = self._usual.get(prompt)
-        self._usual[prompt] = took_s if usual_s is None else usual_s + RECENT * (took_s - usual_s)
-        return usual_s or 0.0
-
     def step(self, prompt: bool, head_s: float, predicted_head_s: float) -> None:
         """End a step; the time after its last layer was ``head_s``."""
         phase = self.phase(prompt)
         phase.steps += 1
-        phase.head_s[0] += predicted_head_s
-        phase.head_s[1] += head_s
+        phase.predicted_head_s += predicted_head_s
+        phase.measured_head_s += head_s
         self._heads.append(_Head(phase, self._joined_s, head_s, predicted_head_s))
 
     def finish(self) -> None:
@@ -283,10 +158,10 @@ class Timeline:
         if self._heads:
             head = self._heads.popleft()
             waited_s = min(late_s, head.seconds)
-            head.phase.head_s[1] -= waited_s
+            head.phase.measured_head_s -= waited_s
             if self._keeps():
                 begin_s, end_s = head.begin_s + waited_s, head.begin_s + head.seconds
-                self._show(GPU, HEAD, begin_s, end_s, head.predicted_s)
+                self._show(GPU_LANE, HEAD, begin_s, end_s, head.predicted_s)
 
     def _close(self, record: LayerRecord) -> None:
         """Add the device's lanes, whose spans are known now, and keep single spans if wanted.
@@ -295,41 +170,41 @@ class Timeline:
         router, which waits for them: that time is the experts'.
         """
         index = record.decision.plan.layer
-        measured = self.phase(record.prompt).layer(index).measured
+        layer = self.phase(record.prompt).layer(index)
         began_s = record.entered_s
         if index:
             # The host sees attention begin when it has joined: it does when the device is done.
             waited_s = min(self._late_s, record.routed_s - record.entered_s)
-            measured.terms[ROUTER] -= waited_s
+            layer.measured[MIXER] -= waited_s
             began_s += waited_s
         elif self._layers_closed:
             self._end_step()
         self._layers_closed = True
         plan, keeps, last_s = record.decision.plan, self._keeps(), record.joined_s
-        for lane, events in ((GPU, record.computes), (LINK, record.copies)):
+        for lane, events in ((GPU_LANE, record.computes), (LINK_LANE, record.copies)):
             for event in events:
                 span = event.span()
                 if span is None:
                     continue
-                measured.lanes[lane] += span[1] - span[0]
-                if lane == GPU:
+                layer.measured_lanes[lane] += span[1] - span[0]
+                if lane == GPU_LANE:
                     last_s = max(last_s, span[1])
                 if keeps:
                     self._show(lane, event.what, *span)
         late_s = last_s - record.joined_s
-        measured.terms[EXPERTS] += late_s
-        measured.lanes[JOIN] += late_s
+        layer.measured[EXPERTS] += late_s
+        layer.measured_lanes[JOIN] += late_s
         self._late_s = late_s
         if not keeps:
             return
         name = f"layer {index}"
-        self._show(GPU, f"{name}: {ROUTER}", began_s, record.routed_s, record.dense_s)
-        self._show(CPU, f"{name}: deciding", record.routed_s, record.decided_s)
+        self._show(GPU_LANE, f"{name}: {MIXER}", began_s, record.routed_s, record.mixer_s)
+        self._show(CPU_LANE, f"{name}: deciding", record.routed_s, record.decided_s)
         if plan.cpu:
             what = f"{name}: experts {', '.join(map(str, plan.cpu))}"
-            self._show(CPU, what, record.decided_s, record.cpu_end_s, plan.cpu_end_s)
+            self._show(CPU_LANE, what, record.decided_s, record.cpu_end_s, plan.cpu_end_s)
         if record.joined_s > record.cpu_end_s:
-            self._show(CPU, f"{name}: join", record.cpu_end_s, record.joined_s)
+            self._show(CPU_LANE, f"{name}: join", record.cpu_end_s, record.joined_s)
 
     def _keeps(self) -> bool:
         """Whether there is room for more spans, and a wish."""
@@ -341,8 +216,3 @@ class Timeline:
         """Keep a span for a trace viewer."""
         zero_s = self._start_s or 0.0
         self.events.append(Event(lane, what, start_s - zero_s, end_s - zero_s, predicted_s))
-
-
-def _nothing(tokens: int) -> float:
-    """What nobody measured."""
-    return 0.0

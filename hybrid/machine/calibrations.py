@@ -30,6 +30,7 @@ from planner.describe.bandwidth import raised
 from planner.describe.checked_table import read_table
 from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, HardwareSpec, Point, Quantity, TermPoint, to_toml
+from planner.describe.terms import MIXER
 from planner.errors import SpecError
 
 COMMAND = "hybrid calibrate"
@@ -229,7 +230,7 @@ def without_device(spec: HardwareSpec) -> HardwareSpec:
         return spec
     terms = tuple(term for term in spec.terms if term.lane == "cpu")
     cpu = spec.cpu
-    if any((term.term, term.tokens) == ("attention", 1) for term in terms):
+    if any((term.term, term.tokens) == (MIXER, 1) for term in terms):
         # What it says of a layer is what one takes on the device.
         overhead = layer_overhead(terms, cpu.memory_bytes_per_s, single=True)
         cpu = replace(cpu, layer_overhead_s=overhead)
@@ -256,7 +257,7 @@ def layer_overhead(terms: Iterable[TermPoint], rate: Quantity, *, single: bool) 
     single
         Whether it is a single token's step.
     """
-    steps = [t for t in terms if t.term == "attention" and (t.tokens == 1) == single]
+    steps = [t for t in terms if t.term == MIXER and (t.tokens == 1) == single]
     first = min(steps, key=lambda term: (term.tokens, term.context))
     rest_s = first.seconds - weight_bytes(first.params, first.format) / rate.value
     step = "a single token's" if single else f"{first.tokens} tokens'"
@@ -367,7 +368,7 @@ def main_numbers(spec: HardwareSpec) -> Iterable[tuple[str, str]]:
     shapes = {f"{p.hidden} x {p.intermediate} {p.format}" for p in spec.points if p.lane == "cpu"}
     yield "expert shapes", ", ".join(sorted(shapes))
     for lane, name in (("cpu", "models"), ("gpu", "on the device")):
-        attention = [t for t in spec.terms if (t.term, t.lane) == ("attention", lane)]
+        attention = [t for t in spec.terms if (t.term, t.lane) == (MIXER, lane)]
         families = {f"{t.family} with {t.format}" for t in attention}
         if families or lane == "cpu" or spec.gpu:
             yield name, ", ".join(sorted(families)) or "none"

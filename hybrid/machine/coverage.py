@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hybrid.machine import calibrations
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
+from planner.describe.terms import MIXER
 
 UNMEASURED = 0.3
 """Relative error that predictions of unmeasured parts state: rates and other formats tell how long
@@ -49,7 +50,7 @@ class Coverage:
         measured: dict[str, set[int]] = {}
         terms = [term for term in spec.terms if term.family == model.family]
         for term in terms:
-            if term.term == "attention" and term.lane == "cpu":
+            if term.term == MIXER and term.lane == "cpu":
                 measured.setdefault(term.format, set()).add(term.params)
         like = [fmt for fmt, params in measured.items() if mixers <= params]
         own = [term for term in terms if term.format == dense and dense in like]

@@ -1,7 +1,7 @@
 """A loaded model whose parts are timed whenever it generates.
 
 In transformers' code hooks tell the parts apart. Where the fast path fits, a single token's layers
-are one compiled call, which tells by itself.
+are one compiled call, whose own clock is read (:mod:`hybrid.ledger.alone`).
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 
-from cpu_experts.decoder.decoder import Decoder
 from hybrid import grafts
 from hybrid.anatomy.names import FEED_FORWARDS, SHARED_EXPERTS, SHARED_GATE
 from hybrid.errors import UsageError
+from hybrid.fast.decode import FastDecoder
 from hybrid.fast.prompt import PIECE
+from hybrid.ledger.alone import token_times
 from hybrid.measure.terms_of_step import Part, Pass, in_modules, single_tokens, totals
 from hybrid.packed.experts import experts_of
+from planner.cost.step_times import StepTimes
 from planner.describe.model import Layer, ModelSpec
+from planner.describe.terms import CPU, DENSE, HEAD, MIXER
 
 _PAGE = 4096
-_NEVER = -1e30
-"""The logit of tokens that the head does not have: never chosen."""
 SETTLING = 2
 """Steps after a prompt that are not counted: the cache changes its layout in the first."""
 DRAWING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 """How tokens are drawn: with all that most models' settings ask for."""
 
-
-Spans = dict[tuple[str, int], float]
-"""What parts of a pass took, by (part, layer)."""
+_LAYER = "layer"
+"""A decoder layer as a whole, of which attention and router are what is left."""
 
 
 class Passes:
@@ -41,12 +41,12 @@ class Passes:
     Parameters
     ----------
     take
-        Returns what the parts of a pass took, and forgets it.
+        Makes a pass of its seconds, and forgets what its parts took.
     write
         Called for every token.
     """
 
-    def __init__(self, take: Callable[[], Spans], write: Callable[[], object] = lambda: None):
+    def __init__(self, take: Callable[[float], Pass], write: Callable[[], object] = lambda: None):
         self.found: list[Pass] = []
         self._take, self._write = take, write
         self._prompted = False
@@ -56,10 +56,10 @@ class Passes:
         """Note that a pass has ended; what comes first is the prompt itself."""
         if not self._prompted:
             self._prompted = True
-            self._take()
+            self._take(0.0)
             return
         self._write()
-        self.found.append(Pass(time.perf_counter() - self._last_s, self._take()))
+        self.found.append(self._take(time.perf_counter() - self._last_s))
         self._last_s = time.perf_counter()
 
     def end(self) -> None:
@@ -111,29 +111,55 @@ class Timed:
         self.layers: tuple[Layer, ...] = model.layers[: len(modules)]
         self._spans: defaultdict[tuple[str, int], float] = defaultdict(float)
         for index, module in enumerate(modules):
-            self._watch(module, ("layer", index))
+            self._watch(module, (_LAYER, index))
             for part in _beside_attention(module):
                 experts_too = grafts.runner_of(part) is not None
-                self._watch(part, ("experts" if experts_too else "feed_forward", index))
-        self._watch(network.get_output_embeddings(), ("head", 0))
+                self._watch(part, (CPU if experts_too else DENSE, index))
+        self._watch(network.get_output_embeddings(), (HEAD, 0))
         for runner in experts_of(network):  # so that no call is the first to use a page
             runner.blocks[:, ::_PAGE].sum()
-        self.fast = fast.decoder
-        if self.fast is not None:
-            self.fast.decoder = _Told(self.fast.decoder, self)
-
-    def note(self, key: tuple[str, int], seconds: float) -> None:
-        """Add to a part's time in the present pass."""
-        self._spans[key] += seconds
+        self.fast: FastDecoder | None = fast.decoder
+        if self.fast is not None and self.scale > 1:
+            grafts.hook_after(network, self._widen, "a token's logits are as many as of the model")
 
     def passes(self, write: Callable[[], object] = lambda: None) -> Passes:
         """Return what cuts the next generation into passes; ``write`` is called for every token."""
         return Passes(self._take, write)
 
-    def _take(self) -> Spans:
-        found = dict(self._spans)
+    def _take(self, whole_s: float) -> Pass:
+        """Read the clocks of a pass and set them to zero."""
+        if self.fast is not None and self.fast.steps:
+            times = token_times(self.fast)
+            if times is None:
+                raise UsageError(
+                    "the clock of this processor cannot be read by compiled code",
+                    hint="use hybrid without a calibration: only predictions need one",
+                )
+        else:
+            times = StepTimes(
+                tuple(map(self._layer, range(len(self.layers)))), {HEAD: self._spans[HEAD, 0]}
+            )
         self._spans.clear()
-        return found
+        if self.fast is not None:
+            self.fast.begin_run()
+        return Pass(whole_s, times)
+
+    def _layer(self, index: int) -> dict[str, float]:
+        """What transformers' code took in a layer."""
+        experts_s, beside_s = self._spans[CPU, index], self._spans[DENSE, index]
+        attention_s = max(0.0, self._spans[_LAYER, index] - beside_s - experts_s)
+        return {MIXER: attention_s, CPU: experts_s, DENSE: beside_s}
+
+    def _widen(self, network: Any, arguments: Any, output: Any) -> None:
+        """Give a token of the kernels as many logits as the model that is stood for has.
+
+        Choosing among them takes as long as there are many.
+        """
+        if self.fast is not None and self.fast.steps:
+            own = output.logits
+            never = torch.finfo(own.dtype).min
+            output.logits = own.new_full((*own.shape[:-1], self.model.vocab), never)
+            output.logits[..., : own.shape[-1]] = own
 
     def generate(self, prompt: int, new_tokens: int, **options: Any) -> list[Pass]:
         """Generate after a random prompt; the first pass is the prompt's.
@@ -191,7 +217,7 @@ class Timed:
             started_s.append(time.perf_counter())
 
         def after(*_: Any) -> None:
-            self.note(key, time.perf_counter() - started_s.pop())
+            self._spans[key] += time.perf_counter() - started_s.pop()
 
         grafts.hook_before(module, before, "a part is timed: its start")
         grafts.hook_after(module, after, "a part is timed: its end")
@@ -210,39 +236,3 @@ def _beside_attention(layer: Any) -> Iterator[Any]:
         for name in (*SHARED_EXPERTS, SHARED_GATE):
             if isinstance(getattr(block, name, None), torch.nn.Module):
                 yield getattr(block, name)
-
-
-class _Told:
-    """Stands in for a decoder whose compiled calls tell what their parts took.
-
-    Attributes
-    ----------
-    vocabulary
-        Tokens of the model that is stood for: choosing among them takes as long as there are many.
-    """
-
-    def __init__(self, decoder: Decoder, timed: Timed) -> None:
-        self._decoder, self._timed = decoder, timed
-        self.vocabulary = timed.model.vocab
-
-    def step(self, x: Any, cos: Any, sin: Any, cache: Any, logits: Any) -> None:
-        """Compute a token and note what its parts took."""
-        decoder = self._decoder
-        logits.fill(_NEVER)
-        decoder.begin_run()
-        decoder.step(x, cos, sin, cache, logits[: decoder.vocabulary])
-        spent_s = decoder.spent_s()
-        if spent_s is None:
-            raise UsageError(
-                "the clock of this processor cannot be read by compiled code",
-                hint="use hybrid without a calibration: only predictions need one",
-            )
-        *layers, head = spent_s.tolist()
-        for index, (attention_s, experts_s, dense_s) in enumerate(layers):
-            self._timed.note(("layer", index), attention_s + experts_s + dense_s)
-            self._timed.note(("experts", index), experts_s)
-            self._timed.note(("feed_forward", index), dense_s)
-        self._timed.note(("head", 0), head[0])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)

@@ -280,7 +280,7 @@ def _measure_alone(
     progress("drawing and writing tokens")
     parts = [
         *replica.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
-        *replica.asides(DRAWN, 2),
+        *replica.extras(DRAWN, 2),
     ]
     disturbed = fmean(turns.disturbed() for turns in runs.values())
     found.parts.append(
@@ -326,7 +326,7 @@ def _measure_placed(
             runs = _run(placed, prompts, budget, progress)
             parts = [
                 *placed.parts({prompt: turns.kept() for prompt, turns in runs.items()}),
-                *placed.asides(DRAWN, 2),
+                *placed.extras(DRAWN, 2),
             ]
         finally:
             placed.close()

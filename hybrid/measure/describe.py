@@ -17,11 +17,12 @@ from hybrid.measure.terms_of_step import Part, typical
 from planner.describe.bandwidth import MEMORY_BYTES, raised
 from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, Cpu, Disk, HardwareSpec, Point, Quantity, TermPoint
+from planner.describe.terms import CALL, CPU, DECIDING, HANDING, JOINING, MIXER
 
 if TYPE_CHECKING:
     from hybrid.measure.device import DeviceTimes
 
-_OF_EXPERTS = ("expert", "deciding", "handing", "joining")
+_OF_EXPERTS = (CPU, DECIDING, HANDING, JOINING)
 """Terms that depend on the experts' format and not on the dense weights'."""
 
 
@@ -141,7 +142,7 @@ def _cpu(
 
         Where a device reads them meanwhile, all that a single token's takes there.
         """
-        tokens = [t for t in shared if t.term == "attention" and t.tokens == 1]
+        tokens = [t for t in shared if t.term == MIXER and t.tokens == 1]
         if single and tokens:
             first = min(tokens, key=lambda term: term.context)
             origin = f"{COMMAND}: a single token's attention and router, on the device"
@@ -149,7 +150,7 @@ def _cpu(
         return layer_overhead(terms, rate, single=single)
 
     def around(single: bool) -> Quantity:
-        mine = [t for t in terms if t.term == "call" and (t.tokens == 1) == single]
+        mine = [t for t in terms if t.term == CALL and (t.tokens == 1) == single]
         first = min(mine, key=lambda term: term.tokens)
         origin = f"{COMMAND}: a step of {first.tokens} tokens without layers and head"
         error = first.error / first.seconds if first.error and first.seconds else None
@@ -208,7 +209,7 @@ def _deciding(placed: Sequence[ModelParts]) -> Quantity | None:
     """What an expert of any model takes: as those of a single token of the measured one do."""
     for model in placed:
         for part in model.parts:
-            if part.term == "deciding" and part.tokens == 1:
+            if part.term == DECIDING and part.tokens == 1:
                 origin = f"{COMMAND}: deciding in a token's layer, without copies, by its experts"
                 return Quantity(typical(part.samples) / model.top_k, Source.FITTED, origin)
     return None
@@ -252,7 +253,7 @@ def _terms(model: ModelParts) -> Iterator[TermPoint]:
     """Points of a model's parts; only attention depends on the context of a single token."""
     merged: dict[tuple[str, str, int, int, int, int], list[float]] = {}
     for part in model.parts:
-        context = part.context if part.term == "attention" else part.tokens
+        context = part.context if part.term == MIXER else part.tokens
         key = (part.term, part.kind, part.params, part.tokens, context, part.piece)
         merged.setdefault(key, []).extend(part.samples)
     for (term, kind, params, tokens, context, piece), samples in merged.items():

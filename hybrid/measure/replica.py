@@ -17,9 +17,10 @@ from hybrid.loading import load_fast_model, load_tokenizer
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.measure.alone import DRAWING, SETTLING, Passes, Timed, generate
 from hybrid.measure.random_model import check_room, first_layers, write_random_model
-from hybrid.measure.terms_of_step import Part, Pass, aside
+from hybrid.measure.terms_of_step import Part, Pass, extra
 from hybrid.textstream import TextStream
 from planner.describe.model import ModelSpec
+from planner.describe.terms import SAMPLING, TEXT
 
 ROWS = 32768
 """Tokens of the replica's vocabulary at most: a larger head takes longer in proportion."""
@@ -84,7 +85,7 @@ class Replica(Timed):
         super().__init__(network, model)
         self._tokenizer = load_tokenizer(demo_path())
 
-    def asides(self, new_tokens: int, turns: int) -> Iterator[Part]:
+    def extras(self, new_tokens: int, turns: int) -> Iterator[Part]:
         """Generate with and without drawing and writing; the first turn does not count."""
 
         def steps(passes: Passes, **options: Any) -> list[Pass]:
@@ -101,8 +102,8 @@ class Replica(Timed):
         ][1:]
         # In the one-token kernels there are as many tokens to choose from as the model has.
         scale = 1.0 if self.fast is not None else self.scale
-        yield aside("sampling", self.model, scale, [(plain, drawn) for plain, drawn, _ in found])
-        yield aside("text", self.model, 1.0, [(plain, written) for plain, _, written in found])
+        yield extra(SAMPLING, self.model, scale, [(plain, drawn) for plain, drawn, _ in found])
+        yield extra(TEXT, self.model, 1.0, [(plain, written) for plain, _, written in found])
 
     def _writer(self) -> Callable[[], object]:
         """Something that writes a token at every call."""

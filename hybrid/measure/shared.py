@@ -1,4 +1,4 @@
-"""What everything but experts takes where a device shares them: a run's own terms, measured.
+"""Measures attention, dense layers and the host where experts are shared with a device.
 
 The model's first layers are put on the device as any model is, half of their experts resident at
 most, and generate there. The executor's clock tells the parts apart: from one layer's end to the
@@ -22,70 +22,37 @@ import torch
 from gpu_experts.device import Device
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.grafts import set_fast_path
-from hybrid.ledger.timeline import DECIDING, EXPERTS, HEAD, ROUTER, LayerRecord, Timeline
+from hybrid.ledger.residual import Phase
+from hybrid.ledger.timeline import Timeline
 from hybrid.loading import load_fast_model
-from hybrid.measure.alone import DRAWING, SETTLING, Passes, Spans, generate
-from hybrid.measure.terms_of_step import Part, Pass
+from hybrid.measure.alone import DRAWING, SETTLING, Passes, generate
+from hybrid.measure.terms_of_step import Part, Pass, Planned, parts_of_layer
 from hybrid.model import Model
 from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.placement import Placement, place_model
-from planner.decide.problem import LayerCost
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import Layer, ModelSpec
+from planner.describe.terms import (
+    CALL,
+    DECIDING,
+    DENSE,
+    EXPERTS,
+    HANDING,
+    HEAD,
+    JOINING,
+    MIXER,
+    SAMPLING,
+)
 
 RESIDENT = 0.5
 """Share of the experts that may be resident at most: a device that holds all has less to decide."""
 SAMPLES = 5
 
-COPIES = "copies"
-"""Number of experts that a layer copies, beside its terms."""
-PLANNED = "planned"
-"""Seconds that its plan has for its experts, beside what they took."""
 _Key = tuple[str, str, int]
 
 
 class UnmeasuredError(Exception):
     """Why a model's dense parts could not be measured on a device."""
-
-
-class LayerTimes(Timeline):
-    """A timeline that also tells the terms of every single pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._records: list[LayerRecord] = []
-        self._head_s = 0.0
-
-    def add(self, record: LayerRecord, cost: LayerCost) -> None:
-        """Take one layer's record."""
-        super().add(record, cost)
-        self._records.append(record)
-
-    def step(self, prompt: bool, head_s: float, predicted_head_s: float) -> None:
-        """End a step."""
-        super().step(prompt, head_s, predicted_head_s)
-        self._head_s = head_s
-
-    def take(self) -> Spans:
-        """Return the terms since the last call, by (term, MoE layer), and forget them.
-
-        Beside them are the number of copies of each layer and the seconds of its plan. A layer ends
-        when its sum is there: a device may get there after the host.
-        """
-        found: Spans = {}
-        ended_s = late_s = 0.0
-        for layer, record in enumerate(self._records):
-            found[ROUTER, layer] = max(0.0, record.routed_s - max(record.entered_s, ended_s))
-            found[DECIDING, layer] = record.decided_s - record.routed_s
-            found[COPIES, layer] = len(record.decision.plan.copies)
-            found[PLANNED, layer] = record.decision.plan.makespan_s
-            ends_s = [span[1] for event in record.computes if (span := event.span())]
-            ended_s = max([record.joined_s, *ends_s])
-            late_s = ended_s - record.joined_s
-            found[EXPERTS, layer] = ended_s - record.decided_s
-        found[HEAD, 0] = max(0.0, self._head_s - late_s)
-        self._records.clear()
-        return found
 
 
 class Placed:
@@ -124,7 +91,7 @@ class Placed:
         self.model = model
         self._device = device
         self._begun = Counter[tuple[int, bool]]()
-        self._times = LayerTimes()
+        self._timeline = Timeline()
         self.network, _ = load_fast_model(folder, dtype=device.dtype, fast=False)
         path = DecodePath(False, f"shared with {device.name}")
         set_fast_path(self.network, FastPath(path))
@@ -149,7 +116,7 @@ class Placed:
             hardware,
             Budget(min(vram, most.vram_bytes), None, context),
             threads=threads,
-            timeline=self._times,
+            timeline=self._timeline,
         )
         if found.executor is None:
             raise UnmeasuredError(next(n.reason for n in found.notes if "on the CPU" in n.what))
@@ -173,13 +140,21 @@ class Placed:
             executor.restart()
         self._begun[like] += 1
         self.placement.begin_run()
-        found = generate(self.network, prompt, new_tokens, Passes(self._times.take), **options)
-        moe = sum(layer.moe for layer in self.layers)
-        repeated = any(len(one.spans) != 5 * moe + 1 for one in found)
-        if executor.device is None or repeated:
+        slots, moe = executor.slot_count, sum(layer.moe for layer in self.layers)
+        found = generate(self.network, prompt, new_tokens, Passes(self._take), **options)
+        lacking = any(len(one.times.layers) != moe for one in found)
+        if executor.device is None or executor.slot_count != slots or lacking:
             notes = [note.reason for note in executor.notes]
             raise UnmeasuredError(notes[-1] if notes else "its passes could not be told apart")
         return found
+
+    def _take(self, whole_s: float) -> Pass:
+        """Read the executor's clock of a pass and set it to zero."""
+        self._timeline.finish()
+        phase = next((p for p in self._timeline.phases.values() if p.steps), Phase())
+        self._timeline.restart()
+        plans = tuple(Planned(layer.copies, layer.planned_s) for layer in phase.layers)
+        return Pass(whole_s, phase.measured, plans)
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -208,18 +183,18 @@ class Placed:
                         self.model, self.layers, steps, tokens, seen, beyond, head_s, around_s
                     )
 
-    def asides(self, new_tokens: int, turns: int) -> Iterator[Part]:
+    def extras(self, new_tokens: int, turns: int) -> Iterator[Part]:
         """Generate with and without drawing; the first turn does not count."""
 
         def around(**options: Any) -> list[float]:
             steps = self.generate(SETTLING, new_tokens, **options)[1 + SETTLING :]
-            return [_around_s(step) for step in steps]
+            return [max(0.0, step.around_s) for step in steps]
 
         found = [(around(), around(**DRAWING)) for _ in range(1 + turns)][1:]
         least_s = median(seconds for plain, _ in found for seconds in plain)
         scale = self.model.vocab / self.vocab
         samples = [scale * max(0.0, s - least_s) for _, drawn in found for s in drawn]
-        yield Part("sampling", "", self.model.head_params, 1, 1, tuple(samples))
+        yield Part(SAMPLING, "", self.model.head_params, 1, 1, tuple(samples))
 
     def _larger_head(self) -> tuple[float, float]:
         """What the whole vocabulary takes more in the forward pass, and after it.
@@ -290,7 +265,7 @@ def parts_of(
     model, layers
         The model, and those of its layers that ran.
     steps
-        With the spans of :meth:`LayerTimes.take`.
+        As the executor's clock has them, with their plans.
     tokens, context
         Of each pass.
     beyond
@@ -312,30 +287,27 @@ def parts_of(
         found = {key: fmean(values) for key, values in _split(layers, step).items()}
         for key, seconds in found.items():
             samples[key].append(seconds)
-        late = [_keys(layer) for layer in layers[last + 1 :]]
+        late = [parts_of_layer(layer) for layer in layers[last + 1 :]]
         late_s = sum(found.get(key, 0.0) for keys in late for key in keys)
-        own_s = max(0.0, step.spans[HEAD, 0] - late_s)
-        samples["head", "", model.head_params].append(own_s + head_s)
-        samples["call", "", model.head_params].append(_around_s(step) + around_s)
+        own_s = max(0.0, step.times.around[HEAD] - late_s)
+        samples[HEAD, "", model.head_params].append(own_s + head_s)
+        samples[CALL, "", model.head_params].append(max(0.0, step.around_s) + around_s)
     params = model.experts.params_each
-    samples["deciding", "", params], samples["handing", "", params] = _deciding(steps)
-    beyond_s = [fmean(_all(step, EXPERTS)) - fmean(_all(step, PLANNED)) for step in steps]
+    samples[DECIDING, "", params], samples[HANDING, "", params] = _deciding(steps)
+    beyond_s = [
+        fmean(_all(step, EXPERTS)) - fmean(plan.seconds for plan in step.plans) for step in steps
+    ]
     # A pass may end before its plan: what passes do as a rule counts, and no time is below 0.
     usual = median(beyond_s) > 0
-    samples["joining", "", params] = [max(0.0, seconds) * usual for seconds in beyond_s]
+    samples[JOINING, "", params] = [max(0.0, seconds) * usual for seconds in beyond_s]
     for params, more in beyond.items():
-        samples.setdefault(("feed_forward", "", params), list(more))
+        samples.setdefault((DENSE, "", params), list(more))
     for (term, kind, params), values in samples.items():
         yield Part(term, kind, params, tokens, context, tuple(values))
 
 
-def _around_s(step: Pass) -> float:
-    """A pass without its layers and head."""
-    return max(0.0, step.whole_s - sum(_all(step, ROUTER, DECIDING, EXPERTS, HEAD)))
-
-
-def _all(step: Pass, *terms: str) -> list[float]:
-    return [value for (name, _), value in step.spans.items() if name in terms]
+def _all(step: Pass, term: str) -> list[float]:
+    return [layer[term] for layer in step.times.layers]
 
 
 def _deciding(steps: Sequence[Pass]) -> tuple[list[float], list[float]]:
@@ -346,7 +318,8 @@ def _deciding(steps: Sequence[Pass]) -> tuple[list[float], list[float]]:
     slopes = [_per_copy(steps[at::3]) for at in range(min(3, len(steps)))]
     each_s = median(slopes)
     without = [
-        max(0.0, fmean(_all(step, DECIDING)) - each_s * fmean(_all(step, COPIES))) for step in steps
+        max(0.0, fmean(_all(step, DECIDING)) - each_s * fmean(plan.copies for plan in step.plans))
+        for step in steps
     ]
     return without, slopes
 
@@ -356,21 +329,15 @@ def _per_copy(steps: Sequence[Pass]) -> float:
 
     By how many such layers there are; 0 where all have as many.
     """
-    by_copies = defaultdict[float, list[float]](list)
+    by_copies = defaultdict[int, list[float]](list)
     for step in steps:
-        for copies, seconds in zip(_all(step, COPIES), _all(step, DECIDING), strict=True):
-            by_copies[copies].append(seconds)
+        for plan, seconds in zip(step.plans, _all(step, DECIDING), strict=True):
+            by_copies[plan.copies].append(seconds)
     if len(by_copies) < 2:
         return 0.0
     medians = [median(found) for found in by_copies.values()]
     weights = [len(found) ** 0.5 for found in by_copies.values()]
     return max(0.0, float(np.polyfit(list(by_copies), medians, 1, w=weights)[0]))
-
-
-def _keys(layer: Layer) -> tuple[_Key, _Key]:
-    """Attention and MLP."""
-    mixer = layer.mixer
-    return ("attention", mixer.kind, mixer.params), ("feed_forward", "", layer.ffn_params)
 
 
 def _split(layers: Sequence[Layer], step: Pass) -> dict[_Key, list[float]]:
@@ -381,23 +348,23 @@ def _split(layers: Sequence[Layer], step: Pass) -> dict[_Key, list[float]]:
         if layer.moe:
             groups.append([])
     found = defaultdict[_Key, list[float]](list)
-    timed = [(group, step.spans[ROUTER, number]) for number, group in enumerate(groups[:-1])]
+    timed = list(zip(groups[:-1], _all(step, MIXER), strict=True))
     for group, seconds in timed:
         if len(group) == 1:
-            found[_keys(group[0])[0]].append(seconds)
+            found[parts_of_layer(group[0])[0]].append(seconds)
     usual_s = {key: fmean(values) for key, values in found.items()}
     for (*before, last), seconds in timed:
         if not before:
             continue
         each_s = seconds / (1 + len(before))
-        attention, _ = _keys(last)
+        attention, _ = parts_of_layer(last)
         own_s = usual_s.get(attention)
         if own_s is None:
             found[attention].append(each_s)
         else:
             each_s = max(0.0, seconds - own_s) / len(before)
         for layer in before:
-            attention, feed_forward = _keys(layer)
+            attention, feed_forward = parts_of_layer(layer)
             like_s = usual_s.get(attention)
             if like_s is None:
                 found[attention].append(each_s)

@@ -10,10 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import NamedTuple
 
-from planner.cost.terms import CALL, CPU, DENSE, HEAD, MIXER
+from planner.cost.step_times import StepTimes
 from planner.describe.model import Layer, ModelSpec
+from planner.describe.terms import CALL, CPU, DENSE, HEAD, MIXER
 
+_Key = tuple[str, str, int]
+"""A part's term, kind and weights."""
 _INTERRUPTED = 2
 """A sample of so many times the median: something else had the processor meanwhile."""
 
@@ -44,12 +48,35 @@ class Part:
     piece: int = 0
 
 
+class Planned(NamedTuple):
+    """What the plan of a layer on a device had: how many copies, and when its experts are done."""
+
+    copies: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: its whole time and its parts', by (part, layer)."""
+    """One forward pass, measured.
+
+    Attributes
+    ----------
+    whole_s
+        All of it, from token to token.
+    times
+        Its layers and the head; on a device as :meth:`StepTimes.as_timed` has them.
+    plans
+        Of its layers with experts, where those are shared with a device.
+    """
 
     whole_s: float
-    spans: Mapping[tuple[str, int], float]
+    times: StepTimes
+    plans: tuple[Planned, ...] = ()
+
+    @property
+    def around_s(self) -> float:
+        """What surrounds the layers and the head."""
+        return self.whole_s - self.times.duration_s
 
 
 def in_modules(
@@ -61,7 +88,7 @@ def in_modules(
     context: int,
     piece: int = 0,
 ) -> Iterator[Part]:
-    """Parts of passes through transformers' code.
+    """Parts of passes on the CPU alone.
 
     Parameters
     ----------
@@ -70,37 +97,37 @@ def in_modules(
     scale
         How many times larger the model's head is than the one that ran.
     passes
-        With spans of ``layer``, ``feed_forward`` and ``experts`` of each layer, and of ``head``.
+        With attention, the MLP besides and the experts of each layer.
     tokens, context
         Of each pass.
     piece
         So many of the tokens are computed at a time; 0 is all of them.
     """
-    samples = defaultdict[tuple[str, str, int], list[float]](list)
+    samples = defaultdict[_Key, list[float]](list)
     for step in passes:
-        found = defaultdict[tuple[str, str, int], list[float]](list)
-        for index, layer in enumerate(layers):
-            beside_s = step.spans.get(("feed_forward", index), 0.0)
-            experts_s = step.spans.get(("experts", index), 0.0)
-            attention_s = max(0.0, step.spans["layer", index] - beside_s - experts_s)
-            found["attention", layer.mixer.kind, layer.mixer.params].append(attention_s)
-            found["feed_forward", "", layer.ffn_params].append(beside_s)
-        head_s = step.spans["head", 0]
-        layers_s = sum(step.spans["layer", index] for index in range(len(layers)))
-        found["head", "", model.head_params].append(head_s * scale)
-        around_s = max(0.0, step.whole_s - layers_s - head_s)
-        found["call", "", model.head_params].append(around_s)
+        found = defaultdict[_Key, list[float]](list)
+        for layer, terms in zip(layers, step.times.layers, strict=True):
+            attention, feed_forward = parts_of_layer(layer)
+            found[attention].append(terms[MIXER])
+            found[feed_forward].append(terms[DENSE])
+        found[HEAD, "", model.head_params].append(step.times.around[HEAD] * scale)
+        found[CALL, "", model.head_params].append(max(0.0, step.around_s))
         if tokens == 1:
-            experts_s = sum(s for (name, _), s in step.spans.items() if name == "experts")
             moe = sum(layer.moe for layer in layers)
-            each_s = experts_s / moe / model.experts.top_k
-            found["expert", "", model.experts.params_each].append(each_s)
+            each_s = step.times.terms[CPU] / moe / model.experts.top_k
+            found[CPU, "", model.experts.params_each].append(each_s)
         for key, values in found.items():
             samples[key].append(fmean(values))
     for (term, kind, params), seconds in samples.items():
         yield Part(
-            term, kind, params, tokens, context, tuple(seconds), 0 if term == "call" else piece
+            term, kind, params, tokens, context, tuple(seconds), 0 if term == CALL else piece
         )
+
+
+def parts_of_layer(layer: Layer) -> tuple[_Key, _Key]:
+    """Return what tells the points of a layer's attention, and those of its MLP, from others."""
+    mixer = layer.mixer
+    return (MIXER, mixer.kind, mixer.params), (DENSE, "", layer.ffn_params)
 
 
 def single_tokens(
@@ -115,12 +142,12 @@ def single_tokens(
     model, layers, scale
         As of :func:`in_modules`.
     steps
-        Context to steps, with spans as of :func:`in_modules`.
+        Context to steps, as of :func:`in_modules`.
     """
-    together = defaultdict[tuple[str, str, int], list[float]](list)
+    together = defaultdict[_Key, list[float]](list)
     for context, decoded in steps.items():
         for part in in_modules(model, layers, scale, decoded, 1, context):
-            if part.term == "attention":
+            if part.term == MIXER:
                 yield part
             else:
                 together[part.term, part.kind, part.params] += part.samples
@@ -138,29 +165,27 @@ def totals(
     model, layers
         As of :func:`in_modules`.
     passes
-        Steps; in transformers' code with spans of ``experts``.
+        Steps.
     parts
         Of those steps.
     """
     seconds = {(part.term, part.kind, part.params): typical(part.samples) for part in parts}
-    expert_s = seconds.get(("expert", "", model.experts.params_each))
+    expert_s = seconds.get((CPU, "", model.experts.params_each))
     if expert_s is None:
-        experts_s = typical(
-            [sum(s for (name, _), s in step.spans.items() if name == "experts") for step in passes]
-        )
+        experts_s = typical([step.times.terms[CPU] for step in passes])
     else:
         experts_s = expert_s * model.experts.top_k * sum(layer.moe for layer in layers)
     mixers = [layer.mixer for layer in layers]
     return {
-        MIXER: sum(seconds["attention", mixer.kind, mixer.params] for mixer in mixers),
-        DENSE: sum(seconds["feed_forward", "", layer.ffn_params] for layer in layers),
+        MIXER: sum(seconds[MIXER, mixer.kind, mixer.params] for mixer in mixers),
+        DENSE: sum(seconds[DENSE, "", layer.ffn_params] for layer in layers),
         CPU: experts_s,
-        HEAD: seconds["head", "", model.head_params],
-        CALL: seconds["call", "", model.head_params],
+        HEAD: seconds[HEAD, "", model.head_params],
+        CALL: seconds[CALL, "", model.head_params],
     }
 
 
-def aside(
+def extra(
     term: str,
     model: ModelSpec,
     scale: float,
@@ -177,13 +202,8 @@ def aside(
     turns
         Single tokens without it, and with it.
     """
-    least_s = median(_around_s(step) for without, _ in turns for step in without)
-    found = [_around_s(step) for _, steps in turns for step in steps]
-    samples = tuple(scale * max(0.0, seconds - least_s) for seconds in found)
+    least_s = median(step.around_s for without, _ in turns for step in without)
+    samples = tuple(
+        scale * max(0.0, step.around_s - least_s) for _, steps in turns for step in steps
+    )
     return Part(term, "", model.head_params, 1, 1, samples)
-
-
-def _around_s(step: Pass) -> float:
-    """A step without its layers and head."""
-    inner = ("experts", "feed_forward")  # parts of a layer
-    return step.whole_s - sum(s for (name, _), s in step.spans.items() if name not in inner)

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from hybrid.ledger.metrics import GenerationTimes
 from hybrid.session.generation import Generation
 from hybrid.textstream import TextStream
+from planner.describe.terms import SAMPLING, TEXT
 
 OnText = Callable[[str], None]
 
@@ -129,7 +130,7 @@ class GenerationStream(BaseStreamer):
 
     def _times(self, sampled: bool) -> GenerationTimes:
         first_s = self._first_s
-        also = (("sampling", sampled), ("text", self._text is not None))
+        also = ((SAMPLING, sampled), (TEXT, self._text is not None))
         return GenerationTimes(
             sequences=self._sequences,
             prompt_tokens=self._prompt_tokens,
@@ -137,7 +138,7 @@ class GenerationStream(BaseStreamer):
             ttft_s=None if first_s is None else first_s - self._start_s,
             decode_s=0.0 if first_s is None else self._last_s - first_s,
             ended=self._why_ended(),
-            asides=tuple(name for name, happened in also if happened),
+            extras=tuple(name for name, happened in also if happened),
         )
 
     def _why_ended(self) -> str:

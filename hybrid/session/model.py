@@ -20,8 +20,8 @@ from hybrid.ask.sizes import Size
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import prompts_told
+from hybrid.ledger.alone import begin_run
 from hybrid.ledger.metrics import LANES, RunReport
-from hybrid.ledger.prediction import begin_run
 from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_tokenizer, set_threads
 from hybrid.paths import write_whole

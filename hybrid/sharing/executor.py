@@ -174,18 +174,18 @@ class Executor:
         self.usage.forget()
         self.timeline.forget()
 
-    def begin_step(self, *, prompt: bool, context: int) -> None:
+    def begin_step(self, *, prompt: bool, context: int, sequences: int = 1) -> None:
         """Start the clock of a forward pass.
 
         Parameters
         ----------
         prompt
             Whether it computes several tokens of a sequence.
-        context
-            Tokens of each sequence after it.
+        context, sequences
+            Tokens of each sequence after it, and how many sequences there are.
         """
         self._prompt = prompt
-        self._seconds.at(context)
+        self._seconds.at(context, sequences)
         use_threads(self._threads)
         self._before_s = time.perf_counter() if self.device is not None else None
 
@@ -300,7 +300,7 @@ class Executor:
         while self._unnoted:
             record, ids, factors = self._unnoted.popleft()
             work = record.decision.work
-            self.timeline.add(record, self.director.cost.experts)
+            self.timeline.add(record, self.director.cost)
             self.usage.count(work.layer, record.tokens, work.loads)
             self._note(self.usage.record(work.layer, ids, factors))
             if self._lookahead is not None:

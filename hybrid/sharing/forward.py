@@ -26,17 +26,17 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
     """
     inner, device = model.forward, executor.device
     first = next(iter(getattr(model.get_decoder(), "layers", ())), None)
-    prompt, context = False, 1
+    prompt, context, rows = False, 1, 1
 
     def begin(*_: Any) -> None:
-        executor.begin_step(prompt=prompt, context=context)
+        executor.begin_step(prompt=prompt, context=context, sequences=rows)
 
     if first is not None:
         hook_before(first, begin, "the clock of a forward pass starts at the first decoder layer")
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal prompt, context
+        nonlocal prompt, context, rows
         cache = given_cache(kwargs)
         lengths = _lengths(cache)
         ids = kwargs.get("input_ids", args[0] if args else None)

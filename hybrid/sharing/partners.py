@@ -22,8 +22,8 @@ class Seconds(Protocol):
     def shared(self, layer: int, tokens: int) -> float:
         """The shared expert."""
 
-    def at(self, context: int) -> None:
-        """Take it that sequences are ``context`` tokens long from now on."""
+    def at(self, context: int, sequences: int = 1) -> None:
+        """Take it that so many ``sequences`` are ``context`` tokens long after the next step."""
 
 
 class Predictor(Protocol):

@@ -15,8 +15,10 @@ from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 from hybrid.grafts import expert_modules, set_runner
 from hybrid.ledger.dense_seconds import DenseSeconds
-from hybrid.ledger.metrics import WHOLE, Figure, GenerationTimes, Term
-from hybrid.ledger.timeline import DECODE, PREFILL, Timeline
+from hybrid.ledger.metrics import Figure, GenerationTimes, Term
+from hybrid.ledger.residual import DECODE
+from hybrid.ledger.shared import layer_terms, step_terms
+from hybrid.ledger.timeline import Timeline
 from hybrid.machine.devices import memory_told
 from hybrid.model import Model
 from hybrid.packed.bf16_products import panels_from
@@ -29,7 +31,6 @@ from hybrid.sharing.forward import watch_steps
 from hybrid.sharing.predictor import Lookahead
 from hybrid.sharing.shared_first import SharedFirst
 from planner.cost.cost import CostModel
-from planner.cost.terms import CALL
 from planner.decide.cache import ExpertCache
 from planner.decide.capacity import equal_capacities
 from planner.decide.director import REALISED, Director
@@ -134,57 +135,14 @@ class Placement:
         }
 
     def terms(self, times: GenerationTimes) -> tuple[Term, ...]:
-        """Return what a step of the last call consisted of, predicted and measured.
-
-        What the steps' own clock does not see surrounds the layers: it is the rest of the time to
-        the first token, or from token to token.
-        """
+        """Return what a step of the last call consisted of, predicted and measured."""
         if self.executor is None:
             return ()
-        timeline = self.executor.timeline
-        timeline.finish()
-        found = []
-        for name, phase in timeline.phases.items():
-            if not phase.measured.steps:
-                continue
-            predicted_s, measured_s = phase.predicted.step_s, phase.measured.step_s
-            around = self._around(name, times, phase.measured.steps, measured_s)
-            if around is not None:
-                predicted_s, measured_s = predicted_s + around[0], measured_s + around[1]
-            found.append(Term(name, WHOLE, predicted_s, measured_s))
-            found += [Term(name, *row) for row in phase.rows()]
-            if around is not None:
-                found.append(Term(name, CALL, *around))
-        return tuple(found)
+        return step_terms(self.executor.timeline, self.cost, times)
 
     def by_layer(self) -> tuple[Term, ...]:
         """Return what every layer's part of a step of the last call consisted of."""
-        if self.executor is None:
-            return ()
-        timeline = self.executor.timeline
-        timeline.finish()
-        return tuple(
-            Term(name, what, predicted_s, measured_s, layer=layer)
-            for name, phase in timeline.phases.items()
-            if phase.steps
-            for layer, what, predicted_s, measured_s in phase.by_layer()
-        )
-
-    def _around(
-        self, phase: str, times: GenerationTimes, steps: int, layers_s: float
-    ) -> tuple[float, float] | None:
-        """What surrounds the layers of a step, predicted and measured; None where nobody knows."""
-        steps_seen = 1 if phase == PREFILL else times.new_tokens - 1
-        if times.ttft_s is None or steps != steps_seen:
-            return None
-        whole_s = times.ttft_s if phase == PREFILL else times.decode_s / steps
-        tokens = times.sequences * (times.prompt_tokens if phase == PREFILL else 1)
-        predicted = self.cost.call(tokens)
-        for name in times.asides:
-            # The first token is there before it is written.
-            if phase == DECODE or name != "text":
-                predicted += self.cost.aside(name)
-        return predicted.value, max(0.0, whole_s - layers_s)
+        return () if self.executor is None else layer_terms(self.executor.timeline)
 
     def slow_paths(self) -> tuple[Note, ...]:
         """Return what is slower or smaller than it could be, and what went wrong since."""
@@ -317,9 +275,6 @@ def _share_experts(
         timeline=timeline,
         record_routing=budget.record_routing,
     )
-    if cost.knows():
-        executor.timeline.deciding = seconds.deciding
-        executor.timeline.joining = seconds.joining
     if budget.popularity is not None:
         executor.warm()
     if lookahead.reason is not None:

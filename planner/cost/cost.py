@@ -24,7 +24,11 @@ from planner.cost.term_points import MeasuredTerms, pieces
 from planner.describe.estimate import Estimate, Source, weakest
 from planner.describe.hardware import HardwareSpec, Point, Quantity
 from planner.describe.model import Layer, ModelSpec
+from planner.describe.terms import CALL, CPU, DECIDING, DENSE, HANDING, HEAD, JOINING, MIXER
 from planner.errors import CostError
+
+_KEPT = 1 << 14
+"""Durations of attention that are kept."""
 
 
 class ExpertCost:
@@ -66,7 +70,7 @@ class ExpertCost:
             None
             if hardware.gpu
             else MeasuredTerms(hardware.terms, model.family).decode(
-                "expert", "", experts.params_each, fmt, 1
+                CPU, "", experts.params_each, fmt, 1
             )
         )
         self._compiled = found
@@ -187,8 +191,17 @@ class CostModel:
         )
         self._deciding: dict[tuple[int, int], Estimate] = {}
         self._joining: dict[int, Estimate] = {}
+        self._host_s: dict[tuple[int, int], tuple[float, float]] = {}
         self._ffns: dict[tuple[int, int], Estimate] = {}
         self._mixers: dict[tuple[Layer, int, int, int], Estimate] = {}
+        self.cpu_slowdown = hardware.link.cpu_slowdown.value if hardware.link else 1.0
+        """How many times longer the CPU's experts take while copies read the same memory."""
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+        """The kinds of decoder layers, and of which kind each layer is."""
+        kinds = tuple(dict.fromkeys(self.model.layers))
+        return kinds, tuple(kinds.index(layer) for layer in self.model.layers)
 
     @cached_property
     def on_gpu(self) -> bool:
@@ -214,10 +227,12 @@ class CostModel:
         """
         key = (layer, tokens, context, sequences)
         if key not in self._mixers:
+            if len(self._mixers) >= _KEPT:  # a session's contexts are without end
+                self._mixers.clear()
             mixer = layer.mixer
             found = None
             if sequences == 1:
-                found = self._calibrated("attention", mixer.params, tokens, context, mixer.kind)
+                found = self._calibrated(MIXER, mixer.params, tokens, context, mixer.kind)
             if found is not None:
                 self._mixers[key] = found
                 return found
@@ -236,7 +251,7 @@ class CostModel:
         """Time of a layer's dense or shared feed-forward."""
         key = (layer.ffn_params, tokens)
         if key not in self._ffns:
-            found = self._calibrated("feed_forward", layer.ffn_params, tokens, tokens)
+            found = self._calibrated(DENSE, layer.ffn_params, tokens, tokens)
             self._ffns[key] = self.dense(*key) if found is None else found
         return self._ffns[key]
 
@@ -251,7 +266,7 @@ class CostModel:
             params, fmt = self.model.experts.params_each, self.expert_format
             found, each = (
                 self._calibrated(term, params, tokens, tokens, fmt=fmt) if self.on_gpu else None
-                for term in ("deciding", "handing")
+                for term in (DECIDING, HANDING)
             )
             known = self.hardware.cpu.deciding_s
             if found is not None and each is not None:
@@ -276,28 +291,37 @@ class CostModel:
             found = None
             if self.on_gpu:
                 params, fmt = self.model.experts.params_each, self.expert_format
-                found = self._calibrated("joining", params, tokens, tokens, fmt=fmt)
+                found = self._calibrated(JOINING, params, tokens, tokens, fmt=fmt)
             self._joining[tokens] = Estimate(0.0, Source.ASSUMED) if found is None else found
         return self._joining[tokens]
+
+    def host_s(self, tokens: int, copies: int) -> tuple[float, float]:
+        """Seconds of ``deciding`` and of ``joining``, kept: every layer of a run asks."""
+        key = (tokens, copies)
+        found = self._host_s.get(key)
+        if found is None:
+            found = self.deciding(tokens, copies).value, self.joining(tokens).value
+            self._host_s[key] = found
+        return found
 
     def knows(self) -> bool:
         """Whether this model's dense layers were measured where they are, and not estimated."""
         return all(
-            self._calibrated("attention", mixer.params, 1, 1, mixer.kind) is not None
+            self._calibrated(MIXER, mixer.params, 1, 1, mixer.kind) is not None
             for mixer in {layer.mixer for layer in self.model.layers}
         )
 
     def call(self, tokens: int) -> Estimate:
         """Time of a step of ``tokens`` tokens around its layers and head."""
-        found = self._calibrated("call", self.model.head_params, tokens, tokens)
+        found = self._calibrated(CALL, self.model.head_params, tokens, tokens)
         cpu = self.hardware.cpu
         known = cpu.token_start_s if tokens == 1 else cpu.prompt_start_s
         if found is None and known is not None:
             found = constant(known)
         return Estimate(0.0, Source.ASSUMED) if found is None else found
 
-    def aside(self, term: str) -> Estimate:
-        """Time of ``"sampling"`` or ``"text"``, for each token; 0 unless measured."""
+    def extra(self, term: str) -> Estimate:
+        """Time of one of ``EXTRAS``, for each token; 0 unless measured."""
         found = self._calibrated(term, self.model.head_params, 1, 1)
         return Estimate(0.0, Source.ASSUMED) if found is None else found
 
@@ -326,7 +350,7 @@ class CostModel:
     def head(self, rows: int, tokens: int | None = None) -> Estimate:
         """Time of the output head for ``rows`` positions of a step of ``tokens``, or of all."""
         tokens = rows if tokens is None else tokens
-        found = self._calibrated("head", self.model.head_params, tokens, tokens)
+        found = self._calibrated(HEAD, self.model.head_params, tokens, tokens)
         return self.dense(self.model.head_params, rows) if found is None else found
 
     def dense(

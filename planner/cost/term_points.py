@@ -18,10 +18,11 @@ from dataclasses import replace
 
 from planner.describe.estimate import Estimate, Source
 from planner.describe.hardware import TermPoint
+from planner.describe.terms import CALL, EXTRAS, HEAD, MIXER, SAMPLING, TEXT
 
 _Key = tuple[str, str, int, str]
-_OF_THE_HEAD = ("head", "call", "sampling", "text")
-_AS_LARGE = ("head", "sampling")
+_OF_THE_HEAD = (HEAD, CALL, *EXTRAS)
+_AS_LARGE = (HEAD, SAMPLING)
 """What takes as long as the head is large."""
 
 
@@ -42,7 +43,7 @@ class MeasuredTerms:
         self._decode: defaultdict[_Key, list[TermPoint]] = defaultdict(list)
         self._prompt: defaultdict[_Key, list[TermPoint]] = defaultdict(list)
         for point in points:
-            if point.family == family and (point.lane == lane or point.term == "text"):
+            if point.family == family and (point.lane == lane or point.term == TEXT):
                 table = self._decode if point.tokens == 1 else self._prompt
                 table[point.term, point.kind, point.params, point.format].append(point)
         for found in self._decode.values():
@@ -63,7 +64,7 @@ class MeasuredTerms:
             point.piece
             for (term, _, _, of), points in self._prompt.items()
             for point in points
-            if (term, of) == ("attention", fmt)
+            if (term, of) == (MIXER, fmt)
         ]
         return max(found, default=0)
 

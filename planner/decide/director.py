@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from numpy.typing import ArrayLike
 
 from planner.cost.cost import CostModel
+from planner.cost.step_times import contended_s
 from planner.decide.cache import ExpertCache, Ids, Values
 from planner.decide.decode_table import decode_table
 from planner.decide.layer_plan import LayerPlan
@@ -50,15 +51,6 @@ FURTHER_S = 20e-6
 FURTHER_GAIN = 0.007
 """Share of a layer's time that one more layer ahead saves: mean of simulated runs, see
 ``hybrid bench planner``."""
-
-
-def contended_s(cpu_s: float, link_s: float, slowdown: float) -> float:
-    """Return how long CPU work of ``cpu_s`` takes while the link copies for its first ``link_s``.
-
-    Both read the same memory: until the link is done, the CPU loses ``1 - 1/slowdown`` of the
-    time.
-    """
-    return min(cpu_s * slowdown, cpu_s + link_s * (1 - 1 / slowdown))
 
 
 class Admission(NamedTuple):

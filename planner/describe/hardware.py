@@ -10,6 +10,7 @@ from typing import Any
 from planner.describe.bandwidth import check
 from planner.describe.checked_table import Fields
 from planner.describe.estimate import Source
+from planner.describe.terms import CALIBRATED
 from planner.errors import SpecError
 
 
@@ -141,21 +142,20 @@ class TermPoint:
     Parameters
     ----------
     term
-        One of ``TERMS``: ``attention`` (norms, router and residual sums included),
-        ``feed_forward`` (shared experts, or the MLP of a layer without experts), ``head``,
-        ``call`` (what a step costs around its layers and head), what comes on top of that where
-        it is asked for, ``sampling`` (drawing a token instead of taking the likeliest one) and
-        ``text`` (writing it), ``expert``: what one routed expert adds to a single token's layer
-        on the CPU, ``deciding``: what the host takes in a layer from the router's answer until the
-        device has its work, ``handing``: by how much every expert to copy makes that longer, and
-        ``joining``: what a layer's experts take beyond their plan, until their sum is there.
+        One of ``planner.describe.terms.CALIBRATED``: attention (norms, router and residual sums
+        included), shared experts or the MLP of a layer without experts, the head, what a step
+        costs around its layers and head and what comes on top of that where it is asked for, what
+        one routed expert adds to a single token's layer on the CPU, what the host takes in a layer
+        from the router's answer until the device has its work and by how much every expert to copy
+        makes that longer, and what a layer's experts take beyond their plan, until their sum is
+        there.
     family
         The ``model_type`` whose code was measured.
     kind
         The attention's kind; empty elsewhere.
     params
         Weights of the part: of one layer's attention, of the layer's dense weights besides it,
-        of the head, of one expert; for ``call`` and what comes on top of it, of the head.
+        of the head, of one expert; for what surrounds the layers, of the head.
     format
         Their weight format.
     tokens, context
@@ -166,8 +166,8 @@ class TermPoint:
         What it typically took, and the standard deviation of that.
     lane
         Where the dense weights were: ``cpu``, where the CPU-only runtime computes all, or ``gpu``,
-        where experts are shared. There ``attention`` is from one layer's end to the next router's
-        answer, whatever lies between, and ``feed_forward`` what the device computes beyond that:
+        where experts are shared. There attention is from one layer's end to the next router's
+        answer, whatever lies between, and the feed-forward what the device computes beyond that:
         shared experts while the host decides, dense layers before the next one with experts.
     disturbed
         As of :class:`Point`.
@@ -189,10 +189,6 @@ class TermPoint:
 
 PANELS = "panels"
 LANES = ("cpu", "gpu", "copy", PANELS)
-TERMS = (
-    *("attention", "feed_forward", "head", "call", "sampling", "text", "expert"),
-    *("deciding", "handing", "joining"),
-)
 TERM_LANES = ("cpu", "gpu")
 _LIKE = "a hardware description that ships (configs/hardware)"
 _PARTS: dict[str, type] = {"gpu": Gpu, "cpu": Cpu, "link": Link, "disk": Disk}
@@ -352,8 +348,12 @@ def _term(entry: Fields) -> TermPoint:
     """Read one calibration point of what is no routed expert."""
     entry.only([f.name for f in fields(TermPoint)])
     term = entry.text("term")
-    if term not in TERMS:
-        raise SpecError(f"{entry.where}: term is {term!r}", hint=f"use one of {', '.join(TERMS)}")
+    if term not in CALIBRATED:
+        raise SpecError(
+            f"{entry.where}: term is {term!r}",
+            hint=f"use one of {', '.join(CALIBRATED)}; earlier calibrations named them otherwise: "
+            "measure again with 'hybrid calibrate'",
+        )
     lane = entry.text("lane", "cpu")
     if lane not in TERM_LANES:
         raise SpecError(

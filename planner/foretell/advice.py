@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.formats.registry import bits_per_weight, quantized_formats
 from planner.cost.cost import CostModel
-from planner.cost.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER
+from planner.describe.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER
 from planner.foretell.run import Run
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost.cost import CostModel
-from planner.cost.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER, TERMS
 from planner.decide.baselines import all_cpu, on_demand, static_split
 from planner.decide.cache import ExpertCache, Ids, Policy, Values
 from planner.decide.director import Scheduler
@@ -23,6 +22,7 @@ from planner.decide.popularity import favourites, informed
 from planner.decide.schedule import schedule
 from planner.describe.estimate import Estimate, Source, weakest
 from planner.describe.model import Layer, ModelSpec
+from planner.describe.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER, TERMS
 from planner.foretell import advice
 from planner.foretell.memory import Fit
 from planner.foretell.request import Request

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from planner.cost.terms import TERMS
+from planner.cost.step_times import StepTimes
 from planner.decide.layer_plan import LayerPlan
+from planner.describe.terms import TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ class Step:
         """Seconds."""
         return sum(self.terms.values())
 
+    def add(self, times: StepTimes) -> None:
+        """Add a forward pass, or a part of one."""
+        for name, seconds in times.terms.items():
+            self.terms[name] += seconds
+
 
 @dataclass
 class Run:
@@ -45,6 +51,8 @@ class Run:
 
     prefill: Step
     decode: list[Step]
+    layer_terms: tuple[dict[str, float], ...]
+    """Of every decoder layer: mean seconds of each term per decode step."""
     layers: list[Counter[str]]
     """Per MoE layer, over all decode steps: ``activated``, ``hits``, and the experts that ran
     on the ``cpu``, ``resident`` on the GPU, or ``copied`` to it."""

@@ -1,9 +1,9 @@
 """A discrete-event run of prefill and decode over the lanes CPU, GPU, link and disk.
 
-Decisions are the runtime's own: the same director decides here and there, and this keeps time
-and accounts. A layer begins with its mixer and router; then its experts run as planned, while
-the link's idle time prefetches for the next layer. The CPU slows down while copies read the same
-memory. Nothing is random here: what is made up lies in the routing.
+Decisions are the runtime's own: the same director decides here and there. So are the times of a
+step (``planner.cost.step_times``); this keeps the clock and accounts. A layer begins with its
+mixer and router; then its experts run as planned, while the link's idle time prefetches for the
+next layer. Nothing is random here: what is made up lies in the routing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from planner.cost.cost import CostModel
-from planner.cost.terms import CALL, CPU, DECIDING, DENSE, DISK, GPU, HEAD, JOINING, LINK, MIXER
+from planner.cost.step_times import (
+    ExpertsTimes,
+    StepTimes,
+    Terms,
+    dense_times,
+    experts_times,
+    overhead,
+)
 from planner.decide.cache import ExpertCache
-from planner.decide.director import Admission, Decision, Director, Fill, Scheduler, contended_s
+from planner.decide.director import Admission, Decision, Director, Fill, Scheduler
 from planner.decide.layer_plan import LayerPlan
 from planner.decide.problem import Problem, timeline
 from planner.decide.schedule import schedule
 from planner.describe.estimate import LayerWork
+from planner.describe.terms import CALL, DENSE, HEAD, MIXER
 from planner.foretell.memory import Fit
 from planner.foretell.routing import RECALL, Choice, Routing
 from planner.foretell.run import Event, Run, Step
@@ -106,12 +114,9 @@ class Simulator:
             if cache
             else None
         )
-        link = cost.hardware.link
-        self._slowdown = link.cpu_slowdown.value if link else 1.0
         self._now_s = 0.0
         self._link_free_s = 0.0
         self._recording = False
-        self._share = 1.0
         self._at = -1
         moe = [
             share for layer, share in zip(cost.model.layers, self._shares, strict=True) if layer.moe
@@ -122,6 +127,9 @@ class Simulator:
         }
         self._ram = RamCache(fit.in_ram, simulated, cost.model.experts.count)
         self._layers: list[Counter[str]] = [Counter() for _ in range(cost.model.moe_layers)]
+        self._layers_s: list[defaultdict[str, float]] = [
+            defaultdict(float) for _ in cost.model.layers
+        ]
         self._events: list[Event] = []
         self._busy_s: defaultdict[str, float] = defaultdict(float)
         self._plans: dict[int, LayerPlan] = {}
@@ -142,11 +150,18 @@ class Simulator:
             self._recording = at < self.record
             self._at = at
             step = Step()
-            self._pass(step, choices, batch, prompt + at + 1, batch)
+            times = self._pass(step, choices, batch, prompt + at + 1, batch)
+            for sums, terms in zip(self._layers_s, times.layers, strict=True):
+                for name, seconds in terms.items():
+                    sums[name] += seconds
             decode.append(self._ended(step, batch))
         return Run(
             prefill=prefill,
             decode=decode,
+            layer_terms=tuple(
+                {name: seconds / len(decode) for name, seconds in sums.items()}
+                for sums in self._layers_s
+            ),
             layers=self._layers,
             events=self._events,
             busy_s=dict(self._busy_s),
@@ -167,37 +182,51 @@ class Simulator:
 
     def _pass(
         self, step: Step, choices: Sequence[Choice], tokens: int, context: int, batch: int
-    ) -> None:
+    ) -> StepTimes:
         """One forward pass over all layers and the head."""
+        dense = dense_times(self.cost, tokens, context, batch)
+        layers: list[Terms] = []
         moe = 0
         for index, layer in enumerate(self.cost.model.layers):
-            self._share = self._shares[index]
-            if self._share:
-                mixer_s = self.cost.mixer(layer, tokens, context, batch).value
-                self._dense(step, MIXER, mixer_s, f"mixer {index}")
-                ffn_s = self.cost.ffn(layer, tokens).value
+            share, terms = self._shares[index], {}
+            if share:
+                mixer_s, ffn_s = dense.layers[index]
+                self._wait(step, f"mixer {index}", mixer_s, share)
+                terms = {MIXER: mixer_s}
                 if layer.moe:
-                    self._experts(step, choices[moe], moe, tokens, ffn_s, mixer_s)
+                    dense_s = mixer_s, ffn_s
+                    terms |= self._experts(step, choices[moe], moe, tokens, dense_s, share).terms()
                 else:
-                    self._dense(step, DENSE, ffn_s, f"feed-forward {index}")
+                    self._wait(step, f"feed-forward {index}", ffn_s, share)
+                    terms[DENSE] = ffn_s
+                if share != 1:
+                    terms = {name: seconds * share for name, seconds in terms.items()}
+            layers.append(terms)
             moe += layer.moe
-        self._share = 1.0
-        self._dense(step, HEAD, self.cost.head(batch, tokens).value, "head")
+        self._wait(step, "head", dense.head_s)
+        times = StepTimes(tuple(layers), {HEAD: dense.head_s})
+        step.add(times)
+        return times
 
     def _ended(self, step: Step, tokens: int) -> Step:
         """Add what a step of ``tokens`` takes around its passes."""
-        if call_s := self.cost.call(tokens).value:
-            self._dense(step, CALL, call_s, "around the layers")
+        if call_s := overhead(self.cost, tokens).value:
+            self._wait(step, "around the layers", call_s)
+            step.add(StepTimes((), {CALL: call_s}))
         return step
 
-    def _dense(
-        self, step: Step, term: str, duration_s: float, name: str, lane: str | None = None
+    def _wait(
+        self,
+        step: Step,
+        name: str,
+        duration_s: float,
+        share: float = 1.0,
+        lane: str | None = None,
     ) -> None:
         """Advance time by what experts wait for; by default where dense weights are."""
         lane = lane or ("gpu" if self.cost.on_gpu else "cpu")
         self._occupy(lane, name, self._now_s, self._now_s + duration_s)
-        step.terms[term] += duration_s * self._share
-        step.bound_s += duration_s * self._share
+        step.bound_s += duration_s * share
         self._now_s += duration_s
 
     def _occupy(self, lane: str, name: str, start_s: float, end_s: float) -> None:
@@ -216,10 +245,11 @@ class Simulator:
         choice: Choice,
         layer: int,
         tokens: int,
-        shared_s: float,
-        mixer_s: float,
-    ) -> None:
+        dense_s: tuple[float, float],
+        share: float,
+    ) -> ExpertsTimes:
         """Run one layer's routed experts; its shared one goes first, where dense weights are."""
+        mixer_s, shared_s = dense_s
         link_free_s = max(0.0, self._link_free_s - self._now_s)
         if self.director:
             decision = self.director.place(
@@ -233,28 +263,27 @@ class Simulator:
         else:
             decision = self._cpu_only(LayerWork(layer, choice.loads, shared_s, link_free_s))
         plan = decision.plan
-        if deciding_s := self.cost.deciding(tokens, len(plan.copies)).value:
-            self._dense(step, DECIDING, deciding_s, f"deciding {layer}", "cpu")
-        self._note_admissions(decision.admitted)
         read = self._ram.read(layer, plan.cpu + plan.copies)
         link_end_s = max(plan.link_end_s, link_free_s)
         idle_s = plan.makespan_s + mixer_s - link_end_s
         fills = self._fill(self.director, decision, idle_s) if self.director else ()
         if fills:
             link_end_s += len(fills) * self.cost.experts.copy_s() + self._read_s(fills)
-        joining_s = self.cost.joining(tokens).value
-        # What was measured of joining has it that copies slow the CPU down.
-        slowdown = 1.0 if joining_s else self._slowdown
-        cpu_end_s, gpu_end_s, read_s = self._ends(decision, read, link_end_s, slowdown)
-        self._account(step, decision, (cpu_end_s, gpu_end_s, read_s))
-        self._note(decision, read_s)
+        times = experts_times(self.cost, tokens, decision.work, plan, link_end_s, read)
+        if times.deciding_s:
+            self._wait(step, f"deciding {layer}", times.deciding_s, share, "cpu")
+        self._note_admissions(decision.admitted)
+        self._note_admissions([fill.admission for fill in fills])
+        self._count(step, decision, share)
+        self._note(decision, times)
         self._note_idle(plan, link_free_s, fills)
         self._plans[layer] = plan
         if plan.copies or fills:
             self._link_free_s = self._now_s + link_end_s
-        self._now_s += max(cpu_end_s, gpu_end_s, shared_s)
-        if joining_s:
-            self._dense(step, JOINING, joining_s, f"joining {layer}", "cpu")
+        self._now_s += times.end_s
+        if times.joining_s:
+            self._wait(step, f"joining {layer}", times.joining_s, share, "cpu")
+        return times
 
     def _fill(self, director: Director, decision: Decision, idle_s: float) -> tuple[Fill, ...]:
         """Have idle link time used until the next router answers."""
@@ -264,7 +293,6 @@ class Simulator:
         ]
         fills = director.fill(decision, ahead, [idle_s])
         self._counts.update(fill.reason for fill in fills)
-        self._note_admissions([fill.admission for fill in fills])
         return fills
 
     def _read_s(self, fills: Sequence[Fill]) -> float:
@@ -280,46 +308,10 @@ class Simulator:
         plan = LayerPlan(work.layer, work.expert_ids, (), (), end_s, 0.0, 0.0, end_s, "all_cpu")
         return Decision(work, plan, frozenset(), ())
 
-    def _ends(
-        self, decision: Decision, read: list[int], link_end_s: float, slowdown: float
-    ) -> tuple[float, float, float]:
-        """When CPU, GPU and disk are done, with what the plan leaves out.
-
-        Copies slow the CPU down while both run. Experts on disk are read one after the other; the
-        last of them is computed when all are read.
-        """
-        plan = decision.plan
-        cpu_end_s, gpu_end_s = plan.cpu_end_s, plan.gpu_end_s
-        if plan.cpu:
-            cpu_end_s = contended_s(cpu_end_s, link_end_s, slowdown)
-        if not read:
-            return cpu_end_s, gpu_end_s, 0.0
-        read_s = self.cost.disk_read(len(read)).value
-        experts, load = self.cost.experts, dict(decision.work.loads)[read[-1]]
-        if not set(read).isdisjoint(plan.cpu):
-            cpu_end_s = max(cpu_end_s, read_s + experts.cpu_s(load))
-        if not set(read).isdisjoint(plan.copies):
-            gpu_end_s = max(gpu_end_s, read_s + experts.copy_s() + experts.gpu_s(load))
-        return cpu_end_s, gpu_end_s, read_s
-
-    def _account(self, step: Step, decision: Decision, ends_s: tuple[float, float, float]) -> None:
-        """Add a layer to the step's counts, and its time to the terms of whoever ended last."""
-        cpu_end_s, gpu_end_s, read_s = ends_s
+    def _count(self, step: Step, decision: Decision, share: float) -> None:
+        """Add a layer to the step's counts and to its lower bound."""
         plan, work = decision.plan, decision.work
-        shared_s = work.gpu_free_s
-        end_s = max(cpu_end_s, gpu_end_s, shared_s)
-        step.terms[DENSE] += shared_s * self._share
-        if read_s and end_s > max(plan.makespan_s, shared_s):
-            step.terms[DISK] += (end_s - max(plan.makespan_s, shared_s)) * self._share
-            end_s = max(plan.makespan_s, shared_s)
-        if cpu_end_s >= gpu_end_s:
-            last = CPU
-        else:
-            # The GPU lane is the link's when its last expert starts as its copy arrives.
-            waited = gpu_end_s > shared_s + self._gpu_work_s(plan, work) * 1.001
-            last = LINK if waited else GPU
-        step.terms[last] += (end_s - shared_s) * self._share
-        step.bound_s += max(plan.lower_bound_s, shared_s) * self._share
+        step.bound_s += max(plan.lower_bound_s, work.gpu_free_s) * share
         step.activated += len(work.loads)
         step.hits += decision.hits
         self._layers[plan.layer].update(
@@ -348,20 +340,14 @@ class Simulator:
             name = f"layer {one.layer}: expert {one.expert} in{out}"
             self._events.append(Event("cache", name, self._now_s, self._now_s))
 
-    def _gpu_work_s(self, plan: LayerPlan, work: LayerWork) -> float:
-        """Seconds the GPU computes routed experts in this plan, their launch included."""
-        if not plan.gpu:
-            return 0.0
-        loads, experts = dict(work.loads), self.cost.experts
-        return experts.gpu_start_s + sum(experts.gpu_s(loads[expert]) for expert in plan.gpu)
-
-    def _note(self, decision: Decision, read_s: float) -> None:
+    def _note(self, decision: Decision, times: ExpertsTimes) -> None:
         """Keep what the lanes did: sums always, single events while recording."""
+        read_s = times.read_s
         work, plan = decision.work, decision.plan
         busy, now_s, layer = self._busy_s, self._now_s, plan.layer
         shared_lane = "gpu" if self.cost.on_gpu else "cpu"
         busy[shared_lane] += work.gpu_free_s
-        busy["gpu"] += self._gpu_work_s(plan, work)
+        busy["gpu"] += times.gpu_busy_s
         busy["cpu"] += plan.cpu_end_s - (0.0 if self.cost.on_gpu else work.gpu_free_s)
         busy["link"] += len(plan.copies) * self.cost.experts.copy_s() if plan.copies else 0.0
         busy["disk"] += read_s

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from planner.cost.cost import CostModel
 from planner.decide.cache import ExpertCache
-from planner.decide.director import Director, contended_s
+from planner.decide.director import Director
 from planner.decide.policies import LRU, Blend
 from planner.decide.prefetch import ValuePrefetch
 from planner.decide.schedule import schedule
@@ -150,9 +150,6 @@ def test_copies_that_slow_the_cpu_down_must_be_worth_it():
         decision = place(one, 0, list(range(TOP_K)))
         chosen.append(one.fill(decision, [(1, unlikely)], [1.1 * cost.experts.copy_s()]))
     assert [len(fills) for fills in chosen] == [1, 0]
-    assert contended_s(4.0, 2.0, 1.0) == 4.0
-    assert contended_s(4.0, 2.0, 2.0) == 5.0
-    assert contended_s(4.0, 99.0, 2.0) == 8.0
 
 
 def test_a_lost_copy_is_not_resident():

@@ -13,6 +13,18 @@ from planner.cost.cost import CostModel, ExpertCost, interpolate
 from planner.cost.term_points import MeasuredTerms
 from planner.describe.estimate import Estimate, Source
 from planner.describe.hardware import Point, TermPoint
+from planner.describe.terms import (
+    CALL,
+    CPU,
+    DECIDING,
+    DENSE,
+    HANDING,
+    HEAD,
+    JOINING,
+    MIXER,
+    SAMPLING,
+    TEXT,
+)
 from planner.errors import CostError, WorkError
 from planner_examples import bare_machine, machine, machine_table, quantity, small_model
 
@@ -123,18 +135,18 @@ def term(name: str, tokens: int, context: int, seconds: float, **more: Any) -> T
 def test_measured_parts_are_looked_up_by_context_and_by_tokens() -> None:
     """Single tokens vary with the context, prompts with their tokens; the ends are marked."""
     points = [
-        term("attention", 1, 100, 1.0),
-        term("attention", 1, 300, 2.0),
-        term("attention", 10, 10, 20.0),
-        term("attention", 20, 20, 60.0),
+        term(MIXER, 1, 100, 1.0),
+        term(MIXER, 1, 300, 2.0),
+        term(MIXER, 10, 10, 20.0),
+        term(MIXER, 20, 20, 60.0),
     ]
     found = MeasuredTerms(points, "qwen3_moe")
 
     def decode(context: int) -> Estimate | None:
-        return found.decode("attention", "", 100, "bf16", context)
+        return found.decode(MIXER, "", 100, "bf16", context)
 
     def prompt(tokens: int) -> Estimate | None:
-        return found.prompt("attention", "", 100, "bf16", tokens)
+        return found.prompt(MIXER, "", 100, "bf16", tokens)
 
     assert decode(100) == Estimate(1.0, Source.MEASURED, 0.1)
     assert decode(200) == Estimate(1.5, Source.MEASURED, 0.2)
@@ -144,27 +156,27 @@ def test_measured_parts_are_looked_up_by_context_and_by_tokens() -> None:
     # 2 and 3 seconds a token at 10 and 20 tokens are 5 at 40: attention's square is kept.
     assert prompt(40) == Estimate(200.0, Source.FITTED, pytest.approx(20.0))
     assert prompt(2) == Estimate(20.0, Source.FITTED, 2.0)
-    for other in (("head", "", 100, "bf16"), ("attention", "full", 100, "bf16")):
+    for other in ((HEAD, "", 100, "bf16"), (MIXER, "full", 100, "bf16")):
         assert found.decode(*other, 1) is None
         assert found.prompt(*other, 1) is None
-    assert MeasuredTerms(points, "mixtral").decode("attention", "", 100, "bf16", 1) is None
+    assert MeasuredTerms(points, "mixtral").decode(MIXER, "", 100, "bf16", 1) is None
 
 
 def test_a_head_of_another_size_takes_its_part() -> None:
     """The nearest head in size is scaled, and is fitted then; attention never is."""
     points = [
-        term("head", 1, 1, 1.0),
-        term("head", 1, 1, 8.0, params=1000),
-        term("call", 1, 1, 0.5),
-        term("attention", 1, 1, 1.0),
+        term(HEAD, 1, 1, 1.0),
+        term(HEAD, 1, 1, 8.0, params=1000),
+        term(CALL, 1, 1, 0.5),
+        term(MIXER, 1, 1, 1.0),
     ]
     found = MeasuredTerms(points, "qwen3_moe")
-    assert found.decode("head", "", 900, "bf16", 1) == Estimate(
+    assert found.decode(HEAD, "", 900, "bf16", 1) == Estimate(
         7.2, Source.FITTED, pytest.approx(0.72)
     )
-    assert found.decode("head", "", 50, "bf16", 1) == Estimate(0.5, Source.FITTED, 0.05)
-    assert found.decode("call", "", 900, "bf16", 1) == Estimate(0.5, Source.MEASURED, 0.05)
-    assert found.decode("attention", "", 900, "bf16", 1) is None
+    assert found.decode(HEAD, "", 50, "bf16", 1) == Estimate(0.5, Source.FITTED, 0.05)
+    assert found.decode(CALL, "", 900, "bf16", 1) == Estimate(0.5, Source.MEASURED, 0.05)
+    assert found.decode(MIXER, "", 900, "bf16", 1) is None
 
 
 def test_measured_parts_replace_the_roofline_on_the_cpu() -> None:
@@ -172,14 +184,14 @@ def test_measured_parts_replace_the_roofline_on_the_cpu() -> None:
     model = small_model()
     layer = model.layers[0]
     points = (
-        term("attention", 1, 64, 1.0, kind="full", params=layer.mixer.params),
-        term("attention", 32, 32, 2.0, kind="full", params=layer.mixer.params),
-        term("feed_forward", 1, 1, 3.0, params=layer.ffn_params),
-        term("feed_forward", 32, 32, 4.0, params=layer.ffn_params),
-        term("head", 1, 1, 5.0, params=model.head_params),
-        term("call", 1, 1, 6.0, params=model.head_params),
-        term("call", 32, 32, 7.0, params=model.head_params),
-        term("expert", 1, 1, 8.0, params=model.experts.params_each, format="q4_0"),
+        term(MIXER, 1, 64, 1.0, kind="full", params=layer.mixer.params),
+        term(MIXER, 32, 32, 2.0, kind="full", params=layer.mixer.params),
+        term(DENSE, 1, 1, 3.0, params=layer.ffn_params),
+        term(DENSE, 32, 32, 4.0, params=layer.ffn_params),
+        term(HEAD, 1, 1, 5.0, params=model.head_params),
+        term(CALL, 1, 1, 6.0, params=model.head_params),
+        term(CALL, 32, 32, 7.0, params=model.head_params),
+        term(CPU, 1, 1, 8.0, params=model.experts.params_each, format="q4_0"),
     )
     cost = CostModel(model, replace(bare_machine(), terms=points))
     single = (cost.mixer(layer, 1, 64), cost.ffn(layer, 1), cost.head(1), cost.call(1))
@@ -209,17 +221,17 @@ def test_dense_parts_on_a_gpu_are_measured_there() -> None:
         for lane, factor in (("cpu", 1.0), ("gpu", 10.0))
         for tokens, seconds in ((1, 1.0), (32, 2.0))
         for name, more in (
-            ("attention", {"kind": "full", "params": layer.mixer.params}),
-            ("feed_forward", {"params": layer.ffn_params}),
-            ("head", {"params": head}),
-            ("call", {"params": head}),
-            ("deciding", {"params": params, "format": "q4_0"}),
-            ("handing", {"params": params, "format": "q4_0"}),
-            ("joining", {"params": params, "format": "q4_0"}),
-            ("sampling", {"params": head}),
+            (MIXER, {"kind": "full", "params": layer.mixer.params}),
+            (DENSE, {"params": layer.ffn_params}),
+            (HEAD, {"params": head}),
+            (CALL, {"params": head}),
+            (DECIDING, {"params": params, "format": "q4_0"}),
+            (HANDING, {"params": params, "format": "q4_0"}),
+            (JOINING, {"params": params, "format": "q4_0"}),
+            (SAMPLING, {"params": head}),
         )
     )
-    points += (term("text", 1, 1, 7.0, params=head),)
+    points += (term(TEXT, 1, 1, 7.0, params=head),)
     for hardware, factor in ((bare_machine(), 1.0), (machine(), 10.0)):
         cost = CostModel(model, replace(hardware, terms=points))
         assert cost.knows()
@@ -231,7 +243,7 @@ def test_dense_parts_on_a_gpu_are_measured_there() -> None:
             assert cost.deciding(tokens).value == (seconds if hardware.gpu else 0.0)
             assert cost.deciding(tokens, 3).value == (4 * seconds if hardware.gpu else 0.0)
             assert cost.joining(tokens).value == (seconds if hardware.gpu else 0.0)
-        assert (cost.aside("sampling").value, cost.aside("text").value) == (factor, 7.0)
+        assert (cost.extra(SAMPLING).value, cost.extra(TEXT).value) == (factor, 7.0)
         # A prompt is computed at once there.
         assert cost.pieces(2048) == [(2048, 2048)]
     others = tuple(point for point in points if point.lane == "cpu")
@@ -266,7 +278,7 @@ def test_deciding_beside_a_gpu_is_the_machines_where_the_model_was_not_measured(
     assert 4.0 < cost.deciding(2).value / experts.top_k < 2 * 4.0
     assert cost.deciding(1000).value == pytest.approx(4.0 * experts.count)
     about = {"params": model.experts.params_each, "format": "q4_0", "lane": "gpu"}
-    points = tuple(term(name, 1, 1, 0.5, **about) for name in ("deciding", "handing"))
+    points = tuple(term(name, 1, 1, 0.5, **about) for name in (DECIDING, HANDING))
     measured = CostModel(model, replace(machine(cpu=cpu), terms=points))
     assert measured.deciding(1, 3).value == 2.0
     alone = CostModel(model, machine(cpu=cpu, gpu=None, link=None))

@@ -13,6 +13,7 @@ import pytest
 from planner.describe.checked_table import read_table
 from planner.describe.estimate import Source
 from planner.describe.hardware import HardwareSpec, Point, Quantity, TermPoint, to_toml
+from planner.describe.terms import DECIDING, DENSE, HEAD, MIXER
 from planner.errors import SpecError
 from planner_examples import bare_machine, machine
 
@@ -68,8 +69,8 @@ def test_shipped_machines_state_a_source_for_every_number() -> None:
         (("points",), 3, "points is not a list of tables"),
         (("terms",), [1], "terms is not a list of tables"),
         (("terms",), [{"term": "lunch"}], "term is 'lunch'"),
-        (("terms",), [{"term": "head", "lane": "link"}], "lane is 'link'"),
-        (("terms",), [{"term": "head", "seconds": 1}], "terms[0] lacks family"),
+        (("terms",), [{"term": HEAD, "lane": "link"}], "lane is 'link'"),
+        (("terms",), [{"term": HEAD, "seconds": 1}], "terms[0] lacks family"),
     ],
 )
 def test_bad_machines_are_refused(path: tuple[str, ...], value: Any, words: str) -> None:
@@ -86,6 +87,15 @@ def test_bad_machines_are_refused(path: tuple[str, ...], value: Any, words: str)
         HardwareSpec.from_table(data, "laptop.toml")
     assert words in caught.value.message
     assert caught.value.hint
+
+
+def test_a_calibrations_old_names_are_told_to_be_measured_again() -> None:
+    """A file from before reports and calibrations had one list of terms names the remedy."""
+    data = {**LAPTOP, "terms": [{"term": "feed_forward"}]}
+    with pytest.raises(SpecError) as caught:
+        HardwareSpec.from_table(data, "old.toml")
+    assert DENSE in str(caught.value.hint)
+    assert "measure again with 'hybrid calibrate'" in str(caught.value.hint)
 
 
 def test_a_wrong_unit_is_told_the_right_name() -> None:
@@ -130,11 +140,9 @@ def test_what_is_written_reads_back_as_an_equal() -> None:
                 Point(lane="copy", load=0, seconds=2.0, **shape),
             ),
             terms=(
-                TermPoint(
-                    term="attention", kind="full", piece=512, seconds=0.1, error=0.01, **term
-                ),
-                TermPoint(term="feed_forward", seconds=0.0, **term),
-                TermPoint(term="deciding", seconds=1e-4, lane="gpu", **term),
+                TermPoint(term=MIXER, kind="full", piece=512, seconds=0.1, error=0.01, **term),
+                TermPoint(term=DENSE, seconds=0.0, **term),
+                TermPoint(term=DECIDING, seconds=1e-4, lane="gpu", **term),
             ),
         )
     )
@@ -154,7 +162,7 @@ def test_what_only_a_calibration_knows_may_be_absent() -> None:
 
 def test_a_calibration_of_old_says_nothing_of_the_device() -> None:
     """Terms without a lane are the CPU's: that is all that was measured once."""
-    term = {"term": "head", "family": "x", "params": 7, "format": "bf16", "tokens": 1, "context": 1}
+    term = {"term": HEAD, "family": "x", "params": 7, "format": "bf16", "tokens": 1, "context": 1}
     data = {**LAPTOP, "terms": [{**term, "seconds": 0.5}]}
     (found,) = HardwareSpec.from_table(data, "laptop.toml").terms
     assert found.lane == "cpu"

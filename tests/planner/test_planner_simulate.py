@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from planner.cost.cost import CostModel
-from planner.cost.terms import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER
+from planner.cost.step_times import total
 from planner.decide.baselines import all_cpu, on_demand, static_split
 from planner.decide.cache import ExpertCache, Policy
 from planner.decide.policies import LRU, MRS, StaticPopularity
 from planner.decide.schedule import schedule
 from planner.describe.hardware import HardwareSpec, TermPoint
+from planner.describe.terms import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER
 from planner.foretell.memory import Fit
 from planner.foretell.routing import Routing, synthetic
 from planner.foretell.run import Run
@@ -104,16 +105,19 @@ def test_terms_add_up() -> None:
             assert 0 < step.bound_s <= step.duration_s * (1 + 1e-9)
         terms = found.decode_terms()
         assert sum(terms.values()) == pytest.approx(found.tpot_s)
+        layers = total(found.layer_terms)
+        assert layers == pytest.approx({name: terms[name] for name in layers})
+        assert sum(layers.values()) == pytest.approx(found.tpot_s - terms[HEAD])
         assert terms[MIXER] > 0
         assert terms[HEAD] > 0
 
 
-@pytest.mark.parametrize(("term", "name"), [("deciding", DECIDING), ("joining", JOINING)])
-def test_the_host_takes_its_time_where_it_was_measured(term: str, name: str) -> None:
+@pytest.mark.parametrize("name", [DECIDING, JOINING])
+def test_the_host_takes_its_time_where_it_was_measured(name: str) -> None:
     """Every layer is that much longer, on the host's lane; without a measurement it is nothing."""
     about = {"family": "qwen3_moe", "params": MODEL.experts.params_each, "format": "q4_0"}
     points = tuple(
-        TermPoint(term=term, tokens=n, context=n, seconds=s, lane="gpu", **about)
+        TermPoint(term=name, tokens=n, context=n, seconds=s, lane="gpu", **about)
         for n, s in ((1, 0.25), (32, 0.5))
     )
     slow, fast = run(replace(machine(), terms=points), record=1), run()
@@ -121,7 +125,7 @@ def test_the_host_takes_its_time_where_it_was_measured(term: str, name: str) -> 
     assert slow.decode_terms()[name] == pytest.approx(6 * 0.25)
     assert slow.prefill.terms[name] == pytest.approx(6 * 0.5)
     assert slow.tpot_s == pytest.approx(sum(slow.decode_terms().values()))
-    spans = [event for event in slow.events if event.name.startswith(term)]
+    spans = [event for event in slow.events if event.name.startswith(name)]
     assert {event.lane for event in spans} == {"cpu"}
 
 

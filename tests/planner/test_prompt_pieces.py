@@ -13,9 +13,9 @@ from hybrid.ledger.prediction import predict
 from hybrid.measure import calibrate as calibration
 from planner.cost.cost import CostModel
 from planner.cost.term_points import MeasuredTerms, pieces
-from planner.cost.terms import CPU, HEAD, MIXER
 from planner.describe.estimate import Estimate, Source
 from planner.describe.hardware import HardwareSpec, TermPoint
+from planner.describe.terms import CPU, HEAD, MIXER
 from planner.foretell.routing import synthetic
 from planner_examples import bare_machine, machine, small_model
 
@@ -27,7 +27,7 @@ def attention(tokens: int, seconds: float, **more: Any) -> TermPoint:
     about = {"family": "qwen3_moe", "kind": "full", "format": "bf16", "error": 0.1, "piece": 10}
     params = small_model().layers[0].mixer.params
     where = {"params": params, "tokens": tokens, "context": tokens, "seconds": seconds}
-    return TermPoint(term="attention", **{**about, **where, **more})
+    return TermPoint(term=MIXER, **{**about, **where, **more})
 
 
 def in_tens(seconds: float) -> HardwareSpec:
@@ -52,7 +52,7 @@ def test_a_prompt_is_cut_as_the_runtime_cuts_it() -> None:
 def test_what_came_before_a_piece_costs_each_of_its_tokens() -> None:
     """The longest prompt tells how much: 10 x 10 and 10 x 20 pairs took 3 s more than pieces."""
     terms = MeasuredTerms(in_tens(3.0 + 3.0).terms, "qwen3_moe")
-    key = ("attention", "full", small_model().layers[0].mixer.params, "bf16")
+    key = (MIXER, "full", small_model().layers[0].mixer.params, "bf16")
     assert terms.piece("bf16") == 10
     assert terms.piece("q8_0") == 0
     assert terms.prompt(*key, 10) == Estimate(1.0, Source.MEASURED, 0.1)
@@ -65,7 +65,7 @@ def test_what_came_before_a_piece_costs_each_of_its_tokens() -> None:
 def test_without_a_longer_prompt_pieces_tell_how_they_grow() -> None:
     """4 and 10 tokens took 0.1 and 0.16 s each: 0.01 s a token more, 0.02 s for each before."""
     points = (attention(4, 0.4), attention(10, 1.6))
-    key = ("attention", "full", points[0].params, "bf16")
+    key = (MIXER, "full", points[0].params, "bf16")
     found = MeasuredTerms(points, "qwen3_moe").prompt(*key, 10, past=10)
     assert found is not None
     assert found.value == pytest.approx(1.6 + 100 * 0.02)

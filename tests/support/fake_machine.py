@@ -17,6 +17,7 @@ from hybrid.measure.device import DeviceTimes, device_times
 from hybrid.measure.experts import Budget, DiskTimes, ExpertTimes
 from hybrid.measure.interference import Times
 from hybrid.measure.terms_of_step import Part
+from planner.describe.terms import CALL, CPU, DENSE, HEAD, MIXER
 
 SHAPE = Block(hidden=64, intermediate=32, format="q4_0")
 WEIGHTS = 3 * 64 * 32
@@ -45,14 +46,14 @@ def measured() -> Measured:
         SHAPE, [1e-5, 3e-5, 2e-5], {1: [2 * BYTES / 10e9] * 3, 512: [512 * 2 * WEIGHTS / 1e12] * 3}
     )
     parts = [
-        Part("attention", "full", 1000, 2, 2, (4e-3,)),
-        Part("attention", "full", 1000, 1, 9, (1e-3, 3e-3)),
-        Part("feed_forward", "", 10, 1, 9, (0.0,)),
-        Part("head", "", 500, 1, 9, (1e-3,)),
-        Part("head", "", 500, 1, 90, (3e-3,)),
-        Part("call", "", 500, 1, 9, (5e-3,)),
-        Part("call", "", 500, 2, 2, (6e-3,)),
-        Part("expert", "", WEIGHTS, 1, 1, (7e-6,)),
+        Part(MIXER, "full", 1000, 2, 2, (4e-3,)),
+        Part(MIXER, "full", 1000, 1, 9, (1e-3, 3e-3)),
+        Part(DENSE, "", 10, 1, 9, (0.0,)),
+        Part(HEAD, "", 500, 1, 9, (1e-3,)),
+        Part(HEAD, "", 500, 1, 90, (3e-3,)),
+        Part(CALL, "", 500, 1, 9, (5e-3,)),
+        Part(CALL, "", 500, 2, 2, (6e-3,)),
+        Part(CPU, "", WEIGHTS, 1, 1, (7e-6,)),
     ]
     return Measured(
         reads=[9e9, 10e9, 11e9],

@@ -20,8 +20,8 @@ from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.measure.random_model import check_room
 from hybrid.weights.store import ExpertStore
-from planner.cost.terms import CALL, CPU, HEAD, MIXER
 from planner.describe.hardware import Point, TermPoint
+from planner.describe.terms import CALL, CPU, HEAD, MIXER
 from planner.errors import PlannerError
 from planner_examples import bare_machine
 from small_bench import STARTED, read_little, write_spec
@@ -225,7 +225,7 @@ def test_the_shape_and_formats_are_calibrated_first(
     known = replace(
         bare_machine(),
         points=(Point(lane="cpu", load=1, seconds=1.0, **sizes),),
-        terms=(TermPoint(term="attention", params=params, seconds=1.0, **about),),
+        terms=(TermPoint(term=MIXER, params=params, seconds=1.0, **about),),
     )
     calibrations.save(known, Identity.of_this_machine(1))
     run(str(tiny_model), threads=1)

@@ -11,8 +11,9 @@ import torch
 
 from hybrid.ask.asked_model import find_model
 from hybrid.bench.model import generate_once
+from hybrid.ledger.alone import begin_run, prompt_loads
 from hybrid.ledger.metrics import RunReport, Term
-from hybrid.ledger.prediction import begin_run, calibrating, predict, prompt_loads
+from hybrid.ledger.prediction import calibrating, predict
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
@@ -22,10 +23,10 @@ from hybrid.session.model import HybridModel
 from hybrid.session.report import run_report
 from hybrid.weights.checkpoint import convert
 from planner.cost.cost import CostModel
-from planner.cost.terms import CALL, CPU, HEAD, MIXER
 from planner.describe.estimate import Source
 from planner.describe.hardware import Point, TermPoint
 from planner.describe.model import ModelSpec
+from planner.describe.terms import CALL, CPU, DENSE, HEAD, MIXER, SAMPLING, TEXT
 from planner_examples import bare_machine, machine, small_model
 
 FORMATS = {"experts": "q4_0", "dense": "bf16"}
@@ -64,13 +65,13 @@ def test_a_calibrated_machine_predicts_what_it_measured() -> None:
     points = tuple(
         TermPoint(**{**about, "term": term, "params": params, "seconds": seconds, **more})
         for term, params, seconds, more in (
-            ("attention", layer.mixer.params, 1.0, {"kind": "full"}),
-            ("feed_forward", layer.ffn_params, 0.0, {"error": None}),
-            ("head", model.head_params, 3.0, {}),
-            ("call", model.head_params, 4.0, {}),
-            ("expert", experts.params_each, 0.5, {"format": "q4_0"}),
-            ("sampling", 2 * model.head_params, 5.0, {}),
-            ("text", 2 * model.head_params, 7.0, {}),
+            (MIXER, layer.mixer.params, 1.0, {"kind": "full"}),
+            (DENSE, layer.ffn_params, 0.0, {"error": None}),
+            (HEAD, model.head_params, 3.0, {}),
+            (CALL, model.head_params, 4.0, {}),
+            (CPU, experts.params_each, 0.5, {"format": "q4_0"}),
+            (SAMPLING, 2 * model.head_params, 5.0, {}),
+            (TEXT, 2 * model.head_params, 7.0, {}),
         )
     )
     spec = replace(bare_machine(), terms=points)
@@ -78,7 +79,7 @@ def test_a_calibrated_machine_predicts_what_it_measured() -> None:
     assert {name: e.value for name, e in found.items() if e.value} == pytest.approx(
         {MIXER: 6.0, CPU: 6 * 4 * 0.5, HEAD: 3.0, CALL: 4.0}
     )
-    drawn = predict(model, spec, **FORMATS, prompt=2, tokens=2, asides=("sampling", "text"))
+    drawn = predict(model, spec, **FORMATS, prompt=2, tokens=2, extras=(SAMPLING, TEXT))
     assert drawn.token[CALL].value == 4.0 + 5.0 / 2 + 7.0
     assert drawn.prompt[CALL].value == 5.0 / 2, "the first token is there before it is written"
 
@@ -140,7 +141,7 @@ def parts_of(model: ModelSpec, fmt: str) -> tuple[TermPoint, ...]:
     """Attention as measured in a format."""
     about = {"family": model.family, "format": fmt, "tokens": 1, "context": 1, "seconds": 1.0}
     params = model.layers[0].mixer.params
-    return (TermPoint(term="attention", kind="full", params=params, error=0.01, **about),)
+    return (TermPoint(term=MIXER, kind="full", params=params, error=0.01, **about),)
 
 
 def test_nothing_is_predicted_silently_from_another_format() -> None:

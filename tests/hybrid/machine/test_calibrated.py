@@ -15,6 +15,7 @@ from hybrid.errors import UsageError
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity, added, load, require, save
 from planner.describe.hardware import HardwareSpec, Point, TermPoint
+from planner.describe.terms import HEAD, MIXER
 from planner_examples import bare_machine, machine
 
 
@@ -32,7 +33,7 @@ def point(hidden: int, seconds: float, fmt: str = "q4_0") -> Point:
 
 def term(params: int, seconds: float, family: str = "qwen3_moe") -> TermPoint:
     about: dict[str, Any] = {"format": "bf16", "tokens": 1, "context": 1}
-    return TermPoint(term="head", family=family, params=params, seconds=seconds, **about)
+    return TermPoint(term=HEAD, family=family, params=params, seconds=seconds, **about)
 
 
 def test_identity_is_this_machine_and_these_kernels(
@@ -238,7 +239,7 @@ def test_plan_uses_it_and_says_so(home: Path, capsys: pytest.CaptureFixture[str]
         cpu=bare_machine().cpu,
         disk=bare_machine().disk,
         points=(point(1, 1.0),),
-        terms=(replace(term(1, 1.0), term="attention"),),
+        terms=(replace(term(1, 1.0), term=MIXER),),
     )
     save(spec, Identity.of_this_machine())
     assert main(words) == 0

@@ -20,6 +20,7 @@ from hybrid.measure import calibrate as calibration
 from hybrid.measure.calibrate import covers, hardware_for
 from hybrid.measure.describe import to_spec
 from planner.describe.hardware import PANELS, HardwareSpec
+from planner.describe.terms import CALL, CPU, DENSE, HEAD, MIXER, SAMPLING, TEXT
 from planner.errors import SpecError
 
 
@@ -62,11 +63,9 @@ def test_calibrate_from_the_command_line(
     assert covers(spec, find_model(tiny_model))
     assert not covers(spec, find_model(tiny_model, dense="q4_0"))
     assert not covers(spec, find_model("OLMoE"))
-    assert {term.term for term in spec.terms} == {
-        *("attention", "feed_forward", "head", "call", "sampling", "text", "expert")
-    }
-    assert {(t.tokens, t.context) for t in spec.terms if t.term == "attention"} >= {(2, 2), (8, 8)}
-    assert sum(t.tokens == 1 for t in spec.terms if t.term == "attention") == 1
+    assert {term.term for term in spec.terms} == {*(MIXER, DENSE, HEAD, CALL, SAMPLING, TEXT, CPU)}
+    assert {(t.tokens, t.context) for t in spec.terms if t.term == MIXER} >= {(2, 2), (8, 8)}
+    assert sum(t.tokens == 1 for t in spec.terms if t.term == MIXER) == 1
     loads = [(point.lane, point.load) for point in spec.points]
     panels = [(PANELS, 2), (PANELS, 4)] if either_processor else []
     assert loads == [("cpu", 1), ("cpu", 2), ("cpu", 4), *panels]

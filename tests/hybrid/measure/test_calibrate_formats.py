@@ -15,7 +15,7 @@ from hybrid.measure import calibrate as calibration
 from hybrid.measure.calibrate import covers, hardware_for
 from hybrid.measure.random_model import write_random_model
 from hybrid.model import Model
-from planner.cost.terms import CALL, MIXER
+from planner.describe.terms import CALL, CPU, MIXER
 
 
 def of_dtype(tiny_model: Path, folder: Path, dtype: str) -> Path:
@@ -35,7 +35,7 @@ def test_other_floats_are_measured_as_the_kernels_keep_them(
     """What bfloat16 does not hold is measured as float32, and known afterwards."""
     directory = of_dtype(tiny_model, quick / dtype, dtype)
     spec = hardware_for(directory, threads=1)
-    assert {term.format for term in spec.terms if term.term != "expert"} == {"f32"}
+    assert {term.format for term in spec.terms if term.term != CPU} == {"f32"}
     assert covers(spec, find_model(directory))
     assert not covers(spec, find_model(tiny_model))
 
@@ -61,9 +61,9 @@ def test_a_loaded_model_is_predicted_from_its_own_calibration(
     found = predicted(Model(network), 8, 4, threads=1)
     assert found is not None
     of_layer = {(term.term, term.tokens): term.seconds for term in spec.terms}
-    assert found.prompt[MIXER].value == pytest.approx(2 * of_layer["attention", 8])
-    assert found.prompt[CALL].value == pytest.approx(of_layer["call", 8])
-    assert found.token[CALL].value == pytest.approx(of_layer["call", 1])
+    assert found.prompt[MIXER].value == pytest.approx(2 * of_layer[MIXER, 8])
+    assert found.prompt[CALL].value == pytest.approx(of_layer[CALL, 8])
+    assert found.token[CALL].value == pytest.approx(of_layer[CALL, 1])
 
 
 def test_little_time_is_enough_for_a_prompt_and_tokens(
@@ -74,5 +74,5 @@ def test_little_time_is_enough_for_a_prompt_and_tokens(
     """However slow the machine, what decoding takes is measured."""
     monkeypatch.setattr(calibration, "PROMPTS", (2, 4, 8, 16))
     spec = hardware_for(tiny_model, threads=1, limit_s=0.0)
-    assert {term.tokens for term in spec.terms if term.term == "attention"} == {1, 2, 4, 8}
+    assert {term.tokens for term in spec.terms if term.term == MIXER} == {1, 2, 4, 8}
     assert "prompts of 16" in spec.summary

@@ -34,10 +34,21 @@ from hybrid.session.known import machine_with
 from hybrid.session.model import HybridModel
 from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, HardwareSpec, Point, TermPoint
+from planner.describe.terms import (
+    CALL,
+    DECIDING,
+    DENSE,
+    EXPERTS,
+    HANDING,
+    HEAD,
+    JOINING,
+    MIXER,
+    SAMPLING,
+)
 from planner_examples import bare_machine, machine, save_config
 
-TERMS = {"attention", "feed_forward", "head", "call", "deciding", "handing", "joining", "sampling"}
-OF_EXPERTS = {"deciding", "handing", "joining"}
+TERMS = {MIXER, DENSE, HEAD, CALL, DECIDING, HANDING, JOINING, SAMPLING}
+OF_EXPERTS = {DECIDING, HANDING, JOINING}
 """Of those, what depends on the experts' format and not on the dense weights'."""
 
 
@@ -48,17 +59,17 @@ def test_the_devices_terms_are_kept_apart(measured: HardwareSpec) -> None:
     """
     on_device = [term for term in measured.terms if term.lane == "gpu"]
     assert {term.term for term in on_device} == TERMS
-    assert {(t.tokens, t.context) for t in on_device if t.term == "attention"} >= {(2, 2), (8, 8)}
-    assert sum(t.tokens == 1 for t in on_device if t.term == "attention") == 1
+    assert {(t.tokens, t.context) for t in on_device if t.term == MIXER} >= {(2, 2), (8, 8)}
+    assert sum(t.tokens == 1 for t in on_device if t.term == MIXER) == 1
     # The emulated device's dense layers are torch's, in the type that it computes in.
     assert {t.format for t in on_device if t.term not in OF_EXPERTS} <= {"f32", "bf16"}
     assert {t.format for t in on_device if t.term in OF_EXPERTS} == {"q4_0"}
     # Of other models on this device, too, something is known of the host's part.
-    (deciding,) = [t for t in on_device if t.term == "deciding" and t.tokens == 1]
+    (deciding,) = [t for t in on_device if t.term == DECIDING and t.tokens == 1]
     assert measured.cpu.deciding_s is not None
     assert measured.cpu.deciding_s.value == pytest.approx(deciding.seconds / 2)  # top-2
-    spread = [t for t in on_device if t.term in ("attention", "head", "call", "deciding")]
-    handing = [t for t in on_device if t.term == "handing" and t.tokens == 1]
+    spread = [t for t in on_device if t.term in (MIXER, HEAD, CALL, DECIDING)]
+    handing = [t for t in on_device if t.term == HANDING and t.tokens == 1]
     assert all(t.error is not None for t in handing if t.seconds)
     assert all(t.error is not None and t.seconds > 0 for t in spread if t.tokens == 1)
     panels = {PANELS} if host.has_native_bf16() else set()
@@ -88,13 +99,13 @@ def test_a_run_is_predicted_from_what_was_measured(
     assert dry.request.dense == ("bf16" if host.has_native_bf16() else "f32")
     assert dry.fit == placement.fit
     assert dry.prediction is not None
-    for name in ("attention and router", "output head", "around the layers"):
+    for name in (MIXER, HEAD, CALL):
         assert terms[name].predicted_s == pytest.approx(
             dry.prediction.terms[name].value, rel=1e-6
         ), name
         assert (terms[name].measured_s or 0) > 0
     whole = terms["a step"]
-    parts = ("attention and router", "deciding", "experts", "output head", "around the layers")
+    parts = (MIXER, DECIDING, EXPERTS, HEAD, CALL)
     assert sum(terms[name].predicted_s for name in parts) == pytest.approx(whole.predicted_s)
 
 
@@ -136,7 +147,7 @@ def test_a_load_measures_only_once(quick: Path, monkeypatch: pytest.MonkeyPatch)
     )
     terms = tuple(
         TermPoint(
-            term="attention",
+            term=MIXER,
             family=wanted.spec.family,
             kind=mixer.kind,
             params=mixer.params,
@@ -232,7 +243,7 @@ def test_nothing_of_the_layers_is_kept(
         monkeypatch.setattr(module, "load_fast_model", load)
     monkeypatch.setattr(tempfile, "TemporaryDirectory", Folder)
     if fails:
-        monkeypatch.setattr(measure_placed.Placed, "asides", fail)
+        monkeypatch.setattr(measure_placed.Placed, "extras", fail)
     gc.collect()
     gc.disable()
     try:

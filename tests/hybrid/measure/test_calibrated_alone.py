@@ -12,7 +12,8 @@ from gpu_experts.emulated import EMULATED
 from hybrid.ask.asked_model import find_model
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from hybrid.ledger.prediction import predict, prompt_loads
+from hybrid.ledger.alone import prompt_loads
+from hybrid.ledger.prediction import predict
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity, alone, load, save, without_device
 from hybrid.model import Model
@@ -20,6 +21,7 @@ from hybrid.planning.plan import plan
 from hybrid.session.model import HybridModel
 from planner.describe.estimate import Source
 from planner.describe.hardware import PANELS, HardwareSpec, Point, TermPoint
+from planner.describe.terms import MIXER
 from planner_examples import bare_machine, machine
 
 GPU = "Wide (cuda:0)"
@@ -33,7 +35,7 @@ def point(lane: str, hidden: int, seconds: float) -> Point:
 
 def attention(lane: str, tokens: int, seconds: float, params: int = 8000) -> TermPoint:
     about: dict[str, Any] = {"family": "qwen3_moe", "kind": "full", "format": "q8_0"}
-    about |= {"term": "attention", "params": params, "context": tokens}
+    about |= {"term": MIXER, "params": params, "context": tokens}
     return TermPoint(lane=lane, tokens=tokens, seconds=seconds, **about)
 
 

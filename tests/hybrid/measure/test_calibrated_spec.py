@@ -15,6 +15,7 @@ from hybrid.measure.describe import to_spec
 from hybrid.measure.experts import DiskTimes, ExpertTimes
 from planner.describe.estimate import Source
 from planner.describe.hardware import HardwareSpec, to_toml
+from planner.describe.terms import CALL, CPU, DENSE, HEAD, MIXER
 
 
 def test_every_number_has_its_spread_and_origin() -> None:
@@ -48,11 +49,11 @@ def test_every_number_has_its_spread_and_origin() -> None:
     assert "had been told to forget" in spec.disk.bytes_per_s.origin
     assert [(p.load, p.error) for p in spec.points] == [(1, 0.0), (512, 0.0)]
     terms = {(t.term, t.tokens, t.context): t for t in spec.terms}
-    assert terms["attention", 1, 9].seconds == 2e-3
-    assert terms["attention", 1, 9].error == pytest.approx(1e-3)
-    assert terms["head", 1, 1].seconds == 2e-3  # contexts are merged
-    assert terms["feed_forward", 1, 1].error is None
-    assert (terms["expert", 1, 1].format, terms["call", 2, 2].format) == ("q4_0", "bf16")
+    assert terms[MIXER, 1, 9].seconds == 2e-3
+    assert terms[MIXER, 1, 9].error == pytest.approx(1e-3)
+    assert terms[HEAD, 1, 1].seconds == 2e-3  # contexts are merged
+    assert terms[DENSE, 1, 1].error is None
+    assert (terms[CPU, 1, 1].format, terms[CALL, 2, 2].format) == ("q4_0", "bf16")
 
 
 def _experts(rate: float, hidden: int = 2048, **changes: bool) -> ExpertTimes:

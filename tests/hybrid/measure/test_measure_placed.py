@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +15,24 @@ import torch
 from gpu_experts.emulated.device import EmulatedDevice
 from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware
-from hybrid.ledger.timeline import DECIDING, EXPERTS, HEAD, ROUTER, Timeline
 from hybrid.machine.devices import open_device
 from hybrid.measure import shared as measure_placed
 from hybrid.measure.alone import SETTLING
-from hybrid.measure.shared import (
-    COPIES,
-    PLANNED,
-    LayerTimes,
-    Placed,
-    UnmeasuredError,
-    parts_of,
-)
-from hybrid.measure.terms_of_step import Part, Pass
+from hybrid.measure.shared import Placed, UnmeasuredError, parts_of
+from hybrid.measure.terms_of_step import Part, Pass, Planned
+from planner.cost.step_times import StepTimes
 from planner.describe.model import ModelSpec
+from planner.describe.terms import (
+    CALL,
+    DECIDING,
+    DENSE,
+    EXPERTS,
+    HANDING,
+    HEAD,
+    JOINING,
+    MIXER,
+    SAMPLING,
+)
 from planner_examples import small_model
 from tiny_families import families, tiny_config
 
@@ -35,63 +40,23 @@ ATTENTION_S, DENSE_S, DECIDING_S, EXPERTS_S, HEAD_S, CALL_S = 2.0, 8.0, 0.5, 4.0
 HANDING_S, JOINING_S = 0.125, 1.5
 
 
-def record(layer: int, at_s: float, computed_until_s: float) -> Any:
-    """A layer that begins at an instant: a second each, and a device that may be late."""
-    span = (at_s + 1, computed_until_s)
-    return SimpleNamespace(
-        entered_s=at_s,
-        routed_s=at_s + 1,
-        decided_s=at_s + 2,
-        joined_s=at_s + 3,
-        decision=SimpleNamespace(plan=SimpleNamespace(copies=(7,) * layer, makespan_s=0.5 * layer)),
-        computes=[SimpleNamespace(span=lambda: span)],
-        copies=[],
-    )
-
-
-def test_a_layer_ends_when_its_sum_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a device computes beyond the host's join is the experts' time, not the next router's."""
-    monkeypatch.setattr(Timeline, "add", lambda *_: None)
-    times = LayerTimes()
-    cost: Any = None
-    for one in (record(0, 10.0, 12.5), record(1, 13.0, 16.5), record(2, 16.0, 19.25)):
-        times.add(one, cost)
-    times.step(False, 1.0, 0.0)
-    expected = {
-        (ROUTER, 0): 1.0,
-        (DECIDING, 0): 1.0,
-        (EXPERTS, 0): 1.0,
-        (ROUTER, 1): 1.0,
-        (DECIDING, 1): 1.0,
-        (EXPERTS, 1): 1.5,
-        (ROUTER, 2): 0.5,
-        (DECIDING, 2): 1.0,
-        (EXPERTS, 2): 1.25,
-        (HEAD, 0): 0.75,
-    }
-    copies = {(COPIES, 0): 0, (COPIES, 1): 1, (COPIES, 2): 2}
-    plans = {(PLANNED, 0): 0.0, (PLANNED, 1): 0.5, (PLANNED, 2): 1.0}
-    assert times.take() == expected | copies | plans
-    assert sum(expected.values()) == 10.0  # from the first layer's beginning to the last step's end
-    assert times.take() == {(HEAD, 0): 1.0}
-
-
 def one_pass(model: ModelSpec) -> Pass:
     """A pass in which every part takes what the constants say, as the executor sees it."""
-    spans: dict[tuple[str, int], float] = {}
-    before_s, moe = 0.0, 0
+    layers: list[dict[str, float]] = []
+    plans: list[Planned] = []
+    before_s = 0.0
     for layer in model.layers:
         if layer.moe:
-            times = (before_s + ATTENTION_S, DECIDING_S, EXPERTS_S)
-            spans |= dict(zip(((n, moe) for n in (ROUTER, DECIDING, EXPERTS)), times, strict=True))
-            spans[COPIES, moe], spans[PLANNED, moe] = moe % 3, EXPERTS_S - JOINING_S
-            spans[DECIDING, moe] += HANDING_S * (moe % 3)
-            before_s, moe = 0.0, moe + 1
+            copies = len(layers) % 3
+            deciding_s = DECIDING_S + HANDING_S * copies
+            mixer_s = before_s + ATTENTION_S
+            layers.append({MIXER: mixer_s, DECIDING: deciding_s, EXPERTS: EXPERTS_S})
+            plans.append(Planned(copies, EXPERTS_S - JOINING_S))
+            before_s = 0.0
         else:
             before_s += ATTENTION_S + DENSE_S
-    spans[HEAD, 0] = before_s + HEAD_S
-    seconds = [value for (name, _), value in spans.items() if name not in (COPIES, PLANNED)]
-    return Pass(sum(seconds) + CALL_S, spans)
+    times = StepTimes(tuple(layers), {HEAD: before_s + HEAD_S})
+    return Pass(times.duration_s + CALL_S, times, tuple(plans))
 
 
 def taken_apart(model: ModelSpec) -> dict[tuple[str, int], tuple[float, ...]]:
@@ -111,16 +76,16 @@ def test_passes_are_taken_apart(changes: dict[str, Any]) -> None:
     model = small_model(decoder_sparse_step=1, **changes)
     moe = next(layer for layer in model.layers if layer.moe)
     expected = {
-        ("attention", moe.mixer.params): (ATTENTION_S,) * 2,
-        ("feed_forward", moe.ffn_params): (0.25, 0.5),
-        ("head", model.head_params): (HEAD_S + 100,) * 2,
-        ("call", model.head_params): (CALL_S + 1000,) * 2,
-        ("deciding", model.experts.params_each): (DECIDING_S,) * 2,
-        ("handing", model.experts.params_each): (HANDING_S,) * 2,
-        ("joining", model.experts.params_each): (JOINING_S,) * 2,
+        (MIXER, moe.mixer.params): (ATTENTION_S,) * 2,
+        (DENSE, moe.ffn_params): (0.25, 0.5),
+        (HEAD, model.head_params): (HEAD_S + 100,) * 2,
+        (CALL, model.head_params): (CALL_S + 1000,) * 2,
+        (DECIDING, model.experts.params_each): (DECIDING_S,) * 2,
+        (HANDING, model.experts.params_each): (HANDING_S,) * 2,
+        (JOINING, model.experts.params_each): (JOINING_S,) * 2,
     }
     if changes:
-        expected["feed_forward", model.layers[0].ffn_params] = (DENSE_S,) * 2
+        expected[DENSE, model.layers[0].ffn_params] = (DENSE_S,) * 2
     assert taken_apart(model) == expected
 
 
@@ -136,12 +101,11 @@ def test_a_pass_that_ends_before_its_plan_makes_no_time_negative(
     steps = []
     for end_s in ends_s:
         step = one_pass(model)
-        moe = [number for name, number in step.spans if name == PLANNED]
-        spans = step.spans | {(PLANNED, number): EXPERTS_S - end_s for number in moe}
-        steps.append(Pass(step.whole_s, spans))
+        plans = tuple(plan._replace(seconds=EXPERTS_S - end_s) for plan in step.plans)
+        steps.append(replace(step, plans=plans))
     beyond = {layer.ffn_params: [0.0] for layer in model.layers}
     parts = parts_of(model, model.layers, steps, 1, 9, beyond, 0.0, 0.0)
-    (joining,) = [part for part in parts if part.term == "joining"]
+    (joining,) = [part for part in parts if part.term == JOINING]
     assert joining.samples == expected
 
 
@@ -151,8 +115,8 @@ def test_where_nothing_tells_layers_apart_they_share_evenly() -> None:
     found = taken_apart(model)
     dense, moe = model.layers[0], model.layers[1]
     attention_s, mlp_s = (
-        found["attention", moe.mixer.params][0],
-        found["feed_forward", dense.ffn_params][0],
+        found[MIXER, moe.mixer.params][0],
+        found[DENSE, dense.ffn_params][0],
     )
     assert 2 * attention_s + mlp_s == 2 * ATTENTION_S + DENSE_S
 
@@ -191,20 +155,20 @@ def test_a_model_is_measured_where_it_is_placed(tiny_model: Path) -> None:
     runs = {prompt: [placed.generate(prompt, new) for _ in range(2)] for prompt, new in PROMPTS}
     assert [len(passes) for passes in runs[8]] == [12, 12]
     for step in runs[8][0]:
-        assert min(step.spans.values()) >= 0
-        terms_s = [s for (name, _), s in step.spans.items() if name not in (COPIES, PLANNED)]
-        assert sum(terms_s) < step.whole_s
-    parts = [*placed.parts(runs), *placed.asides(4, 1)]
+        assert min(step.times.terms.values()) >= 0
+        assert min(plan.seconds for plan in step.plans) > 0
+        assert step.around_s > 0
+    parts = [*placed.parts(runs), *placed.extras(4, 1)]
     placed.close()
     assert device.memory().free_bytes == device.memory().total_bytes
     found = {(part.term, part.tokens, part.context) for part in parts}
-    terms = ("attention", "feed_forward", "head", "call", "deciding", "handing", "joining")
+    terms = (MIXER, DENSE, HEAD, CALL, DECIDING, HANDING, JOINING)
     assert found == {(t, n, c) for t in terms for n, c in ((2, 2), (8, 8), (1, 16))} | {
-        ("sampling", 1, 1)
+        (SAMPLING, 1, 1)
     }
-    certain = [part for part in parts if part.term in ("attention", "head", "call")]
+    certain = [part for part in parts if part.term in (MIXER, HEAD, CALL)]
     assert all(min(part.samples) > 0 for part in certain)
-    decoded = next(part for part in parts if (part.term, part.tokens) == ("attention", 1))
+    decoded = next(part for part in parts if (part.term, part.tokens) == (MIXER, 1))
     assert len(decoded.samples) == 2 * (12 - 1 - SETTLING)
 
 
@@ -222,12 +186,13 @@ def test_a_device_that_fails_measures_nothing(tiny_model: Path) -> None:
         placed.generate(8, 4)
 
 
-def test_passes_that_lack_spans_measure_nothing(
+def test_passes_that_lack_layers_measure_nothing(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where nobody noted why."""
     placed = of_tiny(tiny_model)
-    monkeypatch.setattr(placed._times, "take", lambda: {(HEAD, 0): 1.0})
+    nothing = StepTimes((), {HEAD: 1.0})
+    monkeypatch.setattr(placed, "_take", lambda whole_s: Pass(whole_s, nothing))
     with pytest.raises(UnmeasuredError, match="told apart"):
         placed.generate(8, 2)
     placed.close()
@@ -262,7 +227,7 @@ def test_shared_experts_count_beyond_the_router(
     moe = {layer.ffn_params for layer in placed.layers if layer.moe}
     for params in moe:
         expected = (0.125,) * measure_placed.SAMPLES if launched else (0.0,)
-        assert parts["feed_forward", params] == expected
+        assert parts[DENSE, params] == expected
     assert calls
     assert placed.generate(3, 2)  # what was launched for measuring is forgotten
     placed.close()

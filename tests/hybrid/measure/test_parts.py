@@ -10,15 +10,16 @@ import pytest
 from hybrid.measure.replica import ROWS, shortened
 from hybrid.measure.terms_of_step import (
     Pass,
-    aside,
+    extra,
     in_modules,
     single_tokens,
     totals,
     typical,
 )
-from planner.cost.terms import CALL, CPU, DENSE, HEAD, MIXER
+from planner.cost.step_times import StepTimes
 from planner.describe.families import from_hf_config
 from planner.describe.model import ModelSpec
+from planner.describe.terms import CALL, CPU, DENSE, HEAD, MIXER, SAMPLING
 from planner_examples import SMALL, small_model
 
 ATTENTION_S, EXPERT_S, SHARED_S, HEAD_S, CALL_S, DENSE_S = 0.5, 0.125, 0.25, 2.0, 1.0, 4.0
@@ -34,54 +35,47 @@ def mixed_model() -> ModelSpec:
     return small_model(decoder_sparse_step=1, mlp_only_layers=[0], num_hidden_layers=4)
 
 
-def test_asides_are_what_a_step_takes_more_around_its_layers() -> None:
+def test_extras_are_what_a_step_takes_more_around_its_layers() -> None:
     """Layers and head may differ from step to step; a larger vocabulary takes longer."""
     model = small_model()
 
     def step(around_s: float, layers_s: float) -> Pass:
-        spans = {("layer", 0): layers_s, ("experts", 0): layers_s / 2, ("head", 0): HEAD_S}
-        return Pass(around_s + layers_s + HEAD_S, spans)
+        layer = {MIXER: layers_s / 2, CPU: layers_s / 2, DENSE: 0.0}
+        return Pass(around_s + layers_s + HEAD_S, StepTimes((layer,), {HEAD: HEAD_S}))
 
     likeliest = [step(CALL_S, 1.0), step(CALL_S, 2.0)]
     turns = [(likeliest, [step(CALL_S + 0.5, 9.0)]), (likeliest, [step(CALL_S - 0.1, 3.0)])]
-    part = aside("sampling", model, 4.0, turns)
-    assert (part.term, part.params) == ("sampling", model.head_params)
+    part = extra(SAMPLING, model, 4.0, turns)
+    assert (part.term, part.params) == (SAMPLING, model.head_params)
     assert part.samples == pytest.approx((2.0, 0.0))
 
 
-def spans_of(model: ModelSpec, attention_s: float = ATTENTION_S) -> dict[tuple[str, int], float]:
-    """What every part of a step of four experts a token took."""
-    spans = {("head", 0): HEAD_S}
-    for index, layer in enumerate(model.layers):
-        beside_s = SHARED_S if layer.moe else DENSE_S
-        experts_s = 4 * EXPERT_S if layer.moe else 0.0
-        spans |= {
-            ("layer", index): attention_s + beside_s + experts_s,
-            ("feed_forward", index): beside_s,
-            ("experts", index): experts_s,
-        }
-    return spans
-
-
 def step_of(model: ModelSpec, around_s: float, attention_s: float = ATTENTION_S) -> Pass:
-    """A step with something around its layers and head."""
-    spans = spans_of(model, attention_s)
-    inner_s = sum(seconds for (name, _), seconds in spans.items() if name in ("layer", "head"))
-    return Pass(inner_s + around_s, spans)
+    """A step of four experts a token, with something around its layers and head."""
+    layers = tuple(
+        {
+            MIXER: attention_s,
+            DENSE: SHARED_S if layer.moe else DENSE_S,
+            CPU: 4 * EXPERT_S if layer.moe else 0.0,
+        }
+        for layer in model.layers
+    )
+    times = StepTimes(layers, {HEAD: HEAD_S})
+    return Pass(times.duration_s + around_s, times)
 
 
 def test_parts_of_timed_modules() -> None:
-    """Attention is a layer less what is beside it; what is left of a step surrounds the layers."""
+    """Each by its weights; what is left of a step surrounds the layers."""
     model = mixed_model()
     passes = [step_of(model, CALL_S), step_of(model, 3 * CALL_S)]
     found = by_term(in_modules(model, model.layers, 2.0, passes, 8, 8))
     dense, sparse = model.layers[0], model.layers[1]
     assert found == {
-        ("attention", sparse.mixer.params, 8): (ATTENTION_S,) * 2,
-        ("feed_forward", dense.ffn_params, 8): (DENSE_S,) * 2,
-        ("feed_forward", sparse.ffn_params, 8): (SHARED_S,) * 2,
-        ("head", model.head_params, 8): (2 * HEAD_S,) * 2,
-        ("call", model.head_params, 8): (CALL_S, 3 * CALL_S),
+        (MIXER, sparse.mixer.params, 8): (ATTENTION_S,) * 2,
+        (DENSE, dense.ffn_params, 8): (DENSE_S,) * 2,
+        (DENSE, sparse.ffn_params, 8): (SHARED_S,) * 2,
+        (HEAD, model.head_params, 8): (2 * HEAD_S,) * 2,
+        (CALL, model.head_params, 8): (CALL_S, 3 * CALL_S),
     }
 
 
@@ -91,15 +85,15 @@ def test_parts_of_single_tokens() -> None:
         steps = {100: [step_of(model, CALL_S)], 900: [step_of(model, CALL_S, 3.0)] * 2}
         sparse = model.layers[-1]
         expected = {
-            ("expert", model.experts.params_each, 1): (EXPERT_S,) * 3,
-            ("head", model.head_params, 1): (2 * HEAD_S,) * 3,
-            ("call", model.head_params, 1): (CALL_S,) * 3,
-            ("attention", sparse.mixer.params, 100): (ATTENTION_S,),
-            ("attention", sparse.mixer.params, 900): (3.0,) * 2,
-            ("feed_forward", sparse.ffn_params, 1): (SHARED_S,) * 3,
+            (CPU, model.experts.params_each, 1): (EXPERT_S,) * 3,
+            (HEAD, model.head_params, 1): (2 * HEAD_S,) * 3,
+            (CALL, model.head_params, 1): (CALL_S,) * 3,
+            (MIXER, sparse.mixer.params, 100): (ATTENTION_S,),
+            (MIXER, sparse.mixer.params, 900): (3.0,) * 2,
+            (DENSE, sparse.ffn_params, 1): (SHARED_S,) * 3,
         }
         if not model.layers[0].moe:
-            expected["feed_forward", model.layers[0].ffn_params, 1] = (DENSE_S,) * 3
+            expected[DENSE, model.layers[0].ffn_params, 1] = (DENSE_S,) * 3
         assert by_term(single_tokens(model, model.layers, 2.0, steps)) == expected
 
 
@@ -113,7 +107,7 @@ def test_totals_are_those_of_all_layers(fast: bool) -> None:
     else:
         parts = list(in_modules(model, model.layers, 1.0, steps, 8, 8))
         single = by_term(in_modules(model, model.layers, 1.0, steps, 1, 8))
-        assert single["expert", model.experts.params_each, 8] == (EXPERT_S,)
+        assert single[CPU, model.experts.params_each, 8] == (EXPERT_S,)
     assert totals(model, model.layers, steps, parts) == pytest.approx(
         {
             MIXER: 4 * ATTENTION_S,

@@ -97,7 +97,7 @@ def test_a_call_leaves_one_value_on_the_model(tiny_model: Path) -> None:
     assert model.report().figures["new_tokens"].value == 5
     text = model.generate("def f", max_new_tokens=5, do_sample=False)
     assert (made.times.new_tokens, model._last.text) == (5, text)
-    assert model._last.times.asides == ("text",)
+    assert model._last.times.extras == ("text",)
 
 
 def test_pieces_come_from_a_thread_that_can_be_stopped() -> None:
