@@ -219,9 +219,11 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("made_up")
 def test_devices_of_a_backend_are_chosen_and_refused_as_any() -> None:
     """By name and number, in the words of all others."""
+    from gpu_experts.backends import by_number
     from hybrid.errors import UsageError
     from hybrid.machine.devices import choose_device
 
+    assert by_number(1) == "made-up:1"
     assert choose_device(None, None) == "made-up:0"
     assert choose_device("made-up:1", None) == "made-up:1"
     with pytest.raises(UsageError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -73,6 +74,7 @@ def test_an_emulated_device_is_never_just_there(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setitem(BACKENDS, "cuda", replace(CUDA, count=lambda count=count: count))
         found = backends.first_there()
         assert (found and found.name) == first
+        assert backends.by_number(1) == "cuda:1"
     assert backends.emulation() is EMULATED
 
 
@@ -80,6 +82,6 @@ def test_a_folder_is_a_backend() -> None:
     """Each folder beside the list is in it, under the name of the folder."""
     import gpu_experts
 
-    folders = subprocess.os.scandir(gpu_experts.__path__[0])
+    folders = os.scandir(gpu_experts.__path__[0])
     names = {f.name for f in folders if f.is_dir() and not f.name.startswith("_")}
     assert names == set(BACKENDS)
