@@ -210,7 +210,7 @@ def run(
 
 def _up_constants(layout: Block) -> dict[str, Any]:
     return {
-        "FORMAT": layout.format,
+        "FMT": layout.format,
         "GATED": layout.gated,
         "BIAS": layout.bias,
         "CLAMPED": math.isfinite(layout.limit),
@@ -261,7 +261,7 @@ def _run_vector(
         layout.stride // 16,
         layout.down_offset // 16,
         layout.down_bias_offset // 16,
-        FORMAT=layout.format,
+        FMT=layout.format,
         BIAS=layout.bias,
         **common,
     )
@@ -333,7 +333,7 @@ def _run_matrix(
         layout.stride // 16,
         layout.down_offset // 16,
         layout.down_bias_offset // 16,
-        FORMAT=layout.format,
+        FMT=layout.format,
         BIAS=layout.bias,
         STRIPS=2 * across,
         **common,

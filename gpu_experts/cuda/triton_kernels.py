@@ -73,10 +73,10 @@ def _combine(
 
 
 @triton.jit
-def _codes(words, SHIFT: tl.constexpr, FORMAT: tl.constexpr):
+def _codes(words, SHIFT: tl.constexpr, FMT: tl.constexpr):
     """The numbers of all words at one bit position, as float32 without their scales."""
-    tl.static_assert(FORMAT == "q4_0" or FORMAT == "q8_0", "the kernels do not read this format")
-    codes = ((words >> SHIFT) & 15) - 8 if FORMAT == "q4_0" else (words << (24 - SHIFT)) >> 24
+    tl.static_assert(FMT == "q4_0" or FMT == "q8_0", "the kernels do not read this format")
+    codes = ((words >> SHIFT) & 15) - 8 if FMT == "q4_0" else (words << (24 - SHIFT)) >> 24
     return codes.to(tl.float32)
 
 
@@ -100,15 +100,15 @@ def _dot_vector(
     lane,
     row_live,
     SIDES: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FMT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Products of one token with rows of a matrix that starts at word ``at``.
 
     ``SIDES`` 2 means that every other strip belongs to another matrix.
     """
-    CHUNKS: tl.constexpr = 4 if FORMAT == "q4_0" else 8
-    UNIT: tl.constexpr = 72 if FORMAT == "q4_0" else 136
+    CHUNKS: tl.constexpr = 4 if FMT == "q4_0" else 8
+    UNIT: tl.constexpr = 72 if FMT == "q4_0" else 136
     part = tl.arange(0, GROUPS * CHUNKS)
     group, chunk = part // CHUNKS, part % CHUNKS
     start = at + strip.to(tl.int64) * (groups * (UNIT * SIDES))
@@ -122,14 +122,14 @@ def _dot_vector(
         dots = tl.zeros([GROUPS * CHUNKS, lane.shape[0]], tl.float32)
         k = g * 32 + chunk * 4
         for byte in tl.static_range(4):
-            if FORMAT == "q4_0":
+            if FMT == "q4_0":
                 low = tl.load(x_ptr + k + byte, k + byte < inputs, other=0.0)
                 high = tl.load(x_ptr + k + (16 + byte), k + (16 + byte) < inputs, other=0.0)
-                dots += _codes(words, 8 * byte, FORMAT) * low.to(tl.float32)[:, None]
-                dots += _codes(words, 8 * byte + 4, FORMAT) * high.to(tl.float32)[:, None]
+                dots += _codes(words, 8 * byte, FMT) * low.to(tl.float32)[:, None]
+                dots += _codes(words, 8 * byte + 4, FMT) * high.to(tl.float32)[:, None]
             else:
                 v = tl.load(x_ptr + k + byte, k + byte < inputs, other=0.0)
-                dots += _codes(words, 8 * byte, FORMAT) * v.to(tl.float32)[:, None]
+                dots += _codes(words, 8 * byte, FMT) * v.to(tl.float32)[:, None]
         total += dots * scales.to(tl.float32)
     return tl.sum(total, 0)
 
@@ -150,7 +150,7 @@ def up_vector(
     alpha,
     limit,
     up_offset,
-    FORMAT: tl.constexpr,
+    FMT: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
@@ -164,40 +164,18 @@ def up_vector(
     slot = tl.load(table_ptr + pairs + pair)
     token = tl.load(table_ptr + 4 * pairs + tl.load(table_ptr + pair))
     SIDES: tl.constexpr = 2 if GATED else 1
-    UNIT: tl.constexpr = 72 if FORMAT == "q4_0" else 136
+    UNIT: tl.constexpr = 72 if FMT == "q4_0" else 136
     strip, lane, live = _strip_rows(tl.program_id(1) * STRIPS, strips, STRIPS)
     base = slot.to(tl.int64) * slot_quads * 4
     x_row = x_ptr + token.to(tl.int64) * inputs
     gate = _dot_vector(
-        x_row,
-        inputs,
-        words_ptr,
-        scales_ptr,
-        base,
-        groups,
-        strip,
-        lane,
-        live,
-        SIDES,
-        FORMAT,
-        GROUPS,
+        x_row, inputs, words_ptr, scales_ptr, base, groups, strip, lane, live, SIDES, FMT, GROUPS
     )
     up = gate
     if GATED:
         at = base + groups * UNIT
         up = _dot_vector(
-            x_row,
-            inputs,
-            words_ptr,
-            scales_ptr,
-            at,
-            groups,
-            strip,
-            lane,
-            live,
-            SIDES,
-            FORMAT,
-            GROUPS,
+            x_row, inputs, words_ptr, scales_ptr, at, groups, strip, lane, live, SIDES, FMT, GROUPS
         )
     if BIAS:
         bias = _as(slots_ptr, tl.float32) + base + bias_quads * 4 + strip * (16 * SIDES) + lane
@@ -236,7 +214,7 @@ def down_vector(
     slot_quads,
     down_quads,
     bias_quads,
-    FORMAT: tl.constexpr,
+    FMT: tl.constexpr,
     BIAS: tl.constexpr,
     STRIPS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -255,7 +233,7 @@ def down_vector(
         h_row = h_ptr + pair.to(tl.int64) * inputs
         down = base + down_quads * 4
         y = _dot_vector(
-            h_row, inputs, words_ptr, scales_ptr, down, groups, strip, lane, live, 1, FORMAT, GROUPS
+            h_row, inputs, words_ptr, scales_ptr, down, groups, strip, lane, live, 1, FMT, GROUPS
         )
         if BIAS:
             y += tl.load(_as(slots_ptr, tl.float32) + base + bias_quads * 4 + row, live, other=0.0)
@@ -264,11 +242,11 @@ def down_vector(
 
 
 @triton.jit
-def _permuted(k, FORMAT: tl.constexpr):
+def _permuted(k, FMT: tl.constexpr):
     """Where input ``k`` lies in permuted rows: [span, bit position, group, chunk]."""
     inner = k % 32
     group = (k % 128) // 32
-    if FORMAT == "q4_0":
+    if FMT == "q4_0":
         place = (inner // 16 * 4 + inner % 4) * 16 + group * 4 + inner % 16 // 4
     else:
         place = inner % 4 * 32 + group * 8 + inner // 4
@@ -284,10 +262,10 @@ def _words(words_ptr, scales_ptr, at, chunk, lane, live, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _weights(words, scales, POSITION: tl.constexpr, FORMAT: tl.constexpr, like):
+def _weights(words, scales, POSITION: tl.constexpr, FMT: tl.constexpr, like):
     """The weights at one bit position, in the type of ``like``."""
     SHIFT: tl.constexpr = POSITION % 4 * 8 + POSITION // 4 * 4
-    return (_codes(words, SHIFT, FORMAT) * scales).to(like.dtype)
+    return (_codes(words, SHIFT, FMT) * scales).to(like.dtype)
 
 
 @triton.jit
@@ -314,7 +292,7 @@ def up_matrix(
     alpha,
     limit,
     up_offset,
-    FORMAT: tl.constexpr,
+    FMT: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
@@ -326,8 +304,8 @@ def up_matrix(
     words_ptr, scales_ptr = _as(slots_ptr, tl.int32), _as(slots_ptr, tl.float16)
     slot, first, count = _tile(table_ptr, pairs, users)
     SIDES: tl.constexpr = 2 if GATED else 1
-    UNIT: tl.constexpr = 72 if FORMAT == "q4_0" else 136
-    CHUNKS: tl.constexpr = 4 if FORMAT == "q4_0" else 8
+    UNIT: tl.constexpr = 72 if FMT == "q4_0" else 136
+    CHUNKS: tl.constexpr = 4 if FMT == "q4_0" else 8
     PLACES: tl.constexpr = 4 * CHUNKS
     strip, lane, live = _strip_rows(tl.program_id(1) * STRIPS, strips, STRIPS)
     base = slot.to(tl.int64) * slot_quads * 4
@@ -351,10 +329,10 @@ def up_matrix(
         for position in tl.static_range(128 // PLACES):
             k = span * 128 + position * PLACES + place
             x = tl.load(x_rows[:, None] + k[None, :], mine[:, None], other=0.0)
-            w = _weights(words, scales, position, FORMAT, x)
+            w = _weights(words, scales, position, FMT, x)
             gate = tl.dot(x, w, gate, input_precision="ieee")
             if GATED:
-                w = _weights(words_up, scales_up, position, FORMAT, x)
+                w = _weights(words_up, scales_up, position, FMT, x)
                 up = tl.dot(x, w, up, input_precision="ieee")
     if not GATED:
         up = gate
@@ -363,7 +341,7 @@ def up_matrix(
         gate += tl.load(bias, live, other=0.0)[None, :]
         up += tl.load(bias + 16 * (SIDES - 1), live, other=0.0)[None, :]
     h = _combine(gate, up, alpha, limit, up_offset, GATED, CLAMPED, ACTIVATION)
-    column = _permuted(strip * 16 + lane, FORMAT)
+    column = _permuted(strip * 16 + lane, FMT)
     to = h_ptr + pair.to(tl.int64)[:, None] * h_stride + column[None, :]
     tl.store(to, h.to(h_ptr.dtype.element_ty), mine[:, None] & live[None, :])
 
@@ -383,7 +361,7 @@ def down_matrix(
     slot_quads,
     down_quads,
     bias_quads,
-    FORMAT: tl.constexpr,
+    FMT: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     STRIPS: tl.constexpr,
@@ -391,8 +369,8 @@ def down_matrix(
     """y[pair] = down(h), float32 ``[N, D]``, h permuted; a tile of pairs and rows a program."""
     words_ptr, scales_ptr = _as(slots_ptr, tl.int32), _as(slots_ptr, tl.float16)
     slot, first, count = _tile(table_ptr, pairs, users)
-    UNIT: tl.constexpr = 72 if FORMAT == "q4_0" else 136
-    CHUNKS: tl.constexpr = 4 if FORMAT == "q4_0" else 8
+    UNIT: tl.constexpr = 72 if FMT == "q4_0" else 136
+    CHUNKS: tl.constexpr = 4 if FMT == "q4_0" else 8
     PLACES: tl.constexpr = 4 * CHUNKS
     strip, lane, live = _strip_rows(tl.program_id(1) * STRIPS, strips, STRIPS)
     row = strip * 16 + lane
@@ -413,7 +391,7 @@ def down_matrix(
             # Columns past the last group were never written: they must not be read as numbers.
             known = mine[:, None] & (g < groups)[None, :]
             h = tl.load(h_ptr + pair[:, None] * h_stride + k[None, :], known, other=0.0)
-            y = tl.dot(h, _weights(words, scales, position, FORMAT, h), y, input_precision="ieee")
+            y = tl.dot(h, _weights(words, scales, position, FMT, h), y, input_precision="ieee")
     live = live & (row < rows)
     if BIAS:
         bias = _as(slots_ptr, tl.float32) + base + bias_quads * 4 + row

@@ -65,13 +65,13 @@ def compile(kernel, **constants):
 
 up = {"GATED": True, "BIAS": True, "CLAMPED": True, "ACTIVATION": "silu"}
 fmt = sys.argv[2]
-compile(kernels.up_vector, FORMAT=fmt, **up, STRIPS=1, GROUPS=8)
-compile(kernels.down_vector, FORMAT=fmt, BIAS=True, STRIPS=1, GROUPS=8)
+compile(kernels.up_vector, FMT=fmt, **up, STRIPS=1, GROUPS=8)
+compile(kernels.down_vector, FMT=fmt, BIAS=True, STRIPS=1, GROUPS=8)
 compile(kernels.add_pairs, BLOCK=256)
 compile(kernels.add_host, BLOCK=512)
 for matrix in (
-    compile(kernels.up_matrix, FORMAT=fmt, **up, STRIPS=2, ROWS=64),
-    compile(kernels.down_matrix, FORMAT=fmt, BIAS=True, STRIPS=4, ROWS=64),
+    compile(kernels.up_matrix, FMT=fmt, **up, STRIPS=2, ROWS=64),
+    compile(kernels.down_matrix, FMT=fmt, BIAS=True, STRIPS=4, ROWS=64),
 ):
     assert "mma" in matrix[0] or sys.argv[1] == "75", "no tensor cores"
     assert matrix[1] <= 48 << 10, matrix[1]
