@@ -51,7 +51,13 @@ class LayerRecord:
 
     def done(self) -> bool:
         """Whether the device has finished everything of it."""
-        return all(event.done() for event in (*self.computes, *self.copies))
+        for event in self.computes:  # every layer asks: no generator
+            if not event.done():
+                return False
+        for event in self.copies:  # noqa: SIM110
+            if not event.done():
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

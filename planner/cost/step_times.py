@@ -226,9 +226,10 @@ def experts_times(
     experts = cost.experts
     deciding_s, joining_s = cost.host_s(tokens, len(plan.copies))
     shared_s, cpu_end_s, gpu_end_s = work.gpu_free_s, plan.cpu_end_s, plan.gpu_end_s
-    planned_s = max(cpu_end_s, gpu_end_s, shared_s)
+    planned_s = end_s = max(cpu_end_s, gpu_end_s, shared_s)
     if plan.cpu and not joining_s and cost.cpu_slowdown != 1.0:
         cpu_end_s = contended_s(cpu_end_s, link_end_s, cost.cpu_slowdown)
+        end_s = max(cpu_end_s, gpu_end_s, shared_s)
     read_s = gpu_busy_s = 0.0
     if read:
         load = dict(work.loads)[read[-1]]
@@ -237,6 +238,7 @@ def experts_times(
             cpu_end_s = max(cpu_end_s, read_s + experts.cpu_s(load))
         if not set(read).isdisjoint(plan.copies):
             gpu_end_s = max(gpu_end_s, read_s + experts.copy_s() + experts.gpu_s(load))
+        end_s = max(cpu_end_s, gpu_end_s, shared_s)
     if plan.gpu and tokens == 1:
         gpu_busy_s = experts.gpu_start_s + len(plan.gpu) * experts.gpu_s(1)
     elif plan.gpu:
@@ -246,7 +248,7 @@ def experts_times(
         deciding_s,
         shared_s,
         planned_s,
-        max(cpu_end_s, gpu_end_s, shared_s),
+        end_s,
         cpu_end_s,
         gpu_end_s,
         read_s,
