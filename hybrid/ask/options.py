@@ -13,9 +13,9 @@ from typing import Any
 from gpu_experts import backends
 from hybrid.ask.counts import whole_number
 from hybrid.ask.dtypes import check_dtype
-from hybrid.ask.policies import DEFAULT_POLICY, check_policy
 from hybrid.ask.sizes import Size, size_in_bytes
 from hybrid.errors import UsageError
+from planner.decide.policies import DEFAULT_POLICY, check_policy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,16 @@ from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware
 from hybrid.bench.record import Told, provenance, spread, untold
 from planner.cost.cost import CostModel, ExpertCost
+from planner.decide import policies
 from planner.decide.baselines import BASELINES
-from planner.decide.cache import ExpertCache, Policy
+from planner.decide.cache import ExpertCache
 from planner.decide.capacity import hits_by_capacity, marginal_capacities
 from planner.decide.decode_table import DecodeTable
 from planner.decide.director import Decision, Director, Fill
-from planner.decide.forecast import Forecast
 from planner.decide.oracles import SCH, Belady
-from planner.decide.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
-from planner.decide.popularity import favourites, informed
+from planner.decide.policies.mrs import MRS
+from planner.decide.policies.static import StaticPopularity
+from planner.decide.policy import Policy
 from planner.decide.problem import LayerCost
 from planner.decide.replay import Admission, replay
 from planner.decide.schedule import schedule
@@ -42,6 +43,9 @@ SHARES = (0.25, 0.5)
 
 LEARNED_SHARE = 0.25
 """First part of a trace that static popularity and marginal capacities are taken from."""
+
+TEXTBOOK = ("lru", "lfu", "arc", "static")
+"""Policies that are there for comparison: where every miss gets one of equally many slots."""
 
 STEP_SHARE = 10
 """One decode step, of as many decisions as the model has layers, for so many timed decisions."""
@@ -189,9 +193,10 @@ def _steps(ahead: int, tokens: int, seed: int) -> dict[str, Any]:
     warm = 2
     request = Request(model=model, hardware=hardware, prompt=32, tokens=warm + tokens, seed=seed)
     placed, routing = request.fit(), request.routing()
-    cache = ExpertCache(informed(model.moe_layers, model.experts.count), placed.slots)
+    policy = policies.policy(policies.DEFAULT_POLICY, model.moe_layers, model.experts.count)
+    cache = ExpertCache(policy, placed.slots)
     for layer in range(model.moe_layers):
-        for expert in favourites(cache, layer):
+        for expert in cache.favourites(layer):
             cache.admit(layer, expert)
     simulator = Simulator(request.cost, placed, routing, cache)
     timed = simulator.director = _Timed(request.cost, cache)
@@ -271,33 +276,25 @@ def _caches(
     counts = np.zeros((layers, experts))
     np.add.at(counts, (np.broadcast_to(every, ids[:sample].shape), ids[:sample]), 1)
     curve = hits_by_capacity(MRS(layers, experts), ids[:sample], weights[:sample])
-    learn: dict[str, Callable[[tuple[int, ...]], Policy]] = {
-        "belady": lambda _: Belady(ids, experts),
-        "sch": lambda _: SCH(ids, experts),
-        "lru": lambda _: LRU(layers, experts),
-        "lfu": lambda _: LFU(layers, experts),
-        "arc": lambda capacities: ARC(layers, experts, capacities),
-        "static": lambda _: StaticPopularity(layers, experts, counts),
-        "mrs": lambda _: MRS(layers, experts),
-        "blend": lambda _: Blend(layers, experts),
-        "forecast": lambda _: Forecast(layers, experts),
+    make: dict[str, Callable[[], Policy]] = {
+        "belady": lambda: Belady(ids, experts),
+        "sch": lambda: SCH(ids, experts),
+        **{name: partial(policies.policy, name, layers, experts) for name in policies.names()},
+        "static": lambda: StaticPopularity(layers, experts, counts),
     }
+    ours = [name for name in policies.names() if name not in TEXTBOOK]
     for share in SHARES:
         equal = (round(share * experts),) * layers
         marginal = marginal_capacities(curve, sum(equal))
         runs: list[tuple[str, str, tuple[int, ...], Admission]] = [
-            *((name, "equal", equal, "always") for name in learn),
-            *(
-                (name, "equal", equal, "worth")
-                for name in ("belady", "lru", "mrs", "blend", "forecast")
-            ),
-            *((name, "marginal", marginal, "always") for name in ("mrs", "blend", "forecast")),
+            *((name, "equal", equal, "always") for name in make),
+            *((name, "equal", equal, "worth") for name in ("belady", "lru", *ours)),
+            *((name, "marginal", marginal, "always") for name in ours),
         ]
         best: dict[Admission, float] = {}
         for name, split, capacities, admission in runs:
             progress(f"{trace}: {name}, {share:.0%}, {split}, {admission}")
-            policy = learn[name](capacities)
-            rate = replay(policy, ids, weights, capacities, admission).hit_rate
+            rate = replay(make[name](), ids, weights, capacities, admission).hit_rate
             best.setdefault(admission, rate)
             yield {
                 "trace": trace,

@@ -8,7 +8,7 @@ waited for (:mod:`hybrid.bench.stages`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_experts.slots import SlotTable
 from hybrid.bench.stages import Stage
 from hybrid.errors import UsageError
-from hybrid.ledger.timeline import Timeline
-from hybrid.sharing.device_slots import Opened
+from hybrid.sharing.device_guard import DeviceGuard
 from hybrid.sharing.executor import Executor
+from planner.decide import policies
 from planner.decide.baselines import all_cpu, on_demand, static_split
-from planner.decide.cache import ExpertCache, Policy
+from planner.decide.cache import ExpertCache
 from planner.decide.capacity import equal_capacities
 from planner.decide.director import Director, Scheduler
-from planner.decide.policies import LRU, StaticPopularity
-from planner.decide.popularity import Popularity, informed
+from planner.decide.popularity import Popularity
 from planner.decide.schedule import schedule
 from planner.describe.model import ModelSpec
-from planner.foretell.memory import STAGING
 from planner.foretell.routing import RECALL, Routing
 
 BASELINE = "static split"
@@ -48,7 +45,7 @@ class Rule:
     scheduler
         Places one layer's experts.
     policy
-        Makes the cache policy from what other text used.
+        Of the cache, which knows what other text used.
     prefetch, refill
         What idle link time is used for; see :class:`planner.decide.director.Director`.
     by_layer
@@ -58,47 +55,36 @@ class Rule:
     name: str
     meaning: str
     scheduler: Scheduler
-    policy: Callable[[Popularity], Policy]
+    policy: str
     prefetch: bool = False
     refill: bool = False
     by_layer: bool = False
 
 
-def _static(known: Popularity) -> Policy:
-    layers, experts = known.uses.shape
-    return StaticPopularity(layers, experts, known.uses)
-
-
-def _lru(known: Popularity) -> Policy:
-    policy = LRU(*known.uses.shape)
-    for layer, uses in enumerate(known.uses):  # the most used counts as used last
-        policy.observe_one(layer, np.argsort(uses, kind="stable"), uses.astype(np.float64), 1)
-    return policy
-
-
-def _ours(known: Popularity) -> Policy:
-    layers, experts = known.uses.shape
-    return informed(layers, experts, known)
-
-
 RULES = (
-    Rule("all CPU", "every routed expert on the CPU", all_cpu, _static),
-    Rule("on demand", "all on the GPU, LRU cache", on_demand, _lru),
+    Rule("all CPU", "every routed expert on the CPU", all_cpu, "static"),
+    Rule("on demand", "all on the GPU, LRU cache", on_demand, "lru"),
     Rule(
         "whole layers",
         "all experts of the first layers on the GPU, as llama.cpp splits",
         static_split,
-        _static,
+        "static",
         by_layer=True,
     ),
-    Rule(BASELINE, "the most used of other text on the GPU, the rest not", static_split, _static),
-    Rule("+ schedule", "the same experts resident, placed by the planner", schedule, _static),
-    Rule("+ cache", "and kept by what the router weighed", schedule, _ours, refill=True),
+    Rule(BASELINE, "the most used of other text on the GPU, the rest not", static_split, "static"),
+    Rule("+ schedule", "the same experts resident, placed by the planner", schedule, "static"),
+    Rule(
+        "+ cache",
+        "and kept by what the router weighed",
+        schedule,
+        policies.DEFAULT_POLICY,
+        refill=True,
+    ),
     Rule(
         "+ prefetch",
         "and copied ahead of their router, where that pays",
         schedule,
-        _ours,
+        policies.DEFAULT_POLICY,
         prefetch=True,
         refill=True,
     ),
@@ -195,35 +181,30 @@ class Runner:
         self.scene, self.rule, self.slots = scene, rule, slots
         stage, model = scene.stage, scene.model
         self.stage = stage
-        layout = stage.layers[0].shape.with_stride(stage.layers[0].blocks.shape[1])
         self.lookahead = _Replay(scene.routing, model.moe_layers, stage)
 
-        def settle(count: int) -> Opened:
-            stage.device.open(layout, count + STAGING)
+        def director(count: int) -> Director:
             capacities = equal_capacities(count, model.moe_layers, model.experts.count)
             if rule.by_layer:
                 capacities = _whole_layers(count, model.moe_layers, model.experts.count)
-            cache = ExpertCache(rule.policy(scene.known), capacities)
-            director = Director(
+            shape = model.moe_layers, model.experts.count
+            policy = policies.policy(rule.policy, *shape, popularity=scene.known)
+            return Director(
                 stage.cost,
-                cache,
+                ExpertCache(policy, capacities),
                 scheduler=rule.scheduler,
                 prefetch=rule.prefetch,
                 refill=rule.refill,
             )
-            return Opened(SlotTable(count, STAGING), director)
 
         self.executor = Executor(
-            stage.layers,
-            stage.device,
-            settle,
-            slots,
+            DeviceGuard(stage.device, stage.layers, director, slots),
             stage.seconds,
             threads=scene.threads,
             lookahead=self.lookahead if rule.prefetch else None,
             shared=stage.shared,
         )
-        self.executor.warm()
+        self.executor.guard.warm()
 
     def step(self, ids: Sequence[Tensor], weights: Sequence[Tensor], context: int) -> float:
         """Run all layers on the tokens' choices, ``[T, A]`` a layer; return the seconds."""
@@ -256,7 +237,7 @@ class Runner:
             )
             for at in range(len(routing.decode))
         ]
-        self.executor.timeline = Timeline()
+        self.executor.timeline.forget()
         self.lookahead.step = -1
         prefill_s = self.step(ids, [even] * len(ids), scene.prompt)
         decode_s = []

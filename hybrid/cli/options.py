@@ -15,8 +15,8 @@ import typer
 
 from gpu_experts.backends import choices
 from hybrid.ask.options import Options
-from hybrid.ask.policies import DEFAULT_POLICY
 from hybrid.errors import UsageError
+from planner.decide.policies import DEFAULT_POLICY
 
 Model = Annotated[
     str | None,

@@ -18,12 +18,12 @@ import typer
 from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware, resolve, shipped_names
 from hybrid.ask.options import Options
-from hybrid.ask.policies import DEFAULT_POLICY
 from hybrid.cli.options import Policy
 from hybrid.errors import UsageError
 from hybrid.machine import calibrations
 from hybrid.paths import check_writable, write_whole
 from hybrid.planning.plan import checked_counts, machine_for, plan_on
+from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.checked_table import read_table
 from planner.foretell.dryrun import PlanResult
 from planner.foretell.report import Table, tables, to_json, to_markdown

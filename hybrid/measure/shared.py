@@ -137,7 +137,7 @@ class Placed:
         assert executor is not None
         like = prompt, bool(options)
         if self._begun[like] % 2 == 0 and executor.device is not None:
-            executor.restart()
+            executor.guard.reopen()
         self._begun[like] += 1
         self.placement.begin_run()
         slots, moe = executor.slot_count, sum(layer.moe for layer in self.layers)

@@ -13,7 +13,6 @@ from hybrid.ask.asked_model import AskedModel, find_model
 from hybrid.ask.counts import whole_number
 from hybrid.ask.names import find_hardware
 from hybrid.ask.options import Options
-from hybrid.ask.policies import DEFAULT_POLICY
 from hybrid.ask.sizes import Size
 from hybrid.errors import UsageError
 from hybrid.formats.registry import packs_dense
@@ -21,6 +20,7 @@ from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.machine.machines import Machine
+from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
 from planner.foretell.dryrun import PlanResult, dry_run
@@ -176,6 +176,7 @@ def plan_on(
         context=context,
         prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,
         popularity=options.popularity,
+        policy=options.policy,
         **simulated,
     )
     weights = asked.weights()

@@ -15,7 +15,6 @@ from typing import Any, overload
 import torch
 
 from hybrid.ask.options import Options
-from hybrid.ask.policies import DEFAULT_POLICY
 from hybrid.ask.sizes import Size
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
@@ -38,6 +37,7 @@ from hybrid.session.open import Loaded, open_model
 from hybrid.session.report import run_report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
+from planner.decide.policies import DEFAULT_POLICY
 from planner.decide.popularity import Popularity
 from planner.errors import PlannerError
 from planner.foretell.perfetto import trace_events

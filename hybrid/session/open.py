@@ -98,7 +98,14 @@ def _place(
         model,
         device,
         machine.spec,
-        Budget(options.vram_bytes, options.ram_bytes, context, known, options.record_routing),
+        Budget(
+            options.vram_bytes,
+            options.ram_bytes,
+            context,
+            known,
+            options.record_routing,
+            options.policy,
+        ),
         threads=threads,
         timeline=Timeline(options.keep_timeline),
     )

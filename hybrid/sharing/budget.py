@@ -14,6 +14,7 @@ from hybrid.formats.registry import packs_dense
 from hybrid.machine.machines import Machine
 from hybrid.model import Model
 from planner.cost.cost import CostModel
+from planner.decide import policies
 from planner.decide.popularity import Popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.words import in_words
@@ -37,6 +38,8 @@ class Budget:
         What is known of the experts' use; None is nothing.
     record_routing
         Whether to keep what the routers choose.
+    policy
+        Which experts stay on the device: one of ``planner.decide.policies.names()``.
     """
 
     vram_bytes: int | None
@@ -44,6 +47,7 @@ class Budget:
     context: int
     popularity: Popularity | None = None
     record_routing: bool = False
+    policy: str = policies.DEFAULT_POLICY
 
 
 def fitted(

@@ -1,102 +1,112 @@
-"""What is on the device: which expert in which slot, what is on its way, and who decides it."""
+"""Moves experts into a device's slots, and knows what is on its way there.
+
+The director's cache is the book of who is resident and in which slot. What is kept here is the
+device's: the events of copies on their way, when the link will be free, and the few slots behind
+the cache's, for experts that are copied, used once and not kept.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from gpu_experts.device import Device, Event
 from gpu_experts.errors import SlotError
-from gpu_experts.slots import SlotState, SlotTable
 from hybrid.packed.experts import PackedLayer
 from planner.decide.director import Admission, Director
-from planner.decide.popularity import favourites
+from planner.foretell.memory import STAGING
+
+MakeDirector = Callable[[int], Director]
+"""Makes who decides over a number of slots, with nothing resident."""
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A device with room for experts and nothing in it.
+def open_slots(
+    device: Device, layers: Sequence[PackedLayer], make_director: MakeDirector, slots: int
+) -> Residents:
+    """Open ``device`` for ``slots`` resident experts of ``layers``; none is there yet.
 
-    Parameters
-    ----------
-    slots
-        Which expert lies in which slot: none yet.
-    director
-        Decides over as many experts as the slots hold.
+    Raises
+    ------
+    DeviceMemoryError
+        When it has less memory.
     """
-
-    slots: SlotTable
-    director: Director
+    block = layers[0].shape.with_stride(layers[0].blocks.shape[1])
+    device.open(block, slots + STAGING)
+    return Residents(device, layers, make_director(slots))
 
 
 class Residents:
-    """Moves experts to a device and knows what is there.
+    """The experts on a device.
 
     Parameters
     ----------
     device
-        Where experts are copied to.
+        Open, with slots for the cache's capacities and ``STAGING`` more behind them.
     layers
         Every MoE layer's experts.
-    opened
-        Its slots and who decides over them.
-
-    Attributes
-    ----------
     director
-        Decides; its cache and the slots hold the same experts between two layers.
+        Decides who is resident.
     """
 
-    def __init__(self, device: Device, layers: Sequence[PackedLayer], opened: Opened) -> None:
-        self.director = opened.director
-        self._slots = opened.slots
+    def __init__(self, device: Device, layers: Sequence[PackedLayer], director: Director) -> None:
+        self.director = director
         self._device = device
         self._layers = layers
         self._flying: dict[tuple[int, int], Event] = {}
+        self._staged: dict[tuple[int, int], int] = {}
+        kept = sum(director.cache.capacities)
+        self._free_staging = deque(range(kept, kept + STAGING))
         self._link_until_s = 0.0
-        self._copy_s = opened.director.cost.experts.copy_s()
+        self._copy_s = director.cost.experts.copy_s()
 
     def slots(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Return where resident or staged experts lie."""
-        return self._slots.slots(layer, experts)
-
-    @property
-    def staging(self) -> int:
-        """How many experts can be staged at once when none is."""
-        return self._slots.staging
+        held, staged = self.director.cache.slots(layer), self._staged
+        if not staged:
+            return [held[expert] for expert in experts]
+        return [held[expert] if expert in held else staged[layer, expert] for expert in experts]
 
     @property
     def free_staging(self) -> int:
         """How many experts can be staged at once."""
-        return self._slots.free_staging
+        return len(self._free_staging)
 
     def link_free_s(self, now_s: float) -> float:
         """When the link is predicted to be free, in seconds from now."""
         return max(0.0, self._link_until_s - now_s) if self._flying else 0.0
 
     def admit(self, admission: Admission) -> Event:
-        """Copy an expert into a slot of its own, where it is pinned until it has arrived."""
-        layer, expert, evicted = admission.layer, admission.expert, admission.evicted
-        if evicted is not None:
-            self._slots.release(layer, evicted)
-        slot = self._slots.assign(layer, expert)
-        event = self._copy(layer, expert, slot)
+        """Copy an expert into the slot that the cache gave it, and pin it until it has landed."""
+        layer, expert = admission.layer, admission.expert
+        cache = self.director.cache
+        event = self._copy(layer, expert, cache.slots(layer)[expert])
         self._flying[layer, expert] = event
-        self.director.cache.pin(layer, expert)
+        cache.pin(layer, expert)
         return event
 
     def stage(self, layer: int, expert: int) -> Event:
-        """Copy an expert that is used once."""
-        return self._copy(layer, expert, self._slots.stage(layer, expert))
+        """Copy an expert that is used once.
+
+        Raises
+        ------
+        SlotError
+            When no staging slot is free.
+        """
+        if not self._free_staging:
+            raise SlotError(
+                f"no free staging slot for layer {layer}, expert {expert}: all {STAGING} are taken",
+                hint="unstage the experts whose compute was enqueued",
+            )
+        slot = self._staged[layer, expert] = self._free_staging.popleft()
+        return self._copy(layer, expert, slot)
 
     def unstage(self, layer: int, expert: int) -> None:
         """Give a staging slot back once its expert's compute is enqueued.
 
         What is copied there next waits for that compute on the device.
         """
-        self._slots.ready(layer, expert)
-        self._slots.release(layer, expert)
+        self._free_staging.append(self._staged.pop((layer, expert)))
 
     def _copy(self, layer: int, expert: int, slot: int) -> Event:
         now_s = time.perf_counter()
@@ -113,13 +123,14 @@ class Residents:
         DeviceFailedError
             When one of them failed.
         """
+        cache = self.director.cache
         while self._flying:
             (layer, expert), event = next(iter(self._flying.items()))
             if not event.done():  # nor are those behind it on the link
                 break
             event.wait(0.0)
-            self._slots.ready(layer, expert)
-            self.director.cache.unpin(layer, expert)
+            cache.landed(layer, expert)
+            cache.unpin(layer, expert)
             del self._flying[layer, expert]
 
     def settle(self, timeout_s: float) -> None:
@@ -145,11 +156,10 @@ class Residents:
             When it makes no sense any more: open the device anew.
         """
         self.settle(timeout_s)
-        for layer, expert in list(self._slots):
-            if self._slots.state(layer, expert) is SlotState.LOADING:  # never handed to the device
-                self._slots.lost(layer, expert)
-                if expert in self.director.cache.residency(layer):
-                    self.director.lost(layer, expert)
+        for layer, expert in self.director.cache.in_flight():  # never handed to the device
+            self.director.lost(layer, expert)
+        for layer, expert in list(self._staged):
+            self.unstage(layer, expert)
         self.director.abandon()
         self.check_integrity()
 
@@ -157,15 +167,12 @@ class Residents:
         """Fill free slots with whom the policy values most, and wait until they are there."""
         cache = self.director.cache
         for layer in range(len(self._layers)):
-            held = cache.residency(layer)
-            free = cache.capacities[layer] - len(held)
-            wanted = [expert for expert in favourites(cache, layer) if expert not in held]
-            for expert in wanted[:free]:
+            for expert in cache.favourites(layer):
                 self.admit(Admission(layer, expert, cache.admit(layer, expert)))
         self.settle(timeout_s)
 
     def check_integrity(self) -> None:
-        """Raise if slots and cache contradict themselves or each other, between two layers.
+        """Raise if the book contradicts itself or the device, between two layers.
 
         Raises
         ------
@@ -173,29 +180,16 @@ class Residents:
             Saying how.
         """
         self.director.check_integrity()
-        self._slots.check_integrity()
-        held = {
-            (layer, expert)
-            for layer in range(len(self._layers))
-            for expert in self.director.cache.residency(layer)
-        }
-        lost = [
-            key
-            for key in self._slots
-            if self._slots.state(*key) is SlotState.LOADING and key not in self._flying
-        ]
+        lost = set(self.director.cache.in_flight()) ^ self._flying.keys()
         if lost:
             raise SlotError(
-                f"slots wait for copies that nobody makes, of (layer, expert) {lost[:4]}",
+                f"of the copies on their way the cache and the device know different ones, of "
+                f"(layer, expert) {sorted(lost)[:4]}",
                 hint="this is a defect of the executor: please report it",
             )
-        if held != set(self._slots):
+        if self._staged or len(self._free_staging) != STAGING:
             raise SlotError(
-                f"the cache holds {len(held)} experts and the slots {len(self._slots)}; they "
-                f"differ in (layer, expert) {sorted(held ^ set(self._slots))[:4]}",
+                f"{len(self._free_staging)} of {STAGING} staging slots are free, and staged are "
+                f"(layer, expert) {sorted(self._staged)}",
                 hint="this is a defect of the executor: please report it",
             )
-
-
-Settle = Callable[[int], Opened]
-"""Opens the device for a number of slots, with nothing resident."""

@@ -53,7 +53,7 @@ def watch_steps(model: Any, executor: Executor, seconds: DenseSeconds) -> None:
                 error = bare(raised)
             # What the broken pass held is free by now.
             _check_going_on(device, executor, error)
-            executor.shrink(error)
+            executor.guard.shrink(error)
             _cut_back(cache, lengths, error)
         executor.end_step(seconds.head(rows * new))
         return output

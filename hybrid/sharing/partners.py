@@ -1,4 +1,4 @@
-"""What the executor asks of others: predictions, and shared experts started early."""
+"""The protocols that the executor calls: predictions, and shared experts started early."""
 
 from __future__ import annotations
 

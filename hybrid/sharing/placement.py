@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gpu_experts.device import Device
-from gpu_experts.slots import SlotTable
 from hybrid.anatomy.survey import survey
 from hybrid.errors import UsageError
-from hybrid.formats.block import Block
 from hybrid.formats.notes import Note
 from hybrid.grafts import expert_modules, set_runner
 from hybrid.ledger.dense_seconds import DenseSeconds
@@ -25,7 +23,8 @@ from hybrid.packed.bf16_products import panels_from
 from hybrid.packed.dense_move import move_dense
 from hybrid.packed.experts import LayerExperts
 from hybrid.sharing.budget import Budget, fitted
-from hybrid.sharing.device_slots import Opened, Settle
+from hybrid.sharing.device_guard import DeviceGuard
+from hybrid.sharing.device_slots import MakeDirector
 from hybrid.sharing.executor import Executor
 from hybrid.sharing.forward import watch_steps
 from hybrid.sharing.predictor import Lookahead
@@ -34,11 +33,12 @@ from planner.cost.cost import CostModel
 from planner.decide.cache import ExpertCache
 from planner.decide.capacity import equal_capacities
 from planner.decide.director import REALISED, Director
-from planner.decide.popularity import Popularity, informed
+from planner.decide.policies import check_policy, policy
+from planner.decide.popularity import Popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
 from planner.describe.words import enough_in_words, in_words
-from planner.foretell.memory import STAGING, Fit, HostMemory
+from planner.foretell.memory import Fit, HostMemory
 
 
 class PlacedExperts:
@@ -205,7 +205,10 @@ def place_model(
     ------
     UsageError
         When not even the dense weights and the cache fit; the message says what is needed.
+    SpecError
+        When there is no policy of the name that ``budget`` has.
     """
+    check_policy(budget.policy)
     cost, placed = fitted(model, device, hardware, budget)
     if not placed.fits:
         raise UsageError(f"{device.name}: {placed.shortage}", hint=_remedy(placed, budget))
@@ -257,16 +260,12 @@ def _share_experts(
     timeline: Timeline | None,
 ) -> tuple[Executor, SharedFirst]:
     network, layers = model.network, model.layers
-    layout = layers[0].shape.with_stride(layers[0].blocks.shape[1])
     seconds = DenseSeconds(cost, budget.context)
     specs = [experts.spec for experts in layers]
     views = survey(network, specs)
     lookahead, shared = Lookahead.discover(network, specs, views=views), SharedFirst(views)
     executor = Executor(
-        layers,
-        device,
-        settler(device, layout, cost, placed.slots, budget.popularity),
-        sum(placed.slots),
+        DeviceGuard(device, layers, directors(cost, placed.slots, budget), sum(placed.slots)),
         seconds,
         threads=threads,
         lookahead=lookahead,
@@ -276,7 +275,7 @@ def _share_experts(
         record_routing=budget.record_routing,
     )
     if budget.popularity is not None:
-        executor.warm()
+        executor.guard.warm()
     if lookahead.reason is not None:
         remedy = "none yet: experts of those layers are not copied ahead"
         executor.notes.append(Note("layers without lookahead", lookahead.reason, remedy))
@@ -286,37 +285,30 @@ def _share_experts(
     return executor, shared
 
 
-def settler(
-    device: Device,
-    layout: Block,
-    cost: CostModel,
-    capacities: Sequence[int],
-    popularity: Popularity | None = None,
-) -> Settle:
-    """Return what opens ``device`` for a number of slots, with nothing resident.
+def directors(cost: CostModel, capacities: Sequence[int], budget: Budget) -> MakeDirector:
+    """Return what makes directors over a number of slots, with nothing resident.
 
-    The policy outlives that: what it has learned about the experts stays true.
+    They share one policy: what it has learned about the experts stays true.
 
     Parameters
     ----------
     capacities
         Slots of every layer at first; fewer are shared out anew.
     """
-    spec = cost.model
-    policy = informed(spec.moe_layers, spec.experts.count, popularity)
+    layers, experts = cost.model.moe_layers, cost.model.experts.count
+    known = budget.popularity
+    kept = policy(budget.policy, layers, experts, known)
 
-    def settle(slots: int) -> Opened:
-        shares = tuple(capacities)
-        if slots != sum(shares):
-            shares = (
-                equal_capacities(slots, spec.moe_layers, spec.experts.count)
-                if popularity is None
-                else popularity.capacities(slots)
-            )
-        device.open(layout, slots + STAGING)
-        return Opened(SlotTable(slots, STAGING), Director(cost, ExpertCache(policy, shares)))
+    def make(slots: int) -> Director:
+        if slots == sum(capacities):
+            shares = tuple(capacities)
+        elif known is None:
+            shares = equal_capacities(slots, layers, experts)
+        else:
+            shares = known.capacities(slots)
+        return Director(cost, ExpertCache(kept, shares))
 
-    return settle
+    return make
 
 
 def unfit(layers: list[LayerExperts], spec: ModelSpec) -> str | None:

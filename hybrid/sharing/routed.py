@@ -1,4 +1,4 @@
-"""The router's choice, as the planner counts it and as the kernels take it."""
+"""Holds what a router chose, as the planner counts it and as the kernels take it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Ids = NDArray[np.int32]
 F32 = NDArray[np.float32]
 
 
-class Choice:
+class RoutedTokens:
     """What a router chose in one step.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Which experts a running model uses: counted always, recorded token by token if asked for."""
+"""Counts which experts a running model uses, and records them token by token if asked to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybrid.errors import UsageError, first_line
 from hybrid.formats.notes import Note
-from hybrid.sharing.routed import F32, Choice, Ids
+from hybrid.sharing.routed import F32, Ids, RoutedTokens
 from hybrid.sharing.trace import TraceRecorder
 
 
@@ -67,5 +67,5 @@ class Usage:
     def of_cpu(self, layer: int, expert_ids: Tensor, weights: Tensor) -> Note | None:
         """Count and record a layer that is computed without a device."""
         ids, factors = expert_ids.detach().cpu().numpy(), weights.detach().float().cpu().numpy()
-        self.count(layer, len(ids), Choice(ids, factors, self.uses.shape[1]).loads)
+        self.count(layer, len(ids), RoutedTokens(ids, factors, self.uses.shape[1]).loads)
         return self.record(layer, ids, factors)

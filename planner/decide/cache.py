@@ -1,89 +1,21 @@
-"""Which experts hold a GPU slot in each layer: events in, decisions out, over ids only.
+"""Keeps the book of GPU slots: which expert of which layer is in which, over ids only.
 
 A policy watches what the router chooses and says what each expert is worth keeping; the cache
-holds the sets, the capacities and the pins, and asks the policy whom to evict. Neither moves any
-data: the caller copies what it admits.
+gives out the slots, holds the capacities and the pins, and asks the policy whom to evict. Neither
+moves any data: the caller copies what it admits.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from planner.decide.policy import Ids, Policy, Values
 from planner.errors import CapacityError
-
-Ids = NDArray[np.int64]
-Values = NDArray[np.float64]
-
-
-class Policy:
-    """What each expert of each layer is worth keeping.
-
-    Events and answers are batched over layers, so that a recorded trace replays fast; a running
-    model passes one layer at a time. What happens in one layer says nothing about another.
-
-    Parameters
-    ----------
-    layers, experts
-        L and E of the model.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, layers: int, experts: int) -> None:
-        self.layers = layers
-        self.experts = experts
-
-    def observe(self, layers: Ids, ids: Ids, weights: Values, tokens: int = 1) -> None:
-        """Learn what the router chose in one step.
-
-        Parameters
-        ----------
-        layers
-            Which layers, ``[n]``, each at most once.
-        ids, weights
-            The activated experts, ``[n, A]``, each once a row, and their routing weights. In
-            prefill a row holds every expert that got a token, and its weight averaged over all
-            tokens of the step.
-        tokens
-            How many tokens the step routed.
-        """
-        raise NotImplementedError
-
-    def value(self, layers: Ids) -> Values:
-        """Return what each expert is worth keeping, ``[n, E]``: only the order matters."""
-        raise NotImplementedError
-
-    def observe_one(self, layer: int, ids: Ids, weights: Values, tokens: int) -> None:
-        """``observe`` for a single layer, ids and weights ``[A]``: what a running model does."""
-        self.observe(np.array([layer]), ids[None], weights[None], tokens)
-
-    def value_one(self, layer: int) -> Values:
-        """``value`` of a single layer, ``[E]``."""
-        value: Values = self.value(np.array([layer]))[0]
-        return value
-
-    def victim(self, layer: int, incoming: int, candidates: Sequence[int]) -> int:
-        """Return whom of ``candidates``, ids ascending, to evict for ``incoming``.
-
-        The one of least value, among equals the lowest id.
-        """
-        return candidates[int(self.value_one(layer).take(candidates).argmin())]
-
-    @property
-    def evicts_least(self) -> bool:
-        """Whether the victim is always who has the least value, whoever comes."""
-        return type(self).victim is Policy.victim
-
-    def admitted(self, layer: int, expert: int) -> None:
-        """Learn that ``expert`` got a slot; most policies do not care."""
-
-    def evicted(self, layer: int, expert: int) -> None:
-        """Learn that ``expert`` lost its slot; most policies do not care."""
 
 
 class Lookup(NamedTuple):
@@ -94,27 +26,36 @@ class Lookup(NamedTuple):
 
 
 class ExpertCache:
-    """The resident experts of every layer.
+    """The resident experts of every layer, and the slot of each.
 
     Parameters
     ----------
     policy
         Says what is worth keeping.
     capacities
-        Slots of each layer, ``[L]``.
+        Slots of each layer, ``[L]``; they are numbered from 0 through all layers.
 
     Raises
     ------
     CapacityError
         When there is not one capacity per layer, or one is negative or above E.
+
+    Notes
+    -----
+    Any slot may serve any layer. They are given out in the order in which they became free, so
+    that the one that a device is most likely done with comes first. A resident is in flight from
+    then until its copy has landed (``landed``); who moves no data need not say so.
     """
 
     def __init__(self, policy: Policy, capacities: Sequence[int]) -> None:
         self._policy = policy
         self._unlearned: tuple[int, Any, ArrayLike, int] | None = None
         self.capacities = self._checked(capacities)
-        self._residents: list[set[int]] = [set() for _ in capacities]
-        # The same the other way round, [L, E]: who cannot be evicted, for want of a slot or pinned.
+        policy.opened(self.capacities)
+        self._residents: list[dict[int, int]] = [{} for _ in capacities]
+        self._free = deque(range(sum(capacities)))
+        self._in_flight: list[set[int]] = [set() for _ in capacities]
+        # The residents the other way round, [L, E]: who cannot be evicted, not there or pinned.
         self._fixed = np.ones((policy.layers, policy.experts), np.bool_)
         self._pins: list[Counter[int]] = [Counter() for _ in capacities]
         self._in_use: tuple[int, frozenset[int]] = (-1, frozenset())
@@ -148,50 +89,13 @@ class ExpertCache:
                 )
         return tuple(capacities)
 
-    def resize(self, capacities: Sequence[int]) -> list[tuple[int, int]]:
-        """Give every layer another number of slots, between two steps.
-
-        Returns
-        -------
-        list of (layer, expert)
-            Who had to go, in that order: of layers that shrink, those of least value.
-
-        Raises
-        ------
-        CapacityError
-            As on making the cache; or when more experts of a layer are pinned or in use than it
-            would have slots: then nothing has changed.
-        """
-        capacities = self._checked(capacities)
-        for layer, capacity in enumerate(capacities):
-            held = len(self._residents[layer]) - len(self.evictable(layer))
-            if held > capacity:
-                raise CapacityError(
-                    f"layer {layer}: {held} experts are pinned or in use, {capacity} slots asked",
-                    hint="resize between two steps, when no copy is under way",
-                )
-        self.capacities = capacities
-        gone = []
-        for layer, capacity in enumerate(capacities):
-            value = self.value(layer).tolist()
-            over = max(0, len(self._residents[layer]) - capacity)
-            for expert in sorted(self.evictable(layer), key=value.__getitem__)[:over]:
-                self.drop(layer, expert)
-                gone.append((layer, expert))
-        return gone
-
-    def clear(self) -> None:
-        """Empty every slot and forget every pin; what the policy has learned stays."""
-        self.release()
-        for layer, pins in enumerate(self._pins):
-            self._fixed[layer, list(pins)] = False
-            pins.clear()
-            for expert in sorted(self._residents[layer]):
-                self.drop(layer, expert)
-
     def residency(self, layer: int) -> frozenset[int]:
         """Return the experts in this layer's slots."""
         return frozenset(self._residents[layer])
+
+    def slots(self, layer: int) -> Mapping[int, int]:
+        """Return the slot of every resident of this layer: a view, which changes with the cache."""
+        return self._residents[layer]
 
     def value(self, layer: int) -> Values:
         """Return what the policy thinks each expert is worth keeping, ``[E]``."""
@@ -213,9 +117,12 @@ class ExpertCache:
         self.learn()
         self._unlearned = (layer, ids, weights, tokens)
         activated = frozenset(ids.tolist() if isinstance(ids, np.ndarray) else ids)
-        held = self._residents[layer]
+        held, ascending = self._residents[layer], sorted(activated)
         self._in_use = (layer, activated)
-        return Lookup(tuple(sorted(activated & held)), tuple(sorted(activated - held)))
+        return Lookup(
+            tuple([expert for expert in ascending if expert in held]),
+            tuple([expert for expert in ascending if expert not in held]),
+        )
 
     def release(self) -> None:
         """End the current step: what it used may be evicted."""
@@ -254,13 +161,16 @@ class ExpertCache:
         return evicted
 
     def _give(self, layer: int, expert: int, evicted: int | None) -> None:
-        """Put ``expert`` in the slot of ``evicted``, or in a free one."""
+        """Give ``expert`` a slot, that of ``evicted`` being free from now on, if there is one."""
         policy, fixed = self._policy_of(layer), self._fixed[layer]
+        held, in_flight = self._residents[layer], self._in_flight[layer]
         if evicted is not None:
-            self._residents[layer].remove(evicted)
+            self._free.append(held.pop(evicted))
+            in_flight.discard(evicted)
             fixed[evicted] = True
             policy.evicted(layer, evicted)
-        self._residents[layer].add(expert)
+        held[expert] = self._free.popleft()
+        in_flight.add(expert)
         fixed[expert] = expert in self._pins[layer]
         policy.admitted(layer, expert)
 
@@ -278,9 +188,38 @@ class ExpertCache:
                 f"layer {layer}: cannot drop expert {expert}, it is {state}",
                 hint="drop what was admitted, and unpin it before",
             )
-        self._residents[layer].remove(expert)
+        self._free.append(self._residents[layer].pop(expert))
+        self._in_flight[layer].discard(expert)
         self._fixed[layer, expert] = True
         self._policy_of(layer).evicted(layer, expert)
+
+    def landed(self, layer: int, expert: int) -> None:
+        """Learn that the copy of a resident has arrived in its slot.
+
+        Raises
+        ------
+        CapacityError
+            When none was on its way.
+        """
+        try:
+            self._in_flight[layer].remove(expert)
+        except KeyError:
+            raise CapacityError(
+                f"layer {layer}: no copy of expert {expert} is on its way",
+                hint="admit it first; a copy lands once",
+            ) from None
+
+    def in_flight(self) -> list[tuple[int, int]]:
+        """Return layer and id of every resident whose copy has not landed."""
+        return [(layer, e) for layer, ids in enumerate(self._in_flight) for e in sorted(ids)]
+
+    def favourites(self, layer: int) -> list[int]:
+        """Return whom the policy would have in the layer's free slots, the most valued first."""
+        held, free = self._residents[layer], self.free(layer)
+        if not free:
+            return []
+        order = np.argsort(-self.value(layer), kind="stable").tolist()
+        return [expert for expert in order[: self.capacities[layer]] if expert not in held][:free]
 
     def victim(self, layer: int, incoming: int) -> int | None:
         """Return whom a full layer would evict for ``incoming``; None when it may evict no one."""
@@ -301,7 +240,7 @@ class ExpertCache:
     def evictable(self, layer: int) -> list[int]:
         """Return the residents that are neither pinned nor part of the current step, ascending."""
         stepping, chosen = self._in_use
-        free = self._residents[layer] - self._pins[layer].keys()
+        free = self._residents[layer].keys() - self._pins[layer].keys()
         return sorted(free - chosen if stepping == layer else free)
 
     def free(self, layer: int) -> int:
@@ -394,16 +333,23 @@ class ExpertCache:
         return expert in self._pins[layer]
 
     def check_integrity(self) -> None:
-        """Raise if a layer holds more than its slots, or a pinned expert is not resident.
+        """Raise if the book contradicts itself.
+
+        Every slot is free or one resident's, no layer holds more than its slots, and who is pinned
+        or in flight is resident.
 
         Raises
         ------
-        CapacityError
-            Naming the layer.
+        CapacityError, AssertionError
+            Naming the layer, or the slots.
         """
+        taken = [slot for held in self._residents for slot in held.values()]
+        slots = sorted([*taken, *self._free])
+        assert slots == list(range(sum(self.capacities))), f"slots twice or lost: {slots}"
         for layer, held in enumerate(self._residents):
             free = np.flatnonzero(~self._fixed[layer]).tolist()
-            assert free == sorted(held - self._pins[layer].keys()), (layer, free)
+            assert free == sorted(held.keys() - self._pins[layer].keys()), (layer, free)
+            assert self._in_flight[layer] <= held.keys(), (layer, self._in_flight[layer])
             lost = sorted(expert for expert in self._pins[layer] if expert not in held)
             if len(held) > self.capacities[layer] or lost:
                 raise CapacityError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from planner.decide.cache import Policy
+from planner.decide.policy import Policy
 from planner.errors import CapacityError
 
 

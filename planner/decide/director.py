@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike
 
 from planner.cost.cost import CostModel
 from planner.cost.step_times import contended_s
-from planner.decide.cache import ExpertCache, Ids, Values
+from planner.decide.cache import ExpertCache
 from planner.decide.decode_table import decode_table
 from planner.decide.layer_plan import LayerPlan
+from planner.decide.policy import Ids, Values
 from planner.decide.prefetch import LASTING, Ahead, NoPrefetch, Prefetch, ValuePrefetch
 from planner.decide.problem import LayerCost
 from planner.decide.schedule import schedule

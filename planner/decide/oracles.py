@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.decide.cache import Ids, Policy, Values
+from planner.decide.policy import Ids, Policy, Values
 from planner.errors import CapacityError, TraceError
 
 

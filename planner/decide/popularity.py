@@ -16,9 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.decide.cache import ExpertCache, Policy
 from planner.decide.capacity import marginal_capacities
-from planner.decide.policies import Blend
 from planner.describe.checked_table import LARGEST, read_table
 from planner.describe.traces import read_trace
 from planner.errors import TraceError
@@ -154,20 +152,3 @@ def read_popularity(path: Path) -> Popularity:
 
 def _damaged(path: Path, what: str) -> TraceError:
     return TraceError(f"{path} is damaged: {what}", hint=_HINT)
-
-
-def informed(layers: int, experts: int, popularity: Popularity | None = None) -> Policy:
-    """Return the cache policy of the runtime and of dry runs: ``Blend``, knowing the past."""
-    policy = Blend(layers, experts)
-    if popularity is not None and popularity.tokens:
-        popularity.check(layers, experts, "the popularity file")
-        every = np.arange(experts)
-        for layer, uses in enumerate(popularity.uses):
-            policy.observe_one(layer, every, uses.astype(np.float64), popularity.tokens)
-    return policy
-
-
-def favourites(cache: ExpertCache, layer: int) -> list[int]:
-    """Return whom the policy would have in a layer's slots, the most valued first."""
-    order: list[int] = np.argsort(-cache.value(layer), kind="stable").tolist()
-    return order[: cache.capacities[layer]]

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.decide.cache import ExpertCache, Policy
+from planner.decide.cache import ExpertCache
+from planner.decide.policy import Policy
 from planner.errors import TraceError
 
 Admission = Literal["always", "worth"]

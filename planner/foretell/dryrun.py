@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from planner.cost.cost import CostModel
 from planner.decide.baselines import all_cpu, on_demand, static_split
-from planner.decide.cache import ExpertCache, Ids, Policy, Values
+from planner.decide.cache import ExpertCache
 from planner.decide.director import Scheduler
 from planner.decide.oracles import Belady
-from planner.decide.policies import LRU, StaticPopularity
-from planner.decide.popularity import favourites, informed
+from planner.decide.policies import policy
+from planner.decide.policies.lru import LRU
+from planner.decide.policies.static import StaticPopularity
+from planner.decide.policy import Ids, Policy, Values
 from planner.decide.schedule import schedule
 from planner.describe.estimate import Estimate, Source, weakest
 from planner.describe.model import Layer, ModelSpec
@@ -79,7 +81,7 @@ class Rule:
             moe = [i for i, layer in enumerate(request.model.layers) if layer.moe]
             for number, index in enumerate(moe):
                 if shares is None or shares[index]:
-                    for expert in favourites(cache, number):
+                    for expert in cache.favourites(number):
                         cache.admit(number, expert)
         simulator = Simulator(
             cost,
@@ -95,8 +97,9 @@ class Rule:
         return simulator.simulate(request.prompt, request.batch)
 
 
-def _blend(request: Request, routing: Routing) -> Policy:
-    return informed(request.model.moe_layers, request.model.experts.count, request.known)
+def _asked(request: Request, routing: Routing) -> Policy:
+    model = request.model
+    return policy(request.policy, model.moe_layers, model.experts.count, request.known)
 
 
 def _lru(request: Request, routing: Routing) -> Policy:
@@ -135,7 +138,7 @@ OURS = Rule(
     "hybrid",
     "exact schedule, learned cache, prefetch",
     schedule,
-    _blend,
+    _asked,
     prefetch=True,
     refill=True,
 )

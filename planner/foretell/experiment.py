@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
+from planner.decide import policies
 from planner.decide.baselines import BASELINES
-from planner.decide.cache import Policy
 from planner.decide.director import Scheduler
-from planner.decide.policies import LFU, LRU, MRS, StaticPopularity
+from planner.decide.policies.static import StaticPopularity
 from planner.decide.schedule import schedule
 from planner.describe.checked_table import Fields
 from planner.describe.hardware import HardwareSpec
@@ -226,29 +224,23 @@ def experiment_dict(
     }
 
 
-def _fixed(layers: int, experts: int) -> Policy:
-    """A set nobody chose by use, which never changes: how a static mapping starts and ends."""
-    return StaticPopularity(layers, experts, np.zeros((layers, experts)))
-
-
-_CACHES: dict[str, Callable[[int, int], Policy]] = {
-    "fixed": _fixed,
-    "lru": LRU,
-    "lfu": LFU,
-    "mrs": MRS,
-}
+_FIXED = "fixed"
+"""A set nobody chose by use, which never changes: how a static mapping starts and ends."""
 
 
 def _row(entry: Fields) -> Row:
     """Read one configuration."""
     entry.only(_ROW)
     scheduler = _SCHEDULERS[_one_of(entry, "schedule", _SCHEDULERS)]
-    make = _CACHES[_one_of(entry, "cache", _CACHES)]
+    cache = _one_of(entry, "cache", (_FIXED, *policies.names()))
+    kept = StaticPopularity.name if cache == _FIXED else cache
     rule = Rule(
         entry.text("name"),
         "",
         scheduler,
-        lambda request, routing: make(request.model.moe_layers, request.model.experts.count),
+        lambda request, routing: policies.policy(
+            kept, request.model.moe_layers, request.model.experts.count
+        ),
         entry.flag("prefetch"),
         entry.flag("refill"),
     )
@@ -266,7 +258,7 @@ def _what_if(table: Fields, hardware: HardwareSpec) -> tuple[str, HardwareSpec] 
     return entry.text("reason"), hardware.with_values("cpu", memory_bytes_per_s=rate)
 
 
-def _one_of(entry: Fields, name: str, known: Mapping[str, Any]) -> str:
+def _one_of(entry: Fields, name: str, known: Collection[str]) -> str:
     value = entry.text(name)
     if value not in known:
         raise SpecError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hybrid.formats.registry import FORMATS
 from planner.cost.cost import CostModel
+from planner.decide import policies
 from planner.decide.popularity import Popularity, read_popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
@@ -40,13 +41,16 @@ class Request:
         A recorded routing, or None for a synthetic one.
     popularity
         A file of expert uses in earlier sessions, or a trace (``.npz``) to count; or None.
+    policy
+        Which experts the cache keeps: one of ``planner.decide.policies.names()``.
     seed
         Of the synthetic routing.
 
     Raises
     ------
     SpecError
-        When a count is below 1, the prompt exceeds the context, or a format is unknown.
+        When a count is below 1, the prompt exceeds the context, or a format or the policy is
+        unknown.
     """
 
     model: ModelSpec
@@ -60,6 +64,7 @@ class Request:
     batch: int = 1
     trace: Path | None = None
     popularity: Path | None = None
+    policy: str = policies.DEFAULT_POLICY
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +89,8 @@ class Request:
                     f"--{name} {value!r} is not a weight format",
                     hint=f"use one of {', '.join(FORMATS)}",
                 )
+
+        policies.check_policy(self.policy)
 
     @property
     def widens(self) -> bool:

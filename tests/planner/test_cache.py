@@ -10,11 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive_planner as naive
-from planner.decide.cache import ExpertCache, Policy
+from planner.decide.cache import ExpertCache
 from planner.decide.capacity import equal_capacities, hits_by_capacity, marginal_capacities
-from planner.decide.forecast import Forecast
 from planner.decide.oracles import SCH, Belady
-from planner.decide.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
+from planner.decide.policies.arc import ARC
+from planner.decide.policies.blend import Blend
+from planner.decide.policies.forecast import Forecast
+from planner.decide.policies.lfu import LFU
+from planner.decide.policies.lru import LRU
+from planner.decide.policies.mrs import MRS
+from planner.decide.policies.static import StaticPopularity
+from planner.decide.policy import Policy
 from planner.decide.replay import Replay, _one_by_one, replay
 from planner.errors import CapacityError, TraceError
 
@@ -51,7 +57,7 @@ def policies(ids: np.ndarray, capacities: list[int]) -> list[Policy]:
         LFU(layers, EXPERTS),
         MRS(layers, EXPERTS),
         Blend(layers, EXPERTS),
-        ARC(layers, EXPERTS, capacities),
+        ARC(layers, EXPERTS),
         StaticPopularity(layers, EXPERTS, counts),
         Forecast(layers, EXPERTS),
         SCH(ids, EXPERTS, window=4),
@@ -66,7 +72,7 @@ def test_lru_lfu_and_arc_are_the_textbooks(chosen, capacity):
     for policy, hits in (
         (LRU(1, EXPERTS), naive.lru_hits(chosen, capacity)),
         (LFU(1, EXPERTS), naive.lfu_hits(chosen, capacity)),
-        (ARC(1, EXPERTS, [capacity]), naive.arc_hits(chosen, capacity)),
+        (ARC(1, EXPERTS), naive.arc_hits(chosen, capacity)),
     ):
         assert replay(policy, *single(chosen), [capacity]).hits.tolist() == [hits]
 

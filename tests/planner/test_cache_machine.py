@@ -8,10 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from planner.decide import policies
 from planner.decide.cache import ExpertCache
-from planner.decide.forecast import Forecast
 from planner.decide.oracles import Belady
-from planner.decide.policies import ARC, LFU, LRU, MRS, Blend, StaticPopularity
+from planner.decide.policies.lru import LRU
 from planner.decide.replay import replay
 from planner.errors import CapacityError
 
@@ -22,26 +22,18 @@ experts = st.integers(0, EXPERTS - 1)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Steps, admissions and pins in any order, for any policy."""
+    """Steps, admissions, landings and pins in any order, for any policy."""
 
     @initialize(
-        name=st.sampled_from(["lru", "lfu", "mrs", "blend", "arc", "static", "forecast"]),
+        name=st.sampled_from(policies.names()),
         capacities=st.lists(st.integers(0, EXPERTS), min_size=LAYERS, max_size=LAYERS),
     )
     def start(self, name, capacities):
-        self.cache = ExpertCache(
-            {
-                "lru": lambda: LRU(LAYERS, EXPERTS),
-                "lfu": lambda: LFU(LAYERS, EXPERTS),
-                "mrs": lambda: MRS(LAYERS, EXPERTS),
-                "blend": lambda: Blend(LAYERS, EXPERTS),
-                "arc": lambda: ARC(LAYERS, EXPERTS, capacities),
-                "static": lambda: StaticPopularity(LAYERS, EXPERTS, np.eye(LAYERS, EXPERTS)),
-                "forecast": lambda: Forecast(LAYERS, EXPERTS),
-            }[name](),
-            capacities,
-        )
+        self.cache = ExpertCache(policies.policy(name, LAYERS, EXPERTS), capacities)
         self.held: list[set[int]] = [set() for _ in range(LAYERS)]
+        self.free = list(range(sum(capacities)))
+        self.slots: dict[tuple[int, int], int] = {}
+        self.flying: set[tuple[int, int]] = set()
         self.pins: list[list[int]] = [[] for _ in range(LAYERS)]
         self.in_use: dict[int, set[int]] = {}
         self.steps: list[list[list[int]]] = [[] for _ in range(LAYERS)]
@@ -84,7 +76,36 @@ class CacheMachine(RuleBasedStateMachine):
         if full:
             assert evicted in held - protected
             held.remove(evicted)
+            self.gone(layer, evicted)
         held.add(expert)
+        self.slots[layer, expert] = self.free.pop(0)
+        self.flying.add((layer, expert))
+
+    def gone(self, layer, expert):
+        """A slot that became free is the last to be given out again."""
+        self.free.append(self.slots.pop((layer, expert)))
+        self.flying.discard((layer, expert))
+
+    @rule(layer=layers, expert=experts)
+    def drop(self, layer, expert):
+        """Only residents without a pin; their slot is free then."""
+        if expert not in self.held[layer] or expert in self.pins[layer]:
+            with pytest.raises(CapacityError, match="cannot drop"):
+                self.cache.drop(layer, expert)
+            return
+        self.cache.drop(layer, expert)
+        self.held[layer].remove(expert)
+        self.gone(layer, expert)
+
+    @rule(layer=layers, expert=experts)
+    def land(self, layer, expert):
+        """A copy lands once, and only where one was on its way."""
+        if (layer, expert) not in self.flying:
+            with pytest.raises(CapacityError, match="is on its way"):
+                self.cache.landed(layer, expert)
+            return
+        self.cache.landed(layer, expert)
+        self.flying.remove((layer, expert))
 
     @rule(layer=layers, expert=experts)
     def worth_admitting(self, layer, expert):
@@ -117,10 +138,16 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds_what_the_model_holds(self):
-        """Residency, capacity and pins agree after every rule."""
+        """Residency, slots, copies on their way, capacity and pins agree after every rule."""
         if not hasattr(self, "cache"):
             return
         self.cache.check_integrity()
+        assert self.cache.in_flight() == sorted(self.flying)
+        assert self.slots == {
+            (layer, expert): slot
+            for layer in range(LAYERS)
+            for expert, slot in self.cache.slots(layer).items()
+        }
         for layer in range(LAYERS):
             held = self.cache.residency(layer)
             assert held == self.held[layer]
@@ -148,3 +175,32 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
+
+
+def test_slots_are_reused_in_the_order_in_which_they_became_free():
+    """The slot that was free for longest comes first: the device is done with it."""
+    cache = ExpertCache(LRU(2, EXPERTS), [3, 3])
+    for expert in range(3):
+        cache.admit(0, expert)
+    for expert in (1, 2, 0):
+        cache.drop(0, expert)
+    for expert in range(3):
+        cache.admit(1, expert)
+        cache.admit(0, expert)
+    assert cache.slots(1) == {0: 3, 1: 5, 2: 2}
+    assert cache.slots(0) == {0: 4, 1: 1, 2: 0}
+
+
+def test_integrity_is_really_checked():
+    """A slot that is lost, or held twice, and a copy for nobody are found."""
+    lost, twice, nobody = (ExpertCache(LRU(1, EXPERTS), [2]) for _ in range(3))
+    lost._free.popleft()
+    with pytest.raises(AssertionError, match="twice or lost"):
+        lost.check_integrity()
+    twice.admit(0, 0)
+    twice._free.append(0)
+    with pytest.raises(AssertionError, match="twice or lost"):
+        twice.check_integrity()
+    nobody._in_flight[0].add(5)
+    with pytest.raises(AssertionError, match="5"):
+        nobody.check_integrity()

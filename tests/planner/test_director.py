@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from planner.cost.cost import CostModel
 from planner.decide.cache import ExpertCache
 from planner.decide.director import Director
-from planner.decide.policies import LRU, Blend
+from planner.decide.policies.blend import Blend
+from planner.decide.policies.lru import LRU
 from planner.decide.prefetch import ValuePrefetch
 from planner.decide.schedule import schedule
 from planner.errors import CapacityError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from planner.decide.policies import LRU
+from planner.decide.policies.lru import LRU
 from planner.decide.replay import replay
 from planner.describe.checked_table import read_table
 from planner.describe.estimate import Source

@@ -12,8 +12,11 @@ import pytest
 from planner.cost.cost import CostModel
 from planner.cost.step_times import total
 from planner.decide.baselines import all_cpu, on_demand, static_split
-from planner.decide.cache import ExpertCache, Policy
-from planner.decide.policies import LRU, MRS, StaticPopularity
+from planner.decide.cache import ExpertCache
+from planner.decide.policies.lru import LRU
+from planner.decide.policies.mrs import MRS
+from planner.decide.policies.static import StaticPopularity
+from planner.decide.policy import Policy
 from planner.decide.schedule import schedule
 from planner.describe.hardware import HardwareSpec, TermPoint
 from planner.describe.terms import CPU, DECIDING, DISK, HEAD, JOINING, LINK, MIXER

@@ -7,16 +7,14 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hybrid.ask.sizes import parse_bytes
 from planner.cost.cost import CostModel
 from planner.decide.cache import ExpertCache
-from planner.decide.policies import Blend
-from planner.decide.popularity import Popularity, favourites, informed, read_popularity
+from planner.decide.policies import DEFAULT_POLICY, policy
+from planner.decide.popularity import Popularity, read_popularity
 from planner.describe.words import enough_in_words
-from planner.errors import CapacityError, SpecError, TraceError
+from planner.errors import SpecError, TraceError
 from planner.foretell.memory import STAGING, HostMemory, fit, paged
 from planner.foretell.request import Request
 from planner_examples import bare_machine, hybrid_plan, machine, save_config, small_model
@@ -77,12 +75,14 @@ def test_a_trace_is_counted(tmp_path):
 
 def test_a_cache_starts_with_the_favourites():
     """The policy that was told values the most used most; without counts all are alike."""
-    cache = ExpertCache(informed(LAYERS, EXPERTS, Popularity("m", 50, USES)), [3] * LAYERS)
-    assert favourites(cache, 2) == [15, 14, 13]
-    cold = ExpertCache(informed(LAYERS, EXPERTS), [3] * LAYERS)
-    assert favourites(cold, 2) == [0, 1, 2]
+    cache = ExpertCache(
+        policy(DEFAULT_POLICY, LAYERS, EXPERTS, Popularity("m", 50, USES)), [3] * LAYERS
+    )
+    assert cache.favourites(2) == [15, 14, 13]
+    cold = ExpertCache(policy(DEFAULT_POLICY, LAYERS, EXPERTS), [3] * LAYERS)
+    assert cold.favourites(2) == [0, 1, 2]
     with pytest.raises(TraceError, match=r"\[6, 16\] experts of m, the model has \[6, 8\]"):
-        informed(LAYERS, 8, Popularity("m", 50, USES))
+        policy(DEFAULT_POLICY, LAYERS, 8, Popularity("m", 50, USES))
 
 
 def test_slots_go_where_uses_are_spread():
@@ -92,47 +92,6 @@ def test_slots_go_where_uses_are_spread():
     few, many = Popularity("m", 40, uses).capacities(8)
     assert few + many == 8
     assert few < many
-
-
-sizes = st.lists(st.integers(0, EXPERTS), min_size=2, max_size=2)
-
-
-@given(sizes, sizes, st.integers(0, 99))
-@settings(deadline=None)
-def test_resize_keeps_the_most_valued(before, after, seed):
-    """Shrinking drops the least valued only; growing drops nobody; integrity holds."""
-    rng = np.random.default_rng(seed)
-    policy = Blend(2, EXPERTS)
-    cache = ExpertCache(policy, before)
-    for layer in range(2):
-        policy.observe_one(layer, np.arange(EXPERTS), rng.random(EXPERTS), 1)
-        for expert in rng.permutation(EXPERTS)[: before[layer]].tolist():
-            cache.admit(layer, expert)
-    held = [cache.residency(layer) for layer in range(2)]
-    gone = cache.resize(after)
-    cache.check_integrity()
-    for layer in range(2):
-        kept, dropped = cache.residency(layer), {e for at, e in gone if at == layer}
-        assert kept | dropped == held[layer]
-        assert len(dropped) == max(0, before[layer] - after[layer])
-        value = cache.value(layer)
-        assert max(value[list(dropped)], default=-1.0) <= min(value[list(kept)], default=9.0)
-    assert cache.capacities == tuple(after)
-
-
-def test_resize_refuses_to_drop_pins_and_clear_takes_them_back():
-    """Too few slots for what is pinned changes nothing; clearing forgets slots and pins."""
-    cache = ExpertCache(Blend(2, EXPERTS), [2, 2])
-    for expert in (4, 5):
-        cache.admit(1, expert)
-        cache.pin(1, expert)
-    with pytest.raises(CapacityError, match="layer 1: 2 experts are pinned or in use, 1 slots"):
-        cache.resize([0, 1])
-    assert cache.capacities == (2, 2)
-    cache.clear()
-    assert cache.residency(1) == frozenset()
-    assert not cache.pinned(1, 4)
-    assert cache.resize([0, 1]) == []
 
 
 def test_fit_sets_slots_aside_and_uses_no_byte_twice():

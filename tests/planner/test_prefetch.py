@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import naive_planner as naive
 from planner.decide.cache import ExpertCache
 from planner.decide.decode_table import DecodeTable
-from planner.decide.policies import LRU
+from planner.decide.policies.lru import LRU
 from planner.decide.prefetch import (
     PAUSE,
     WINDOW,

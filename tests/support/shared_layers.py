@@ -10,18 +10,17 @@ import torch
 
 from cpu_experts.ffn import run_experts
 from gpu_experts.emulated.device import EmulatedDevice
-from gpu_experts.slots import SlotTable
 from hybrid.ask.names import find_hardware
 from hybrid.formats.block import Block, pack_expert
 from hybrid.ledger.dense_seconds import DenseSeconds
 from hybrid.machine.devices import open_device
-from hybrid.sharing.device_slots import Opened
+from hybrid.sharing.device_guard import TIMEOUT_S, DeviceGuard
 from hybrid.sharing.executor import Executor
 from planner.cost.cost import CostModel
 from planner.decide.cache import ExpertCache
 from planner.decide.capacity import equal_capacities
 from planner.decide.director import Director
-from planner.decide.policies import LRU
+from planner.decide.policies.lru import LRU
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import Experts, Layer, Mixer, ModelSpec
 from planner.foretell.memory import STAGING
@@ -72,6 +71,7 @@ def shared_executor(
     capacity_slots: int | None = None,
     policy: Callable[[int, int], Any] = LRU,
     hardware: HardwareSpec | None = None,
+    timeout_s: float = TIMEOUT_S,
     **options: Any,
 ) -> Executor:
     """Return an executor with an exact emulated device, unless another is given."""
@@ -82,12 +82,12 @@ def shared_executor(
         room = (slots if capacity_slots is None else capacity_slots) + STAGING
         device = open_device("emulated", room * layout.stride, 1)
 
-    def settle(count: int) -> Opened:
-        device.open(layout, count + STAGING)
+    def director(count: int) -> Director:
         cache = ExpertCache(kept, equal_capacities(count, LAYERS, EXPERTS))
-        return Opened(SlotTable(count, STAGING), Director(cost, cache, deciding_s=0.0))
+        return Director(cost, cache, deciding_s=0.0)
 
-    return Executor(layers, device, settle, slots, DenseSeconds(cost, 16), threads=1, **options)
+    guard = DeviceGuard(device, layers, director, slots, timeout_s=timeout_s)
+    return Executor(guard, DenseSeconds(cost, 16), threads=1, **options)
 
 
 def random_step(rng: np.random.Generator, tokens: int) -> tuple[Any, Any, Any]:

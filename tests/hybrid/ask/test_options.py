@@ -16,6 +16,7 @@ from hybrid.ask.options import Options
 from hybrid.cli import main
 from hybrid.cli import plan as plan_command
 from hybrid.errors import UsageError
+from planner.errors import SpecError
 from hybrid.formats.errors import HybridError
 from hybrid.planning import plan as planning
 from hybrid.session.model import HybridModel
@@ -119,7 +120,7 @@ def test_what_only_a_session_is_asked(heard: list[Options], tmp_path: Path) -> N
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], said: str) -> None:
     """Each with a hint, in the words that it was given in."""
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises((UsageError, SpecError), match=said) as caught:
         Options.of(**given)
     assert caught.value.hint
 

@@ -17,8 +17,9 @@ from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.ledger.timeline import Timeline
 from hybrid.machine.devices import open_device
 from hybrid.sharing.executor import Executor
-from hybrid.sharing.routed import Choice
-from planner.decide.popularity import Popularity, informed
+from hybrid.sharing.routed import RoutedTokens
+from planner.decide.policies import DEFAULT_POLICY, policy
+from planner.decide.popularity import Popularity
 from shared_layers import (
     EXPERTS,
     HIDDEN,
@@ -173,8 +174,10 @@ def test_warming_fills_the_slots_with_the_most_used(layers: list[Blocks]) -> Non
     """What is known of the experts' use decides what is resident before the first token."""
     uses = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     known = Popularity("small", 100, uses)
-    executor = shared_executor(layers, 2 * LAYERS, policy=lambda *shape: informed(*shape, known))
-    executor.warm()
+    executor = shared_executor(
+        layers, 2 * LAYERS, policy=lambda *shape: policy(DEFAULT_POLICY, *shape, known)
+    )
+    executor.guard.warm()
     executor.residents.check_integrity()
     for layer in range(LAYERS):
         assert executor.director.cache.residency(layer) == {EXPERTS - 1, EXPERTS - 2}
@@ -301,7 +304,7 @@ def test_a_dropped_device_is_still_counted_and_recorded(layers: list[Blocks]) ->
 def test_an_expert_chosen_twice_has_two_loads() -> None:
     """Routers by token id may name an expert twice for one token."""
     factors = np.array([[0.5, 0.3, 0.2]], np.float32)
-    choice = Choice(np.array([[3, 1, 3]]), factors, 4)
+    choice = RoutedTokens(np.array([[3, 1, 3]]), factors, 4)
     assert choice.loads == ((1, 1), (3, 2))
     assert choice.weights == pytest.approx([0.3, 0.7])
 

@@ -84,7 +84,7 @@ def test_memory_that_runs_out_shrinks_the_slots(
     model, placement = placed(device(), 96)
     executor = placement.executor
     assert executor is not None
-    executor.warm()
+    executor.guard.warm()
     inner, refused = kernels.run, []
 
     def run(*arguments: Any) -> None:

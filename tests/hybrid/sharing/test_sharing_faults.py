@@ -64,7 +64,7 @@ def test_a_stalled_device_times_out(demo_text: str) -> None:
     model = placed("demo", 20)
     executor = placement_of(model).executor
     assert executor is not None
-    executor._timeout_s = 0.3
+    executor.guard.timeout_s = 0.3
     device_of(model).fail("stall", 20)
     assert model.generate(PROMPT, **GREEDY) == demo_text
     assert any("did not finish in" in path.reason for path in model.report().slow_paths)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.decide.cache import Ids, Policy, Values
+from planner.decide.policy import Ids, Policy, Values
 
 TRACES = (("weights", 1.0), ("weights", 0.3), ("uses", 0.1), ("uses", 0.01))
 GAMMA = 0.8
@@ -90,6 +90,11 @@ class Forecast(Policy):
         self._value[layers] = (features[:, None] @ self._model[layers])[:, 0]
         for layer in layers[row + 1 == BLOCK + HORIZON].tolist():
             self._learn(layer)
+
+    def inform(self, uses: Values, tokens: int) -> None:
+        """Begin with the slowest average, from which a cold start predicts, as it was."""
+        self._features[:, -1 - self.experts : -1] = uses / tokens
+        self._value[:] = (self._features[:, None] @ self._model)[:, 0]
 
     def value(self, layers: Ids) -> Values:
         value: Values = self._value[layers]

@@ -1,4 +1,4 @@
-"""How a layer's experts on a device are cut into calls."""
+"""How a layer's experts on a device are cut into launches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.sharing.launches import GROUP, Call, calls_of
+from hybrid.sharing.launches import GROUP, Launch, cut
 from planner.decide.baselines import on_demand
 from planner.decide.layer_plan import LayerPlan
 from planner.describe.estimate import LayerWork
@@ -33,16 +33,21 @@ class Cost:
 
 
 def played(
-    work: LayerWork, calls: list[Call], cost: Cost, kept: set[int], resident: set[int], staging: int
+    work: LayerWork,
+    launches: list[Launch],
+    cost: Cost,
+    kept: set[int],
+    resident: set[int],
+    staging: int,
 ) -> float:
-    """Run the calls on a link and a GPU, in order, with so many slots for the staged; the end."""
+    """Run them on a link and a GPU, in order, with so many slots for the staged; the end."""
     loads = dict(work.loads)
     gpu_s = work.gpu_free_s + cost.gpu_start_s
     link_s = work.link_free_s
     arrived_s = dict.fromkeys(resident, 0.0)
     free_s = [0.0] * staging  # when each slot's last reader is done
     held: dict[int, int] = {}
-    for copies, experts in calls:
+    for copies, experts in launches:
         for expert in copies:
             begin_s = link_s
             if expert not in kept:
@@ -84,11 +89,11 @@ def test_every_expert_is_computed_once_when_it_is_there(
     resident = held & set(range(len(loads)))
     plan = all_on_gpu(work, resident, cost)
     kept &= set(plan.copies)
-    calls = calls_of(work, plan, cost, 9, kept, staging)
-    assert sorted(e for call in calls for e in call.experts) == sorted(plan.gpu)
-    assert tuple(e for call in calls for e in call.copies) == plan.copies
+    launches = cut(work, plan, cost, 9, kept, staging)
+    assert sorted(e for launch in launches for e in launch.experts) == sorted(plan.gpu)
+    assert tuple(e for launch in launches for e in launch.copies) == plan.copies
     there, staged = set(resident), set()
-    for copies, experts in calls:
+    for copies, experts in launches:
         there |= set(copies)
         staged |= set(copies) - kept
         assert len(staged) <= staging
@@ -96,7 +101,7 @@ def test_every_expert_is_computed_once_when_it_is_there(
         assert len(set(experts) - resident) <= GROUP
         staged -= set(experts)
     assert not staged
-    assert all(call.experts or call.copies for call in calls)
+    assert all(launch.experts or launch.copies for launch in launches)
 
 
 @given(
@@ -113,8 +118,8 @@ def test_the_device_ends_when_the_plan_says(loads, held, gpu_token_s, keeps):
     resident = held & set(range(len(loads)))
     plan = all_on_gpu(work, resident, cost)
     kept = set(plan.copies) if keeps else set()
-    calls = calls_of(work, plan, cost, 9, kept, 4)
-    end_s = played(work, calls, cost, kept, resident, 4)
+    launches = cut(work, plan, cost, 9, kept, 4)
+    end_s = played(work, launches, cost, kept, resident, 4)
     longest_s = max(cost.gpu_s(load) for load in loads)
     assert plan.gpu_end_s - 1e-9 <= end_s
     assert end_s <= plan.gpu_end_s + 2 * longest_s + 2 * cost.copy_s()
@@ -126,26 +131,31 @@ def test_residents_do_not_keep_the_link_waiting():
     work = LayerWork(0, tuple((expert, 2) for expert in range(30)))
     resident = set(range(20))
     plan = all_on_gpu(work, resident, cost)
-    at_once = [Call((), tuple(range(20)))] + [Call((e,), (e,)) for e in range(20, 30)]
+    at_once = [Launch((), tuple(range(20)))] + [Launch((e,), (e,)) for e in range(20, 30)]
     assert played(work, at_once, cost, set(), resident, 4) == 34.0
-    calls = calls_of(work, plan, cost, 9, set(), 4)
-    assert played(work, calls, cost, set(), resident, 4) == plan.gpu_end_s == 30.0
+    launches = cut(work, plan, cost, 9, set(), 4)
+    assert played(work, launches, cost, set(), resident, 4) == plan.gpu_end_s == 30.0
 
 
 def test_a_single_tokens_copies_are_computed_one_by_one():
     """They are few, and their residents are done long before the first is there."""
     work = LayerWork(0, tuple((expert, 1) for expert in range(6)))
     plan = all_on_gpu(work, {0, 1, 2}, Cost(gpu_token_s=0.1))
-    calls = calls_of(work, plan, Cost(gpu_token_s=0.1), 1, {3}, 4)
-    assert calls == [Call((3,), (0, 1, 2)), Call((), (3,)), Call((4,), (4,)), Call((5,), (5,))]
+    launches = cut(work, plan, Cost(gpu_token_s=0.1), 1, {3}, 4)
+    assert launches == [
+        Launch((3,), (0, 1, 2)),
+        Launch((), (3,)),
+        Launch((4,), (4,)),
+        Launch((5,), (5,)),
+    ]
 
 
-def test_a_prompts_calls_are_few():
+def test_a_prompts_launches_are_few():
     """Small groups at both ends, groups of four between; no copies, no cuts."""
     work = LayerWork(0, tuple((expert, 9) for expert in range(40)))
     cost = Cost(gpu_token_s=0.01)
     plan = all_on_gpu(work, set(), cost)
-    sizes = [len(call.experts) for call in calls_of(work, plan, cost, 9, set(plan.copies), 4)]
+    sizes = [len(launch.experts) for launch in cut(work, plan, cost, 9, set(plan.copies), 4)]
     assert sizes == [0, 1, 1, 2, 3, *[4] * 7, 2, 2, 1]
     whole = all_on_gpu(work, set(range(40)), cost)
-    assert calls_of(work, whole, cost, 9, set(), 4) == [Call((), whole.gpu)]
+    assert cut(work, whole, cost, 9, set(), 4) == [Launch((), whole.gpu)]
