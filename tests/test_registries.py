@@ -1,7 +1,7 @@
 """Whoever adds a part adds a file and a line: a made-up one of each runs through everything.
 
-A format is registered in a process of its own, where no other test sees it; a backend until its
-test is over.
+A format is registered in a process of its own, where no other test sees it; a backend and a cache
+policy until their test is over.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from planner.errors import SpecError
 
 SUPPORT = Path(__file__).parent / "support"
 PROMPT = "def f(x):"
@@ -281,6 +283,114 @@ def test_a_backend_is_one_folder_and_its_line(
     assert model.generate(PROMPT, **options) == text
     assert executor.slot_count < slots
     model.close()
+
+
+# A cache policy
+
+
+def hoarding() -> Any:
+    """A policy that keeps the experts of the highest ids, whatever is used."""
+    import numpy as np
+
+    from planner.decide.policy import Policy
+
+    class Hoard(Policy):
+        """Notes of every layer who got a slot, and how many steps it saw."""
+
+        name = "hoard"
+        made: list[Any] = []  # noqa: RUF012
+
+        def __init__(self, layers: int, experts: int) -> None:
+            super().__init__(layers, experts)
+            self.got: list[list[int]] = [[] for _ in range(layers)]
+            self.steps = [0] * layers
+            self.made.append(self)
+
+        def observe(self, layers: Any, ids: Any, weights: Any, tokens: int = 1) -> None:
+            for layer in layers.tolist():
+                self.steps[layer] += 1
+
+        def value(self, layers: Any) -> Any:
+            return np.tile(np.arange(float(self.experts)), (len(layers), 1))
+
+        def admitted(self, layer: int, expert: int) -> None:
+            self.got[layer].append(expert)
+
+    return Hoard
+
+
+def test_a_policy_is_one_file_and_its_line(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registered policy is chosen by name for dry runs: who it values most is resident."""
+    import numpy as np
+
+    from hybrid import plan
+    from planner.decide import policies
+
+    kind = hoarding()
+    monkeypatch.setitem(policies.POLICIES, kind.name, kind)
+    assert kind.name in policies.names()
+    # Only the first experts are used: who hoards the last ones has nothing of them.
+    trace = tmp_path / "first.npz"
+    ids = np.tile(np.arange(2), (40, 2, 1)).astype(np.uint8)
+    np.savez(trace, expert_ids=ids, routing_weights=np.full(ids.shape, 0.5, np.float16))
+    request: dict[str, Any] = {"context": 64, "prompt": 8, "tokens": 8, "trace": trace}
+    most = plan(tiny_model, "rtx4060-laptop", **request).fit
+    request["vram"] = most.used("vram") - 12 * most.slot_bytes
+    rates = {}
+    for name in (kind.name, policies.DEFAULT_POLICY):
+        found = plan(tiny_model, "rtx4060-laptop", policy=name, **request)
+        assert found.fit.slots == (2, 2)
+        assert found.prediction is not None
+        rates[name] = found.prediction.run.hit_rate
+    assert rates[kind.name] < rates[policies.DEFAULT_POLICY] == 1.0
+    assert all(got[:2] == [7, 6] for got in kind.made[0].got)
+
+
+def test_a_policy_decides_who_is_resident_in_a_run(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was used before it takes what it likes; it sees every step; the text is the same."""
+    import numpy as np
+    import torch
+
+    from hybrid.ask.names import find_hardware
+    from hybrid.loading import load_fast_model
+    from hybrid.machine.devices import open_device
+    from hybrid.model import Model
+    from hybrid.sharing.budget import Budget, fitted
+    from hybrid.sharing.placement import place_model
+    from planner.decide import policies
+    from planner.decide.popularity import Popularity
+
+    kind = hoarding()
+    monkeypatch.setitem(policies.POLICIES, kind.name, kind)
+    network, _ = load_fast_model(tiny_model, fast=False)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = network.generate(ids, **GREEDY)
+    device, hardware = open_device("emulated", 1 << 30, 1), find_hardware("rtx4060-laptop")
+    _, most = fitted(Model(network), device, hardware, Budget(None, None, 64))
+    vram = most.used("vram") - 12 * most.slot_bytes
+    uses = np.tile(np.arange(8, 0, -1), (2, 1))
+    with pytest.raises(SpecError, match="unknown cache policy: 'hoarde'") as caught:
+        place_model(
+            Model(network), device, hardware, Budget(vram, None, 64, policy="hoarde"), threads=1
+        )
+    assert "choose one of: lru, lfu, arc, static, mrs, blend, forecast, hoard" in str(
+        caught.value.hint
+    )
+    budget = Budget(vram, None, 64, Popularity("tiny", 20, uses), policy=kind.name)
+    executor = place_model(Model(network), device, hardware, budget, threads=1).executor
+    assert executor is not None
+    (ran,) = kind.made
+    assert [executor.director.cache.residency(layer) for layer in range(2)] == [{6, 7}] * 2
+    before = list(ran.steps)
+    assert torch.equal(network.generate(ids, **GREEDY), expected)
+    taken = [now - then for now, then in zip(ran.steps, before, strict=True)]
+    assert taken == [GREEDY["max_new_tokens"]] * 2
+    executor.residents.settle(5.0)
+    executor.residents.check_integrity()
 
 
 if __name__ == "__main__":

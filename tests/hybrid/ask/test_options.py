@@ -16,10 +16,10 @@ from hybrid.ask.options import Options
 from hybrid.cli import main
 from hybrid.cli import plan as plan_command
 from hybrid.errors import UsageError
-from planner.errors import SpecError
 from hybrid.formats.errors import HybridError
 from hybrid.planning import plan as planning
 from hybrid.session.model import HybridModel
+from planner.errors import SpecError
 from planner_examples import save_config
 
 GIB = 2**30
