@@ -9,9 +9,9 @@ computes a strip of gate has the same rows of up at hand and can apply the activ
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,6 +87,10 @@ class Block:
             raise ShapeError(f"stride is {self.stride}, not a multiple of {_STEP}")
         if self.stride and self.stride < self.block_bytes:
             raise ShapeError(f"a block takes {self.block_bytes} bytes, the stride is {self.stride}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what it was made of; the format's code, which follows from it, is not copied."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def with_stride(self, stride: int) -> Block:
         """Return the same expert where a store or slots have it ``stride`` bytes apart."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +57,16 @@ def test_a_stride_says_where_experts_lie_and_not_how() -> None:
     up = draw.standard_normal((2, 33, 40)).astype(np.float32)
     parts = {"gate": up[0], "up": up[1], "down": np.ascontiguousarray(up[0].T)}
     np.testing.assert_array_equal(pack_expert(shape, **parts), pack_expert(stored, **parts))
+
+
+@pytest.mark.parametrize("fmt", list(FORMATS))
+def test_a_block_that_was_used_can_be_copied(fmt: str) -> None:
+    """Its format's functions may be no module's: a pickle names the format."""
+    shape = Block(hidden=64, intermediate=32, format=fmt)
+    assert shape.packing is FORMATS[fmt]
+    for twin in (pickle.loads(pickle.dumps(shape)), copy.deepcopy(shape)):
+        assert twin == shape
+        assert twin.packing is FORMATS[fmt]
 
 
 @pytest.mark.parametrize(
