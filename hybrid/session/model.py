@@ -368,7 +368,8 @@ class HybridModel:
                 pass
             finally:
                 sampled = bool(setting(config, "do_sample", options))
-                made = self._last = stream.generation(result, sampled=sampled)
+                made = stream.generation(result, sampled=sampled)
+                self._last = replace(made, result=None)  # the caller's alone: it may hold a cache
         return made
 
     def save_popularity(self, path: str | PathLike[str]) -> None:

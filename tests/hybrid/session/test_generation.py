@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +95,21 @@ def test_a_call_leaves_one_value_on_the_model(tiny_model: Path) -> None:
     made = model._last
     assert isinstance(made, Generation)
     assert torch.equal(made.ids, ids[:, PROMPT.shape[1] :])
-    assert made.result is ids
+    assert made.result is None
     assert model.report().figures["new_tokens"].value == 5
     text = model.generate("def f", max_new_tokens=5, do_sample=False)
     assert (made.times.new_tokens, model._last.text) == (5, text)
     assert model._last.times.extras == ("text",)
+
+
+def test_a_result_is_gone_when_the_caller_drops_it(tiny_model: Path) -> None:
+    """It may hold a cache of gigabytes, which the session has no use for."""
+    model = HybridModel.from_pretrained(tiny_model, threads=1)
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True}
+    kept = weakref.ref(model.generate(PROMPT, **options))
+    gc.collect()
+    assert kept() is None
+    assert model.report().figures["new_tokens"].value == 3
 
 
 def test_pieces_come_from_a_thread_that_can_be_stopped() -> None:
