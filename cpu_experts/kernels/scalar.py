@@ -194,7 +194,7 @@ def _either(number: int, one: Any, others: Any) -> Any:
 
 @njit(nogil=True)
 def silu_strip(gate: Any, at: Any, alpha: Any, out: Any, out_at: Any) -> None:
-    """See :func:`cpu_experts.kernels.simd.silu_strip`."""
+    """See :func:`cpu_experts.kernels.simd_dense.silu_strip`."""
     for i in range(TILE):
         g = gate[at + i]
         out[out_at + i] = g / (np.float32(1) + np.exp(-alpha * g))
