@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.checked_table import read_table
 from planner.errors import SpecError
 from planner.foretell.report import SCHEMA, Table
@@ -47,7 +48,9 @@ def _asked(first: dict[str, Any], second: dict[str, Any]) -> Table:
             "VRAM GiB": f"{plan['fit']['vram_bytes'] / GIB:.2f}",
             "RAM GiB": f"{plan['fit']['ram_bytes'] / GIB:.2f}",
         }
-        sides.append({**names, **{k: str(v) for k, v in plan["request"].items()}, **memory})
+        # Plans of before there was a choice do not name their policy.
+        asked = {"policy": DEFAULT_POLICY, **plan["request"]}
+        sides.append({**names, **{k: str(v) for k, v in asked.items()}, **memory})
     rows = [(key, a, sides[1][key]) for key, a in sides[0].items() if a != sides[1][key]]
     return Table("What differs", ("", "A", "B"), tuple(rows))
 

@@ -41,6 +41,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.estimate import Estimate
 from planner.foretell.dryrun import PlanResult, Prediction
 from planner.foretell.request import Request
@@ -103,7 +104,7 @@ def _summary(result: PlanResult) -> Table:
         (
             "request",
             f"experts {request.experts}, dense {_dense(request)}, context {request.context}, "
-            f"prompt {request.prompt}, batch {request.batch}",
+            f"prompt {request.prompt}, batch {request.batch}{_policy(request)}",
         ),
     ]
     prediction = result.prediction
@@ -356,8 +357,13 @@ def _dense(request: Request) -> str:
     return request.dense + (widened if request.dense != request.dense_there else "")
 
 
+def _policy(request: Request) -> str:
+    """Name the cache policy where it is not the one that runs take by themselves."""
+    return "" if request.policy == DEFAULT_POLICY else f", policy {request.policy}"
+
+
 def _request(request: Request) -> dict[str, Any]:
-    names = ("experts", "dense", "context", "prompt", "tokens", "batch", "seed")
+    names = ("experts", "dense", "context", "prompt", "tokens", "batch", "policy", "seed")
     asked = {name: getattr(request, name) for name in names}
     return {**asked, "trace": request.trace and request.trace.name}
 

@@ -143,6 +143,28 @@ def test_the_api_gives_the_same_as_the_command(
     assert result.prediction.tpot.value > 0
 
 
+def test_plans_of_two_policies_are_told_apart(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text and JSON name a policy that was asked for, and what differs between two plans does."""
+    words = (str(small), *LAPTOP, *QUICK)
+    assert "policy" not in hybrid_plan(*words, capsys=capsys)[1].split("verdict")[0]
+    assert ", policy lru" in hybrid_plan(*words, "--policy", "lru", capsys=capsys)[1]
+    files = []
+    for name in ("blend", "lru", "earlier"):
+        options = ("--policy", name) if name == "lru" else ()
+        data = json.loads(hybrid_plan(*words, *options, "--json", capsys=capsys)[1])
+        if name == "earlier":
+            del data["request"]["policy"]
+        else:
+            assert data["request"]["policy"] == name
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(data))
+    for first, second, differs in ((0, 1, True), (1, 2, True), (0, 2, False)):
+        out = hybrid_plan("diff", str(files[first]), str(files[second]), capsys=capsys)[1]
+        assert ("policy" in out) == differs
+
+
 def test_markdown_tables_are_regular(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every row of a Markdown table has as many cells as its heading."""
     _, out, _ = hybrid_plan(str(small), *LAPTOP, *QUICK, "--markdown", capsys=capsys)
