@@ -66,7 +66,7 @@ def test_commands_are_imported_when_they_run() -> None:
     code = (
         "import sys; from hybrid.cli import main; main(['--help']); "
         "loaded = {m for m in sys.modules if m.startswith('hybrid.cli.')}; "
-        "assert loaded == {'hybrid.cli.app', 'hybrid.cli.text'}, loaded"
+        "assert loaded == {'hybrid.cli.app', 'hybrid.cli.exit_codes', 'hybrid.cli.text'}, loaded"
     )
     modules_after(code)
 

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[3]
 #: What the installed command runs.
 PROGRAM = "from hybrid.cli import command\nsys.exit(command())\n"
 #: What is imported before an interruption can be taken. (The first is no more than a name.)
-BEFORE = {"__future__", "hybrid", "cpu_experts", "hybrid.registration", "hybrid.cli"}
+BEFORE = {
+    *("__future__", "hybrid", "cpu_experts", "hybrid.registration"),
+    *("hybrid.cli", "hybrid.cli.exit_codes"),
+}
 
 
 def run(code: str, *words: str, bare: bool = False) -> subprocess.CompletedProcess[str]:
