@@ -13,6 +13,10 @@ from planner.describe.families import from_hf_config
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
 
+LAPTOP = ("--hardware", "rtx4060-laptop")
+QUICK = ("--tokens", "2", "--prompt", "16", "--context", "64")
+"""Options of a machine, and of a plan that takes no time."""
+
 SMALL: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "hidden_size": 1024,

@@ -14,10 +14,7 @@ from hybrid.ask.names import configs, find_hardware
 from hybrid.errors import UsageError
 from hybrid.machine.machines import Machine
 from hybrid.planning.plan import plan
-from planner_examples import SMALL, hybrid_plan, machine_table, save_config
-
-LAPTOP = ("--hardware", "rtx4060-laptop")
-QUICK = ("--tokens", "2", "--prompt", "16", "--context", "64")
+from planner_examples import LAPTOP, QUICK, SMALL, hybrid_plan, machine_table, save_config
 
 
 @pytest.fixture
