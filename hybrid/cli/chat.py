@@ -94,7 +94,7 @@ def talk(
         For ``HybridModel.chat``.
     """
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    history = list(start)
+    history, summary = list(start), cli.Summary(model)
     while True:
         try:
             text = _read_message(read_line)
@@ -104,7 +104,7 @@ def talk(
                 history = list(start)
                 print("the conversation is forgotten", file=sys.stderr)
             elif text.strip():
-                history = _answer(model, history, text, options)
+                history = _answer(model, history, text, summary, options)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -117,7 +117,11 @@ def talk(
 
 
 def _answer(
-    model: HybridModel, history: list[Message], text: str, options: dict[str, Any]
+    model: HybridModel,
+    history: list[Message],
+    text: str,
+    summary: cli.Summary,
+    options: dict[str, Any],
 ) -> list[Message]:
     """Write the answer to ``text`` and return the history with what was said.
 
@@ -137,7 +141,7 @@ def _answer(
         print("[stopped]", file=sys.stderr)
         if not pieces:
             return history
-    cli.summarise(model)
+    summary.tell()
     return [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
 

@@ -146,25 +146,29 @@ def write_routing(model: HybridModel, file: Path | None) -> None:
         print(f"wrote {file}: a routing trace", file=sys.stderr)
 
 
-def summarise(model: HybridModel, *, whole: bool = False) -> None:
-    """Tell on stderr how it went.
+class Summary:
+    """Tells on stderr how a model's calls went, and each slow path once."""
 
-    One line of figures and one for everything that ran slowly and was not told before, or the
-    ``whole`` report.
-    Without figures, when it was interrupted before the model began, nothing.
-    """
-    report = model.report()
-    if whole:
-        print(report, file=sys.stderr)
-        return
-    if "new_tokens" not in report.figures:
-        return
-    print(summary_line(report.figures), file=sys.stderr)
-    for path in report.slow_paths:
-        if path.cause in {told.cause for told in model.told}:
-            continue
-        model.told = (*model.told, path)
-        print(f"slow: {path}", file=sys.stderr)
+    def __init__(self, model: HybridModel) -> None:
+        self._model = model
+        self._told = {note.cause for note in model.notes}
+
+    def tell(self, *, whole: bool = False) -> None:
+        """Tell how the last call went: its figures and what ran slowly, or the ``whole`` report.
+
+        Without figures, when it was interrupted before the model began, nothing.
+        """
+        report = self._model.report()
+        if whole:
+            print(report, file=sys.stderr)
+            return
+        if "new_tokens" not in report.figures:
+            return
+        print(summary_line(report.figures), file=sys.stderr)
+        for path in report.slow_paths:
+            if path.cause not in self._told:
+                self._told.add(path.cause)
+                print(f"slow: {path}", file=sys.stderr)
 
 
 def read_text(file: Path) -> str:

@@ -117,7 +117,7 @@ def _leave(
         rest.callback(cli.write_popularity, loaded, popularity)
         rest.callback(cli.write_routing, loaded, routing)
         rest.callback(cli.write_timeline, loaded, perfetto)
-        cli.summarise(loaded, whole=report)
+        cli.Summary(loaded).tell(whole=report)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -7,7 +7,6 @@ attention (see :mod:`hybrid.fast.prompt`). :mod:`hybrid.fast.attach` says for wh
 from __future__ import annotations
 
 import functools
-import time
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +20,7 @@ from hybrid.fast.decoder_parts import rotary_row, rotary_sides
 from hybrid.fast.kv_cache import CacheForm, Sequence
 from hybrid.fast.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
 from hybrid.formats.registry import is_quantized
+from hybrid.stopwatch import Stopwatch
 from hybrid.transformers_api import cache_argument, causal_output, given_cache
 
 #: Positions whose rotary embedding is computed at a time.
@@ -43,16 +43,13 @@ class FastDecoder:
 
     Attributes
     ----------
-    spent_s
-        Seconds that single tokens took in the kernels since :meth:`begin_run`.
-    steps
-        How many they were.
+    watch
+        What single tokens took in the kernels since :meth:`begin_run`, and how many they were.
     """
-
-    spent_s, steps = 0.0, 0
 
     def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
         self.decoder = decoder
+        self.watch = Stopwatch()
         self._base = model.get_decoder()
         self._dtype = model.dtype
         self._pairs = pairs
@@ -82,20 +79,18 @@ class FastDecoder:
             x = x * self._scale
         cos, sin = self.rotary(position)
         logits = torch.empty(1, 1, self.decoder.vocabulary)
-        start_s = time.perf_counter()
-        self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
-        spent_s = time.perf_counter() - start_s
+        with self.watch:
+            self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
         sequence.advance()
         if sequence.left_the_range():
             sequence.take_back(1)
+            self.watch.take_back()
             return None
-        self.spent_s += spent_s
-        self.steps += 1
         return causal_output(logits.to(self._dtype), cache)
 
     def begin_run(self) -> None:
         """Count anew what single tokens take; the decoder counts it by layer and part."""
-        self.spent_s, self.steps = 0.0, 0
+        self.watch.reset()
         self.decoder.begin_run()
 
     def prompt(

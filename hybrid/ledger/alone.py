@@ -28,7 +28,7 @@ def prompt_loads(loaded: Model) -> list[list[int]]:
 
 def prompt_experts_s(loaded: Model) -> float:
     """Return the seconds that experts took in the prompt since :func:`begin_run`."""
-    return float(sum(experts.spent_s for experts in loaded.layers))
+    return float(sum(experts.watch.seconds for experts in loaded.layers))
 
 
 def token_times(fast: FastDecoder) -> StepTimes | None:
@@ -40,6 +40,6 @@ def token_times(fast: FastDecoder) -> StepTimes | None:
     spent_s = fast.decoder.spent_s()
     if spent_s is None:
         return None
-    *rows, head = (spent_s / fast.steps).tolist()
+    *rows, head = (spent_s / fast.watch.pieces).tolist()
     layers = tuple(dict(zip((MIXER, CPU, DENSE), row, strict=True)) for row in rows)
     return StepTimes(layers, {HEAD: head[0]})

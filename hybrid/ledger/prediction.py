@@ -285,7 +285,7 @@ def _cpu_terms(
         return CpuTerms(predictions=f"none: {calibrations.missing(here)}; {command} measures it")
     fast, steps = loaded.fast.decoder, times.new_tokens - 1
     # Where some steps ran in transformers' code, what kernels and experts counted is not the run's.
-    seen = fast if fast is not None and fast.steps >= steps else None
+    seen = fast if fast is not None and fast.watch.pieces >= steps else None
     spent_s = None if seen is None else prompt_experts_s(loaded)
 
     def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
@@ -321,5 +321,5 @@ def _measured(fast: FastDecoder, token_s: float) -> tuple[dict[str, float], tupl
     """Return what the one-token kernels measured, by term, and by layer and term."""
     times = token_times(fast)
     if times is None:  # no clock that kernels can read: only the whole of them is known
-        return {CALL: token_s - fast.spent_s / fast.steps}, ()
+        return {CALL: token_s - fast.watch.seconds / fast.watch.pieces}, ()
     return times.terms | {CALL: token_s - times.duration_s}, times.layers

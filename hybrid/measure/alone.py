@@ -21,6 +21,7 @@ from hybrid.fast.prompt import PIECE
 from hybrid.ledger.alone import token_times
 from hybrid.measure.terms_of_step import Part, Pass, in_modules, single_tokens, totals
 from hybrid.packed.experts import experts_of
+from hybrid.stopwatch import Stopwatch
 from planner.cost.step_times import StepTimes
 from planner.describe.model import Layer, ModelSpec
 from planner.describe.terms import CPU, DENSE, HEAD, MIXER
@@ -109,7 +110,7 @@ class Timed:
         self.scale = model.vocab / int(network.config.get_text_config().vocab_size)
         modules = network.get_decoder().layers
         self.layers: tuple[Layer, ...] = model.layers[: len(modules)]
-        self._spans: defaultdict[tuple[str, int], float] = defaultdict(float)
+        self._watches: defaultdict[tuple[str, int], list[Stopwatch]] = defaultdict(list)
         for index, module in enumerate(modules):
             self._watch(module, (_LAYER, index))
             for part in _beside_attention(module):
@@ -128,7 +129,7 @@ class Timed:
 
     def _take(self, whole_s: float) -> Pass:
         """Read the clocks of a pass and set them to zero."""
-        if self.fast is not None and self.fast.steps:
+        if self.fast is not None and self.fast.watch.pieces:
             times = token_times(self.fast)
             if times is None:
                 raise UsageError(
@@ -137,17 +138,19 @@ class Timed:
                 )
         else:
             times = StepTimes(
-                tuple(map(self._layer, range(len(self.layers)))), {HEAD: self._spans[HEAD, 0]}
+                tuple(map(self._layer, range(len(self.layers)))), {HEAD: self._seconds(HEAD)}
             )
-        self._spans.clear()
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.reset()
         if self.fast is not None:
             self.fast.begin_run()
         return Pass(whole_s, times)
 
     def _layer(self, index: int) -> dict[str, float]:
         """What transformers' code took in a layer."""
-        experts_s, beside_s = self._spans[CPU, index], self._spans[DENSE, index]
-        attention_s = max(0.0, self._spans[_LAYER, index] - beside_s - experts_s)
+        experts_s, beside_s = self._seconds(CPU, index), self._seconds(DENSE, index)
+        attention_s = max(0.0, self._seconds(_LAYER, index) - beside_s - experts_s)
         return {MIXER: attention_s, CPU: experts_s, DENSE: beside_s}
 
     def _widen(self, network: Any, arguments: Any, output: Any) -> None:
@@ -155,7 +158,7 @@ class Timed:
 
         Choosing among them takes as long as there are many.
         """
-        if self.fast is not None and self.fast.steps:
+        if self.fast is not None and self.fast.watch.pieces:
             own = output.logits
             never = torch.finfo(own.dtype).min
             output.logits = own.new_full((*own.shape[:-1], self.model.vocab), never)
@@ -209,15 +212,20 @@ class Timed:
             for passes, tokens in ((first, prompt), (later, 1))
         )
 
+    def _seconds(self, part: str, index: int = 0) -> float:
+        """Return what a part took since the last pass."""
+        return sum(watch.seconds for watch in self._watches[part, index])
+
     def _watch(self, module: Any, key: tuple[str, int]) -> None:
         """Note what a module takes whenever transformers' code calls it."""
-        started_s: list[float] = []
+        watch = Stopwatch()
+        self._watches[key].append(watch)
 
         def before(*_: Any) -> None:
-            started_s.append(time.perf_counter())
+            watch.start()
 
         def after(*_: Any) -> None:
-            self._spans[key] += time.perf_counter() - started_s.pop()
+            watch.stop()
 
         grafts.hook_before(module, before, "a part is timed: its start")
         grafts.hook_after(module, after, "a part is timed: its end")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from hybrid.formats.block import Block
 from hybrid.formats.strips import F32
 from hybrid.grafts import expert_modules, runner_of
 from hybrid.packed.bf16_products import run_panels
+from hybrid.stopwatch import Stopwatch
 from hybrid.weights.store import U8, ExpertStore, LayerRecord
 
 
@@ -68,13 +68,12 @@ class LayerExperts:
     own_gating
         Whether the family's own gating code runs between the projections because the kernels
         have no parameters for it.
-    spent_s
-        Seconds spent here since the run began.
+    watch
+        What calls took since the run began.
     loads
         Tokens that each expert got of the run's prompt: a row for every piece of it.
     """
 
-    spent_s = 0.0
     loads: tuple[list[int], ...] = ()
     _uncounted = 0
 
@@ -86,6 +85,7 @@ class LayerExperts:
         panels_from: int | None = None,
     ) -> None:
         self.spec = spec
+        self.watch = Stopwatch()
         self.panels_from = panels_from
         self._place = store, record
         self.blocks = store.blocks(record)
@@ -115,16 +115,15 @@ class LayerExperts:
         expert_ids, routing_weights
             ``[T, A]``, used as they are; ids of E and above contribute nothing.
         """
-        start_s = time.perf_counter()
-        if self._uncounted > 0:
-            self._count(expert_ids)
-        out = self._compute(hidden, expert_ids, routing_weights)
-        self.spent_s += time.perf_counter() - start_s
-        return out
+        with self.watch:
+            if self._uncounted > 0:
+                self._count(expert_ids)
+            return self._compute(hidden, expert_ids, routing_weights)
 
     def begin_run(self, prompt_tokens: int) -> None:
         """Forget the last run; the next ``prompt_tokens`` are a prompt, whose loads are counted."""
-        self.spent_s, self.loads, self._uncounted = 0.0, (), prompt_tokens
+        self.watch.reset()
+        self.loads, self._uncounted = (), prompt_tokens
 
     def _count(self, expert_ids: Tensor) -> None:
         count = len(self.blocks)

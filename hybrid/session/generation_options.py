@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
+import torch
+
 from hybrid.errors import UsageError
+from hybrid.session.generation_stream import GenerationStream
 
 #: New tokens when text is asked for and neither the caller nor the model gives a limit.
 DEFAULT_NEW_TOKENS = 256
@@ -87,6 +90,29 @@ def text_options(config: Any, options: dict[str, Any], new_tokens: int) -> dict[
     changed = copy.deepcopy(options["generation_config"])
     changed.update(max_length=None, **settled)
     return rest | {"generation_config": changed}
+
+
+def loop_options(network: Any, options: dict[str, Any], stream: GenerationStream) -> dict[str, Any]:
+    """Return ``options`` for transformers' loop over ``network``, watched by a ``stream``.
+
+    Raises
+    ------
+    UsageError
+        When somebody waits for tokens of a search that shows none before its end.
+    """
+    # Masks and the like belong where the ids are.
+    settled = {
+        name: value.to(network.device) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    if (setting(network.generation_config, "num_beams", options) or 1) == 1:
+        settled["streamer"] = stream
+    elif stream.shows_tokens:
+        raise UsageError(
+            "beam search (num_beams > 1) knows no text before it ends, so it cannot stream",
+            hint="leave out num_beams, or the streamer",
+        )
+    return settled
 
 
 def _new_tokens(config: Any, options: dict[str, Any], prompt_tokens: int) -> int:

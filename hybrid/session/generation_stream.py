@@ -55,15 +55,25 @@ class GenerationStream(BaseStreamer):
         self._ids: list[torch.Tensor] = []
         self._prompt_seen = self._complete = False
         self._new_tokens = 0
+        self._start_s: float | None = None
         self._first_s: float | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether the loop has begun."""
+        return self._start_s is not None
 
     @property
     def shows_tokens(self) -> bool:
         """Whether somebody waits for tokens as they come."""
         return self._streamer is not None or self._on_text is not None
 
-    def start(self, ids: torch.Tensor) -> None:
-        """Start the clock; ``ids`` ``[B, T]`` is the prompt."""
+    def start(self, ids: torch.Tensor, *, sampled: bool = False) -> None:
+        """Start the clock; ``ids`` ``[B, T]`` is the prompt.
+
+        ``sampled`` is whether tokens are drawn, and not the likeliest ones taken.
+        """
+        self._sampled = sampled
         self._sequences, self._prompt_tokens = ids.shape
         self._start_s = self._last_s = time.perf_counter()
 
@@ -100,9 +110,11 @@ class GenerationStream(BaseStreamer):
         if self._streamer is not None:
             self._streamer.end()
 
-    def put_result(self, sequences: torch.Tensor) -> None:
-        """Take the result, ``[B, T]``, of a search that shows no tokens before its end."""
-        new = sequences[:, self._prompt_tokens :]
+    def take(self, result: Any) -> None:
+        """Take what transformers' ``generate`` returned: a search shows no tokens before."""
+        if self._complete:
+            return
+        new = getattr(result, "sequences", result)[:, self._prompt_tokens :]
         self._new_tokens = new.shape[1]
         self._ids = [new]
         self._complete = True
@@ -110,32 +122,27 @@ class GenerationStream(BaseStreamer):
             self._write(self._text.put(new.flatten().tolist()))
             self._write(self._text.finish())
 
-    def generation(self, result: Any, *, sampled: bool) -> Generation:
+    def generation(self, result: Any = None) -> Generation:
         """Return what the call made.
 
-        Parameters
-        ----------
-        result
-            What transformers' ``generate`` returned; None where it was left early.
-        sampled
-            Whether tokens were drawn, and not the likeliest ones taken.
+        ``result`` is what transformers' ``generate`` returned; None where it was left early.
         """
         new = [step if step.ndim == 2 else step[:, None] for step in self._ids]
         return Generation(
             text="".join(self._pieces),
             ids=torch.cat(new, dim=1) if new else torch.empty(self._sequences, 0, dtype=torch.long),
-            times=self._times(sampled),
+            times=self._times(),
             result=result,
         )
 
-    def _times(self, sampled: bool) -> GenerationTimes:
-        first_s = self._first_s
-        also = ((SAMPLING, sampled), (TEXT, self._text is not None))
+    def _times(self) -> GenerationTimes:
+        start_s, first_s = self._start_s, self._first_s
+        also = ((SAMPLING, self._sampled), (TEXT, self._text is not None))
         return GenerationTimes(
             sequences=self._sequences,
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
-            ttft_s=None if first_s is None else first_s - self._start_s,
+            ttft_s=None if first_s is None or start_s is None else first_s - start_s,
             decode_s=0.0 if first_s is None else self._last_s - first_s,
             ended=self._why_ended(),
             extras=tuple(name for name, happened in also if happened),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -18,23 +17,18 @@ from hybrid.ask.options import Options
 from hybrid.ask.sizes import Size
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.fast.prompt import prompts_told
-from hybrid.ledger.alone import begin_run
 from hybrid.ledger.metrics import LANES, RunReport
-from hybrid.ledger.slow_paths import refusals
-from hybrid.loading import load_tokenizer, set_threads
+from hybrid.loading import load_tokenizer
 from hybrid.paths import write_whole
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
     check_length,
     check_one_sequence,
-    setting,
     text_limit,
     text_options,
 )
-from hybrid.session.generation_stream import GenerationStream, OnText, Stopped, pieces_of
-from hybrid.session.open import Loaded, open_model
-from hybrid.session.report import run_report
+from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
+from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
 from planner.decide.policies import DEFAULT_POLICY
@@ -63,20 +57,18 @@ class HybridModel:
         Threads of torch and of the kernels; both always have the same number.
     placement
         How it lies on a device; None on the CPU alone.
-    told
+    notes
         What was said to be slower or smaller than it could be when it was loaded.
     """
 
-    def __init__(self, loaded: Loaded, tokenizer: Any, name: str) -> None:
-        self.model = loaded.model.network
-        self.loaded = loaded.model
+    def __init__(self, session: Session, tokenizer: Any) -> None:
+        self.model = session.model.network
+        self.loaded = session.model
         self.tokenizer = tokenizer
-        self.threads = loaded.threads
-        self.placement = loaded.placement
-        self.told = loaded.notes
-        self._name = name
-        self._load_s = 0.0
-        self._reserved = loaded.context
+        self.threads = session.threads
+        self.placement = session.placement
+        self.notes = session.notes
+        self._session = session
         with suppress(PlannerError, UsageError):  # it may run without being predicted
             self.loaded.asked  # noqa: B018 (read while the directory is where it was)
         self._last: Generation | None = None
@@ -172,14 +164,9 @@ class HybridModel:
     @classmethod
     def open(cls, path: str | PathLike[str] | None, options: Options) -> HybridModel:
         """Load a model directory as :meth:`from_pretrained` does, with what is asked for."""
-        start = time.perf_counter()
-        loaded = open_model(demo_path() if path is None or path == "demo" else path, options)
         name = "demo" if path is None else str(path)
-        self = cls(loaded, load_tokenizer(loaded.model.directory), name)
-        self._warm_up()
-        self._tell_refusals()
-        self._load_s = time.perf_counter() - start
-        return self
+        session = open_session(demo_path() if name == "demo" else name, options, name)
+        return cls(session, load_tokenizer(session.model.directory))
 
     @property
     def context(self) -> int | None:
@@ -272,38 +259,13 @@ class HybridModel:
         """Raise UsageError when the tokenizer has no chat template."""
         if not self.tokenizer.chat_template:
             raise UsageError(
-                f"the model {self._name} has no chat template: it was not trained to chat",
+                f"the model {self._session.name} has no chat template: it was not trained to chat",
                 hint="continue a text with it instead ('hybrid run'), or give it a template",
             )
 
     def report(self) -> RunReport:
         """Say what runs, how, how fast the last call was, and what ran slower than it could."""
-        return run_report(
-            self.loaded,
-            self.placement,
-            None if self._last is None else self._last.times,
-            name=self._name,
-            threads=self.threads,
-            load_s=self._load_s,
-            context=self._reserved,
-            told=self.told,
-        )
-
-    def _warm_up(self) -> None:
-        """Run a few tokens, so that loading the kernels counts as loading and not as TTFT."""
-        self.generate([0, 0], max_new_tokens=2, min_new_tokens=2, do_sample=False)
-        self._last = None
-        if self.placement is not None and self.placement.executor is not None:
-            self.placement.executor.forget_counts()
-
-    def _tell_refusals(self) -> None:
-        """Say why plain steps go past the fast path, if they do; before any text is written."""
-        fast = self.loaded.fast
-        if fast.path.fast and fast.refused:
-            notes = tuple(refusals(fast))
-            for note in notes:
-                print(f"hybrid: {note}", file=sys.stderr)
-            self.told = (*self.told, *notes)
+        return report(self._session, self._last)
 
     def _write(
         self,
@@ -333,44 +295,12 @@ class HybridModel:
         return self._generate(ids, stream, **{"attention_mask": torch.ones_like(ids)} | settled)
 
     def _generate(self, ids: torch.Tensor, stream: GenerationStream, **options: Any) -> Generation:
-        """Run transformers' loop with a ``stream``, which may leave it early."""
-        on_prompt = options.pop("on_prompt", None)
-        progress = nullcontext() if on_prompt is None else prompts_told(self.model, on_prompt)
-        # Masks and the like belong where the ids are.
-        options = {
-            name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
-            for name, value in options.items()
-        }
-        config = self.model.generation_config
-        streams = (setting(config, "num_beams", options) or 1) == 1
-        if streams:
-            options["streamer"] = stream
-        elif stream.shows_tokens:
-            raise UsageError(
-                "beam search (num_beams > 1) knows no text before it ends, so it cannot stream",
-                hint="leave out num_beams, or the streamer",
-            )
-        result = None
         with self._turn:
-            set_threads(self.threads)
-            if self.placement is not None:
-                self.placement.begin_run()
-            else:
-                begin_run(self.loaded, ids.shape[1])
-            self.loaded.fast.refused.clear()
-            stream.start(ids)
             try:
-                with progress:
-                    result = self.model.generate(ids.to(self.model.device), **options)
-                if not streams:
-                    stream.put_result(getattr(result, "sequences", result))
-            except Stopped:
-                pass
+                return generate(self._session, ids, stream, **options)
             finally:
-                sampled = bool(setting(config, "do_sample", options))
-                made = stream.generation(result, sampled=sampled)
-                self._last = replace(made, result=None)  # the caller's alone: it may hold a cache
-        return made
+                if stream.started:  # without its result, the caller's alone: it may hold a cache
+                    self._last = stream.generation()
 
     def save_popularity(self, path: str | PathLike[str]) -> None:
         """Write how often each expert was used, for a later start with a device.
@@ -384,7 +314,7 @@ class HybridModel:
             written.
         """
         usage = self.require_executor("counts which experts are used").usage
-        known = Popularity(self._name, usage.tokens, usage.uses, self.loaded.weights)
+        known = Popularity(self._session.name, usage.tokens, usage.uses, self.loaded.weights)
         before = self.placement.popularity if self.placement else None
         if before is not None:
             tokens, uses = usage.tokens + before.tokens, usage.uses + before.uses
@@ -428,7 +358,7 @@ class HybridModel:
         if not timeline.keep:
             raise UsageError("no timeline was kept", hint="load the model with keep_timeline=True")
         timeline.finish()
-        title = f"{self._name} on {self.placement.device}"  # type: ignore[union-attr]
+        title = f"{self._session.name} on {self.placement.device}"  # type: ignore[union-attr]
         return trace_events(title, timeline.events, LANES)
 
     def close(self) -> None:

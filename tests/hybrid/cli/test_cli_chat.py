@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -60,7 +61,7 @@ def feed(*lines: str | BaseException) -> Any:
 @pytest.fixture(autouse=True)
 def no_summary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures after an answer are those of a real model; see the tests of run."""
-    monkeypatch.setattr("hybrid.cli.generation.summarise", lambda model: None)
+    monkeypatch.setattr("hybrid.cli.generation.Summary", Mock())
 
 
 def test_the_history_grows_and_is_forgotten(capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,7 @@ def test_only_steps_of_the_kernels_are_told_apart(
     model = HybridModel.from_pretrained(tiny_model, dense="q8_0", threads=1)
     fast = model.model.hybrid_fast.decoder
     model.generate(torch.tensor([[3]]), max_new_tokens=4, do_sample=False)
-    assert fast.steps == 4
+    assert fast.watch.pieces == 4
     terms = {(term.phase, term.name): term.measured_s for term in model.report().terms}
     spent_s = fast.decoder.spent_s()
     assert spent_s is not None
@@ -248,7 +248,7 @@ def test_only_steps_of_the_kernels_are_told_apart(
         model.encode("abcd"), max_new_tokens=4, output_hidden_states=True, do_sample=False
     )
     terms = {(term.phase, term.name): term.measured_s for term in model.report().terms}
-    assert fast.steps == 0
+    assert fast.watch.pieces == 0
     assert terms["decode", "a step"] is not None
     assert [terms[key] for key in terms if key[1] != "a step"] == [None] * (len(terms) - 2)
     assert not model.report().layers

@@ -81,7 +81,7 @@ def test_an_untested_version_is_told_at_load(
         'own test; pip install "transformers>=5.23,<5.25"'
     )
     model.generate("def f():", max_new_tokens=2)
-    rest = [path for path in model.report().slow_paths if path not in model.told]
+    rest = [path for path in model.report().slow_paths if path not in model.notes]
     assert not any("5.99" in str(path) for path in rest)
 
 

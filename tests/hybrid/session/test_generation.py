@@ -40,7 +40,7 @@ def test_a_text_has_its_ids_and_its_end() -> None:
         text = TextStream(Letters(), PROMPT[0].tolist(), ())
         stream = _streamed([[7], [4], [9]], text=text, limit=limit)
         stream.end()
-        made = stream.generation("the result", sampled=True)
+        made = stream.generation("the result")
         assert made.text == "hej"
         assert made.ids.tolist() == [[7, 4, 9]]
         assert (made.times.prompt_tokens, made.times.new_tokens) == (3, 3)
@@ -59,12 +59,12 @@ def test_a_stop_string_and_an_interrupt_end_it_early() -> None:
         stream.put(torch.tensor([step]))
     with pytest.raises(Stopped):
         stream.put(torch.tensor([9]))
-    made = stream.generation(None, sampled=False)
+    made = stream.generation()
     assert (made.text, made.ids.tolist(), made.ended) == ("h", [[7, 4, 9]], "stop string")
     assert made.result is None
-    cut = _streamed([[7]]).generation(None, sampled=False)
+    cut = _streamed([[7]]).generation()
     assert (cut.ids.tolist(), cut.ended) == ([[7]], "interrupted")
-    nothing = _streamed([]).generation(None, sampled=False)
+    nothing = _streamed([]).generation()
     assert (nothing.ids.shape, nothing.times.ttft_s) == ((1, 0), None)
 
 
@@ -75,12 +75,12 @@ def test_several_sequences_and_several_tokens_at_once() -> None:
     stream.put(PROMPT.repeat(2, 1))
     for step in ([1, 2], [3, 4]):
         stream.put(torch.tensor(step))
-    assert stream.generation(None, sampled=False).ids.tolist() == [[1, 3], [2, 4]]
-    assert _streamed([[5], [[6, 7]]]).generation(None, sampled=False).ids.tolist() == [[5, 6, 7]]
+    assert stream.generation().ids.tolist() == [[1, 3], [2, 4]]
+    assert _streamed([[5], [[6, 7]]]).generation().ids.tolist() == [[5, 6, 7]]
     searched = GenerationStream()
     searched.start(PROMPT)
-    searched.put_result(torch.cat((PROMPT, torch.tensor([[8, 9]])), dim=1))
-    made = searched.generation(None, sampled=False)
+    searched.take(torch.cat((PROMPT, torch.tensor([[8, 9]])), dim=1))
+    made = searched.generation()
     assert made.ids.tolist() == [[8, 9]]
     assert (made.times.new_tokens, made.times.ttft_s) == (2, None)
 

@@ -1,0 +1,148 @@
+"""A session from end to end: options -> machine -> model -> placed -> generation -> report.
+
+:func:`open_session` walks the first four, :func:`generate` and :func:`report` the last two. How a
+step is done lies in the files that they call; users hold a
+:class:`~hybrid.session.model.HybridModel`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+
+from hybrid.ask.options import Options
+from hybrid.fast.prompt import prompts_told
+from hybrid.formats.notes import Note
+from hybrid.ledger.alone import begin_run
+from hybrid.ledger.metrics import RunReport
+from hybrid.ledger.slow_paths import refusals
+from hybrid.loading import load_fast_model, set_threads
+from hybrid.model import Model
+from hybrid.session.generation import Generation
+from hybrid.session.generation_options import loop_options, setting
+from hybrid.session.generation_stream import GenerationStream, Stopped
+from hybrid.session.opening import compute_dtype, kept_context, notes_alone, open_machine, place
+from hybrid.session.report import run_report
+from hybrid.sharing.placement import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A model that lies where it will run.
+
+    Attributes
+    ----------
+    name
+        What the user calls it.
+    model
+        What is known of it.
+    placement
+        How it lies on a device; None on the CPU alone.
+    threads
+        That compute.
+    context
+        Tokens of cache that memory is kept for.
+    notes
+        What was said to be slower or smaller than it could be.
+    load_s
+        Seconds that it took to load.
+    """
+
+    name: str
+    model: Model
+    placement: Placement | None
+    threads: int
+    context: int
+    notes: tuple[Note, ...]
+    load_s: float = 0.0
+
+
+def open_session(path: str | PathLike[str], options: Options, name: str) -> Session:
+    """Load a transformers model and put it where it will run; says on stderr what it decided.
+
+    Everything that is asked for is checked before anything is loaded, even where it changes
+    nothing: the same script may find a GPU elsewhere.
+    """
+    start_s = time.perf_counter()
+    machine = open_machine(options)
+    network, _ = load_fast_model(
+        path,
+        experts=options.experts,
+        dense=options.dense,
+        verify=options.verify,
+        dtype=compute_dtype(options, machine.device),
+        fast=machine.device is None,
+    )
+    model = Model(network)
+    context = kept_context(options.context, model)
+    placement = place(model, machine, str(path), options, context)
+    apart = notes_alone(model, machine, context) if placement is None else placement.known
+    notes = (*model.fast.notes(), *apart)
+    _say(*(placement.decision if placement else ()), *notes)
+    session = Session(name, model, placement, machine.threads, context, notes)
+    refused = _warm_up(session)
+    _say(*refused)
+    return replace(session, notes=(*notes, *refused), load_s=time.perf_counter() - start_s)
+
+
+def generate(
+    session: Session, ids: torch.Tensor, stream: GenerationStream, **options: Any
+) -> Generation:
+    """Run transformers' loop after ``ids`` ``[B, T]``; a ``stream`` watches it and may leave it.
+
+    ``stream`` knows what there is of the generation also where an error or an interrupt ends it.
+    """
+    network = session.model.network
+    on_prompt = options.pop("on_prompt", None)
+    told = nullcontext() if on_prompt is None else prompts_told(network, on_prompt)
+    settled = loop_options(network, options, stream)
+    set_threads(session.threads)
+    if session.placement is not None:
+        session.placement.begin_run()
+    else:
+        begin_run(session.model, ids.shape[1])
+    session.model.fast.refused.clear()
+    stream.start(ids, sampled=bool(setting(network.generation_config, "do_sample", options)))
+    result = None
+    with suppress(Stopped), told:
+        result = network.generate(ids.to(network.device), **settled)
+        stream.take(result)
+    return stream.generation(result)
+
+
+def report(session: Session, last: Generation | None) -> RunReport:
+    """Say what runs, how, how fast the last call was, and what ran slower than it could."""
+    return run_report(
+        session.model,
+        session.placement,
+        None if last is None else last.times,
+        name=session.name,
+        threads=session.threads,
+        load_s=session.load_s,
+        context=session.context,
+        told=session.notes,
+    )
+
+
+def _warm_up(session: Session) -> tuple[Note, ...]:
+    """Run a few tokens, so that loading the kernels counts as loading and not as TTFT.
+
+    Returns why plain steps go past the fast path, if they do: known before any text is written.
+    """
+    two = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    generate(session, torch.zeros(1, 2, dtype=torch.long), GenerationStream(), **two)
+    if session.placement is not None and session.placement.executor is not None:
+        session.placement.executor.forget_counts()
+    fast = session.model.fast
+    return tuple(refusals(fast)) if fast.path.fast and fast.refused else ()
+
+
+def _say(*notes: Any) -> None:
+    for note in notes:
+        print(f"hybrid: {note}", file=sys.stderr)
