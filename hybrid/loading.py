@@ -17,6 +17,7 @@ from hybrid.ask.dtypes import DTYPES, check_dtype
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.grafts import fast_path_of
+from hybrid.hub import directory_of, hub_name
 from hybrid.machine import host
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.weights.cache import converted_copy
@@ -33,14 +34,15 @@ def load_fast_model(
     dtype: str | torch.dtype | None = None,
     fast: bool = True,
 ) -> tuple[Any, Path]:
-    """Load a transformers model, converted first if need be, on the CPU.
+    """Load a transformers model, downloaded and converted first if need be, on the CPU.
 
     Takes what :meth:`HybridModel.from_pretrained` takes, and whether it may take the ``fast``
     path, which runs all of a model on the CPU; also returns the converted directory. The model
     is the caller's alone: packed modules take the places of its dense ones, which saves a copy
     of them and computes prompts faster.
     """
-    directory = Path(path).expanduser()
+    published = hub_name(path)
+    directory = Path(path).expanduser() if published is None else directory_of(published)
     config = HybridConfig(experts, dense, verify=verify, fast=fast)
     if directory.is_dir():
         config = config.for_loading(

@@ -12,6 +12,7 @@ from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.ask.names import resolve
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
+from hybrid.hub import HubName, config_of, hub_name
 from planner.describe.checked_table import read_table
 from planner.describe.families import from_hf_config, from_table, settings_of
 from planner.describe.model import ModelSpec
@@ -60,9 +61,11 @@ class AskedModel:
 
 
 def find_model(
-    model: str | Path | ModelSpec, experts: str | None = None, dense: str | None = None
+    model: str | Path | HubName | ModelSpec, experts: str | None = None, dense: str | None = None
 ) -> AskedModel:
-    """Find a model by a directory, a ``config.json``, a description or a shipped name.
+    """Find a model by a directory, a ``config.json``, a description, a shipped name or the hub's.
+
+    Of a name that does not ship, such as ``ORG/NAME``, the hub is asked for the ``config.json``.
 
     Parameters
     ----------
@@ -73,13 +76,13 @@ def find_model(
 
     Raises
     ------
-    UsageError, PlannerError
+    UsageError, PlannerError, CheckpointError
         When there is no such model, it cannot be read, or a format is unknown or another one.
     """
     check_formats(experts, dense)
     if isinstance(model, ModelSpec):
         return AskedModel(model).in_formats(experts, dense)
-    if not isinstance(model, str | PathLike):
+    if not isinstance(model, str | PathLike | HubName):
         raise UsageError(
             f"model is {model!r}, neither a name nor a file nor a description",
             hint='give a name such as Qwen3-30B-A3B, a directory, or "demo"',
@@ -106,13 +109,21 @@ def find_model(
         config=config,
         experts=own.get("experts") or DEFAULT_EXPERTS,
         dense=own.get("dense") or float_format(config.get("dtype") or config.get("torch_dtype")),
-        directory=Path(model) if model != "demo" and Path(model).is_dir() else None,
+        directory=_directory(model),
     )
     return found if stored is not None else found.in_formats(experts, dense)
 
 
-def _description(model: str | Path) -> tuple[Mapping[str, Any], str]:
+def _directory(model: str | Path | HubName) -> Path | None:
+    if isinstance(model, HubName) or model == "demo" or not Path(model).is_dir():
+        return None
+    return Path(model)
+
+
+def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str]:
     """Read the file that describes a model; also return what it is called unless it says so."""
+    if isinstance(model, HubName):
+        return config_of(model), model.repo.rpartition("/")[2]
     path = demo_path() if model == "demo" else Path(model)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
@@ -121,7 +132,13 @@ def _description(model: str | Path) -> tuple[Mapping[str, Any], str]:
         return data, "demo" if model == "demo" else called
     if path.suffix in (".json", ".toml"):
         raise UsageError(f"there is no file {path}", hint="check the path")
-    return resolve(str(model), "models"), str(model)
+    try:
+        return resolve(str(model), "models"), str(model)
+    except UsageError:
+        published = hub_name(model)
+        if published is None:
+            raise
+    return _description(published)
 
 
 def _stored_formats(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

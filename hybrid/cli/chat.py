@@ -17,6 +17,7 @@ from hybrid.cli.options import (
     Model,
     Sampling,
     Stop,
+    Yes,
     sampling_options,
     session_options,
     with_options,
@@ -46,13 +47,14 @@ def chat(
     sampling: Sampling,
     stop: Stop = None,
     options: Options,
+    yes: Yes = False,
 ) -> None:
     """Talk with a model.
 
     A line is a message; one that ends in a backslash goes on in the next line.
     """
     template = None if chat_template is None else cli.read_text(chat_template)
-    loaded = cli.load(model, options)
+    loaded = cli.load(model, options, yes=yes)
     if template is not None:
         loaded.tokenizer.chat_template = template
     loaded.require_chat_template()

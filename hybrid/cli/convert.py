@@ -8,12 +8,19 @@ from typing import Annotated
 import typer
 
 from hybrid.ask.formats import DEFAULT_EXPERTS, in_words
+from hybrid.ask.options import Options
+from hybrid.cli.download import obtain
 from hybrid.formats.registry import FORMATS, dense_formats
 from hybrid.weights.progress import conversion_progress
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="A Hugging Face MoE directory with safetensors.")],
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face MoE directory with safetensors, or ORG/NAME of the hub."
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(help="The directory to make.")],
     experts: Annotated[
         str, typer.Option(help=f"Format of the experts: {in_words(FORMATS)}.")
@@ -40,9 +47,10 @@ def convert(
     """
     from hybrid.weights import checkpoint
 
-    with conversion_progress(f"Converting {src.name}") as progress:
+    source = obtain(src, Options.of(experts=experts, dense=dense), yes=True)
+    with conversion_progress(f"Converting {Path(src).name}") as progress:
         result = checkpoint.convert(
-            src, dst, experts=experts, dense=dense, verify=verify, progress=progress
+            source, dst, experts=experts, dense=dense, verify=verify, progress=progress
         )
     kept = f", {result.resumed_layers} layers from an earlier run" if result.resumed_layers else ""
     typer.echo(

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from hybrid.session.model import HybridModel
 
 
-def load(model: str | None, options: Options) -> HybridModel:
-    """Import what is needed and load ``model``.
+def load(model: str | None, options: Options, *, yes: bool) -> HybridModel:
+    """Import what is needed and load ``model``, from the hub if it is there; see ``obtain``.
 
     Collecting garbage while importing torch and transformers costs a fifth of the start and
     finds nothing, so it waits until the model is there.
     """
+    from hybrid.cli.download import obtain
+
+    if model is not None:
+        obtain(model, options, yes=yes)
     gc.disable()
     try:
         from transformers.utils import logging

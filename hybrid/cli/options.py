@@ -22,9 +22,14 @@ Model = Annotated[
     str | None,
     typer.Argument(
         show_default=False,
-        help="A converted directory or any Hugging Face MoE directory, which is converted into "
-        "the cache first. Without it: the small model that ships with this program.",
+        help="A converted directory, any Hugging Face MoE directory, or ORG/NAME of the hub "
+        "(@REVISION), which is converted into the cache first. Without it: the small model that "
+        "ships with this program.",
     ),
+]
+Yes = Annotated[
+    bool,
+    typer.Option("--yes", help="Download a model of the hub also where it does not fit."),
 ]
 MaxNewTokens = Annotated[
     int | None,

@@ -18,6 +18,7 @@ from hybrid.cli.options import (
     Model,
     Sampling,
     Stop,
+    Yes,
     sampling_options,
     session_options,
     with_options,
@@ -45,6 +46,7 @@ def run(
     stop: Stop = None,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt first.")] = False,
     options: Options,
+    yes: Yes = False,
     popularity: Annotated[
         Path | None,
         typer.Option(
@@ -84,7 +86,7 @@ def run(
         keep_timeline=perfetto is not None,
         record_routing=routing is not None,
     )
-    loaded = cli.load(model, options)
+    loaded = cli.load(model, options, yes=yes)
     cli.require_sharing(loaded, **files)
     cli.set_seed(sampling.seed)
     if echo:

@@ -189,8 +189,7 @@ class Source:
         if not path.is_dir():
             raise CheckpointError(
                 f"there is no model directory {str(path)!r}",
-                hint="give a directory with a config.json; "
-                "'hf download ORG/NAME --local-dir DIR' fetches one",
+                hint="give a directory with a config.json, or ORG/NAME of the hub",
             )
         raw = read_json(path / "config.json")
         if not isinstance(raw, dict):

@@ -21,7 +21,7 @@ from hybrid.machine.calibrations import Identity
 from hybrid.machine.devices import choose_device
 from hybrid.machine.host import checked_ram
 from hybrid.model import Model
-from hybrid.session import open as opening
+from hybrid.session import spine
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import beyond_ram, fitted_alone
 from planner.describe.words import enough_in_words, in_words
@@ -37,7 +37,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("it was loaded before it was checked")
 
-    monkeypatch.setattr(opening, "load_fast_model", load)
+    monkeypatch.setattr(spine, "load_fast_model", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

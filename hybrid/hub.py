@@ -1,0 +1,353 @@
+"""Models on the Hugging Face hub: their names, what is needed of them, and how it comes here.
+
+Everything goes through ``huggingface_hub``: its cache, its token, proxies, ``HF_ENDPOINT`` and
+``HF_HUB_OFFLINE``. It is imported when a name of the hub is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid.errors import CheckpointError, DiskSpaceError, UsageError, first_line
+
+CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""How the names of files end that a model needs beside its weights."""
+_OTHER_WEIGHTS = (".gguf", ".bin", ".pth", ".pt", ".h5", ".msgpack", ".onnx", ".ckpt")
+_NAME = re.compile(
+    r"""(?:(?:https?:/+)?(?P<host>[\w.-]+\.[a-z]+|127\.0\.0\.1|localhost)(?::\d+)?/)?
+    (?P<repo>\w[\w.-]*/\w[\w.-]*)
+    (?:/tree/(?P<tree>[^@\s]+)|@(?P<revision>[^:\s]+))?
+    (?::(?P<quant>\w+))?/?""",
+    re.VERBOSE,
+)
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository of the hub, and which state of it; None is its newest."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What of a repository a model needs.
+
+    Attributes
+    ----------
+    name
+        Which.
+    commit
+        The state that its newest, or its revision, stands for now.
+    files
+        Sizes in bytes by name.
+    missing_bytes
+        What of it is not on this machine yet.
+    """
+
+    name: HubName
+    commit: str
+    files: dict[str, int]
+    missing_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+
+def hub_name(text: str | os.PathLike[str]) -> HubName | None:
+    """Read ``ORG/NAME``, ``ORG/NAME@revision`` or an address of the hub.
+
+    None where it is a place on this machine, or no such name.
+
+    Raises
+    ------
+    UsageError
+        When a GGUF file of a repository is meant.
+    """
+    text = os.fspath(text)
+    if text.startswith((".", "~", os.sep)) or _exists(Path(text)):
+        return None
+    found = _NAME.fullmatch(text)
+    if found is None or (found["host"] is not None and found["host"] not in _hosts()):
+        return None
+    if found["quant"] is not None:
+        raise UsageError(
+            f"{text} names a GGUF file ({found['quant']}), which cannot be read",
+            hint=f"name a repository with safetensors weights, such as {found['repo']}",
+        )
+    return HubName(found["repo"], found["revision"] or found["tree"])
+
+
+def config_of(name: HubName) -> dict[str, Any]:
+    """Fetch a repository's ``config.json`` and nothing else.
+
+    Where the hub cannot be reached, that of an earlier download.
+
+    Raises
+    ------
+    CheckpointError
+        When there is no such repository or file, nobody may read it, or it is no JSON object.
+    """
+    import huggingface_hub
+
+    try:
+        with _in_our_words(name, CONFIG):
+            _state(name)
+            path = huggingface_hub.hf_hub_download(
+                name.repo, CONFIG, revision=name.revision, endpoint=_endpoint()
+            )
+    except UnreachableError:
+        kept = kept_copy(name)
+        if kept is None:
+            raise
+        path = str(kept / CONFIG)
+    return _table(Path(path), name)
+
+
+def manifest(name: HubName) -> Manifest:
+    """Ask the hub what of a repository a model needs: one set of weights and what is beside it.
+
+    Raises
+    ------
+    CheckpointError
+        When there is no such repository, nobody may read it, it cannot be reached, or it has no
+        safetensors weights.
+    """
+    with _in_our_words(name, CONFIG):
+        import huggingface_hub
+
+        info = _state(name, files_metadata=True)
+        commit = str(info.sha)
+        there = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+        wanted = [file for file in there if "/" not in file and file.endswith(_BESIDE)]
+        wanted += [file for file in there if file.startswith("additional_chat_templates/")]
+        wanted += _weights(name, commit, there)
+        have = [
+            file
+            for file in wanted
+            if isinstance(
+                huggingface_hub.try_to_load_from_cache(name.repo, file, revision=commit), str
+            )
+        ]
+    files = {file: there[file] for file in sorted(wanted)}
+    return Manifest(name, commit, files, sum(files.values()) - sum(there[file] for file in have))
+
+
+def download(wanted: Manifest) -> Path:
+    """Bring what a model needs into the hub's cache; goes on where an earlier download stopped.
+
+    Raises
+    ------
+    DiskSpaceError
+        Before anything is fetched, when it has too little room.
+    CheckpointError
+        When the connection ends, or the repository may not be read.
+    """
+    from huggingface_hub import constants
+
+    room_for(Path(constants.HF_HUB_CACHE), wanted.missing_bytes, f"the download of {wanted.name}")
+    with _in_our_words(wanted.name, "its files"):
+        import huggingface_hub
+
+        return Path(
+            huggingface_hub.snapshot_download(
+                wanted.name.repo,
+                revision=wanted.name.revision,  # by its name, which is found offline, too
+                allow_patterns=list(wanted.files),
+                endpoint=_endpoint(),
+            )
+        )
+
+
+def directory_of(name: HubName) -> Path:
+    """Return a repository's files on this machine, downloaded if need be.
+
+    Where the hub cannot be reached, those of an earlier download.
+
+    Raises
+    ------
+    CheckpointError, DiskSpaceError
+        As :func:`manifest` and :func:`download`.
+    """
+    try:
+        return download(manifest(name))
+    except UnreachableError:
+        kept = kept_copy(name)
+        if kept is None:
+            raise
+        return kept
+
+
+def kept_copy(name: HubName) -> Path | None:
+    """Return what an earlier download left of a repository; None where there is nothing."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(name.repo, CONFIG, revision=name.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+class UnreachableError(CheckpointError):
+    """The hub does not answer, or may not be asked."""
+
+
+def room_for(folder: Path, wanted: int, what: str) -> None:
+    """Refuse to write ``wanted`` bytes to a folder whose disk has less.
+
+    Raises
+    ------
+    DiskSpaceError
+        Naming ``what``.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if wanted > free:
+        raise DiskSpaceError(
+            f"{folder} has {free / 2**30:.1f} GiB free, {what} takes {wanted / 2**30:.1f} GiB",
+            hint="free some space, or set HF_HOME to a folder on another disk",
+        )
+
+
+def _state(name: HubName, **asked: Any) -> Any:
+    """Ask what a name stands for now: the first question, which fails quickly."""
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=_endpoint()).model_info(name.repo, revision=name.revision, **asked)
+
+
+def _weights(name: HubName, commit: str, there: dict[str, int]) -> list[str]:
+    """Return the weight files of one model: what the index names, or the only file."""
+    import huggingface_hub
+
+    if _INDEX in there:
+        path = huggingface_hub.hf_hub_download(
+            name.repo, _INDEX, revision=commit, endpoint=_endpoint()
+        )
+        parts = _table(Path(path), name).get("weight_map")
+        named = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
+        lost = [file for file in named if file not in there]
+        if lost or not named:
+            raise CheckpointError(
+                f"{name} lacks {len(lost)} of the {len(named)} weight files that {_INDEX} names"
+                + (f": {', '.join(lost[:3])}" if lost else ""),
+                hint="ask its publisher, or choose another revision with ORG/NAME@REVISION",
+            )
+        return named
+    if "model.safetensors" in there:
+        return ["model.safetensors"]
+    found = [file for file in there if "/" not in file and file.endswith(".safetensors")]
+    if found:
+        return found
+    other = sorted({Path(file).suffix for file in there if file.endswith(_OTHER_WEIGHTS)})
+    raise CheckpointError(
+        f"{name} has no safetensors weights"
+        + (f", it has {', '.join(other)} files" if other else ""),
+        hint="name the repository that these were made from",
+    )
+
+
+def _table(path: Path, name: HubName) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} of {name} is no JSON: {first_line(error)}",
+            hint="choose another revision with ORG/NAME@REVISION",
+        ) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{path.name} of {name} is no JSON object",
+            hint="choose another revision with ORG/NAME@REVISION",
+        )
+    return data
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _hosts() -> tuple[str, ...]:
+    own = re.sub(r"^https?://|[:/].*$", "", (_endpoint() or "").rstrip("/"))
+    return (*_HOSTS, own) if own else _HOSTS
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+@contextmanager
+def _in_our_words(name: HubName, what: str) -> Iterator[None]:
+    """Say in one line what the hub, or the way to it, refuses."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HTTPError,
+    )
+
+    try:
+        yield
+    except (EntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError) as error:
+        cause = error.__cause__  # a file that is not here hides why it could not be fetched
+        raise _told(name, what, cause if isinstance(cause, HfHubHTTPError) else error) from error
+
+
+def _told(name: HubName, what: str, error: BaseException) -> CheckpointError:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return CheckpointError(
+            f"{name} is gated: its publisher asks for an agreement first",
+            hint=f"accept it at https://huggingface.co/{name.repo}, then 'hf auth login'",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(
+            f"{name.repo} has no revision {name.revision!r}",
+            hint="leave @REVISION out for the newest",
+        )
+    here = f"there is no directory {name.repo!r} here"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return CheckpointError(
+            f"{here} and no such repository on the hub, or it is private",
+            hint="check the name; 'hf auth login' for one that is private",
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status == 404:
+            return CheckpointError(
+                f"{name} has no {what}", hint="name a repository of a Hugging Face model"
+            )
+        if status in (401, 403):
+            return CheckpointError(
+                f"{name} may not be read ({status})", hint="'hf auth login' with a token that may"
+            )
+        return UnreachableError(
+            f"the hub answers {status} when asked for {name}",
+            hint="try again later; what was downloaded is kept",
+        )
+    if constants.HF_HUB_OFFLINE:
+        return UnreachableError(
+            f"{here}, and HF_HUB_OFFLINE forbids to look for it on the hub",
+            hint="unset HF_HUB_OFFLINE, or give the path of a model's directory",
+        )
+    return UnreachableError(
+        f"{here}, and the hub cannot be reached: {first_line(error)}",
+        hint="check the connection, or give the path of a model's directory",
+    )
