@@ -87,7 +87,13 @@ def test_the_wheel_has_every_file(tmp_path: Path) -> None:
         for path in (source / package).rglob("*")
         if path.is_file() and path.suffix != ".md"
     }
-    for pattern in ("__init__.py", "models/*.toml", "hardware/*.toml", "experiments/*.toml"):
+    for pattern in (
+        "__init__.py",
+        "*.toml",
+        "models/*.toml",
+        "hardware/*.toml",
+        "experiments/*.toml",
+    ):
         files = source.glob(f"configs/{pattern}")
         expected |= {f"hybrid/{path.relative_to(source).as_posix()}" for path in files}
     done = run(source, "-c", BUILD, str(tmp_path))

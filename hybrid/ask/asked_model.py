@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
-from hybrid.ask.names import resolve
+from hybrid.ask.names import resolve, routing_laws
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.hub import HubName, config_of, hub_name
 from planner.describe.checked_table import read_table
 from planner.describe.families import from_hf_config, from_table, settings_of
 from planner.describe.model import ModelSpec
+from planner.describe.routing_law import law_of
 
 _FLOATS = {"bfloat16": "bf16", "float16": "f32", "float32": "f32"}
 """What the kernels keep weights of a checkpoint's type as, which has to hold each of them."""
@@ -96,6 +97,7 @@ def find_model(
         if described
         else from_hf_config(config, called)
     )
+    spec = replace(spec, routing=law_of(spec.family, spec.total_params, routing_laws()))
     stored = _stored_formats(config)
     for what, asked in (("experts", experts), ("dense", dense)):
         if stored is not None and asked not in (None, stored.get(what)):

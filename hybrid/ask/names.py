@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import UsageError
 from planner.describe.checked_table import nearest, parse_table, read_table
 from planner.describe.hardware import HardwareSpec
+from planner.describe.routing_law import PublishedLaw, read_laws
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,6 +61,12 @@ def find_hardware(name: str | Path) -> HardwareSpec:
 def shipped_names(kind: str) -> list[str]:
     """Return the names of the shipped ``models``, ``hardware`` or ``experiments``."""
     return [path.stem for path in _shipped(kind)]
+
+
+@cache
+def routing_laws() -> tuple[PublishedLaw, ...]:
+    """Return what is known of routers' habits, by family."""
+    return read_laws(read_table(configs() / "routing.toml"), "routing.toml")
 
 
 def configs() -> Path:

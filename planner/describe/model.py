@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from planner.describe.routing_law import UNPUBLISHED, RoutingLaw
 from planner.errors import SpecError
 
 
@@ -113,6 +114,8 @@ class ModelSpec:
         The routed experts of each MoE layer.
     other_params
         Weights outside the decoder layers besides embedding and head (final norm and such).
+    routing
+        How its routers choose, as far as anybody knows.
     """
 
     name: str
@@ -124,6 +127,7 @@ class ModelSpec:
     layers: tuple[Layer, ...]
     experts: Experts
     other_params: int = 0
+    routing: RoutingLaw = UNPUBLISHED
 
     def __post_init__(self) -> None:
         experts = self.experts

@@ -6,8 +6,9 @@ the rules other systems use, with an oracle's cache, and with one thing changed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,8 @@ COMPARED_LAYERS = 4
 """Layers that stand for all when other rules and requests are compared with ours."""
 COMPARED_TOKENS = 12
 """Decode steps of those comparisons."""
+_BAND = 2 * 1.645
+"""Standard deviations from end to end of a band that holds nine of ten."""
 WORTHWHILE = 1.01
 """A change is named when it makes tokens at least this many times as fast."""
 
@@ -258,7 +261,7 @@ def dry_run(request: Request) -> PlanResult:
         routing_origin=routing.origin,
         run=run,
         ttft=_total(prefill, routing.source),
-        tpot=_total(terms, routing.source),
+        tpot=_total(terms, routing.source, comparison.routing_error_s()),
         terms=terms,
         prefill_terms=prefill,
         binding=advice.binding_resource(cost, run.decode_terms(), request.batch),
@@ -298,10 +301,11 @@ def estimates(cost: CostModel, terms: Mapping[str, float], tokens: int) -> dict[
     return found
 
 
-def _total(terms: dict[str, Estimate], routing: Source) -> Estimate:
-    """Sum of the terms; no more certain than the routing that led to them."""
+def _total(terms: dict[str, Estimate], routing: Source, error_s: float = 0.0) -> Estimate:
+    """Sum of the terms; no more certain than the routing that led to them, which adds its error."""
     total = sum(terms.values(), Estimate(0.0, Source.MEASURED, 0.0))
-    return Estimate(total.value, weakest(total.source, routing), total.error)
+    error = None if total.error is None else math.hypot(total.error, error_s)
+    return Estimate(total.value, weakest(total.source, routing), error)
 
 
 class _Comparison:
@@ -322,6 +326,22 @@ class _Comparison:
 
     def _times(self, run: Run) -> tuple[float, float]:
         return run.ttft_s * self._ttft_ratio, run.tpot_s * self._tpot_ratio
+
+    def routing_error_s(self) -> float:
+        """Return what a token's time may be off because the router's habits are assumed, in s.
+
+        One standard deviation, of the band between the laws that the model's may be.
+        """
+        request = self.request
+        if request.hardware.gpu is None or request.trace is not None:
+            return 0.0
+        found = []
+        for law in request.model.routing.between:
+            other = replace(request, model=replace(request.model, routing=law))
+            drawn = other.routing().shortened(COMPARED_TOKENS)
+            run = OURS.run(request, self.placed, drawn, shares=self.shares)
+            found.append(self._times(run)[1])
+        return abs(found[1] - found[0]) / _BAND
 
     def alternatives(self) -> Iterator[Alternative]:
         """Run the rules of other systems, and ours with a cache that knows the future."""

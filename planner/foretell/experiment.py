@@ -14,6 +14,7 @@ from planner.decide.schedule import schedule
 from planner.describe.checked_table import Fields
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
+from planner.describe.routing_law import RECORDED
 from planner.errors import SpecError
 from planner.foretell.dryrun import Rule
 from planner.foretell.report import Table
@@ -33,6 +34,7 @@ _FIELDS = (
     "prompt",
     "tokens",
     "seed",
+    "recorded_routing",
     "capacity",
     "published_prefill_s",
     "published_decode_s",
@@ -101,8 +103,11 @@ def read_experiment(
     """
     table = Fields(data, where, _LIKE)
     table.only(_FIELDS)
+    model = find_model(table.text("model"))
+    if table.flag("recorded_routing"):
+        model = replace(model, routing=RECORDED)
     request = Request(
-        model=find_model(table.text("model")),
+        model=model,
         hardware=find_hardware(table.text("hardware")),
         experts=table.text("experts"),
         dense=table.text("dense"),

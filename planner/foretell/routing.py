@@ -1,11 +1,9 @@
 """Gives each token's experts: from a recorded trace, or made up with stated statistics.
 
-The synthetic router adds three terms per expert and keeps the top k: a fixed popularity
-(normal, ``SKEW``), a slowly changing preference of the running text (normal, first-order
-autoregressive with ``PERSISTENCE``, ``LOCALITY``) and the token's own taste (Gumbel, scale 1).
-The three constants are fitted to real routing of DeepSeek-V2-Lite, such that the share of the
-most popular quarter of experts, the chance to be used again 1, 4 and 16 tokens later, and the hit
-rates of an LRU cache at 25 % and 50 % capacity all come out within a tenth of the recorded ones.
+The synthetic router adds three terms per expert and keeps the top k: a fixed popularity (normal,
+``skew``), a slowly changing preference of the running text (normal, ``locality``, first-order
+autoregressive with ``persistence``) and the token's own taste (Gumbel, scale 1). The three are the
+model's :class:`~planner.describe.routing_law.RoutingLaw`.
 """
 
 from __future__ import annotations
@@ -24,9 +22,6 @@ from planner.describe.model import ModelSpec
 from planner.describe.traces import read_trace
 from planner.errors import TraceError
 
-SKEW = 0.85
-LOCALITY = 1.4
-PERSISTENCE = 0.74
 RECALL = (0.85, 0.75, 0.65)
 """Share of a layer's experts that its router names 1, 2 and 3 layers early: assumed, after what is
 published of reusing the next routers (HybriMoE, arXiv 2504.05897; HOBBIT, arXiv 2411.01433)."""
@@ -187,18 +182,19 @@ def _merge(ids: list[list[int]], weights: list[list[float]], count: int) -> Choi
 
 def synthetic(model: ModelSpec, prompt: int, tokens: int, batch: int = 1, seed: int = 0) -> Routing:
     """Make up the routing of ``batch`` sequences: the same seed gives the same routing."""
-    experts = model.experts
+    experts, law = model.experts, model.routing
     layers, choices = model.moe_layers, experts.count + experts.identity
     rng = np.random.default_rng(seed)
     shape = (batch, layers, choices)
-    popularity = SKEW * rng.standard_normal((layers, choices), dtype=np.float32)
+    popularity = np.float32(law.skew) * rng.standard_normal((layers, choices), dtype=np.float32)
     mood = rng.standard_normal(shape, dtype=np.float32)
-    fresh = np.float32(np.sqrt(1 - PERSISTENCE**2))
+    fresh = np.float32(np.sqrt(1 - law.persistence**2))
     sampled = min(prompt, SAMPLED)
     scores = np.empty((sampled + tokens, *shape), dtype=np.float32)
     for step in scores:
-        mood = np.float32(PERSISTENCE) * mood + fresh * rng.standard_normal(shape, dtype=np.float32)
-        np.add(popularity, np.float32(LOCALITY) * mood, out=step)
+        new = fresh * rng.standard_normal(shape, dtype=np.float32)
+        mood = np.float32(law.persistence) * mood + new
+        np.add(popularity, np.float32(law.locality) * mood, out=step)
     # -log(exponential) is Gumbel distributed.
     scores -= np.log(rng.standard_exponential(scores.shape, dtype=np.float32) + np.float32(1e-30))
     ids = np.argpartition(scores, -experts.top_k, axis=-1)[..., -experts.top_k :]
@@ -212,7 +208,7 @@ def synthetic(model: ModelSpec, prompt: int, tokens: int, batch: int = 1, seed: 
         sampled,
         rng,
         Source.ASSUMED,
-        f"synthetic routing, seed {seed}: popularity and locality as in recorded traces",
+        f"synthetic routing, seed {seed}: {law.origin}",
     )
     if sampled == prompt:
         return routing

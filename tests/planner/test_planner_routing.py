@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from planner.describe.checked_table import read_table
 from planner.describe.estimate import Source
 from planner.describe.families import from_table
 from planner.describe.model import ModelSpec
+from planner.describe.routing_law import RECORDED
 from planner.describe.traces import read_trace
 from planner.errors import TraceError
 from planner.foretell.routing import RECALL, SAMPLED, from_trace, synthetic
@@ -193,7 +195,7 @@ def test_synthetic_routing_resembles_recorded_routing() -> None:
     recorded = [
         statistics(read_trace(path)[0][:1500], 64) for path in sorted(TRACES.glob("esft*.npz"))
     ]
-    routing = synthetic(lite(), 1, 1500, seed=1)
+    routing = synthetic(replace(lite(), routing=RECORDED), 1, 1500, seed=1)
     made_up = statistics(routing.decode[:, :, 0], 64)
     for name, value in made_up.items():
         real = np.mean([one[name] for one in recorded])

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from hub import COMMIT, Hub, serving
 from hybrid import plan
 from hybrid.ask.names import find_hardware
 from hybrid.ask.options import Options
@@ -29,6 +28,7 @@ from hybrid.hub import (
 )
 from hybrid.loading import load_fast_model
 from hybrid.machine.machines import Machine
+from local_hub import COMMIT, Hub, serving
 
 NAME = "maker/tiny-moe"
 NEEDED = {
