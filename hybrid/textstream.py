@@ -53,15 +53,17 @@ class TextStream:
         prompt_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
     ) -> None:
-        self.stopped = False
         self._tokenizer = tokenizer
-        self._stop_strings = tuple(stop_strings)
-        self._held = ""
+        self._cut = UntilStop(stop_strings)
         # A token's text can depend on its left neighbour (a leading space), so the ids of the
         # last complete text stay in the window; they must not start inside a character.
         self._window = self._whole_end(prompt_ids)
         self._complete = len(self._window)
         self._told = len(self._decode(self._window))
+
+    @property
+    def stopped(self) -> bool:
+        return self._cut.stopped
 
     def put(self, ids: Sequence[int]) -> str:
         """Take the next ids and return the text that is certain by now."""
@@ -80,15 +82,13 @@ class TextStream:
             self._told = len(self._decode(self._window))
         else:
             self._told = max(self._told, certain)
-        return self._until_stop(piece)
+        return self._cut.put(piece)
 
     def finish(self) -> str:
         """Return what was held back, once no more ids will come."""
         if self.stopped:
             return ""
-        rest = self._held + self._decode(self._window)[self._told :]
-        self._held = ""
-        return rest
+        return self._cut.rest() + self._decode(self._window)[self._told :]
 
     def _whole_end(self, ids: Sequence[int]) -> list[int]:
         """Return the fewest last ``ids`` whose text does not start inside a character."""
@@ -100,21 +100,43 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
-    def _until_stop(self, piece: str) -> str:
-        """Cut ``piece`` before a stop string; hold back an end that may become one."""
+
+class UntilStop:
+    """A text up to the first stop string, piece by piece.
+
+    Attributes
+    ----------
+    stopped
+        Whether one was met; nothing more comes after it.
+    """
+
+    def __init__(self, stop_strings: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._stop_strings = tuple(stop_strings)
+        self._held = ""
+
+    def put(self, piece: str) -> str:
+        """Return ``piece`` before a stop string; hold back an end that may become one."""
+        if self.stopped:
+            return ""
         text = self._held + piece
         ends = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
         if ends:
             self.stopped = True
             self._held = ""
             return text[: min(ends)]
-        keep = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
+    def rest(self) -> str:
+        """Return what was held back, once no more will come."""
+        rest, self._held = self._held, ""
+        return rest
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` with which ``stop`` begins."""
+
+def overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` with which ``stop`` begins, short of all."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -26,9 +27,10 @@ from hybrid.cli.text import end_line, write
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
-    from hybrid.session.model import HybridModel, Message
+    from hybrid.session.conversation import Conversation
 
 _WELCOME = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+_WHEN_FULL = ("drop", "stop")
 _EXITS = {"/exit", "/quit", "/bye"}
 
 
@@ -43,6 +45,20 @@ def chat(
         Path | None,
         typer.Option(help="A Jinja file to use instead of the model's own chat template."),
     ] = None,
+    think: Annotated[
+        bool,
+        typer.Option("--think/--no-think", help="Let the model think before it answers, or not."),
+    ] = True,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the chat template; can be given several times."),
+    ] = None,
+    when_full: Annotated[
+        str,
+        typer.Option(
+            help="When the context has no room for the next answer: drop the oldest turns, or stop."
+        ),
+    ] = "drop",
     max_new_tokens: MaxNewTokens = None,
     sampling: Sampling,
     stop: Stop = None,
@@ -53,20 +69,36 @@ def chat(
 
     A line is a message; one that ends in a backslash goes on in the next line.
     """
+    if when_full not in _WHEN_FULL:
+        raise UsageError(
+            f"--when-full is {when_full!r}", hint=f"choose one of {', '.join(_WHEN_FULL)}"
+        )
     template = None if chat_template is None else cli.read_text(chat_template)
     loaded = cli.load(model, options, yes=yes)
     if template is not None:
         loaded.tokenizer.chat_template = template
     loaded.require_chat_template()
+    variables = template_variables(
+        template_arg or [], think=think, template=str(loaded.tokenizer.chat_template)
+    )
     cli.set_seed(sampling.seed)
     interactive = sys.stdin.isatty()
     if interactive:
         print(_WELCOME, file=sys.stderr)
+    from hybrid.session.conversation import Conversation
+
+    conversation = Conversation(
+        loaded,
+        system=system,
+        template_args=variables,
+        drop_oldest=when_full == "drop",
+        tell=lambda line: print(f"hybrid: {line}", file=sys.stderr),
+    )
     with cli.prompt_progress(loaded):
         talk(
-            loaded,
+            conversation,
             _ask_terminal if interactive else _read_stdin,
-            system=system,
+            cli.Summary(loaded),
             patient=interactive,
             stop_strings=stop,
             max_new_tokens=max_new_tokens,
@@ -74,11 +106,46 @@ def chat(
         )
 
 
+def template_variables(given: list[str], *, think: bool, template: str) -> dict[str, Any]:
+    """Return the variables of a chat template that were given as ``NAME=VALUE``.
+
+    A value that is JSON is what that says, any other is a text.
+
+    Raises
+    ------
+    UsageError
+        When one has no name, or thinking is to be off and the template has no switch for that.
+    """
+    from hybrid.session.chat_template import thinking_switches
+
+    variables: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(
+                f"--template-arg {pair!r} is not NAME=VALUE",
+                hint="for example --template-arg enable_thinking=false",
+            )
+        try:
+            variables[name] = json.loads(value)
+        except ValueError:
+            variables[name] = value
+    if not think:
+        switches = thinking_switches(template)
+        if not switches:
+            raise UsageError(
+                "--no-think: the chat template has no switch for thinking",
+                hint="leave --no-think out, or give the template's own with --template-arg",
+            )
+        variables = switches | variables
+    return variables
+
+
 def talk(
-    model: HybridModel,
+    conversation: Conversation,
     read_line: Callable[[str], str],
+    summary: cli.Summary,
     *,
-    system: str | None = None,
     patient: bool = True,
     **options: Any,
 ) -> None:
@@ -88,25 +155,24 @@ def talk(
     ----------
     read_line
         Given a prompt, returns the next line; raises EOFError at the end.
-    system
-        The message that every conversation starts with.
+    summary
+        Told of every answer.
     patient
         Whether to go on after a message that cannot be answered, as a person would want.
     options
-        For ``HybridModel.chat``.
+        For ``Conversation.ask``.
     """
-    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    history, summary = list(start), cli.Summary(model)
     while True:
         try:
             text = _read_message(read_line)
             if text.strip() in _EXITS:
                 return
             if text.strip() == "/clear":
-                history = list(start)
+                conversation.clear()
                 print("the conversation is forgotten", file=sys.stderr)
             elif text.strip():
-                history = _answer(model, history, text, summary, options)
+                _answer(conversation, text, options)
+                summary.tell()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -118,33 +184,46 @@ def talk(
             print(f"error: {error}", file=sys.stderr)
 
 
-def _answer(
-    model: HybridModel,
-    history: list[Message],
-    text: str,
-    summary: cli.Summary,
-    options: dict[str, Any],
-) -> list[Message]:
-    """Write the answer to ``text`` and return the history with what was said.
-
-    A message that Ctrl-C left without any answer is not part of the history.
-    """
-    asked: list[Message] = [*history, {"role": "user", "content": text}]
-    pieces: list[str] = []
-
-    def on_text(piece: str) -> None:
-        pieces.append(piece)
-        write(piece)
-
+def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> None:
+    """Write the answer to ``text``: the answer on stdout, what the model thinks on stderr."""
     try:
-        model.chat(asked, on_text=on_text, **options)
+        with Thoughts() as thoughts:
+            conversation.ask(text, on_text=thoughts.answer, on_thought=thoughts.think, **options)
     except KeyboardInterrupt:
         end_line(interrupted=True)
         print("[stopped]", file=sys.stderr)
-        if not pieces:
-            return history
-    summary.tell()
-    return [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
+class Thoughts:
+    """Writes thoughts to stderr, dim where that is a terminal, and the answer to stdout."""
+
+    def __init__(self) -> None:
+        self._dim, self._plain = ("\33[2m", "\33[0m") if sys.stderr.isatty() else ("", "")
+        self._thinking = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def think(self, piece: str) -> None:
+        """Write a piece of a thought."""
+        if not self._thinking:
+            self._thinking = True
+            piece = f"{self._dim}[thinking] {piece.lstrip()}"
+        sys.stderr.write(piece)
+        sys.stderr.flush()
+
+    def answer(self, piece: str) -> None:
+        """Write a piece of the answer."""
+        self._end()
+        write(piece)
+
+    def _end(self) -> None:
+        if self._thinking:
+            self._thinking = False
+            print(self._plain, file=sys.stderr)
 
 
 def _read_message(read_line: Callable[[str], str]) -> str:

@@ -189,7 +189,7 @@ def read_text(file: Path) -> str:
 def decode_utf8(data: bytes, name: str) -> str:
     """Return ``data`` as text; ``name`` says where it comes from if it is not UTF-8."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")  # a mark of order
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{name} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -49,7 +50,9 @@ TopP = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this joint probability."),
 ]
-TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many likeliest tokens.")]
+TopK = Annotated[
+    int | None, typer.Option(min=0, help="Sample from this many likeliest tokens; 0 is all.")
+]
 MinP = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Drop tokens below this share of the likeliest's probability."),
@@ -157,6 +160,9 @@ def sampling_options(
     UsageError
         When greedy is asked for together with what only sampling uses.
     """
+    for name, value in (("temperature", temperature), ("repeat-penalty", repeat_penalty)):
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"--{name} is {value}", hint=f"give --{name} a finite number")
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     penalty = {} if repeat_penalty is None else {"repetition_penalty": repeat_penalty}

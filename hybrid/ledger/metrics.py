@@ -33,7 +33,7 @@ class GenerationTimes:
     sequences
         Sequences in the batch; the token counts below are of one sequence.
     prompt_tokens, new_tokens
-        Tokens of the prompt, and tokens generated.
+        Tokens of the prompt that were computed, and tokens generated.
     ttft_s
         From the call to the first new token; None when no token was seen as it came.
     decode_s
@@ -45,6 +45,8 @@ class GenerationTimes:
     extras
         ``"sampling"`` where tokens were drawn and not the likeliest ones, ``"text"`` where they
         were written, too.
+    kept_tokens
+        Tokens at the prompt's beginning that a kept cache had already.
     """
 
     sequences: int
@@ -54,6 +56,7 @@ class GenerationTimes:
     decode_s: float
     ended: str
     extras: tuple[str, ...] = ()
+    kept_tokens: int = 0
 
     def figures(self) -> dict[str, Figure]:
         """Return the counts and rates that a user compares, by name."""
@@ -65,7 +68,7 @@ class GenerationTimes:
         seen = "measured" if self.ttft_s is not None else "tokens were not seen as they came"
         steps = f"measured over {self.new_tokens - 1} steps"
         return {
-            "prompt_tokens": Figure(self.prompt_tokens, "tokens", "counted"),
+            "prompt_tokens": Figure(self.prompt_tokens, "tokens", _counted(self.kept_tokens)),
             "new_tokens": Figure(self.new_tokens, "tokens", f"counted; ended: {self.ended}"),
             "ttft_s": Figure(self.ttft_s, "s", seen),
             "prompt_tokens_per_s": Figure(prompt_rate, "tokens/s", "prompt tokens / TTFT"),
@@ -73,6 +76,11 @@ class GenerationTimes:
                 decode_rate, "tokens/s", steps if decode_rate else "fewer than two new tokens"
             ),
         }
+
+
+def _counted(kept_tokens: int) -> str:
+    """Say how a prompt's tokens were counted."""
+    return f"counted; {kept_tokens} before them were kept" if kept_tokens else "counted"
 
 
 STEP = "a step"
@@ -185,6 +193,8 @@ class RunReport:
         Every number, by name.
     placement
         How the model lies on a device; None on the CPU alone.
+    chosen
+        How the last call's tokens were chosen.
     terms
         What a step's time consists of, the whole first, predicted and measured.
     layers
@@ -205,6 +215,7 @@ class RunReport:
     threads: str
     many_tokens: str
     placement: str | None = None
+    chosen: str | None = None
     figures: dict[str, Figure]
     terms: tuple[Term, ...] = ()
     layers: tuple[Term, ...] = ()
@@ -233,6 +244,8 @@ class RunReport:
         yield "experts in prompts", self.many_tokens
         if self.placement is not None:
             yield "device", self.placement
+        if self.chosen is not None:
+            yield "tokens are", self.chosen
         for name, figure in self.figures.items():
             yield _LABELS[name], str(figure)
         if self.predictions is not None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hybrid.ledger.metrics import GenerationTimes
 
+DRAWN = "drawn"
+"""How it begins to say that tokens were drawn, and not the likeliest ones taken."""
+
 
 @dataclass(frozen=True, eq=False)
 class Generation:
@@ -23,6 +26,8 @@ class Generation:
         The new tokens, ``[B, T]``, as far as they were seen: with a stop string's.
     times
         How many tokens there were, how long they took, and why they ended.
+    chosen
+        How its tokens were chosen, in words.
     result
         What transformers' ``generate`` returned; None where it was left early.
     """
@@ -30,6 +35,7 @@ class Generation:
     text: str
     ids: Tensor
     times: GenerationTimes
+    chosen: str
     result: Any
 
     @property

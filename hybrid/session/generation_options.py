@@ -7,11 +7,14 @@ call, which come first.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from hybrid.errors import UsageError
+from hybrid.formats.notes import Note
+from hybrid.session.generation import DRAWN
 from hybrid.session.generation_stream import GenerationStream
 
 #: New tokens when text is asked for and neither the caller nor the model gives a limit.
@@ -47,9 +50,9 @@ def check_length(tokens: int, context: int | None) -> None:
         )
 
 
-def check_one_sequence(config: Any, options: dict[str, Any], prompts: int) -> None:
+def check_one_sequence(options: dict[str, Any], prompts: int) -> None:
     """Raise UsageError when more sequences than one are asked for."""
-    sequences = prompts * (setting(config, "num_return_sequences", options) or 1)
+    sequences = prompts * (setting(None, "num_return_sequences", options) or 1)
     if sequences != 1:
         raise UsageError(
             f"a text result is one sequence, {sequences} are asked for",
@@ -78,18 +81,90 @@ def text_limit(
     return Limit(context - prompt_tokens, "context full")
 
 
-def text_options(config: Any, options: dict[str, Any], new_tokens: int) -> dict[str, Any]:
-    """Return ``options`` with the number of new tokens and a padding id settled."""
-    settled = {"max_new_tokens": new_tokens}
-    if setting(config, "pad_token_id", options) is None:
-        end = setting(config, "eos_token_id", options)
-        settled["pad_token_id"] = end[0] if isinstance(end, list) else end
+def text_options(
+    config: Any, options: dict[str, Any], new_tokens: int, ends: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return ``options`` with what a text of one sequence needs settled.
+
+    That is the number of new tokens, the tokens that end it (``ends``, unless asked for others) and
+    a padding id. Several sequences, which the model's own settings may ask for, are one; stop
+    strings are found in the text, not by transformers; and drawing leaves no tokens out that nobody
+    asked to leave out.
+    """
+    settled: dict[str, Any] = {"max_new_tokens": new_tokens}
+    asked = {**_given(options.get("generation_config")), **options}
+    if asked.get("eos_token_id") is None and ends:
+        settled["eos_token_id"] = list(ends)
+    if setting(config, "pad_token_id", options) is None and ends:
+        settled["pad_token_id"] = ends[0]
+    for name in ("num_beams", "num_return_sequences"):
+        if asked.get(name) is None and getattr(config, name, None) not in (None, 1):
+            settled[name] = 1
+    if setting(config, "do_sample", options) and setting(config, "top_k", options) is None:
+        settled["top_k"] = 0
     rest = {name: value for name, value in options.items() if name not in _LENGTHS}
     if options.get("generation_config") is None:
-        return rest | settled
+        return rest | settled | {"stop_strings": None}
     changed = copy.deepcopy(options["generation_config"])
     changed.update(max_length=None, **settled)
     return rest | {"generation_config": changed}
+
+
+def left_out(config: Any) -> Iterator[Note]:
+    """Name what a model's own settings ask for and a text cannot have."""
+    for name in ("num_beams", "num_return_sequences"):
+        value = getattr(config, name, None)
+        if value not in (None, 1):
+            yield Note(
+                f"{name} {value} of the model's own settings",
+                "left out where text is written: it is one sequence, shown as it comes",
+                "none needed; generate() with token ids follows it",
+            )
+
+
+def end_tokens(network: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end a text: all that settings, config and tokenizer name, each once."""
+    text_config = network.config.get_text_config()
+    named = (network.generation_config, network.config, text_config, tokenizer)
+    ids: list[int] = []
+    for holder in named:
+        value = getattr(holder, "eos_token_id", None)
+        ids += value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return list(dict.fromkeys(int(token) for token in ids))
+
+
+def sampling_told(config: Any, options: dict[str, Any]) -> str:
+    """Say how the tokens of a call are chosen, and which of it is the model's own wish."""
+    asked = {**_given(options.get("generation_config")), **options}
+    own = []
+    told = []
+    sampled = setting(config, "do_sample", options)
+    names = _DRAWING if sampled else ()
+    for name in (*names, *_PENALTIES):
+        value = asked.get(name)
+        if value is None:
+            value = getattr(config, name, None)
+            if value is None or value == _NOTHING.get(name):
+                continue
+            own.append(name)
+        elif value == _NOTHING.get(name):
+            continue
+        told.append(f"{name} {value}{'*' if name in own else ''}")
+    how = DRAWN if sampled else "the likeliest"
+    text = ", ".join((how, *told))
+    return f"{text} (* as the model's own settings ask)" if own else text
+
+
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
+_NOTHING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+_NOTHING |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""The values by which each changes nothing."""
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """Return what a generation config sets."""
+    return {} if config is None else {k: v for k, v in config.to_dict().items() if v is not None}
 
 
 def loop_options(network: Any, options: dict[str, Any], stream: GenerationStream) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from hybrid.ledger.metrics import GenerationTimes
-from hybrid.session.generation import Generation
+from hybrid.session.answer_stream import AnswerStream
+from hybrid.session.generation import DRAWN, Generation
 from hybrid.textstream import TextStream
 from planner.describe.terms import SAMPLING, TEXT
 
@@ -42,7 +43,7 @@ class GenerationStream(BaseStreamer):
         self,
         *,
         streamer: Any = None,
-        text: TextStream | None = None,
+        text: TextStream | AnswerStream | None = None,
         on_text: OnText | None = None,
         limit: int | None = None,
         limit_name: str = "max_new_tokens",
@@ -68,12 +69,13 @@ class GenerationStream(BaseStreamer):
         """Whether somebody waits for tokens as they come."""
         return self._streamer is not None or self._on_text is not None
 
-    def start(self, ids: torch.Tensor, *, sampled: bool = False) -> None:
+    def start(self, ids: torch.Tensor, *, chosen: str = "", kept: int = 0) -> None:
         """Start the clock; ``ids`` ``[B, T]`` is the prompt.
 
-        ``sampled`` is whether tokens are drawn, and not the likeliest ones taken.
+        ``chosen`` says how tokens are chosen; ``kept`` tokens at the prompt's beginning need not be
+        computed.
         """
-        self._sampled = sampled
+        self._chosen, self._kept = chosen, kept
         self._sequences, self._prompt_tokens = ids.shape
         self._start_s = self._last_s = time.perf_counter()
 
@@ -132,20 +134,22 @@ class GenerationStream(BaseStreamer):
             text="".join(self._pieces),
             ids=torch.cat(new, dim=1) if new else torch.empty(self._sequences, 0, dtype=torch.long),
             times=self._times(),
+            chosen=self._chosen,
             result=result,
         )
 
     def _times(self) -> GenerationTimes:
         start_s, first_s = self._start_s, self._first_s
-        also = ((SAMPLING, self._sampled), (TEXT, self._text is not None))
+        also = ((SAMPLING, self._chosen.startswith(DRAWN)), (TEXT, self._text is not None))
         return GenerationTimes(
             sequences=self._sequences,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self._prompt_tokens - self._kept,
             new_tokens=self._new_tokens,
             ttft_s=None if first_s is None or start_s is None else first_s - start_s,
             decode_s=0.0 if first_s is None else self._last_s - first_s,
             ended=self._why_ended(),
             extras=tuple(name for name, happened in also if happened),
+            kept_tokens=self._kept,
         )
 
     def _why_ended(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -20,23 +20,33 @@ from hybrid.errors import UsageError
 from hybrid.ledger.metrics import LANES, RunReport
 from hybrid.loading import load_tokenizer
 from hybrid.paths import write_whole
+from hybrid.session.answer_stream import AnswerStream
+from hybrid.session.chat_template import templated
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
     check_length,
     check_one_sequence,
+    end_tokens,
+    setting,
     text_limit,
     text_options,
 )
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
+from hybrid.session.kept_cache import KeptCache
 from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
+from hybrid.transformers_api import cache_argument
 from planner.decide.policies import DEFAULT_POLICY
 from planner.decide.popularity import Popularity
 from planner.errors import PlannerError
 from planner.foretell.perfetto import trace_events
 
 Message = dict[str, Any]
+
+
+_LONG = 1_000_000
+"""Letters of a text that are worth a look before it is cut into tokens, which takes seconds."""
 
 
 class HybridModel:
@@ -216,7 +226,7 @@ class HybridModel:
             return self._write(self.encode(prompt), **options).text
         ids = as_ids(prompt)
         check_length(ids.shape[-1], self.context)
-        if options.get("stop_strings"):
+        if setting(self.model.generation_config, "stop_strings", options):
             options.setdefault("tokenizer", self.tokenizer)
         stream = GenerationStream(streamer=options.pop("streamer", None))
         return self._generate(ids, stream, **options).result
@@ -231,29 +241,73 @@ class HybridModel:
         check_length(ids.shape[-1], self.context)
         return pieces_of(lambda on_text: self._write(ids, on_text=on_text, **options))
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        on_thought: OnText | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        kept: KeptCache | None = None,
+        **options: Any,
+    ) -> str:
         """Return the model's answer to ``messages`` (``[{"role": ..., "content": ...}]``).
 
-        Takes what :meth:`generate` takes for text.
+        Parameters
+        ----------
+        on_thought
+            Called with each piece of what the model thinks before it answers, which is no part of
+            the answer.
+        template_args
+            Variables of the chat template, such as ``{"enable_thinking": False}``.
+        kept
+            The cache of a conversation: what is computed of it goes on from there. See
+            :class:`~hybrid.session.conversation.Conversation`, which keeps one.
+        options
+            What :meth:`generate` takes for text.
 
         Raises
         ------
         UsageError
-            When the tokenizer has no chat template, or as :meth:`generate`.
+            When the tokenizer has no chat template or it refuses the messages, or as
+            :meth:`generate`.
         """
-        return self._write(self.encode_chat(messages), **options).text
+        ids = self.encode_chat(messages, **(template_args or {}))
+        return self._write(ids, apart=on_thought or _ignore, kept=kept, **options).text
 
     def encode(self, text: str) -> torch.Tensor:
-        """Return the ids ``[1, T]`` of ``text``, special tokens added as the model wants them."""
-        return torch.tensor([self.tokenizer(text)["input_ids"]], dtype=torch.long)
+        """Return the ids ``[1, T]`` of ``text``, special tokens added as the model wants them.
 
-    def encode_chat(self, messages: Sequence[Message]) -> torch.Tensor:
-        """Return the ids ``[1, T]`` that ask for the answer to ``messages``."""
+        A text that has the token for its beginning already gets no second one.
+        """
+        self._check_letters(text)
+        ids = self.tokenizer(text)["input_ids"]
+        begin = self.tokenizer.bos_token
+        if begin and text.startswith(begin) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        return torch.tensor([ids], dtype=torch.long)
+
+    def _check_letters(self, text: str) -> None:
+        """Refuse a text that is too long whatever its tokens are, before it is cut into them."""
+        if self.context is None or len(text) < _LONG:
+            return
+        least = len(text) // max(map(len, self.tokenizer.get_vocab()), default=1)
+        if least >= self.context:
+            raise UsageError(
+                f"the prompt has {len(text)} letters, {least} tokens or more, and the model's "
+                f"context is {self.context}",
+                hint="shorten the prompt",
+            )
+
+    def encode_chat(self, messages: Sequence[Message], **template_args: Any) -> torch.Tensor:
+        """Return the ids ``[1, T]`` that ask for the answer to ``messages``.
+
+        Raises
+        ------
+        UsageError
+            When there is no chat template, or it refuses the messages.
+        """
         self.require_chat_template()
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True
-        )
-        return torch.tensor([encoded["input_ids"]], dtype=torch.long)
+        return torch.tensor([templated(self.tokenizer, messages, template_args)], dtype=torch.long)
 
     def require_chat_template(self) -> None:
         """Raise UsageError when the tokenizer has no chat template."""
@@ -274,30 +328,54 @@ class HybridModel:
         on_text: OnText | None = None,
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
+        apart: OnText | None = None,
+        kept: KeptCache | None = None,
         **options: Any,
     ) -> Generation:
-        """Write the text that follows ``ids``, ``[1, T]``."""
+        """Write the text that follows ``ids``, ``[1, T]``; its thoughts go ``apart``, if given."""
         check_length(ids.shape[-1], self.context)
+        if stop_strings is None:
+            stop_strings = self.model.generation_config.stop_strings
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         if "" in stops:
             raise UsageError("a stop string is empty", hint="leave it out")
         config = self.model.generation_config
-        check_one_sequence(config, options, prompts=len(ids))
+        check_one_sequence(options, prompts=len(ids))
         limit = text_limit(config, options, ids.shape[1], self.context)
+        text: TextStream | AnswerStream = TextStream(self.tokenizer, ids[0].tolist(), stops)
+        if apart is not None:
+            text = AnswerStream(self.tokenizer, ids[0].tolist(), stops, apart)
         stream = GenerationStream(
             streamer=streamer,
-            text=TextStream(self.tokenizer, ids[0].tolist(), stops),
+            text=text,
             on_text=on_text,
             limit=limit.tokens,
             limit_name=limit.name,
         )
-        settled = text_options(config, options, limit.tokens)
-        return self._generate(ids, stream, **{"attention_mask": torch.ones_like(ids)} | settled)
+        ends = end_tokens(self.model, self.tokenizer)
+        settled = text_options(config, options, limit.tokens, ends)
+        if options.get("generation_config") is not None:
+            settled.setdefault("tokenizer", self.tokenizer)  # it may name stop strings
+        settled = {"attention_mask": torch.ones_like(ids)} | settled
+        return self._generate(ids, stream, kept, **settled)
 
-    def _generate(self, ids: torch.Tensor, stream: GenerationStream, **options: Any) -> Generation:
+    def _generate(
+        self,
+        ids: torch.Tensor,
+        stream: GenerationStream,
+        kept: KeptCache | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Generate, in turn, and remember how that went; a ``kept`` cache is gone on from."""
         with self._turn:
+            cache = None if kept is None else kept.begin(self.model, ids)
+            if cache is not None:
+                options |= cache_argument(cache)
             try:
-                return generate(self._session, ids, stream, **options)
+                made = generate(self._session, ids, stream, **options)
+                if kept is not None and cache is not None:
+                    kept.end(cache, [*ids[0].tolist(), *made.ids[0].tolist()])
+                return made
             finally:
                 if stream.started:  # without its result, the caller's alone: it may hold a cache
                     self._last = stream.generation()
@@ -374,3 +452,7 @@ class HybridModel:
                 f"on the CPU alone nothing {what}", hint="load the model with a device (vram=...)"
             )
         return executor
+
+
+def _ignore(piece: str) -> None:
+    """Leave a piece of a thought untold."""

@@ -28,6 +28,7 @@ def run_report(
     threads: int,
     load_s: float,
     context: int | None = None,
+    chosen: str | None = None,
     told: tuple[Note, ...] = (),
 ) -> RunReport:
     """Say what runs, how, how fast the last call was, and what ran slower than it could.
@@ -44,6 +45,8 @@ def run_report(
         What the user calls it, how many threads compute, and how long loading took.
     context
         Tokens of cache that a device's memory is kept for.
+    chosen
+        How its tokens were chosen.
     told
         What was found to be slower or smaller than it could be then.
     """
@@ -76,6 +79,7 @@ def run_report(
         decode_path=str(model.fast.path),
         simd_level=simd_level.LEVEL,
         threads=f"{threads} (torch and kernels)",
+        chosen=chosen,
         many_tokens=many_tokens(model, shared=placement is not None),
         placement=None if placement is None else str(placement),
         figures=figures,
@@ -116,7 +120,7 @@ def _beyond(context: int | None, times: GenerationTimes | None) -> Iterator[Note
     """Say when a call took more cache than memory is kept for."""
     if context is None or times is None:
         return
-    tokens = times.prompt_tokens + times.new_tokens
+    tokens = times.kept_tokens + times.prompt_tokens + times.new_tokens
     if tokens * times.sequences > context:
         batch = f" in each of {times.sequences} sequences" if times.sequences > 1 else ""
         yield Note(

@@ -25,11 +25,12 @@ from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.model import Model
 from hybrid.session.generation import Generation
-from hybrid.session.generation_options import loop_options, setting
+from hybrid.session.generation_options import left_out, loop_options, sampling_told
 from hybrid.session.generation_stream import GenerationStream, Stopped
 from hybrid.session.opening import compute_dtype, kept_context, notes_alone, open_machine, place
 from hybrid.session.report import run_report
 from hybrid.sharing.placement import Placement
+from hybrid.transformers_api import given_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ def open_session(path: str | PathLike[str], options: Options, name: str) -> Sess
     context = kept_context(options.context, model)
     placement = place(model, machine, str(path), options, context)
     apart = notes_alone(model, machine, context) if placement is None else placement.known
-    notes = (*model.fast.notes(), *apart)
+    notes = (*model.fast.notes(), *apart, *left_out(network.generation_config))
     _say(*(placement.decision if placement else ()), *notes)
     session = Session(name, model, placement, machine.threads, context, notes)
     refused = _warm_up(session)
@@ -102,13 +103,16 @@ def generate(
     on_prompt = options.pop("on_prompt", None)
     told = nullcontext() if on_prompt is None else prompts_told(network, on_prompt)
     settled = loop_options(network, options, stream)
+    cache = given_cache(options)
+    kept = 0 if cache is None else int(cache.get_seq_length())
     set_threads(session.threads)
     if session.placement is not None:
         session.placement.begin_run()
     else:
-        begin_run(session.model, ids.shape[1])
+        begin_run(session.model, ids.shape[1] - kept)
     session.model.fast.refused.clear()
-    stream.start(ids, sampled=bool(setting(network.generation_config, "do_sample", options)))
+    chosen = sampling_told(network.generation_config, options)
+    stream.start(ids, chosen=chosen, kept=kept)
     result = None
     with suppress(Stopped), told:
         result = network.generate(ids.to(network.device), **settled)
@@ -122,6 +126,7 @@ def report(session: Session, last: Generation | None) -> RunReport:
         session.model,
         session.placement,
         None if last is None else last.times,
+        chosen=None if last is None else last.chosen,
         name=session.name,
         threads=session.threads,
         load_s=session.load_s,
@@ -135,7 +140,8 @@ def _warm_up(session: Session) -> tuple[Note, ...]:
 
     Returns why plain steps go past the fast path, if they do: known before any text is written.
     """
-    two = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    two: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    two |= {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
     generate(session, torch.zeros(1, 2, dtype=torch.long), GenerationStream(), **two)
     if session.placement is not None and session.placement.executor is not None:
         session.placement.executor.forget_counts()

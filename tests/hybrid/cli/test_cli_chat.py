@@ -18,6 +18,7 @@ import pytest
 from hybrid.cli import main
 from hybrid.cli.chat import talk
 from hybrid.errors import UsageError
+from hybrid.session.conversation import Conversation
 from hybrid.session.model import HybridModel
 from hybrid.weights.cache import converted_copy
 from tiny_model import CONTEXT, TEMPLATE
@@ -33,6 +34,7 @@ class Listener:
     def __init__(self, *answers: str | BaseException) -> None:
         self.answers = list(answers)
         self.asked: list[Said] = []
+        self.context = None
 
     def chat(self, messages: Sequence[dict[str, Any]], *, on_text: Any, **options: Any) -> None:
         self.asked.append([(m["role"], m["content"]) for m in messages])
@@ -58,16 +60,15 @@ def feed(*lines: str | BaseException) -> Any:
     return read_line
 
 
-@pytest.fixture(autouse=True)
-def no_summary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures after an answer are those of a real model; see the tests of run."""
-    monkeypatch.setattr("hybrid.cli.generation.Summary", Mock())
+def say(model: Listener, read_line: Any, *, system: str | None = None, **options: Any) -> None:
+    """Talk with a model; the figures after an answer are those of a real one."""
+    talk(Conversation(model, system=system), read_line, Mock(), **options)
 
 
 def test_the_history_grows_and_is_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
     """Each question is asked with all that was said; /clear keeps the system message only."""
     model = Listener("on|e", "two", "three")
-    talk(model, feed("a", "", "b", "/clear", "c", "/exit", "d"), system="be brief")
+    say(model, feed("a", "", "b", "/clear", "c", "/exit", "d"), system="be brief")
     start = ("system", "be brief")
     first = [start, ("user", "a")]
     assert model.asked == [
@@ -83,7 +84,7 @@ def test_the_history_grows_and_is_forgotten(capsys: pytest.CaptureFixture[str]) 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
     """A cut answer is part of the history; a question without any answer is not."""
     model = Listener("par|^C|never", "^C", "end")
-    talk(model, feed("a", "b", KeyboardInterrupt(), "c"))
+    say(model, feed("a", "b", KeyboardInterrupt(), "c"))
     said = [("user", "a"), ("assistant", "par")]
     assert model.asked[1:] == [[*said, ("user", "b")], [*said, ("user", "c")]]
 
@@ -91,32 +92,32 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
 def test_a_backslash_goes_on_in_the_next_line() -> None:
     """Lines that end in a backslash are one message."""
     model = Listener("x")
-    talk(model, feed("a\\", "b\\", "c"))
+    say(model, feed("a\\", "b\\", "c"))
     assert model.asked == [[("user", "a\nb\nc")]]
 
 
 def test_the_end_of_input_ends_a_message_too() -> None:
     """A last line that ends in a backslash is asked like any other."""
     model = Listener("x")
-    talk(model, feed("a\\", "b\\"))
+    say(model, feed("a\\", "b\\"))
     assert model.asked == [[("user", "a\nb")]]
 
 
 def test_spaces_around_a_command_do_not_matter() -> None:
     """``/exit`` with a blank behind it is no message to the model."""
     model = Listener("x", "y")
-    talk(model, feed("a", "/clear ", "b", " /exit", "c"))
+    say(model, feed("a", "/clear ", "b", " /exit", "c"))
     assert model.asked == [[("user", "a")], [("user", "b")]]
 
 
 def test_a_message_that_cannot_be_answered(capsys: pytest.CaptureFixture[str]) -> None:
     """At a terminal the conversation goes on without it; in a pipe the program ends."""
     model = Listener(UsageError("too long", hint="shorter"), "fine")
-    talk(model, feed("a", "b"))
+    say(model, feed("a", "b"))
     assert model.asked[1] == [("user", "b")]
     assert "error: too long\nhint: shorter" in capsys.readouterr().err
     with pytest.raises(UsageError):
-        talk(Listener(UsageError("too long")), feed("a"), patient=False)
+        say(Listener(UsageError("too long")), feed("a"), patient=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,90 @@
+"""Thoughts and answers are told apart: tags that are tokens or text, channels, begun before."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from hybrid.session.answer_stream import AnswerStream
+from hybrid.session.chat_template import thinking_switches
+from tiny_model import byte_tokenizer
+
+HARMONY = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]
+
+
+def tokenizer(*special: str) -> PreTrainedTokenizerFast:
+    found = byte_tokenizer()
+    found.add_special_tokens({"additional_special_tokens": list(special)})
+    return found
+
+
+def split(
+    words: PreTrainedTokenizerFast, text: str, prompt: str = "", stops: tuple[str, ...] = ()
+) -> tuple[str, str, bool]:
+    """Answer, thoughts, and whether it ended within one; one id at a time."""
+    thoughts: list[str] = []
+    stream = AnswerStream(words, words.encode(prompt), stops, thoughts.append)
+    answer = "".join(stream.put([token]) for token in words.encode(text)) + stream.finish()
+    return answer, "".join(thoughts), stream.thinking
+
+
+CASES = {
+    "plain": ("\nhello <b>", ("\nhello <b>", "", False)),
+    "thought": ("<think>é hm</think>\n\nyes", ("yes", "é hm", False)),
+    "cut": ("<think>hm </thi", ("", "hm </thi", True)),
+    "spoken of": ("the tag <think> is", ("the tag <think> is", "", False)),
+    "two": ("<think>a</think><think>b</think>c", ("c", "ab", False)),
+}
+
+
+@pytest.mark.parametrize("special", [(), ("<think>", "</think>")], ids=["text", "tokens"])
+@pytest.mark.parametrize("case", CASES)
+def test_tags(case: str, special: tuple[str, ...]) -> None:
+    """Plain text or tokens of their own; a tag that an answer speaks of is the answer's."""
+    text, wanted = CASES[case]
+    if case in ("spoken of", "cut") and special:
+        pytest.skip("a token is always a tag, and never half of one")
+    assert split(tokenizer(*special), text) == wanted
+
+
+def test_a_thought_that_the_template_began() -> None:
+    """The prompt ends with the tag, so the first text is a thought."""
+    assert split(tokenizer(), "hm</think>ok", "[assistant]<think>\n") == ("ok", "hm", False)
+    assert split(tokenizer(), "ok", "<think></think>") == ("ok", "", False)
+
+
+def test_tags_that_are_special_tokens_of_others() -> None:
+    """They leave no text, so only their ids tell."""
+    assert split(tokenizer("[THINK]", "[/THINK]"), "[THINK]a[/THINK]b") == ("b", "a", False)
+
+
+def test_channels() -> None:
+    """Only the final one is the answer; commentary and analysis are thoughts."""
+    words = tokenizer(*HARMONY)
+    analysis = "<|channel|>analysis<|message|>We think<|end|>"
+    final = "<|start|>assistant<|channel|>final<|message|>Hi<|return|>"
+    assert split(words, analysis + final) == ("Hi", "We think", False)
+    assert split(words, analysis[:-10]) == ("", "We th", True)
+    assert split(words, "<|channel|>commentary to=f<|message|>{}<|end|>" + final)[:2] == (
+        "Hi",
+        "{}",
+    )
+    assert split(words, "Hi")[0] == "Hi"
+
+
+def test_stop_strings_count_in_the_answer() -> None:
+    """One within a thought stops nothing."""
+    thoughts: list[str] = []
+    words = tokenizer()
+    stream = AnswerStream(words, [], ["END"], thoughts.append)
+    text = "<think>the END</think>so END more"
+    assert "".join(stream.put([token]) for token in words.encode(text)) == "so "
+    assert stream.stopped
+    assert "".join(thoughts) == "the END"
+
+
+def test_switches_of_templates() -> None:
+    """A variable is one, a word of a text or a field is none."""
+    assert thinking_switches("{% if enable_thinking is defined %}") == {"enable_thinking": False}
+    assert thinking_switches("{% if not thinking %}") == {"thinking": False}
+    assert thinking_switches("{{ message.thinking }} {{ 'thinking' }} enable_thinkings") == {}
