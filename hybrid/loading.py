@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from cpu_experts.jit.workers import use_threads
 from hybrid.ask.asked_model import find_model
@@ -21,8 +21,12 @@ from hybrid.hub import directory_of, hub_name
 from hybrid.machine import host
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.weights.cache import converted_copy
+from hybrid.weights.checks import Checkpoint, check_converted
 from hybrid.weights.config import HybridConfig
+from hybrid.weights.source_files import few
 from planner.errors import PlannerError
+
+_AGAIN = "copy it again, or convert the model again with 'hybrid convert'"
 
 
 def load_fast_model(
@@ -41,8 +45,7 @@ def load_fast_model(
     is the caller's alone: packed modules take the places of its dense ones, which saves a copy
     of them and computes prompts faster.
     """
-    published = hub_name(path)
-    directory = Path(path).expanduser() if published is None else directory_of(published)
+    directory = model_directory(path)
     config = HybridConfig(experts, dense, verify=verify, fast=fast)
     if directory.is_dir():
         config = config.for_loading(
@@ -57,16 +60,43 @@ def load_fast_model(
     return model, directory
 
 
+def model_directory(path: str | PathLike[str]) -> Path:
+    """Return where a model lies; one that is named as on the hub is downloaded if need be."""
+    published = hub_name(path)
+    return Path(path).expanduser() if published is None else directory_of(published)
+
+
 def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> Any:
+    """Have transformers load a converted directory of which every file was looked at first.
+
+    Raises
+    ------
+    CheckpointError
+        When a file is missing or damaged, or its tensors are not the model's: transformers
+        would make up what is missing.
+    """
+    check_converted(Checkpoint(directory))
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, quantization_config=config, dtype=dtype
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            quantization_config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except SafetensorError as error:
         raise CheckpointError(
-            f"a weight file of {directory} is damaged: {str(error).splitlines()[0]}",
-            hint="copy it again, or convert the model again with 'hybrid convert'",
+            f"a weight file of {directory} is damaged: {first_line(error)}", hint=_AGAIN
         ) from error
+    model, found = loaded
+    wrong = sorted(map(str, found["missing_keys"])) or sorted(map(str, found["mismatched_keys"]))
+    if wrong:
+        raise CheckpointError(
+            f"the weight files of {directory} lack {len(wrong)} tensors of the model: {few(wrong)}",
+            hint=_AGAIN,
+        )
+    return model
 
 
 def _compute_dtype(asked: str | torch.dtype | None, directory: Path) -> torch.dtype:
@@ -85,21 +115,6 @@ def _compute_dtype(asked: str | torch.dtype | None, directory: Path) -> torch.dt
             name = automatic_dtype(None)
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-def load_tokenizer(directory: Path) -> Any:
-    hint = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory} has no tokenizer that transformers can load: {first_line(error)}",
-            hint=hint,
-        ) from error
-    # Without files transformers makes a tokenizer that knows its special tokens only.
-    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < 2:
-        raise CheckpointError(f"{directory} has no tokenizer", hint=hint)
-    return tokenizer
 
 
 def set_threads(threads: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
-from hybrid.ask.names import resolve, routing_laws
+from hybrid.ask.names import directory_name, resolve, routing_laws
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.hub import HubName, config_of, hub_name
@@ -129,7 +129,7 @@ def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str]:
     path = demo_path() if model == "demo" else Path(model)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        called = path.parent.resolve().name if path.name == "config.json" else path.stem
+        called = directory_name(path.parent) if path.name == "config.json" else path.stem
         data = read_table(path, "model description")
         return data, "demo" if model == "demo" else called
     if path.suffix in (".json", ".toml"):

@@ -48,6 +48,14 @@ def resolve(name: str, kind: str) -> dict[str, Any]:
     )
 
 
+def directory_name(directory: Path) -> str:
+    """Return what the model in a directory is called: the hub's cache calls it by a hash."""
+    folder = directory.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
+
+
 def find_hardware(name: str | Path) -> HardwareSpec:
     """Describe a machine: a shipped name, or a TOML file."""
     path = Path(name)

@@ -30,12 +30,13 @@ from hybrid.demo import demo_path
 from hybrid.demo.evaluate import token_losses
 from hybrid.errors import DiskSpaceError
 from hybrid.ledger.residual import DECODE, PREFILL
-from hybrid.loading import load_fast_model, load_tokenizer, set_threads
+from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import host
 from hybrid.model import Model
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.progress import conversion_progress
+from hybrid.weights.tokenizer import load_tokenizer
 
 AS_IT_IS = "as it is"
 """Dense layers in no format of ours."""

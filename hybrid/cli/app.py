@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hybrid import __version__
-from hybrid.cli.exit_codes import INTERRUPTED
+from hybrid.cli.exit_codes import ERROR, INTERRUPTED
 from hybrid.cli.text import apart
 from hybrid.formats.errors import HybridError
 
@@ -149,4 +149,4 @@ def _describe_usage_error(error: Any) -> str:
 
 def _report(text: str) -> int:
     print(f"error: {text}", file=sys.stderr)
-    return 2
+    return ERROR

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hybrid.ask.formats import DEFAULT_EXPERTS, in_words
+from hybrid.ask.formats import DEFAULT_EXPERTS, check_formats, in_words
+from hybrid.ask.names import directory_name
 from hybrid.ask.options import Options
 from hybrid.cli.download import obtain
+from hybrid.cli.exit_codes import ERROR
+from hybrid.errors import UsageError
 from hybrid.formats.registry import FORMATS, dense_formats
+from hybrid.weights.checks import Checkpoint, check_files
+from hybrid.weights.partial import destination
 from hybrid.weights.progress import conversion_progress
+from planner.describe.words import in_words as size
 
 
 def convert(
@@ -21,7 +28,10 @@ def convert(
             help="A Hugging Face MoE directory with safetensors, or ORG/NAME of the hub."
         ),
     ],
-    dst: Annotated[Path, typer.Argument(help="The directory to make.")],
+    dst: Annotated[
+        Path | None,
+        typer.Argument(help="The directory to make.", show_default="none, with --check"),
+    ] = None,
     experts: Annotated[
         str, typer.Option(help=f"Format of the experts: {in_words(FORMATS)}.")
     ] = DEFAULT_EXPERTS,
@@ -39,23 +49,63 @@ def convert(
             help="Check SRC against the digests its download left, and DST against its own.",
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Say what would hinder the conversion, all at once, and write nothing; with "
+            "--verify, read every weight, too.",
+        ),
+    ] = False,
 ) -> None:
     """Convert a Mixture-of-Experts checkpoint.
 
     DST is an ordinary Hugging Face directory plus experts.bin, ready for 'hybrid run DST'. A
     conversion that was interrupted goes on where it stopped when it is started again.
     """
+    check_formats(experts, dense)
+    if dst is None and not check:
+        raise UsageError("DST is missing", hint="name the directory to make, or add --check")
+    if dst is not None:  # before a download
+        destination(Path(src).expanduser(), dst)
+    source = obtain(src, Options.of(experts=experts, dense=dense), yes=True).expanduser()
+    if dst is None or check:
+        _check(source, experts, dense, verify)
+        return
+    check_files(Checkpoint(source))  # before torch, which takes seconds, is imported
     from hybrid.weights import checkpoint
 
-    source = obtain(src, Options.of(experts=experts, dense=dense), yes=True)
-    with conversion_progress(f"Converting {Path(src).name}") as progress:
+    with conversion_progress(f"Converting {directory_name(source)}") as progress:
         result = checkpoint.convert(
-            source, dst, experts=experts, dense=dense, verify=verify, progress=progress
+            source, dst, experts=experts, dense=dense, verify=verify, progress=progress, tell=_say
         )
     kept = f", {result.resumed_layers} layers from an earlier run" if result.resumed_layers else ""
-    typer.echo(
+    _say(
         f"{result.path}: {result.experts} experts in {result.layers} layers{kept}, "
-        f"{result.expert_bytes / 2**30:.2f} GiB as {experts}, "
-        f"dense weights {result.dense_bytes / 2**30:.2f} GiB, {result.elapsed_s:.0f} s",
-        err=True,
+        f"{size(result.expert_bytes)} as {experts}, "
+        f"dense weights {size(result.dense_bytes)}, {result.elapsed_s:.0f} s"
     )
+
+
+def _check(src: Path, experts: str, dense: str | None, verify: bool) -> None:
+    """Tell all that was found; the exit code is that of an error where something hinders."""
+    from hybrid.weights import checkpoint
+
+    with conversion_progress(f"Reading {directory_name(src)}") as progress:
+        found = checkpoint.check(
+            src, experts=experts, dense=dense, verify=verify, progress=progress
+        )
+    for note in found.notes:
+        _say(note)
+    for error in found.errors:
+        _say(f"error: {error}")
+    if found.errors:
+        raise typer.Exit(ERROR)
+    _say(
+        f"{src} can be converted: {found.experts} experts in {found.layers} layers, "
+        f"{size(found.expert_bytes)} as {experts}, dense weights {size(found.dense_bytes)}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

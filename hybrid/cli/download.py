@@ -14,6 +14,7 @@ from hybrid.formats.registry import weight_bytes
 from hybrid.hub import Manifest, UnreachableError, download, hub_name, kept_copy, manifest, room_for
 from hybrid.paths import cache_dir
 from hybrid.planning.plan import machine_for, plan_on
+from hybrid.weights.declared_formats import check_format
 from planner.describe.words import in_words
 from planner.foretell.dryrun import PlanResult
 
@@ -28,8 +29,9 @@ def obtain(model: str, options: Options, *, yes: bool) -> Path:
     ------
     UsageError
         When it does not fit.
-    CheckpointError, DiskSpaceError
-        When it cannot be fetched, or the disk has too little room.
+    CheckpointError, DiskSpaceError, UnsupportedModelError
+        When it cannot be fetched, the disk has too little room, or its weights are in a format
+        that cannot be read.
     """
     published = hub_name(model)
     if published is None:
@@ -50,6 +52,7 @@ def obtain(model: str, options: Options, *, yes: bool) -> Path:
 def _announce(wanted: Manifest, options: Options, *, yes: bool) -> None:
     """Say what a download takes and how its model will run; refuse what has no room."""
     asked = find_model(wanted.name).in_formats(options.experts, options.dense)
+    check_format(None, asked.config)
     packed = packed_bytes(asked)
     _say(
         f"{wanted.name}: {in_words(wanted.missing_bytes)} to download, its packed weights take "

@@ -26,9 +26,9 @@ from hybrid.formats.matrix import pack, packed_bytes
 from hybrid.formats.registry import packs_dense
 from hybrid.weights.checkpoint import converted_config, layout
 from hybrid.weights.huge_pages import AlignedWriter
+from hybrid.weights.source_files import INDEX_NAME
 from hybrid.weights.store import DATA_NAME, StoreIndex, header_page
 from hybrid.weights.store import INDEX_NAME as STORE_INDEX
-from hybrid.weights.tensor_files import INDEX_NAME
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _FOREIGN = ("quantization_config", "architectures", "transformers_version", "_name_or_path")

@@ -13,12 +13,13 @@ from typing import Any
 
 from hybrid.demo import demo_path
 from hybrid.formats.registry import weight_bytes
-from hybrid.loading import load_fast_model, load_tokenizer
+from hybrid.loading import load_fast_model
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.measure.alone import DRAWING, SETTLING, Passes, Timed, generate
 from hybrid.measure.random_model import check_room, first_layers, write_random_model
 from hybrid.measure.terms_of_step import Part, Pass, extra
 from hybrid.textstream import TextStream
+from hybrid.weights.tokenizer import load_tokenizer
 from planner.describe.model import ModelSpec
 from planner.describe.terms import SAMPLING, TEXT
 

@@ -18,7 +18,7 @@ from hybrid.ask.sizes import Size
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.ledger.metrics import LANES, RunReport
-from hybrid.loading import load_tokenizer
+from hybrid.loading import model_directory
 from hybrid.paths import write_whole
 from hybrid.session.answer_stream import AnswerStream
 from hybrid.session.chat_template import templated
@@ -37,6 +37,7 @@ from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
 from hybrid.transformers_api import cache_argument
+from hybrid.weights.tokenizer import load_tokenizer
 from planner.decide.policies import DEFAULT_POLICY
 from planner.decide.popularity import Popularity
 from planner.errors import PlannerError
@@ -175,8 +176,11 @@ class HybridModel:
     def open(cls, path: str | PathLike[str] | None, options: Options) -> HybridModel:
         """Load a model directory as :meth:`from_pretrained` does, with what is asked for."""
         name = "demo" if path is None else str(path)
-        session = open_session(demo_path() if name == "demo" else name, options, name)
-        return cls(session, load_tokenizer(session.model.directory))
+        place = demo_path() if name == "demo" else name
+        directory = model_directory(place)
+        # First of all, so that a model without one is refused before it is converted.
+        tokenizer = load_tokenizer(directory) if directory.is_dir() else None
+        return cls(open_session(place, options, name), tokenizer)
 
     @property
     def context(self) -> int | None:

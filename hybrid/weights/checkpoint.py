@@ -23,33 +23,31 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
-from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
-from hybrid.errors import CheckpointError, DiskSpaceError, UnsupportedModelError, UsageError
+from hybrid.ask.formats import DEFAULT_EXPERTS, check_formats
+from hybrid.ask.names import directory_name
+from hybrid.errors import (
+    CheckpointError,
+    DiskSpaceError,
+    UnsupportedModelError,
+    first_line,
+)
+from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
+from hybrid.weights.checks import Checkpoint, all_findings, check_directory, check_files
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
-from hybrid.weights.expert_writer import write_experts
-from hybrid.weights.partial import Partial
+from hybrid.weights.expert_writer import check_finite, write_experts
+from hybrid.weights.partial import Partial, destination
+from hybrid.weights.side_files import copy_side_files
 from hybrid.weights.source_formats import source_quantizer
 from hybrid.weights.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
-from hybrid.weights.tensor_files import (
-    TensorReader,
-    check_digests,
-    identity,
-    read_json,
-    unreadable,
-    weight_files,
-)
-from hybrid.weights.weight_map import WeightMap
+from hybrid.weights.tensor_files import TensorReader, check_digests, identity
+from hybrid.weights.tokenizer import check_tokenizer
+from hybrid.weights.weight_map import WeightMap, left_out
+from planner.describe.words import in_words
 
 #: Called with bytes written so far, bytes in all, and what is being written.
 Progress = Callable[[int, int, str], None]
-
-#: Files that are weights in some other form, or that a converted directory writes itself.
-_NOT_COPIED = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
-    *(".ot", ".lock", ".incomplete"),
-)
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,7 @@ def convert(
     dense: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> ConvertResult:
     """Convert a Mixture-of-Experts checkpoint directory.
 
@@ -106,13 +105,16 @@ def convert(
         where it did, and every written expert with its checksum.
     progress
         Told about every piece that is written.
+    tell
+        Told, before anything is written, what is odd about ``src`` or not taken from it.
 
     Raises
     ------
     UsageError
-        On an unknown format, or when ``dst`` exists.
+        On an unknown format, or when ``dst`` exists or cannot be made.
     CheckpointError
-        When ``src`` is missing, unreadable, damaged, incomplete or has no experts.
+        When ``src`` is missing, unreadable, damaged, incomplete or has no experts, or its
+        tokenizer cannot be loaded.
     UnsupportedModelError
         When its experts cannot run from a store.
     DiskSpaceError
@@ -125,33 +127,24 @@ def convert(
     start = time.perf_counter()
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
     check_formats(experts, dense)
-    _check_destination(dst)
-    source = Source.open(src)
-    if verify:
-        check_digests(source.files)
-    with TensorReader(source.files) as reader, Partial(dst) as partial, _one_thread():
-        _check_destination(dst)
-        model = source.empty_model()
-        specs = find_experts(model)
-        matrices = dense_matrices(model, specs)
-        weights = WeightMap(model, reader, specs, source_quantizer(source.config))
-        index = StoreIndex(
-            source={"name": source.name, "identity": source.identity()},
-            format=experts,
-            layers=layout(specs, experts),
-            dense_format=dense,
-            dense=matrices if packs_dense(dense) else {},
-        )
-        plan = DensePlan(weights, matrices, dense)
+    place = destination(src, dst)
+    with (
+        _ready(src, experts, dense, verify=verify) as ready,
+        Partial(place) as partial,
+        _one_thread(),
+    ):
+        index, plan = ready.index, ready.plan
+        for note in ready.notes:
+            tell(note)
         partial.begin(index.id)
         _check_room(partial, index.nbytes + plan.nbytes)
         told = _Told(progress, index.nbytes - PAGE_BYTES + plan.nbytes)
         with partial.reporting_full_disk():
-            index, resumed = write_experts(partial, weights, specs, index, told.advance)
+            index, resumed = write_experts(partial, ready.weights, ready.specs, index, told.advance)
             plan.write(partial, told.advance)
-            _copy_other_files(src, partial.path)
+            copy_side_files(src, partial.path)
             (partial.path / INDEX_NAME).write_text(index.to_json())
-            config = converted_config(source.raw_config, index, experts, dense)
+            config = converted_config(ready.source.raw_config, index, experts, dense)
             (partial.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if verify:
                 ExpertStore.open(partial.path, verify=True)
@@ -165,6 +158,108 @@ def convert(
         dense_bytes=plan.nbytes,
         resumed_layers=resumed,
         elapsed_s=time.perf_counter() - start,
+    )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A checkpoint that can be converted, and all that is known of what will be written."""
+
+    source: Source
+    specs: list[ExpertsSpec]
+    weights: WeightMap
+    index: StoreIndex
+    plan: DensePlan
+    notes: list[str]
+
+
+@contextmanager
+def _ready(src: Path, experts: str, dense: str | None, *, verify: bool) -> Iterator[_Ready]:
+    """Check all that can be known before work starts, cheapest first; nothing is written."""
+    checkpoint = Checkpoint(src)
+    notes = check_files(checkpoint)
+    source = Source.of(checkpoint)
+    notes += check_tokenizer(src, getattr(source.config.get_text_config(), "vocab_size", None))
+    if verify:
+        check_digests(source.files)
+    with TensorReader(checkpoint.tensors) as reader:
+        model = source.empty_model()
+        specs = find_experts(model)
+        matrices = dense_matrices(model, specs)
+        weights = WeightMap(model, reader, specs, source_quantizer(source.config))
+        index = StoreIndex(
+            source={"name": source.name, "identity": source.identity()},
+            format=experts,
+            layers=layout(specs, experts),
+            dense_format=dense,
+            dense=matrices if packs_dense(dense) else {},
+        )
+        notes += left_out(weights)
+        yield _Ready(source, specs, weights, index, DensePlan(weights, matrices, dense), notes)
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What :func:`check` found.
+
+    Attributes
+    ----------
+    errors
+        What hinders a conversion; empty where nothing does.
+    notes
+        What is odd, or not taken.
+    layers, experts, expert_bytes, dense_bytes
+        As in :class:`ConvertResult`, of what a conversion would make; 0 where it cannot.
+    """
+
+    errors: list[HybridError]
+    notes: list[str]
+    layers: int = 0
+    experts: int = 0
+    expert_bytes: int = 0
+    dense_bytes: int = 0
+
+
+def check(
+    src: Path | str,
+    *,
+    experts: str = DEFAULT_EXPERTS,
+    dense: str | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Find what would hinder a conversion, all at once, and write nothing.
+
+    Takes what :func:`convert` takes. ``verify`` also reads every weight, to find those that are
+    damaged or not finite.
+
+    Raises
+    ------
+    UsageError
+        On an unknown format.
+    """
+    src = Path(src).expanduser()
+    check_formats(experts, dense)
+    errors, notes = all_findings(Checkpoint(src))
+    if errors:
+        return CheckResult(errors, notes)
+    try:
+        with _ready(src, experts, dense, verify=verify) as ready, _one_thread():
+            index, plan = ready.index, ready.plan
+            if verify:
+                told = _Told(progress, index.nbytes - PAGE_BYTES + plan.nbytes)
+                check_finite(ready.weights, ready.specs, index, told.advance)
+                plan.check(told.advance)
+    except HybridError as error:
+        return CheckResult([error], notes)
+    layers = index.layers
+    return CheckResult(
+        errors=[],
+        notes=ready.notes,
+        layers=len(layers),
+        experts=sum(layer.experts for layer in layers),
+        expert_bytes=index.nbytes,
+        dense_bytes=plan.nbytes,
     )
 
 
@@ -186,37 +281,28 @@ class Source:
         CheckpointError
             When it is missing, empty, unreadable, of an unknown kind, or converted already.
         """
-        if not path.is_dir():
-            raise CheckpointError(
-                f"there is no model directory {str(path)!r}",
-                hint="give a directory with a config.json, or ORG/NAME of the hub",
-            )
-        raw = read_json(path / "config.json")
-        if not isinstance(raw, dict):
-            raise CheckpointError(
-                f"{path / 'config.json'} is not a model's config",
-                hint="it must be a JSON object, as save_pretrained writes it",
-            )
-        if is_converted(raw):
-            raise CheckpointError(
-                f"{path} is converted already: its experts are in "
-                f"{raw['quantization_config'].get('experts')}",
-                hint="name the original checkpoint instead",
-            )
-        files = weight_files(path)
+        return cls.of(Checkpoint(path))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Source:
+        """Read the config of a directory of which some was read before, as :meth:`open` does."""
+        list(check_directory(checkpoint))
+        path, raw, files = checkpoint.path, checkpoint.config, checkpoint.files
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot use {path / 'config.json'}: "
-                f"{str(error).splitlines()[0]}",
+                f"{first_line(error)}",
                 hint="a newer transformers may know this model",
             ) from error
         return cls(path, raw, config, files)
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return directory_name(self.path)
 
     def identity(self) -> str:
         return identity(self.path / "config.json", self.files)
@@ -233,14 +319,15 @@ class Source:
                 f"{', '.join(names) or self.config.model_type}",
                 hint="models with code of their own cannot be converted",
             )
-        with torch.device("meta"):
-            return kind._from_config(self.config)
-
-
-def is_converted(raw_config: dict[str, Any]) -> bool:
-    """Whether a directory with this ``config.json`` has an expert store."""
-    settings = raw_config.get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
+        try:
+            with torch.device("meta"):
+                return kind._from_config(self.config)
+        except Exception as error:  # whatever settings of any kind make of transformers' code
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot make a model of "
+                f"{self.path / 'config.json'}: {first_line(error)}",
+                hint="compare with the publisher's own, complete config.json",
+            ) from error
 
 
 class _Told:
@@ -268,14 +355,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_destination(dst: Path) -> None:
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise UsageError(
-            f"{dst} exists",
-            hint="choose another destination, or remove it first",
-        )
-
-
 def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
     """Place the layers one after the other behind the header page."""
     records: list[LayerRecord] = []
@@ -300,22 +379,10 @@ def _check_room(partial: Partial, wanted: int) -> None:
     free = shutil.disk_usage(partial.path).free
     if wanted > free:
         raise DiskSpaceError(
-            f"{partial.path.parent} has {free / 2**30:.2f} GiB free, "
-            f"the conversion writes {wanted / 2**30:.2f} GiB more",
+            f"{partial.path.parent} has {in_words(free)} free, "
+            f"the conversion writes {in_words(wanted)} more",
             hint="free some space or choose a destination on another disk",
         )
-
-
-def _copy_other_files(src: Path, dst: Path) -> None:
-    """Copy the tokenizer, templates, licence ...: all top-level files that are not weights."""
-    for path in sorted(src.iterdir()):
-        if path.name == "additional_chat_templates" and path.is_dir():
-            shutil.copytree(path, dst / path.name, dirs_exist_ok=True)
-        elif path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name[0] != ".":
-            try:
-                shutil.copyfile(path, dst / path.name)
-            except PermissionError as error:
-                raise unreadable(path, error) from error
 
 
 def converted_config(

@@ -8,8 +8,9 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hybrid.ask.formats import QUANT_METHOD, check_formats
-from hybrid.errors import UsageError
-from hybrid.weights.tensor_files import read_json
+from hybrid.errors import CheckpointError, UsageError
+from hybrid.weights.checks import is_converted
+from hybrid.weights.source_files import read_object
 
 
 class HybridConfig(QuantizationConfigMixin):
@@ -84,11 +85,31 @@ class HybridConfig(QuantizationConfigMixin):
         UsageError
             When a converted directory has other formats than those asked for.
         """
-        raw = read_json(directory / "config.json")
-        settings = raw.get("quantization_config") if isinstance(raw, dict) else None
-        if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
-            return cls(experts, dense, verify=verify, fast=fast)
-        return cls(experts, dense, verify=verify, fast=fast).merged(settings)
+        raw = read_object(directory / "config.json")
+        asked = cls(experts, dense, verify=verify, fast=fast)
+        return asked.merged(raw["quantization_config"]) if is_converted(raw) else asked
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **more: Any
+    ) -> Any:
+        """Make the config of what a converted directory's ``config.json`` holds.
+
+        Raises
+        ------
+        CheckpointError
+            When it holds what no conversion wrote.
+        """
+        names = cls().to_dict()
+        for name, value in config_dict.items():
+            if name not in names or not isinstance(value, str | None):
+                raise CheckpointError(
+                    f"quantization_config in config.json has {name} = {value!r}, which this "
+                    "version does not know",
+                    hint="upgrade hybrid-moe, or convert the model again with 'hybrid convert'",
+                )
+        made = super().from_dict(config_dict, return_unused_kwargs, **more)  # type: ignore[no-untyped-call]
+        return made
 
     def merged(self, settings: dict[str, Any]) -> HybridConfig:
         """Return the config of a converted directory that is loaded with these options.
@@ -106,7 +127,9 @@ class HybridConfig(QuantizationConfigMixin):
                     f"{name}={asked!r} is asked for",
                     hint="convert the original checkpoint again, or leave the format out",
                 )
-        return HybridConfig(**settings, verify=self.verify, fast=self.fast)
+        merged: HybridConfig = self.from_dict(settings)
+        merged.verify, merged.fast = self.verify, self.fast
+        return merged
 
     def to_dict(self) -> dict[str, Any]:
         """What a converted directory's ``config.json`` holds: nothing of this machine."""

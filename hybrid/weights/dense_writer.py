@@ -18,9 +18,9 @@ from hybrid.formats.registry import format_of, packs_dense
 from hybrid.formats.strips import GROUP
 from hybrid.weights.expert_writer import Advance
 from hybrid.weights.partial import Partial, sync
+from hybrid.weights.source_files import INDEX_NAME
 from hybrid.weights.source_formats import BlockDequantize, is_scale, scale_pattern
 from hybrid.weights.tensor_files import (
-    INDEX_NAME,
     TensorPlan,
     plan_shards,
     shard_header,
@@ -99,6 +99,26 @@ class DensePlan:
         if len(self._shards) > 1:
             index = json.dumps(shard_index(self._shards), indent=1)
             (folder.path / INDEX_NAME).write_text(index + "\n")
+
+    def check(self, advance: Advance) -> None:
+        """Make everything, as :meth:`write` would, and write nothing.
+
+        Raises
+        ------
+        CheckpointError
+            Naming all tensors that hold NaN.
+        """
+        damaged = []
+        for key, output in self._outputs.items():
+            try:
+                for piece in output.pieces():
+                    advance(piece.nbytes, key)
+            except CheckpointError as error:
+                damaged.append(error)
+        if damaged:
+            raise CheckpointError(
+                "; ".join(error.message for error in damaged), hint=damaged[0].hint
+            )
 
     def _sources(self, target: Target, cast: torch.dtype | None) -> Iterator[_Output]:
         """Yield a target's source tensors, dequantized where they have scales."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import IO, Any
@@ -21,6 +22,7 @@ from hybrid.formats.matrix import pack
 from hybrid.formats.strips import F32, GROUP, TILE
 from hybrid.weights.huge_pages import AlignedWriter
 from hybrid.weights.partial import Partial
+from hybrid.weights.source_files import few
 from hybrid.weights.store import DATA_NAME, LayerRecord, StoreIndex, header_page
 from hybrid.weights.weight_map import WeightMap
 
@@ -49,17 +51,81 @@ def write_experts(
         file.write(header_page(index.id))
         file.truncate(index.nbytes)
         writer = AlignedWriter(file)
-        for spec, record in zip(specs, index.layers, strict=True):
+        for layer, (spec, record) in enumerate(zip(specs, index.layers, strict=True)):
             known = partial.checksums(record.module)
             if known is not None and _intact(file, record, index.format, known):
                 resumed += 1
                 advance(record.nbytes(index.format), record.module)
             else:
-                known = _write_layer(writer, weights, spec, record, index.format, advance)
+                try:
+                    known = _write_layer(writer, weights, spec, record, index.format, advance)
+                except _NotWritableError as error:
+                    check_finite(weights, specs, index, advance, (layer, error.expert))
+                    raise CheckpointError(
+                        f"expert {error.expert} of {record.module}: {error.message}",
+                        hint=error.hint,
+                    ) from error
                 os.fsync(file.fileno())
                 partial.layer_done(record.module, known)
             layers.append(replace(record, checksums=tuple(known)))
     return replace(index, layers=tuple(layers)), resumed
+
+
+class _NotWritableError(FormatError):
+    """An expert's weights have values that its format does not take."""
+
+    def __init__(self, expert: int, error: FormatError) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.expert = expert
+
+
+def check_finite(
+    weights: WeightMap,
+    specs: list[ExpertsSpec],
+    index: StoreIndex,
+    advance: Advance,
+    first: tuple[int, int] = (0, 0),
+) -> None:
+    """Read every expert from ``first`` (layer, expert) on, and refuse values that are not finite.
+
+    Raises
+    ------
+    CheckpointError
+        Naming all of them: layer, expert, matrix, and how many.
+    """
+    found = []
+    for layer, (spec, record) in enumerate(zip(specs, index.layers, strict=True)):
+        for expert in range(record.experts):
+            if (layer, expert) < first:
+                continue
+            for name, count in _not_finite(weights, spec, expert).items():
+                found.append(f"{record.module}, expert {expert}, {name} ({count})")
+            advance(record.shape(index.format).stride, record.module)
+    if found:
+        raise CheckpointError(
+            f"{len(found)} matrices of experts hold inf or NaN: {few(found, 100)}",
+            hint="the checkpoint is damaged: download it again, or ask its publisher",
+        )
+
+
+def _not_finite(weights: WeightMap, spec: ExpertsSpec, expert: int) -> dict[str, int]:
+    """Return how many values of one expert are not finite, by matrix, where any are."""
+    sides = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+    counts: Counter[str] = Counter()
+    for pieces in weights.read_up(spec, expert):
+        for name, piece in zip(sides, pieces, strict=True):
+            counts[name] += _count(piece)
+    for piece in weights.read_down(spec, expert):
+        counts["down_proj"] += _count(piece)
+    if spec.bias:
+        up, down = weights.read_biases(spec, expert)
+        for name, bias in zip((*sides, "down_proj"), (*up, down), strict=True):
+            counts[f"{name}_bias"] += _count(bias)
+    return dict(+counts)
+
+
+def _count(values: Tensor) -> int:
+    return int((~torch.isfinite(values.float())).sum())
 
 
 def _intact(file: IO[bytes], record: LayerRecord, fmt: str, checksums: list[int]) -> bool:
@@ -86,9 +152,7 @@ def _write_layer(
         try:
             _write_expert(block, weights, spec, shape, expert)
         except FormatError as error:
-            raise CheckpointError(
-                f"expert {expert} of {record.module}: {error.message}", hint=error.hint
-            ) from error
+            raise _NotWritableError(expert, error) from error
         block.pad_to(shape.stride)
         checksums.append(block.checksum)
         advance(shape.stride, record.module)

@@ -17,6 +17,47 @@ from filelock import FileLock, Timeout
 from hybrid.errors import DiskSpaceError, UsageError
 
 _JOURNAL = "conversion.jsonl"
+_BESIDE = "choose a folder beside it"
+
+
+def destination(src: Path, dst: Path) -> Path:
+    """Return the directory that a conversion to ``dst`` makes, links followed.
+
+    An empty folder is replaced by the finished one, so it must be one that can be.
+
+    Raises
+    ------
+    UsageError
+        When it exists, lies in the source, or cannot be replaced.
+    """
+    try:
+        place = Path(os.path.realpath(dst))
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            raise UsageError(f"{dst} exists", hint="choose another destination, or remove it first")
+        if place.is_relative_to(os.path.realpath(src)):
+            raise UsageError(f"{dst} lies in {src}, which is converted", hint=_BESIDE)
+        if place.exists():
+            _check_replaceable(dst, place)
+    except OSError as error:
+        raise _unwritable(dst, error) from error
+    return place
+
+
+def _check_replaceable(dst: Path, place: Path) -> None:
+    """Refuse an empty folder that cannot get out of the way: a mounted disk, the working folder."""
+    if place.samefile(os.getcwd()):
+        raise UsageError(f"{dst} is the working folder", hint="name a new folder in it")
+    aside = place.with_name(f"{place.name}.{os.getpid()}.moved")
+    try:
+        if os.path.ismount(place):
+            raise OSError(errno.EBUSY, "a disk is mounted there")
+        place.rename(aside)
+        aside.rename(place)
+    except OSError as error:
+        raise UsageError(
+            f"the folder {dst} cannot be replaced by the converted one: {error.strerror or error}",
+            hint=f"name a new folder in it: {dst / 'model'}",
+        ) from error
 
 
 class Partial:

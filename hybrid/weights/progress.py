@@ -18,7 +18,10 @@ from rich.progress import (
 
 @contextmanager
 def conversion_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show bytes written, rate and time left; yields what :func:`convert` reports to."""
+    """Show bytes written, rate and time left; yields what :func:`convert` reports to.
+
+    The bar begins with the first piece: what is refused before it is not refused under a bar.
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -27,10 +30,14 @@ def conversion_progress(title: str) -> Iterator[Callable[[int, int, str], None]]
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with bar:
-        task = bar.add_task(title, total=None)
+    task = bar.add_task(title, total=None)
 
-        def report(done_bytes: int, total_bytes: int, what: str) -> None:
-            bar.update(task, completed=done_bytes, total=total_bytes)
+    def report(done_bytes: int, total_bytes: int, what: str) -> None:
+        bar.start()  # once begun, this does nothing
+        bar.update(task, completed=done_bytes, total=total_bytes)
 
+    try:
         yield report
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
 
-from hybrid.errors import UnsupportedModelError
-
-#: ``quant_method`` of the checkpoints that can be dequantized.
-SOURCES = ("fp8", "mxfp8", "mxfp4")
+from hybrid.errors import CheckpointError, first_line
+from hybrid.weights.declared_formats import SOURCES
 
 
 class BlockDequantize(Fp8Dequantize):
@@ -78,21 +76,25 @@ def source_quantizer(config: Any) -> Any:
 
     Raises
     ------
-    UnsupportedModelError
-        When the checkpoint is quantized in another way.
+    CheckpointError
+        When the settings of a known format make no sense.
     """
     settings = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(decoder=True), "quantization_config", None
     )
-    if settings is None:
+    if not settings:
         return None
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = str(settings.get("quant_method"))
-    if method not in SOURCES:
-        raise UnsupportedModelError(
-            f"the checkpoint is quantized with {method!r}; known are: {', '.join(SOURCES)}",
-            hint="convert from the model's unquantized weights",
-        )
-    quantization = AutoQuantizationConfig.from_dict(settings)
+    method = settings.get("quant_method")
+    if method is None:
+        return None  # settings of something else, such as of the cache
+    assert method in SOURCES, "check_format refuses all others"
+    try:
+        quantization = AutoQuantizationConfig.from_dict(settings)
+    except Exception as error:  # what settings of any kind make of transformers' code
+        raise CheckpointError(
+            f"quantization_config in config.json cannot be used: {first_line(error)}",
+            hint="compare with the publisher's own, complete config.json",
+        ) from error
     quantization.dequantize = True
     return AUTO_QUANTIZER_MAPPING[method](quantization, pre_quantized=True)

@@ -139,6 +139,8 @@ class StoreIndex:
             body = json.loads(path.read_bytes())
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror}", hint=_REMAKE) from error
+        except RecursionError:
+            raise StoreError(f"{path} is not valid JSON: nested too deep", hint=_REMAKE) from None
         except ValueError as error:
             raise StoreError(f"{path} is not valid JSON: {error}", hint=_REMAKE) from error
         if not isinstance(body, dict) or body.get("kind") != _KIND:

@@ -20,118 +20,15 @@ from typing import IO, Any
 import torch
 
 from hybrid.errors import CheckpointError
+from hybrid.weights.source_files import (
+    AGAIN,
+    DTYPES,
+    TensorInfo,
+    unreadable,
+)
 
-INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-#: A header of more than this many bytes is damage, not metadata (the format's own limit).
-_MAX_HEADER_BYTES = 100_000_000
-_AGAIN = "download the file again, or copy it again from where it came"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: its file, dtype, shape and first byte."""
-
-    key: str
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one step along the first dimension (of everything for a scalar)."""
-        return self.dtype.itemsize * int(torch.Size(self.shape[1:]).numel())
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read and check one file's header.
-
-    Raises
-    ------
-    CheckpointError
-        When the file cannot be opened, is cut short, or its header is not what the format
-        promises.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path} is not a whole safetensors file: its header should take {length} "
-                    f"bytes, the file has {size}",
-                    hint=_AGAIN,
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    start = 8 + length
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        infos = {
-            key: TensorInfo(
-                key,
-                path,
-                _DTYPES[entry["dtype"]],
-                tuple(int(n) for n in entry["shape"]),
-                start + int(entry["data_offsets"][0]),
-            )
-            for key, entry in header.items()
-        }
-        ends = {key: start + int(entry["data_offsets"][1]) for key, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} has a damaged safetensors header ({type(error).__name__}: {error})",
-            hint=_AGAIN,
-        ) from error
-    end = start
-    for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
-        if info.offset != end or info.nbytes != ends[info.key] - info.offset:
-            raise CheckpointError(
-                f"{path} has a damaged safetensors header: {info.key} {list(info.shape)} lies at "
-                f"bytes {info.offset} to {ends[info.key]}, expected {end} to {end + info.nbytes}",
-                hint=_AGAIN,
-            )
-        end = ends[info.key]
-    if end != size:
-        raise CheckpointError(
-            f"{path} is {'cut short' if size < end else 'too long'}: "
-            f"its header describes {end} bytes, the file has {size}",
-            hint=_AGAIN,
-        )
-    return infos
-
-
-def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """Return the error for a file or folder that the system does not let us read."""
-    return CheckpointError(
-        f"cannot read {path}: {error.strerror or error}",
-        hint="check that it exists and that you may read it",
-    )
+_NAMES = {getattr(torch, name): stored for stored, (name, _) in DTYPES.items()}
 
 
 class TensorReader:
@@ -139,27 +36,13 @@ class TensorReader:
 
     Parameters
     ----------
-    files
-        The safetensors files.
-
-    Raises
-    ------
-    CheckpointError
-        See :func:`read_header`; also when two files hold the same key.
+    tensors
+        What the headers of its files say.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.files = sorted(files)
-        self.tensors: dict[str, TensorInfo] = {}
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
         self._open: dict[Path, IO[bytes]] = {}
-        for path in self.files:
-            for key, info in read_header(path).items():
-                if key in self.tensors:
-                    raise CheckpointError(
-                        f"{key} is in both {self.tensors[key].path.name} and {path.name}",
-                        hint=f"keep one set of weights in {path.parent}",
-                    )
-                self.tensors[key] = info
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read ``start:stop`` of a tensor's first dimension (all by default), as a copy."""
@@ -191,7 +74,7 @@ class TensorReader:
             raise CheckpointError(
                 f"{info.path} is cut short: {len(data)} bytes of {info.key} are wanted, "
                 f"{got} are there",
-                hint=_AGAIN,
+                hint=AGAIN,
             )
         return torch.frombuffer(data, dtype=info.dtype).reshape(shape)
 
@@ -221,53 +104,6 @@ def read_into(file: IO[bytes], data: bytearray) -> int:
             break
         got += n
     return got
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files that make up a checkpoint directory.
-
-    Raises
-    ------
-    CheckpointError
-        When the directory is missing, unreadable, or has no (or not all of its) weights.
-    """
-    try:
-        names = {path.name for path in directory.iterdir()}
-    except OSError as error:
-        raise unreadable(directory, error) from error
-    if INDEX_NAME in names:
-        index = read_json(directory / INDEX_NAME)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{directory / INDEX_NAME} names no weight files", hint=_AGAIN)
-        wanted = sorted(set(map(str, weight_map.values())))
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            raise CheckpointError(
-                f"{directory} has {len(wanted) - len(missing)} of the {len(wanted)} weight files "
-                f"that its index names; missing: {', '.join(missing[:3])}",
-                hint="finish the download",
-            )
-        return [directory / name for name in wanted]
-    files = sorted(name for name in names if name.endswith(".safetensors"))
-    if "model.safetensors" in files:
-        files = ["model.safetensors"]
-    if not files:
-        raise CheckpointError(
-            f"{directory} holds no safetensors weights",
-            hint="give the folder of a Hugging Face model with config.json and *.safetensors",
-        )
-    return [directory / name for name in files]
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, with a typed error when it cannot be read or parsed."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}", hint=_AGAIN) from error
 
 
 def identity(config_file: Path, files: Iterable[Path], samples: int = 64) -> str:
@@ -307,7 +143,7 @@ def check_digests(files: Iterable[Path]) -> None:
         if found != expected:
             raise CheckpointError(
                 f"{path} is damaged: its SHA-256 is {found}, it was published as {expected}",
-                hint=_AGAIN,
+                hint=AGAIN,
             )
 
 

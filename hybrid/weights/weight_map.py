@@ -7,6 +7,7 @@ model tensor, and converters run on the pieces that are wanted: one expert, or s
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +27,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.errors import CheckpointError, UnsupportedModelError
+from hybrid.weights.source_files import few
 from hybrid.weights.source_formats import BlockDequantize
 from hybrid.weights.tensor_files import TensorReader
+from planner.describe.words import in_words
 
 #: An expert's matrices are read in pieces when they are larger than this.
 PIECE_BYTES = 16 << 20
@@ -106,6 +109,8 @@ class WeightMap:
     ----------
     dense
         The targets that are not experts', by name.
+    left_out
+        The checkpoint's tensors that the model does not take.
 
     Raises
     ------
@@ -122,6 +127,8 @@ class WeightMap:
         self._declared = {name: tuple(model.get_parameter(name).shape) for name in self._owner}
         wanted = model.state_dict()
         self._targets = self._assign(wanted, quantizer)
+        taken = {key for target in self._targets.values() for key in target.keys}
+        self.left_out = [info for key, info in reader.tensors.items() if key not in taken]
         self.dense = {
             name: target for name, target in self._targets.items() if name not in self._owner
         }
@@ -356,6 +363,34 @@ class WeightMap:
                 tensor = self.reader.read(keys[0], expert * n, (expert + 1) * n)
             sources[pattern] = [tensor]
         return sources
+
+
+def left_out(weights: WeightMap) -> Iterator[str]:
+    """Say in one line which tensors of a checkpoint its model does not take, and their size.
+
+    Each stands under the first part of its name that nothing which is taken begins with, such as
+    a vision tower's. Frequencies of rotary embeddings are computed anew and not worth a word.
+    """
+    infos = [info for info in weights.left_out if not info.key.endswith("inv_freq")]
+    if not infos:
+        return
+    left = {info.key for info in weights.left_out}
+    known = {p for key in weights.reader.tensors if key not in left for p in _prefixes(key)}
+    first = [next(p for p in _prefixes(info.key) if p not in known) for info in infos]
+    alike = Counter(re.sub(r"\d+", "*", name) for name in dict.fromkeys(first))
+    starred = [re.sub(r"\d+", "*", name) for name in first]
+    names = Counter(
+        many if alike[many] > 1 else name for name, many in zip(first, starred, strict=True)
+    )
+    listed = [f"{name} ({count})" if count > 1 else name for name, count in names.items()]
+    size = in_words(sum(info.nbytes for info in infos))
+    yield f"not used: {len(infos)} tensors, {size}, which the model does not take: {few(listed)}"
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """Yield a name's first part, its first two parts, ..., and the name."""
+    yield from (key[:at] for at, letter in enumerate(key) if letter == ".")
+    yield key
 
 
 def _missing(name: str, shape: Any) -> CheckpointError:

@@ -103,7 +103,7 @@ def test_unknown_architecture(src: Path) -> None:
 def test_other_quantization(src: Path) -> None:
     """A source quantized in a way that cannot be undone."""
     edit_config(src, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(src, UnsupportedModelError, "quantized with 'gptq'; known are: fp8, mxfp8, mxfp4")
+    refused(src, UnsupportedModelError, "quantized with gptq .4 bits., says config.json")
 
 
 def test_converted_already(dst: Path) -> None:
@@ -257,7 +257,7 @@ def test_too_little_room(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Free space is compared with what will be written before anything is."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 1000))
-    refused(src, DiskSpaceError, "0.00 GiB free, the conversion writes 0.00 GiB more")
+    refused(src, DiskSpaceError, "has 1.0 KiB free, the conversion writes .* KiB more")
     assert not list((src.parent / "out.partial").glob("*.bin"))
 
 
