@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numba
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +18,7 @@ from hybrid.ask.asked_model import find_model
 from hybrid.ask.dtypes import DTYPES, check_dtype
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import CheckpointError, UsageError, first_line
+from hybrid.formats.errors import HybridError
 from hybrid.grafts import fast_path_of
 from hybrid.hub import directory_of, hub_name
 from hybrid.machine import host
@@ -26,6 +29,7 @@ from hybrid.weights.config import HybridConfig
 from hybrid.weights.source_files import few
 from planner.errors import PlannerError
 
+_OURS = ("hybrid", "cpu_experts", "gpu_experts", "planner")
 _AGAIN = "copy it again, or convert the model again with 'hybrid convert'"
 
 
@@ -89,6 +93,14 @@ def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> An
         raise CheckpointError(
             f"a weight file of {directory} is damaged: {first_line(error)}", hint=_AGAIN
         ) from error
+    except Exception as error:
+        if isinstance(error, HybridError | MemoryError) or _raised_below_us(error):
+            raise
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot make the model that "
+            f"{directory / 'config.json'} describes: {first_line(error)}",
+            hint=_AGAIN,
+        ) from error
     model, found = loaded
     wrong = sorted(map(str, found["missing_keys"])) or sorted(map(str, found["mismatched_keys"]))
     if wrong:
@@ -97,6 +109,12 @@ def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> An
             hint=_AGAIN,
         )
     return model
+
+
+def _raised_below_us(error: Exception) -> bool:
+    """Whether our own code called what raised an error, after the frame that caught it."""
+    frames = list(traceback.walk_tb(error.__traceback__))[1:]
+    return any(frame.f_globals.get("__name__", "").split(".")[0] in _OURS for frame, _ in frames)
 
 
 def _compute_dtype(asked: str | torch.dtype | None, directory: Path) -> torch.dtype:

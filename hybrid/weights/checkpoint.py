@@ -33,7 +33,7 @@ from hybrid.errors import (
 )
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
-from hybrid.weights.checks import Checkpoint, all_findings, check_directory, check_files
+from hybrid.weights.checks import CHECKS, Checkpoint, check_directory, check_files, findings
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import check_finite, write_experts
@@ -240,7 +240,7 @@ def check(
     """
     src = Path(src).expanduser()
     check_formats(experts, dense)
-    errors, notes = all_findings(Checkpoint(src))
+    errors, notes = findings(Checkpoint(src), CHECKS)
     if errors:
         return CheckResult(errors, notes)
     try:
@@ -309,7 +309,8 @@ class Source:
 
     def empty_model(self) -> Any:
         """Build the model without memory for its weights."""
-        names = getattr(self.config, "architectures", None) or []
+        names = getattr(self.config, "architectures", None)
+        names = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
         kind: Any = getattr(transformers, names[0], None) if names else None
         if kind is None:
             kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)

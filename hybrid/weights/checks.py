@@ -11,7 +11,9 @@ Loads neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,11 @@ class Checkpoint:
         return found
 
     @property
+    def has_weights(self) -> bool:
+        """Whether there is any file of weights, whole or not."""
+        return any(self.path.glob("*.safetensors*"))
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether there is any file of a tokenizer, loadable or not."""
         return any((self.path / name).is_file() for name in (TOKENIZER_SETTINGS, *VOCABULARIES))
@@ -110,8 +117,9 @@ def check_weight_files(checkpoint: Checkpoint) -> Iterator[str]:
     others = {path.name for path in checkpoint.path.glob("*.safetensors")} - names
     if others:
         yield f"not used: {few(sorted(others))}, beside {few(sorted(names))}"
+    tensors = checkpoint.tensors  # reads the headers
     if (checkpoint.path / INDEX_NAME).exists() and len(names) > 1:
-        check_index(checkpoint.path, checkpoint.tensors)
+        check_index(checkpoint.path, tensors)
 
 
 def check_format_of_tensors(checkpoint: Checkpoint) -> Iterator[str]:
@@ -123,7 +131,7 @@ def check_format_of_tensors(checkpoint: Checkpoint) -> Iterator[str]:
 def check_settings(checkpoint: Checkpoint) -> Iterator[str]:
     """Files of settings are tables, and none is cut short."""
     for name in SETTINGS:
-        if (checkpoint.path / name).is_file():
+        if os.path.lexists(checkpoint.path / name):  # a link that leads nowhere is passed over
             read_object(checkpoint.path / name)
     yield from ()
 
@@ -169,6 +177,10 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
+#: What a converted directory has to pass as well.
+CONVERTED_CHECKS: tuple[Check, ...] = (check_weight_files, check_settings)
+
+
 def check_files(checkpoint: Checkpoint) -> list[str]:
     """Run all checks; return what is odd about the files and hinders nothing.
 
@@ -181,10 +193,23 @@ def check_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def all_findings(checkpoint: Checkpoint) -> tuple[list[HybridError], list[str]]:
-    """Run all checks, whatever one finds; return what hinders a conversion, and what is odd."""
+    """Run all checks, whatever one finds; return what hinders a run, and what is odd.
+
+    A converted directory is asked only what it can answer.
+    """
+    with suppress(HybridError):
+        if is_converted(checkpoint.config):
+            return findings(checkpoint, CONVERTED_CHECKS)
+    return findings(checkpoint, CHECKS)
+
+
+def findings(
+    checkpoint: Checkpoint, checks: Iterable[Check]
+) -> tuple[list[HybridError], list[str]]:
+    """Run some checks; return what they refuse, each once, and what they find odd."""
     errors: dict[str, HybridError] = {}
     notes: list[str] = []
-    for check in CHECKS:
+    for check in checks:
         try:
             notes += check(checkpoint)
         except HybridError as error:  # the same may hinder several checks
@@ -202,9 +227,8 @@ def check_converted(checkpoint: Checkpoint) -> None:
     CheckpointError
         Naming the file.
     """
-    for check in (check_weight_files, check_settings):
+    for check in CONVERTED_CHECKS:
         list(check(checkpoint))
-    checkpoint.tensors  # noqa: B018 (reads and checks the headers)
 
 
 def is_converted(config: dict[str, Any]) -> bool:

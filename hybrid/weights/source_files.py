@@ -43,6 +43,8 @@ DTYPES = {
 }
 #: A header of more than this many bytes is damage, not metadata (the format's own limit).
 _MAX_HEADER_BYTES = 100_000_000
+#: How weights are called that are of other kinds.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".ckpt")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 #: What else safetensors can hold, of which nothing here makes weights.
 _NOT_READ = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
@@ -228,10 +230,10 @@ def weight_files(directory: Path) -> list[Path]:
             or "finish the download: 'hf download' goes on where it stopped",
         )
     if not wanted:
-        others = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt")))
+        others = sorted(n for n in names if n.endswith(_OTHER_WEIGHTS) and n != "experts.bin")
         raise CheckpointError(
-            f"{directory} holds no safetensors weights"
-            + (f"; it has {few(others)}" if others else ""),
+            f"{directory} holds no safetensors weights: neither {WEIGHTS_NAME} nor several files"
+            + (f", but {few(others)}" if others else ""),
             hint=_other_place(directory)
             or "give the folder of a Hugging Face model with config.json and *.safetensors",
         )

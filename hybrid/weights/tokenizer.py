@@ -34,6 +34,7 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a")  # some settings are used only now
         vocabulary = len(tokenizer) - len(tokenizer.added_tokens_decoder)
     except Exception as error:  # whatever files of any kind make of transformers' code
         raise CheckpointError(

@@ -30,7 +30,7 @@ from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.weights.source_files import few
 from hybrid.weights.source_formats import BlockDequantize
 from hybrid.weights.tensor_files import TensorReader
-from planner.describe.words import in_words
+from planner.describe.words import enough_in_words
 
 #: An expert's matrices are read in pieces when they are larger than this.
 PIECE_BYTES = 16 << 20
@@ -383,8 +383,9 @@ def left_out(weights: WeightMap) -> Iterator[str]:
         many if alike[many] > 1 else name for name, many in zip(first, starred, strict=True)
     )
     listed = [f"{name} ({count})" if count > 1 else name for name, count in names.items()]
-    size = in_words(sum(info.nbytes for info in infos))
-    yield f"not used: {len(infos)} tensors, {size}, which the model does not take: {few(listed)}"
+    size = enough_in_words(sum(info.nbytes for info in infos))
+    many = "tensors" if len(infos) > 1 else "tensor"
+    yield f"not used: {len(infos)} {many}, {size}, which the model does not take: {few(listed)}"
 
 
 def _prefixes(key: str) -> Iterator[str]:
