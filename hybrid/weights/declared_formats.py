@@ -81,7 +81,9 @@ def _declared_in(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield every table that declares a format, and where it is."""
     yield from _in_config(config)
-    for file, table in _BESIDE.items() if directory is not None else ():
+    if directory is None:
+        return
+    for file, table in _BESIDE.items():
         path = directory / file
         if path.is_file():
             settings = read_object(path)

@@ -14,6 +14,7 @@ from checkpoints import WEIGHTS, edit_config, read_weights, write_weights
 from hybrid.errors import UnsupportedModelError
 from hybrid.formats.errors import HybridError
 from hybrid.weights.checks import Checkpoint, check_files
+from hybrid.weights.declared_formats import check_format
 
 INDEX = "model.safetensors.index.json"
 
@@ -138,3 +139,10 @@ def test_type_that_nothing_reads(src: Path) -> None:
     error = refused(src)
     assert isinstance(error, UnsupportedModelError)
     assert "as F4, which is not read" in error.message
+
+
+def test_before_a_download() -> None:
+    """A config alone is enough to refuse by, and nothing beside the working folder is looked at."""
+    check_format(None, {})
+    with pytest.raises(UnsupportedModelError, match="quantized with awq"):
+        check_format(None, {"quantization_config": {"quant_method": "awq"}})
