@@ -50,6 +50,23 @@ def test_a_default_is_never_too_many_threads(
     assert loaded.threads == numba.config.NUMBA_NUM_THREADS
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_no_conversion_without_a_tokenizer(
+    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that could write no text is refused before anything is written."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
+    src = shutil.copytree(tiny_model, tmp_path / "src")
+    (src / name).write_text("[" * 9)
+    with pytest.raises(CheckpointError, match=f"{name} is not valid JSON"):
+        HybridModel.from_pretrained(src)
+    for file in src.glob("token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="src has no tokenizer"):
+        HybridModel.from_pretrained(src)
+    assert not list(tmp_path.rglob("experts.bin*"))
+
+
 def test_converted_once_and_its_formats_stay(
     model: HybridModel, tiny_model: Path, hybrid_cache: Path, tmp_path: Path
 ) -> None:
