@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cpu_experts.jit.workers import use_threads
 from hybrid.ask.asked_model import find_model
@@ -20,6 +20,7 @@ from hybrid.grafts import fast_path_of
 from hybrid.hub import directory_of, hub_name
 from hybrid.machine import host
 from hybrid.machine.compute_dtype import automatic_dtype
+from hybrid.transformers_api import auto_class
 from hybrid.weights.cache import converted_copy
 from hybrid.weights.config import HybridConfig
 from planner.errors import PlannerError
@@ -58,10 +59,9 @@ def load_fast_model(
 
 
 def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> Any:
+    kind = auto_class(AutoConfig.from_pretrained(directory)) or AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, quantization_config=config, dtype=dtype
-        )
+        return kind.from_pretrained(directory, quantization_config=config, dtype=dtype)
     except SafetensorError as error:
         raise CheckpointError(
             f"a weight file of {directory} is damaged: {str(error).splitlines()[0]}",

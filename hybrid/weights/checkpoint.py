@@ -7,8 +7,10 @@ renamed when everything is on disk; what an interrupted run completed is kept an
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +21,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
+from hybrid.anatomy.text_part import leave_towers_out
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.errors import CheckpointError, DiskSpaceError, UnsupportedModelError, UsageError
 from hybrid.formats.registry import format_of, packs_dense
+from hybrid.transformers_api import auto_class
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import write_experts
@@ -132,6 +135,10 @@ def convert(
     with TensorReader(source.files) as reader, Partial(dst) as partial, _one_thread():
         _check_destination(dst)
         model = source.empty_model()
+        if leave_towers_out(model):
+            print(
+                f"hybrid: {source.name} is for more than text: only that is kept", file=sys.stderr
+            )
         specs = find_experts(model)
         matrices = dense_matrices(model, specs)
         weights = WeightMap(model, reader, specs, source_quantizer(source.config))
@@ -223,18 +230,17 @@ class Source:
 
     def empty_model(self) -> Any:
         """Build the model without memory for its weights."""
-        names = getattr(self.config, "architectures", None) or []
-        kind: Any = getattr(transformers, names[0], None) if names else None
+        kind = auto_class(self.config)
         if kind is None:
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
-        if kind is None:
+            names = getattr(self.config, "architectures", None) or [self.config.model_type]
             raise UnsupportedModelError(
-                f"transformers {transformers.__version__} has no model class for "
-                f"{', '.join(names) or self.config.model_type}",
+                f"transformers {transformers.__version__} has no class that writes text for "
+                f"{', '.join(map(str, names))}",
                 hint="models with code of their own cannot be converted",
             )
         with torch.device("meta"):
-            return kind._from_config(self.config)
+            # Made from a copy: what it is made of is changed on the way.
+            return kind.from_config(copy.deepcopy(self.config))
 
 
 def is_converted(raw_config: dict[str, Any]) -> bool:

@@ -90,7 +90,7 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
         )
     if family == "doge":
         raise SpecError(
-            f"{name} (doge): its {tables[0].count(*_EXPERT_COUNT)} experts are rows of an embedding",
+            f"{name} (doge): its {fields.count(*_EXPERT_COUNT)} experts are rows of an embedding",
             hint="there is nothing to place: run it whole on one device",
         )
     hidden = fields.count(*_HIDDEN)

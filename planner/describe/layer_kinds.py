@@ -35,10 +35,10 @@ def layer_tables(fields: Fields, depth: int) -> list[Fields]:
     """
     own = _own_fields(fields, depth)
     for name, value in fields.data.items():
-        if isinstance(value, list) and len(value) >= depth and len({*map(repr, value)}) > 1:
-            if all(isinstance(item, int | float) for item in value):
-                for layer in range(depth):
-                    own[layer][name] = value[layer]
+        listed = isinstance(value, list) and len(value) >= depth and len({*map(repr, value)}) > 1
+        if listed and all(isinstance(item, int | float) for item in value):
+            for layer in range(depth):
+                own[layer][name] = value[layer]
     made: dict[str, Fields] = {"{}": fields}
     for table in own:
         made.setdefault(repr(table), fields.with_data({**fields.data, **table}))
