@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -26,25 +25,23 @@ class LeftOut(nn.Module):
         )
 
 
-def leave_towers_out(model: Any) -> list[str]:
-    """Take everything but the language model out of a composite model; return what that was."""
-    paths = list(_towers(model))
-    for path in paths:
+def leave_towers_out(model: Any) -> None:
+    """Take everything but the language model out of a composite model."""
+    for path in _towers(model):
         parent, _, name = path.rpartition(".")
         put_module(model.get_submodule(parent), name, LeftOut(path))
-    return paths
 
 
-def _towers(model: Any) -> Iterator[str]:
+def _towers(model: Any) -> list[str]:
     """The outermost modules that are neither of the language model nor around it."""
     if model.config.get_text_config() is model.config:
-        return
+        return []
     text = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
     inside = {id(part) for module in text if module is not None for part in module.modules()}
     found: list[str] = []
     for path, module in model.named_modules():
         around = any(id(part) in inside for part in module.modules())
-        if path and not around and not path.startswith(tuple(f"{tower}." for tower in found)):
-            if any(True for _ in module.parameters()):
-                found.append(path)
-    yield from found
+        within = path.startswith(tuple(f"{tower}." for tower in found))
+        if path and not around and not within and any(True for _ in module.parameters()):
+            found.append(path)
+    return found

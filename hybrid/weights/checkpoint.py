@@ -135,9 +135,12 @@ def convert(
     with TensorReader(source.files) as reader, Partial(dst) as partial, _one_thread():
         _check_destination(dst)
         model = source.empty_model()
-        if leave_towers_out(model):
+        leave_towers_out(model)
+        if source.config.get_text_config() is not source.config:
+            kind = source.config.model_type
             print(
-                f"hybrid: {source.name} is for more than text: only that is kept", file=sys.stderr
+                f"hybrid: {source.name} ({kind}) is for more than text: its text model is converted",
+                file=sys.stderr,
             )
         specs = find_experts(model)
         matrices = dense_matrices(model, specs)
