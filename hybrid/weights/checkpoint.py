@@ -139,7 +139,7 @@ def convert(
         if source.config.get_text_config() is not source.config:
             kind = source.config.model_type
             print(
-                f"hybrid: {source.name} ({kind}) is for more than text: its text model is converted",
+                f"hybrid: {source.name} ({kind}) is for more than text: its text is converted",
                 file=sys.stderr,
             )
         specs = find_experts(model)
