@@ -177,4 +177,4 @@ def _grows_from(config: Any) -> int:
     """Return the length of text from which a growing rotary embedding turns otherwise."""
     scaling = config.rope_parameters or {}
     lengths = (scaling.get("original_max_position_embeddings"), config.max_position_embeddings)
-    return min(length for length in lengths if length is not None)
+    return min(int(length) for length in lengths if length is not None)
