@@ -241,7 +241,7 @@ def test_shipped_models_are_as_published() -> None:
     for name in shipped_names("models"):
         table = resolve(name, "models")
         found = find_model(name).spec
-        assert found == replace(from_table(table, name), name=found.name)
+        assert found == replace(from_table(table, name), name=found.name, routing=found.routing)
 
 
 def test_a_list_of_unread_kinds_is_named() -> None:
