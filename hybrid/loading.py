@@ -11,7 +11,7 @@ import numba
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cpu_experts.jit.workers import use_threads
 from hybrid.ask.asked_model import find_model
@@ -23,6 +23,7 @@ from hybrid.grafts import fast_path_of
 from hybrid.hub import directory_of, hub_name
 from hybrid.machine import host
 from hybrid.machine.compute_dtype import automatic_dtype
+from hybrid.transformers_api import auto_class
 from hybrid.weights.cache import converted_copy
 from hybrid.weights.checks import Checkpoint, check_converted
 from hybrid.weights.config import HybridConfig
@@ -81,7 +82,11 @@ def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> An
     """
     check_converted(Checkpoint(directory))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config_of = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        kind = auto_class(config_of) or AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(
             directory,
             quantization_config=config,
             dtype=dtype,

@@ -15,6 +15,7 @@ from hybrid.errors import UsageError
 from hybrid.fast.attach import FastPath
 from hybrid.packed.experts import experts_of
 from hybrid.weights.store import ExpertStore, StoreIndex
+from planner.describe.context import longest_context
 from planner.describe.model import ModelSpec
 
 
@@ -89,11 +90,11 @@ class Model:
         """The digest of its checkpoint, in whatever format its experts are."""
         return self.index.source["identity"]
 
-    @property
+    @cached_property
     def context(self) -> int | None:
         """The most tokens that it takes, prompt included; None when it does not say."""
         config = self.network.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return longest_context(config.to_dict(), f"config of {self.directory.name}")
 
     @property
     def device(self) -> torch.device:

@@ -8,12 +8,17 @@ place.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
+from hybrid.anatomy.text_part import leave_towers_out
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
@@ -31,6 +36,8 @@ class HybridQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: HybridConfig
+    _moved: tuple[str, str] = ("", "")
+    _elsewhere: Mapping[str, str] = MappingProxyType({})
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -43,6 +50,7 @@ class HybridQuantizer(HfQuantizer):
                 f"{checkpoint_files[0] if checkpoint_files else 'a state dict'}",
                 hint="save the model with save_pretrained first",
             )
+        leave_towers_out(model)
         specs = find_experts(model)
         directory = Path(checkpoint_files[0]).parent
         if self.quantization_config.store is None:
@@ -54,7 +62,32 @@ class HybridQuantizer(HfQuantizer):
             remove_parameters(model, spec.path, spec.parameters)
         self._specs = specs
         index = self._store.index
-        install_dense(model, index.dense, index.dense_format)
+        self._moved = _moved(index.layers[0].module, specs[0].path)
+        places = {path: self._place(model, path) for path in index.dense}
+        self._elsewhere = {
+            path: place for path, place in places.items() if not path.startswith(self._moved[0])
+        }
+        dense = {places[path]: shape for path, shape in index.dense.items()}
+        install_dense(model, dense, index.dense_format)
+
+    def _place(self, model: Any, path: str) -> str:
+        """Return where a module of the store is in a model that may be wrapped differently."""
+        old, new = self._moved
+        if path.startswith(old):
+            return f"{new}{path.removeprefix(old)}"
+        names = [name for name, _ in model.named_modules()]
+        alike = [name for name in names if f".{name}".endswith(f".{path}")]
+        return path if path in names or not alike else alike[0]
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Tell transformers where packed matrices go that were written from another class."""
+        (old, new), found = self._moved, []
+        if old != new:
+            found.append(WeightRenaming(rf"^{re.escape(old)}(.+\.packed)$", rf"{new}\1"))
+        for path, place in self._elsewhere.items():
+            if path != place:
+                found.append(WeightRenaming(rf"^{re.escape(path)}\.packed$", f"{place}.packed"))
+        return found
 
     def _converted(self, source: Path) -> Path:
         from hybrid.weights.cache import converted_copy
@@ -138,6 +171,11 @@ def _tail(path: str) -> str:
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[max(0, numbers[0] - 1) :]) if numbers else path
+
+
+def _moved(stored: str, path: str) -> tuple[str, str]:
+    """Return how paths begin in a store, and how in a model that is wrapped differently."""
+    return stored.removesuffix(_tail(stored)), path.removesuffix(_tail(path))
 
 
 def merge_configs(asked: HybridConfig, of_model: Any) -> HybridConfig:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from hybrid.grafts import set_on_class
@@ -59,3 +60,13 @@ def returned_cache(output: Any) -> Any:
 def causal_output(logits: Tensor, cache: Any) -> MoeCausalLMOutputWithPast:
     """Return what a causal language model's ``forward`` returns."""
     return MoeCausalLMOutputWithPast(logits=logits, **cache_argument(cache))
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class that loads a model of text from ``config``; None where there is none.
+
+    What ``architectures`` names is no help: files leave it out, or name a class that is not
+    transformers', or one that is for more than text where there is one for text alone.
+    """
+    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), None)

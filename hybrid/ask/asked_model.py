@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from hybrid.ask.config_classes import as_read
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.ask.names import directory_name, resolve, routing_laws
 from hybrid.demo import demo_path
@@ -93,9 +94,9 @@ def find_model(
     config = settings_of(data) if described else dict(data)
     called = str(data.get("name") or config.get("_name_or_path") or called)
     spec = (
-        from_table({**data, "name": called}, str(model))
+        from_table({**data, "name": called, "config": as_read(config), "null": ()}, str(model))
         if described
-        else from_hf_config(config, called)
+        else from_hf_config(as_read(config), called)
     )
     spec = replace(spec, routing=law_of(spec.family, spec.total_params, routing_laws()))
     stored = _stored_formats(config)

@@ -63,7 +63,8 @@ class FastDecoder:
         self.compressed = bool(latents)
         self.rounds_less = any(is_quantized(latent.kv_b.format) for latent in latents)
         self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in GROWING
-        self._angles: list[tuple[Any, Any]] = []
+        self._grows_from = _grows_from(model.config.get_text_config()) if self._growing else None
+        self._angles: dict[int, list[tuple[Any, Any]]] = {}
 
     def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
         """Compute the single token of a call of the model's ``forward``.
@@ -99,7 +100,8 @@ class FastDecoder:
         """Compute the tokens of a call in pieces, through ``slow``, transformers' ``forward``.
 
         Attention is ours, but over a compressed cache, where it is transformers', too; and from
-        the piece on whose numbers leave the range of the kernels' cache.
+        the piece on whose numbers leave the range of the kernels' cache. There is one piece where
+        all positions turn by how long the whole prompt is.
         """
         ids, cache = arguments["input_ids"], given_cache(arguments)
         total = ids.shape[1]
@@ -108,7 +110,8 @@ class FastDecoder:
             positions = torch.arange(total)[None] + cache.get_seq_length()
         keep = arguments.get("logits_to_keep", 0)
         kept, teller, ours = [], Teller(on_prompt, total), not self.compressed
-        for cut, logits_kept in in_pieces(ids, keep):
+        whole = self._grows_within(int(positions.max()))
+        for cut, logits_kept in [(slice(0, total), keep)] if whole else in_pieces(ids, keep):
             piece = functools.partial(
                 slow,
                 input_ids=ids[:, cut],
@@ -133,6 +136,10 @@ class FastDecoder:
             output.logits = every[:, -keep:] if keep else every
         return output  # type: ignore[no-any-return]
 
+    def _grows_within(self, last: int) -> bool:
+        """Whether a text up to a position is long enough for its angles to depend on its length."""
+        return self._grows_from is not None and last >= self._grows_from
+
     def _attention(self, sequence: Sequence, positions: Tensor) -> AbstractContextManager[None]:
         piece = Piece(self.decoder, sequence, *self.angles_at(positions))
         return attention_in_pieces(self._base.layers, piece)
@@ -153,10 +160,10 @@ class FastDecoder:
         """Return cosines and sines of a position, ``[pairs]`` float32 each."""
         if self._growing:
             return self._turn(torch.tensor([[position]]))[0]
-        while position >= len(self._angles):
-            start = len(self._angles)
-            self._angles += self._turn(torch.arange(start, start + _POSITIONS)[None])
-        return self._angles[position]
+        start = position - position % _POSITIONS
+        if start not in self._angles:
+            self._angles[start] = self._turn(torch.arange(start, start + _POSITIONS)[None])
+        return self._angles[start][position - start]
 
     def _turn(self, positions: Tensor) -> list[tuple[Any, Any]]:
         cos, sin = rotary_sides(self._base.rotary_emb, torch.empty(1), positions)
@@ -164,3 +171,10 @@ class FastDecoder:
             (rotary_row(c, self._pairs), rotary_row(s, self._pairs))
             for c, s in zip(cos[0], sin[0], strict=True)
         ]
+
+
+def _grows_from(config: Any) -> int:
+    """Return the length of text from which a growing rotary embedding turns otherwise."""
+    scaling = config.rope_parameters or {}
+    lengths = (scaling.get("original_max_position_embeddings"), config.max_position_embeddings)
+    return min(int(length) for length in lengths if length is not None)

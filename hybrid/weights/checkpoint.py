@@ -7,6 +7,7 @@ renamed when everything is on disk; what an interrupted run completed is kept an
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
+from hybrid.anatomy.text_part import leave_towers_out
 from hybrid.ask.formats import DEFAULT_EXPERTS, check_formats
 from hybrid.ask.names import directory_name
 from hybrid.errors import (
@@ -33,6 +34,7 @@ from hybrid.errors import (
 )
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
+from hybrid.transformers_api import auto_class
 from hybrid.weights.checks import CHECKS, Checkpoint, check_directory, check_files, findings
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
@@ -184,6 +186,10 @@ def _ready(src: Path, experts: str, dense: str | None, *, verify: bool) -> Itera
         check_digests(source.files)
     with TensorReader(checkpoint.tensors) as reader:
         model = source.empty_model()
+        leave_towers_out(model)
+        if source.config.get_text_config() is not source.config:
+            kind = source.config.model_type
+            notes.append(f"{source.name} ({kind}) is for more than text: its text is converted")
         specs = find_experts(model)
         matrices = dense_matrices(model, specs)
         weights = WeightMap(model, reader, specs, source_quantizer(source.config))
@@ -309,20 +315,18 @@ class Source:
 
     def empty_model(self) -> Any:
         """Build the model without memory for its weights."""
-        names = getattr(self.config, "architectures", None)
-        names = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
-        kind: Any = getattr(transformers, names[0], None) if names else None
+        kind = auto_class(self.config)
         if kind is None:
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
-        if kind is None:
+            names = getattr(self.config, "architectures", None) or [self.config.model_type]
             raise UnsupportedModelError(
-                f"transformers {transformers.__version__} has no model class for "
-                f"{', '.join(names) or self.config.model_type}",
+                f"transformers {transformers.__version__} has no class that writes text for "
+                f"{', '.join(map(str, names))}",
                 hint="models with code of their own cannot be converted",
             )
         try:
             with torch.device("meta"):
-                return kind._from_config(self.config)
+                # Made from a copy: what it is made of is changed on the way.
+                return kind.from_config(copy.deepcopy(self.config))
         except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot make a model of "

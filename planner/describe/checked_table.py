@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def _unfit(where: str, what: str | None, error: Exception) -> SpecError:
     return SpecError(f"{where} is no {what}", hint="name a .toml or .json file that is one")
 
 
+def _short(values: Sequence[Any]) -> str:
+    shown = ", ".join(map(repr, values[:4]))
+    return f"[{shown}, ...] ({len(values)} entries)" if len(values) > 4 else f"[{shown}]"
+
+
 class Fields:
     """A table whose fields are looked up under any of several names, and checked.
 
@@ -97,13 +102,27 @@ class Fields:
         self.data = data
         self.where = where
         self.like = like
+        self.read: set[str] = set()
+
+    def with_data(self, data: Mapping[str, Any]) -> Fields:
+        """Return the same table with other fields; what is read of either is noted in both."""
+        other = Fields(data, self.where, self.like)
+        other.read = self.read
+        return other
+
+    def get(self, name: str) -> Any:
+        """Return a field as it is; None when absent."""
+        self.read.add(name)
+        return self.data.get(name)
 
     def has(self, *names: str) -> bool:
         """Whether any of ``names`` is present and not null."""
+        self.read.update(names)
         return any(self.data.get(name) is not None for name in names)
 
     def first(self, *names: str) -> tuple[str, Any]:
         """Return the first of ``names`` that is present and not null, with its value."""
+        self.read.update(names)
         for name in names:
             if self.data.get(name) is not None:
                 return name, self.data[name]
@@ -113,11 +132,16 @@ class Fields:
     def count(
         self, *names: str, default: int | None = None, least: int = 1, most: int = LARGEST
     ) -> int:
-        """Return a whole number in ``[least, most]``; the first of a list of one per layer."""
+        """Return a whole number in ``[least, most]``; a list must repeat one."""
         if default is not None and not self.has(*names):
             return default
         name, value = self.first(*names)
-        while isinstance(value, list | tuple) and value:
+        if isinstance(value, list | tuple) and value:
+            if any(item != value[0] for item in value):
+                raise SpecError(
+                    f"{self.where}: {name} is {_short(value)}, where one number is expected",
+                    hint=f"{name} may differ from layer to layer if it has an entry for each",
+                )
             value = value[0]
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value != int(value):
@@ -160,7 +184,7 @@ class Fields:
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Return a truth value."""
-        value = self.data.get(name)
+        value = self.get(name)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -173,7 +197,7 @@ class Fields:
     def names(self, *fields: str, length: int) -> list[str] | None:
         """Return a list of one word per layer, or None when absent."""
         for field in fields:
-            value = self.data.get(field)
+            value = self.get(field)
             if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
                 if len(value) < length:
                     raise SpecError(
@@ -183,9 +207,19 @@ class Fields:
                 return value[:length]
         return None
 
+    def one_each(self, name: str, length: int) -> list[int]:
+        """Return a list of a whole number per layer."""
+        found = self.numbers(name) or []
+        if len(found) < length:
+            raise SpecError(
+                f"{self.where}: {name} has {len(found)} entries for {length} layers",
+                hint="the list needs one entry per layer",
+            )
+        return found[:length]
+
     def numbers(self, name: str) -> list[int] | None:
         """Return a list of whole numbers, or None when absent."""
-        value = self.data.get(name)
+        value = self.get(name)
         if value is None:
             return None
         if isinstance(value, str):  # Step-3 writes them as one text

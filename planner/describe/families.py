@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.describe.checked_table import Fields
+from planner.describe.context import CONTEXT_NAMES, longest_context
+from planner.describe.layer_kinds import block_kinds, layer_tables, sparse_layers, unread_kinds
 from planner.describe.mixers import layer_mixers
 from planner.describe.model import Experts, Layer, ModelSpec
+from planner.describe.published import translated
 from planner.errors import SpecError
 
 _EXPERT_COUNT = (
@@ -43,9 +46,10 @@ _SHARED_WIDTH = (
     "share_expert_dim",
 )
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_HIDDEN = ("hidden_size", "d_model", "n_embd")
+_SYNONYMS = (_EXPERT_COUNT, _TOP_K, _SHARED_COUNT, _LAYERS, _HIDDEN, CONTEXT_NAMES)
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 100_000
-_HIDDEN = ("hidden_size", "d_model", "n_embd")
 _UNGATED = {"relu2", "relu2_no_gate"}
 _TIED_BY_DEFAULT = {"gemma4", "gemma4_text", "cohere2_moe", "diffusion_gemma"}
 
@@ -69,13 +73,16 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
     name = name or str(config.get("_name_or_path") or "") or family
     text = _text_part(config)
     family = str(text.get("model_type") or family)
+    text = translated({**text, "model_type": family})
+    family = text["model_type"]
     fields = Fields(text, f"config of {name}")
-    if family == "dbrx" and fields.has("ffn_config"):
-        fields = Fields(_flatten_dbrx(text), fields.where)
-    blocks = _block_types(fields)
+    blocks = block_kinds(fields)
     depth = len(blocks) if blocks else fields.count(*_LAYERS, most=_MOST_LAYERS)
+    tables = layer_tables(fields, depth)
     switched_off = any(text.get(switch) is False for switch in ("is_moe", "enable_moe_block"))
-    if switched_off or not fields.has(*_EXPERT_COUNT) or fields.count(*_EXPERT_COUNT, least=0) < 2:
+    if switched_off or not any(
+        table.has(*_EXPERT_COUNT) and table.count(*_EXPERT_COUNT, least=0) > 1 for table in tables
+    ):
         raise SpecError(
             f"{name} ({family}) is not a Mixture-of-Experts model: its config has none of "
             f"{', '.join(_EXPERT_COUNT[:3])} above 1",
@@ -87,30 +94,28 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
             hint="there is nothing to place: run it whole on one device",
         )
     hidden = fields.count(*_HIDDEN)
-    experts = _experts(fields, family, hidden)
-    mixers = layer_mixers(fields, family, hidden, depth, blocks)
-    sparse = _sparse_layers(fields, depth, blocks)
-    layers = tuple(
-        Layer(
-            mixer=mixer,
-            ffn_params=_ffn_params(
-                fields, family, hidden, experts, moe, blocks[index] if blocks else None
-            ),
-            moe=moe,
-        )
-        for index, (mixer, moe) in enumerate(zip(mixers, sparse, strict=True))
-    )
-    tied = Fields(config, fields.where).flag("tie_word_embeddings", family in _TIED_BY_DEFAULT)
+    mixers = layer_mixers(tables, fields, family, hidden, blocks)
+    sparse = sparse_layers(fields, family, depth, blocks)
+    made: dict[tuple[int, bool, str | None], tuple[Experts, int]] = {}
+    layers = []
+    for index, (table, mixer, moe) in enumerate(zip(tables, mixers, sparse, strict=True)):
+        key = (id(table), moe, blocks[index] if blocks else None)
+        if key not in made:
+            experts = _experts(table, family, hidden)
+            made[key] = experts, _ffn_params(table, family, hidden, experts, *key[1:])
+        experts, ffn_params = made[key]
+        layers.append(Layer(mixer=mixer, ffn_params=ffn_params, experts=experts if moe else None))
+    tied = fields.flag("tie_word_embeddings", family in _TIED_BY_DEFAULT)
     return ModelSpec(
         name=name,
         family=family,
         hidden=hidden,
         vocab=fields.count("vocab_size"),
-        context=_context(fields),
-        tied=fields.flag("tie_word_embeddings", tied),
-        layers=layers,
-        experts=experts,
+        context=longest_context(text, fields.where),
+        tied=Fields(config, fields.where).flag("tie_word_embeddings", tied),
+        layers=tuple(layers),
         other_params=hidden + _per_layer_embedding(fields, hidden, depth),
+        unread=tuple(unread_kinds(fields, depth)),
     )
 
 
@@ -131,51 +136,29 @@ def settings_of(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data["config"], **dict.fromkeys(data.get("null", ()))}
 
 
-def _context(fields: Fields) -> int | None:
-    """Most tokens of context; None when the model states no limit (it has no positions)."""
-    names = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")
-    return fields.count(*names) if fields.has(*names) else None
-
-
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the language model's table of a multimodal configuration."""
+    key = text_key(config)
+    return config if key is None else _text_part(config[key])
+
+
+def are_synonyms(name: str, other: str) -> bool:
+    """Whether two names of a field are read as one, so that messages may keep either."""
+    return any(name in names and other in names for names in _SYNONYMS)
+
+
+def text_key(config: Mapping[str, Any]) -> str | None:
+    """Return the field that has the language model's table; None where the file is its own."""
     for key in ("thinker_config", "text_config", "language_config", "llm_config"):
-        inner = config.get(key)
-        if isinstance(inner, Mapping) and inner:
-            return _text_part(inner)
-    return config
-
-
-def _flatten_dbrx(text: Mapping[str, Any]) -> dict[str, Any]:
-    """DBRX keeps its expert and attention fields in tables of their own."""
-    attention = text.get("attn_config") or {}
-    ffn = text["ffn_config"]
-    return {
-        **text,
-        "moe_num_experts": ffn.get("moe_num_experts"),
-        "moe_top_k": ffn.get("moe_top_k"),
-        "intermediate_size": ffn.get("ffn_hidden_size"),
-        "num_attention_heads": text.get("n_heads"),
-        "num_key_value_heads": attention.get("kv_n_heads"),
-    }
-
-
-def _block_types(fields: Fields) -> list[str] | None:
-    """Families whose layers hold one thing each (Nemotron-H): what each layer is."""
-    pattern = fields.data.get("hybrid_override_pattern")
-    if isinstance(pattern, str):
-        letters = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
-        return [letters[letter] for letter in pattern if letter in letters]
-    blocks = fields.data.get("layers_block_type")
-    if isinstance(blocks, list) and "moe" in blocks:
-        return [str(block) for block in blocks]
+        if isinstance(config.get(key), Mapping) and config[key]:
+            return key
     return None
 
 
 def _experts(fields: Fields, family: str, hidden: int) -> Experts:
     """The routed experts of one layer."""
     own_width = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
-    gated = fields.data.get("mlp_hidden_act") not in _UNGATED
+    gated = fields.get("mlp_hidden_act") not in _UNGATED
     return Experts(
         count=fields.count(*_EXPERT_COUNT, most=_MOST_EXPERTS),
         top_k=fields.count(*_TOP_K),
@@ -185,39 +168,6 @@ def _experts(fields: Fields, family: str, hidden: int) -> Experts:
         matrices=3 if gated else 2,
         bias=family == "gpt_oss",
     )
-
-
-def _sparse_layers(fields: Fields, depth: int, blocks: list[str] | None) -> list[bool]:
-    """Which layers have routed experts; every family states it in its own way."""
-    layers = range(depth)
-    if blocks:
-        return [block == "moe" for block in blocks]
-    if kinds := fields.names("mlp_layer_types", length=depth):
-        return [kind != "dense" for kind in kinds]
-    for name in ("moe_layers", "moe_layers_enum"):
-        if (listed := fields.numbers(name)) is not None:
-            return [layer in listed for layer in layers]
-    if isinstance(fields.data.get("moe_layer_freq"), list):
-        frequency = fields.numbers("moe_layer_freq") or []
-        return [layer < len(frequency) and bool(frequency[layer]) for layer in layers]
-    if fields.has("expert_layer_period"):
-        period = fields.count("expert_layer_period")
-        offset = fields.count("expert_layer_offset", default=0, least=0)
-        return [layer % period == offset for layer in layers]
-    if fields.has("moe_layer_start_index"):
-        start = fields.count("moe_layer_start_index", least=0)
-        end = fields.count("moe_layer_end_index", default=depth - 1, least=0)
-        every = fields.count("moe_layer_interval", default=1)
-        return [start <= layer <= end and (layer + 1) % every == 0 for layer in layers]
-    if fields.has("decoder_sparse_step"):
-        step = fields.count("decoder_sparse_step")
-        dense = fields.numbers("mlp_only_layers") or []
-        return [layer not in dense and (layer + 1) % step == 0 for layer in layers]
-    step = fields.count("interleave_moe_layer_step", "moe_layer_freq", default=1)
-    first = fields.count("first_k_dense_replace", "num_dense_layers", default=0, least=0)
-    if fields.has("interleave_moe_layer_step"):
-        return [(layer + 1) % step == 0 for layer in layers]
-    return [layer >= first and layer % step == 0 for layer in layers]
 
 
 def _ffn_params(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from planner.describe.checked_table import Fields
+from planner.describe.layer_kinds import FAR, NEAR, attention_kinds
 from planner.describe.model import Mixer
 
 _SLIDING = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+_SEEING_ALL = ("full_attention", "indexed_attention", "hybrid")
 _LINEAR = ("linear_attention", "mamba", "conv")
 _GATED_OUTPUT = (
     "afmoe",
@@ -21,37 +23,29 @@ _GATED_OUTPUT = (
 
 
 def layer_mixers(
-    fields: Fields, family: str, hidden: int, depth: int, blocks: list[str] | None
+    tables: list[Fields], fields: Fields, family: str, hidden: int, blocks: list[str] | None
 ) -> list[Mixer]:
-    """Return the mixer of each of ``depth`` layers."""
-    kinds = blocks or _layer_kinds(fields, family, depth)
-    made = {kind: _mixer(fields, family, hidden, kind) for kind in dict.fromkeys(kinds)}
-    return [made[kind] for kind in kinds]
+    """Return the mixer of each layer, given what the file says of each and of all."""
+    kinds = blocks or attention_kinds(fields, family, len(tables))
+    made: dict[tuple[int, str], Mixer] = {}
+    for table, kind in zip(tables, kinds, strict=True):
+        if (id(table), kind) not in made:
+            made[id(table), kind] = _mixer(_of_kind(table, kind), family, hidden, kind)
+    return [made[id(table), kind] for table, kind in zip(tables, kinds, strict=True)]
 
 
-def _layer_kinds(fields: Fields, family: str, depth: int) -> list[str]:
-    """Name each layer's kind of mixer, from the list or rule the family uses."""
-    if kinds := fields.names("layer_types", length=depth):
-        return kinds
-    if fields.has("full_attention_interval"):
-        every = fields.count("full_attention_interval")
-        return [
-            "full_attention" if (layer + 1) % every == 0 else "linear_attention"
-            for layer in range(depth)
-        ]
-    if family in ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"):
-        return [
-            "full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(depth)
-        ]
-    if fields.has("attn_layer_period"):
-        period = fields.count("attn_layer_period")
-        offset = fields.count("attn_layer_offset", default=0, least=0)
-        return ["full_attention" if i % period == offset else "mamba" for i in range(depth)]
-    if family == "gpt_oss":
-        return ["full_attention" if i % 2 else "sliding_attention" for i in range(depth)]
-    if fields.has("sliding_window") and fields.flag("use_sliding_window", True):
-        return ["sliding_attention"] * depth
-    return ["full_attention"] * depth
+def _of_kind(table: Fields, kind: str) -> Fields:
+    """Let what a file says of layers that see all, or near tokens only, win for these."""
+    if kind not in _SLIDING + _SEEING_ALL:
+        return table
+    prefix = NEAR if kind in _SLIDING else FAR
+    own = {}
+    for name, value in table.data.items():
+        plain = name.replace(prefix, "", 1)
+        if plain != name and value is not None:
+            own[plain] = value
+            table.read.add(name)
+    return table.with_data({**table.data, **own}) if own else table
 
 
 def _mixer(fields: Fields, family: str, hidden: int, kind: str) -> Mixer:
@@ -77,12 +71,10 @@ def _grouped_query(
     fields: Fields, family: str, hidden: int, sliding: bool, window: int | None
 ) -> Mixer:
     """Multi-head, grouped-query and multi-query attention."""
-    swa = ("swa_num_attention_heads", "num_sliding_attention_heads") if sliding else ()
-    heads = fields.count(*swa, "num_attention_heads", "n_heads")
-    kv = ("swa_num_key_value_heads",) if sliding else ("num_global_key_value_heads",)
-    kv_heads = fields.count(*kv, "num_key_value_heads", "num_attention_groups", default=heads)
-    width = ("swa_head_dim",) if sliding else ("global_head_dim",)
-    head_dim = fields.count(*width, "head_dim", default=hidden // heads)
+    near = ("num_sliding_attention_heads",) if sliding else ()
+    heads = fields.count(*near, "num_attention_heads", "n_heads")
+    kv_heads = fields.count("num_key_value_heads", "num_attention_groups", default=heads)
+    head_dim = fields.count("head_dim", default=hidden // heads)
     value_dim = fields.count("v_head_dim", default=head_dim)
     queries = heads * head_dim
     projected = queries + kv_heads * (head_dim + value_dim)
@@ -236,7 +228,8 @@ def _mamba(fields: Fields, hidden: int) -> Mixer:
         params = 3 * hidden * inner + inner * (rank + 2 * state) + rank * inner + inner * state
         return Mixer(kind="linear", params=params, state=inner * (state + kernel))
     heads = fields.count("mamba_n_heads", "mamba_num_heads")
-    head_dim = fields.count("mamba_d_head", "mamba_head_dim")
+    width = fields.count("mamba_expand", "expand", default=2) * hidden
+    head_dim = fields.count("mamba_d_head", "mamba_head_dim", default=width // heads)
     groups = fields.count("mamba_n_groups", "n_groups", default=1)
     inner = heads * head_dim
     conv = inner + 2 * groups * state

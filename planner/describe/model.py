@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from planner.describe.routing_law import UNPUBLISHED, RoutingLaw
@@ -88,12 +89,17 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One decoder layer: its mixer, its dense weights, and whether routed experts follow."""
+    """One decoder layer: its mixer, its dense weights, and the routed experts that follow."""
 
     mixer: Mixer
     ffn_params: int
     """Dense feed-forward, shared expert, router, norms: everything but mixer and experts."""
-    moe: bool
+    experts: Experts | None
+
+    @property
+    def moe(self) -> bool:
+        """Whether it has routed experts."""
+        return self.experts is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +116,12 @@ class ModelSpec:
         Whether input embedding and output head share weights.
     layers
         Every decoder layer in order.
-    experts
-        The routed experts of each MoE layer.
     other_params
         Weights outside the decoder layers besides embedding and head (final norm and such).
     routing
         How its routers choose, as far as anybody knows.
+    unread
+        Fields of the config that seem to tell kinds of layers apart, which nobody reads.
     """
 
     name: str
@@ -125,23 +131,40 @@ class ModelSpec:
     context: int | None
     tied: bool
     layers: tuple[Layer, ...]
-    experts: Experts
     other_params: int = 0
     routing: RoutingLaw = UNPUBLISHED
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        experts = self.experts
         if not any(layer.moe for layer in self.layers):
             raise SpecError(
                 f"{self.name}: none of its {len(self.layers)} layers has routed experts",
                 hint="this software places routed experts; a dense model runs in llama.cpp or vLLM",
             )
-        if experts.top_k > experts.count + experts.identity:
-            raise SpecError(
-                f"{self.name}: top_k {experts.top_k} exceeds its "
-                f"{experts.count + experts.identity} experts",
-                hint="compare with the publisher's config.json",
-            )
+        for experts in self.kinds_of_experts:
+            if experts.top_k > experts.count + experts.identity:
+                raise SpecError(
+                    f"{self.name}: top_k {experts.top_k} exceeds its "
+                    f"{experts.count + experts.identity} experts",
+                    hint="compare with the publisher's config.json",
+                )
+
+    @cached_property
+    def kinds_of_experts(self) -> tuple[Experts, ...]:
+        """What the routed experts of a layer may be, each once; nearly always one."""
+        return tuple(dict.fromkeys(self._experts_of_layers))
+
+    @cached_property
+    def experts(self) -> Experts:
+        """The routed experts of each MoE layer; where layers differ, the most and largest."""
+        first, *others = self.kinds_of_experts
+        if not others:
+            return first
+        most = {
+            name: max(getattr(experts, name) for experts in self.kinds_of_experts)
+            for name in ("count", "top_k", "identity", "hidden", "intermediate")
+        }
+        return replace(first, **most)
 
     @cached_property
     def moe_layers(self) -> int:
@@ -161,7 +184,16 @@ class ModelSpec:
     @property
     def expert_params(self) -> int:
         """Weights of all routed experts."""
-        return self.moe_layers * self.experts.count * self.experts.params_each
+        return sum(e.count * e.params_each for e in self._experts_of_layers)
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of all layers."""
+        return sum(experts.count for experts in self._experts_of_layers)
+
+    @property
+    def _experts_of_layers(self) -> Iterator[Experts]:
+        return (layer.experts for layer in self.layers if layer.experts is not None)
 
     @cached_property
     def mixer_params(self) -> int:
@@ -190,7 +222,7 @@ class ModelSpec:
 
         The input embedding is a lookup of one row. Some publishers count it as active.
         """
-        active_experts = self.moe_layers * self.experts.real_top_k * self.experts.params_each
+        active_experts = sum(e.real_top_k * e.params_each for e in self._experts_of_layers)
         lookup = 0 if self.tied else self.embedding_params
         return round(self.dense_params - lookup + active_experts)
 

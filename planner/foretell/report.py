@@ -7,7 +7,7 @@ plain seconds in fields that end in ``_s``; sizes are bytes in fields that end i
 ==============  =====================================================================
 field           meaning
 ==============  =====================================================================
-model           name, family, parameter counts, layers, experts, top_k
+model           name, family, parameter counts, layers, experts, top_k, unread (fields)
 hardware        name, summary
 request         formats, context, prompt, tokens, batch, seed, trace
 fit             fits, shortage, items (name, place, bytes), vram_bytes, ram_bytes,
@@ -43,6 +43,7 @@ from typing import Any
 
 from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.estimate import Estimate
+from planner.describe.model import ModelSpec
 from planner.foretell.dryrun import PlanResult, Prediction
 from planner.foretell.request import Request
 
@@ -100,6 +101,7 @@ def _summary(result: PlanResult) -> Table:
             f"{_billions(model.active_params)} active; "
             f"{model.moe_layers} MoE layers of {experts.count} experts, {experts.top_k} per token",
         ),
+        *_doubts(model),
         ("hardware", f"{request.hardware.name}: {request.hardware.summary}"),
         (
             "request",
@@ -125,6 +127,15 @@ def _summary(result: PlanResult) -> Table:
         ("hit rate", f"{prediction.run.hit_rate:.1%}" + _prefetch_note(prediction)),
     ]
     return Table("Plan", ("", ""), tuple(rows), prose=True)
+
+
+def _doubts(model: ModelSpec) -> Iterator[tuple[str, str]]:
+    """What the counts of a model may be wrong for."""
+    if model.unread:
+        fields = ", ".join(model.unread)
+        yield "not read", f"{fields} of its config.json: layers may be of other kinds than counted"
+    if len(model.kinds_of_experts) > 1:
+        yield "layers", "differ in their experts; times are of layers with the most and largest"
 
 
 def _placement(result: PlanResult) -> Iterator[tuple[str, str]]:
@@ -280,6 +291,7 @@ def to_dict(result: PlanResult) -> dict[str, Any]:
             "moe_layers": model.moe_layers,
             "experts": model.experts.count,
             "top_k": model.experts.top_k,
+            "unread": list(model.unread),
         },
         "hardware": {"name": request.hardware.name, "summary": request.hardware.summary},
         "request": _request(request),

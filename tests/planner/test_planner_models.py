@@ -169,7 +169,7 @@ def test_unknown_fields_of_a_model_file_are_named() -> None:
     assert "'config'" in str(caught.value.hint)
 
 
-def test_lists_and_nulls_count_as_their_first_value() -> None:
+def test_lists_of_one_number_and_nulls() -> None:
     """Hunyuan writes one number per layer where others write one; null means absent."""
     fields = Fields({"moe_topk": [8, 8], "head_dim": None}, "x")
     assert fields.count("moe_topk") == 8

@@ -27,6 +27,7 @@ from planner.foretell.memory import STAGING
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 3, 8, 3, 64, 32
 SHAPE = Block(hidden=HIDDEN, intermediate=INTERMEDIATE, format="q4_0")
+_EXPERTS_OF_LAYER = Experts(count=EXPERTS, top_k=TOP_K, hidden=HIDDEN, intermediate=INTERMEDIATE)
 SPEC = ModelSpec(
     name="small",
     family="test",
@@ -34,8 +35,10 @@ SPEC = ModelSpec(
     vocab=100,
     context=1000,
     tied=False,
-    layers=(Layer(mixer=Mixer(kind="full", params=1000), ffn_params=500, moe=True),) * LAYERS,
-    experts=Experts(count=EXPERTS, top_k=TOP_K, hidden=HIDDEN, intermediate=INTERMEDIATE),
+    layers=(
+        Layer(mixer=Mixer(kind="full", params=1000), ffn_params=500, experts=_EXPERTS_OF_LAYER),
+    )
+    * LAYERS,
 )
 
 

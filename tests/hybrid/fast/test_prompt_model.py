@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 
 import hybrid.fast.prompt
 from fast_models import install_fast_decode, load_family, write_greedily
+from hybrid.fast.decode import FastDecoder
 from hybrid.fast.prompt import Piece, PromptProgress, prompt_bar, prompts_told
 from hybrid.transformers_api import cache_argument
 from tiny_families import VOCAB
@@ -82,6 +84,61 @@ def test_pieces_and_a_sliding_window(family: str, tmp_path: Path) -> None:
     fast_tokens, fast_logits = write_greedily(model)
     assert torch.equal(fast_tokens, tokens)
     assert (fast_logits - logits).abs().max() < 5e-3 * logits.std()
+
+
+SHORT_AND_LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0 + pair for pair in range(8)]}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 9}
+        | SHORT_AND_LONG,
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_a_prompt_that_turns_by_its_own_length_is_one_piece(
+    scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    """Beyond the trained length all its positions turn as the last one does, from the first on."""
+    rope = {"rope_parameters": scaling | {"rope_theta": 1e4}}
+    model = load_family("qwen3_moe", tmp_path, max_position_embeddings=9, **rope)
+    with torch.no_grad():
+        wanted = model(input_ids=IDS, use_cache=True).logits[0]
+    assert install_fast_decode(model).fast
+    found = _prompt(model)
+    assert (found - wanted).abs().amax(-1).median() < 5e-3 * wanted.std()
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+        | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32768}
+        | SHORT_AND_LONG,
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_far_positions_turn_as_transformers_turns_them(qwen: Any, scaling: dict[str, Any]) -> None:
+    """Cosines and sines of positions around and far beyond 32k, for every kind of scaling."""
+    config = copy.deepcopy(qwen.config)
+    config.max_position_embeddings = 32768 if scaling["rope_type"] == "dynamic" else 131072
+    config.rope_parameters = scaling | {"rope_theta": 1e6}
+    kind = type(qwen.model.rotary_emb)
+    base = SimpleNamespace(rotary_emb=kind(config))
+    model = SimpleNamespace(get_decoder=lambda: base, dtype=torch.float32, config=config)
+    fast = FastDecoder(model, qwen.hybrid_fast.decoder.decoder, 8)
+    for position in (0, 511, 512, 32767, 32768, 32769, 50000, 131071):
+        cos, sin = kind(config)(torch.empty(1), torch.tensor([[position]]))
+        found = fast.rotary(position)
+        assert torch.equal(torch.from_numpy(found[0]), cos[0, 0, :8])
+        assert torch.equal(torch.from_numpy(found[1]), sin[0, 0, :8])
 
 
 def test_progress_is_told_piece_by_piece(qwen: Any) -> None:
