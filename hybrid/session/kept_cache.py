@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class KeptCache:
     """Keys and values of one sequence, kept between calls.
 
     Where the next prompt goes another way, what follows the common beginning is cut off, if the
-    layers can be cut: those with a window, or with a state instead of keys, cannot, and then all is
-    computed anew.
+    layers can be cut: those with a window cannot, and then all is computed anew. A model with a
+    state instead of keys in some layers is always computed anew.
 
     Attributes
     ----------
@@ -43,17 +43,26 @@ class KeptCache:
             return cache
         if not network._supports_default_dynamic_cache():
             return None
-        return DynamicCache(config=network.config.get_text_config(decoder=True))
+        fresh = DynamicCache(config=network.config.get_text_config(decoder=True))
+        return fresh if all(map(_holds_keys, fresh.layers)) else None
 
     def end(self, cache: Any, ids: list[int]) -> None:
         """Keep a ``cache`` of a sequence that begins with it; ``ids`` are all tokens of that."""
-        lengths = {layer.get_seq_length() for layer in getattr(cache, "layers", ())}
+        layers = getattr(cache, "layers", ())
+        if not all(map(_holds_keys, layers)):
+            return
+        lengths = {layer.get_seq_length() for layer in layers}
         if len(lengths) == 1 and 0 < (length := int(lengths.pop())) <= len(ids):
             self._cache, self._ids = cache, ids[:length]
 
     def forget(self) -> None:
         """Give the memory back."""
         self._cache, self._ids, self.reused = None, [], 0
+
+
+def _holds_keys(layer: Any) -> bool:
+    """Whether a layer keeps keys and values alone, so that its length is that of its tokens."""
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 def _common(one: list[int], other: list[int]) -> int:
@@ -67,10 +76,7 @@ def _common(one: list[int], other: list[int]) -> int:
 def _cut(cache: Any, length: int, kept: int) -> bool:
     """Cut a cache of ``length`` tokens down to ``kept``, if every layer has all of their keys."""
     layers = cache.layers
-    if any(
-        getattr(layer, "is_sliding", True) or not isinstance(layer, DynamicLayer)
-        for layer in layers
-    ):
+    if any(layer.is_sliding for layer in layers):
         return False
     with torch.inference_mode(False), torch.no_grad():
         cache.crop(kept - length)

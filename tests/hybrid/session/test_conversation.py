@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, Qwen3NextConfig
 
 from hybrid.errors import UsageError
 from hybrid.session.chat_template import templated
@@ -97,6 +99,17 @@ def test_a_cache_that_cannot_be_cut_is_only_gone_on_from(model: HybridModel) -> 
     assert kept.begin(model.model, torch.tensor([[0, 1, 9]])) is not cache
     kept.end(cache, ids[0].tolist()[:10])  # fewer tokens than it holds
     assert kept.begin(model.model, ids).get_seq_length() == 0
+
+
+def test_layers_with_a_state_are_computed_anew() -> None:
+    """Their length is not known, so neither begins a cache nor is one kept."""
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    network = SimpleNamespace(config=config, _supports_default_dynamic_cache=lambda: True)
+    kept = KeptCache()
+    ids = torch.arange(5)[None]
+    assert kept.begin(network, ids) is None
+    kept.end(DynamicCache(config=config), ids[0].tolist())
+    assert kept.begin(network, ids) is None
 
 
 def test_thoughts_are_not_sent_again_and_a_cut_one_is_told() -> None:
