@@ -12,6 +12,7 @@ from hybrid.ask.options import Options
 from hybrid.cli.download import obtain
 from hybrid.formats.registry import FORMATS, dense_formats
 from hybrid.weights.progress import conversion_progress
+from planner.describe.words import in_words as size_in_words
 
 
 def convert(
@@ -55,7 +56,7 @@ def convert(
     kept = f", {result.resumed_layers} layers from an earlier run" if result.resumed_layers else ""
     typer.echo(
         f"{result.path}: {result.experts} experts in {result.layers} layers{kept}, "
-        f"{result.expert_bytes / 2**30:.2f} GiB as {experts}, "
-        f"dense weights {result.dense_bytes / 2**30:.2f} GiB, {result.elapsed_s:.0f} s",
+        f"{size_in_words(result.expert_bytes)} as {experts}, "
+        f"dense weights {size_in_words(result.dense_bytes)}, {result.elapsed_s:.0f} s",
         err=True,
     )

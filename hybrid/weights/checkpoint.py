@@ -41,6 +41,7 @@ from hybrid.weights.tensor_files import (
     weight_files,
 )
 from hybrid.weights.weight_map import WeightMap
+from planner.describe.words import in_words
 
 #: Called with bytes written so far, bytes in all, and what is being written.
 Progress = Callable[[int, int, str], None]
@@ -300,8 +301,8 @@ def _check_room(partial: Partial, wanted: int) -> None:
     free = shutil.disk_usage(partial.path).free
     if wanted > free:
         raise DiskSpaceError(
-            f"{partial.path.parent} has {free / 2**30:.2f} GiB free, "
-            f"the conversion writes {wanted / 2**30:.2f} GiB more",
+            f"{partial.path.parent} has {in_words(free)} free, "
+            f"the conversion writes {in_words(wanted)} more",
             hint="free some space or choose a destination on another disk",
         )
 
