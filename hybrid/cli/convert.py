@@ -46,9 +46,11 @@ def convert(
     DST is an ordinary Hugging Face directory plus experts.bin, ready for 'hybrid run DST'. A
     conversion that was interrupted goes on where it stopped when it is started again.
     """
+    options = Options.of(experts=experts, dense=dense)  # refused before torch is imported
+
     from hybrid.weights import checkpoint
 
-    source = obtain(src, Options.of(experts=experts, dense=dense), yes=True)
+    source = obtain(src, options, yes=True)
     with conversion_progress(f"Converting {Path(src).name}") as progress:
         result = checkpoint.convert(
             source, dst, experts=experts, dense=dense, verify=verify, progress=progress
