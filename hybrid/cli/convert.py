@@ -11,6 +11,7 @@ from hybrid.ask.formats import DEFAULT_EXPERTS, in_words
 from hybrid.ask.options import Options
 from hybrid.cli.download import obtain
 from hybrid.formats.registry import FORMATS, dense_formats
+from hybrid.paths import check_temporary_folder
 from hybrid.weights.progress import conversion_progress
 from planner.describe.words import in_words as size_in_words
 
@@ -47,6 +48,7 @@ def convert(
     conversion that was interrupted goes on where it stopped when it is started again.
     """
     options = Options.of(experts=experts, dense=dense)  # refused before torch is imported
+    check_temporary_folder()
 
     from hybrid.weights import checkpoint
 
