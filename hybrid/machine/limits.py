@@ -112,14 +112,14 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
         if kind == "cgroup2":
-            path = paths.get("")
+            path = paths.get("", "/")
         elif kind == "cgroup" and controller in options.split(","):
-            path = paths.get(controller)
+            path = paths.get(controller, "/")
         else:
             continue
         base, at = left.split(" ")[3:5]
         mounted = root / at.lstrip("/")
-        inside = os.path.relpath(path or "/", base)
+        inside = os.path.relpath(path, base)
         group = mounted if inside.startswith("..") else mounted / inside
         if not group.is_dir():
             group = mounted
