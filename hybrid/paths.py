@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from hybrid.errors import UsageError
@@ -66,6 +67,23 @@ def make_folder(folder: Path, *, hint: str) -> Path:
     if not os.access(folder, os.W_OK):
         raise UsageError(f"cannot write to the folder {folder}", hint=hint)
     return folder
+
+
+def check_temporary_folder() -> None:
+    """Refuse to go on without a folder for temporary files, which torch cannot be imported without.
+
+    Raises
+    ------
+    UsageError
+        Naming the folders that were tried.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"there is no folder for temporary files: {error.strerror}",
+            hint="set TMPDIR to a folder that can be written",
+        ) from error
 
 
 def check_writable(

@@ -13,6 +13,7 @@ from typing import Any
 from gpu_experts import backends
 from hybrid.ask.counts import whole_number
 from hybrid.ask.dtypes import check_dtype
+from hybrid.ask.formats import check_formats
 from hybrid.ask.sizes import Size, size_in_bytes
 from hybrid.errors import UsageError
 from planner.decide.policies import DEFAULT_POLICY, check_policy
@@ -94,6 +95,7 @@ class Options:
         UsageError
             When a value cannot be, or two contradict each other.
         """
+        check_formats(as_it_is.get("experts"), as_it_is.get("dense"))
         name, vram_bytes = _device_name(device), size_in_bytes(vram, f"{prefix}vram")
         if name == "cpu" and vram_bytes:
             raise UsageError(

@@ -10,7 +10,6 @@ from statistics import geometric_mean, median
 from typing import Any
 
 import numpy as np
-import psutil
 
 from gpu_experts.backends import BACKENDS
 from hybrid.ask.asked_model import AskedModel, find_model
@@ -325,7 +324,7 @@ def _layers_that_fit(model: ModelSpec, hardware: HardwareSpec, share: float | No
     """How many MoE layers memory has room for, and the GPU's, where ``share`` of them has slots."""
     cost = CostModel(model, hardware, FORMAT)
     layer = cost.experts.bytes * model.experts.count
-    places = [("memory", psutil.virtual_memory().available * _MEMORY_SHARE, layer)]
+    places = [("memory", host.available_memory_bytes() * _MEMORY_SHARE, layer)]
     if share is not None:
         assert hardware.gpu is not None
         dense = [layer.mixer.params + layer.ffn_params for layer in model.layers]

@@ -6,11 +6,13 @@ A command's module is imported when that command is run or asked for its own hel
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -81,6 +83,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EBADF)
+"""What the system says of a stream that takes no more."""
+
 #: typer exports one of click's usage errors; this is their common base.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -118,12 +123,17 @@ def main(args: Sequence[str] | None = None) -> int:
         with apart(), _engine_notices():
             command = typer.main.get_command(app)
             code = command.main(words, prog_name="hybrid", standalone_mode=False)
+            sys.stdout.flush()  # what a full disk refuses is refused here, not on Python's way out
     except typer.Abort:
         code = INTERRUPTED
     except _UsageError as error:
         code = _report(_describe_usage_error(error))
     except HybridError as error:
         code = _report(str(error))
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        code = _stream_ended(error)
     return code if isinstance(code, int) else 0
 
 
@@ -148,5 +158,20 @@ def _describe_usage_error(error: Any) -> str:
 
 
 def _report(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)
+    with suppress(OSError):  # stderr may be what cannot be written; the exit code says it, then
+        print(f"error: {text}", file=sys.stderr)
     return ERROR
+
+
+def _stream_ended(error: OSError) -> int:
+    """Say what an output refused; nothing where the reader of a pipe has seen enough."""
+    with suppress(OSError, ValueError):  # or Python would try again on its way out
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    if error.errno == errno.EPIPE:
+        return 1
+    return _report(
+        f"the output cannot be written: {error.strerror}\n"
+        "hint: free some space where it goes, or write it elsewhere"
+    )

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from hybrid.ask.formats import DEFAULT_EXPERTS, check_formats, in_words
+from hybrid.ask.formats import DEFAULT_EXPERTS, in_words
 from hybrid.ask.names import directory_name
 from hybrid.ask.options import Options
 from hybrid.cli.download import obtain
 from hybrid.cli.exit_codes import ERROR
 from hybrid.errors import UsageError
 from hybrid.formats.registry import FORMATS, dense_formats
+from hybrid.paths import check_temporary_folder
 from hybrid.weights.checks import Checkpoint, check_files
 from hybrid.weights.partial import destination
 from hybrid.weights.progress import conversion_progress
@@ -63,12 +64,13 @@ def convert(
     DST is an ordinary Hugging Face directory plus experts.bin, ready for 'hybrid run DST'. A
     conversion that was interrupted goes on where it stopped when it is started again.
     """
-    check_formats(experts, dense)
+    options = Options.of(experts=experts, dense=dense)  # refused before torch is imported
+    check_temporary_folder()
     if dst is None and not check:
         raise UsageError("DST is missing", hint="name the directory to make, or add --check")
     if dst is not None:  # before a download
         destination(Path(src).expanduser(), dst)
-    source = obtain(src, Options.of(experts=experts, dense=dense), yes=True).expanduser()
+    source = obtain(src, options, yes=True).expanduser()
     if dst is None or check:
         _check(source, experts, dense, verify)
         return

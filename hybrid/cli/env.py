@@ -19,7 +19,7 @@ from cpu_experts.jit import hostcpu
 from hybrid.cli.verdict import Finding, in_one_line, verdict, wrong_switch
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.machine import calibrations, host
+from hybrid.machine import calibrations, host, limits
 from hybrid.paths import cache_dir
 
 _GIB = 1 << 30
@@ -48,6 +48,8 @@ class Environment:
         for bfloat16 that count as there and those that are.
     threads
         Threads that torch and the kernels use unless told otherwise.
+    limits
+        What of the machine this process may not use, and what sets that, where anything does.
     variables
         The environment variables that change any of this, where set.
     calibration
@@ -62,6 +64,7 @@ class Environment:
     cpu: dict[str, Any]
     threads: int
     memory: dict[str, int]
+    limits: dict[str, str]
     gpus: list[host.Gpu]
     paths: dict[str, str]
     variables: dict[str, str]
@@ -89,7 +92,8 @@ def collect() -> Environment:
             "bf16_units_there": sorted(hostcpu.actual().units),
         },
         threads=host.default_threads(),
-        memory={"total": memory.total, "available": memory.available},
+        memory={"total": memory.total, "available": host.available_memory_bytes()},
+        limits=_limits(),
         gpus=host.gpus(),
         paths={
             "python": sys.executable,
@@ -101,6 +105,23 @@ def collect() -> Environment:
         calibration=_calibration() | _device_calibrations(),
         verdict=(*wrong, *verdict()),
     )
+
+
+def _limits() -> dict[str, str]:
+    """Tell the tightest limits of processors and memory, and cores that are left idle."""
+    found = {}
+    if cpus := limits.cpu_limit():
+        found["CPU limit"] = f"{cpus.value:g} processors ({cpus.origin})"
+    if memory := host.limited_memory():
+        found["memory limit"] = f"{memory.value / _GIB:.1f} GiB ({memory.origin})"
+    speeds = limits.core_speeds()
+    if speeds and speeds[-1] < speeds[0]:
+        fast = limits.fastest_number(speeds)
+        found["core kinds"] = (
+            f"the slowest is {speeds[-1] / speeds[0]:.0%} as fast as the fastest: "
+            f"{fast} of {len(speeds)} share the work"
+        )
+    return found
 
 
 def _calibration() -> dict[str, str]:
@@ -160,6 +181,7 @@ def describe(environment: Environment) -> str:
             "memory",
             f"{memory['total'] / _GIB:.1f} GiB, {memory['available'] / _GIB:.1f} GiB available",
         ),
+        *environment.limits.items(),
         *(("GPU", text) for text in list(map(_describe_gpu, environment.gpus)) or ["none found"]),
         *environment.paths.items(),
         *environment.variables.items(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.errors import UsageError
 from hybrid.ledger.metrics import summary_line
-from hybrid.paths import check_writable, write_whole
+from hybrid.paths import check_temporary_folder, check_writable, write_whole
 
 if TYPE_CHECKING:
     from hybrid.ask.options import Options
@@ -25,6 +25,7 @@ def load(model: str | None, options: Options, *, yes: bool) -> HybridModel:
     """
     from hybrid.cli.download import obtain
 
+    check_temporary_folder()
     if model is not None:
         obtain(model, options, yes=yes)
     gc.disable()

@@ -19,6 +19,7 @@ import psutil
 from cpu_experts.jit import hostcpu
 from hybrid.ask.counts import whole_number
 from hybrid.ask.sizes import at_most
+from hybrid.machine import limits
 
 _GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _NVIDIA_SMI_TIMEOUT_S = 10
@@ -35,17 +36,26 @@ class Gpu:
 
 
 def usable_cores() -> int:
-    """Return how many physical cores this process may keep busy.
+    """Return how many physical cores this process does best to keep busy.
 
-    The smallest of the machine's physical cores, the process's CPU affinity and, in a
-    container, the control group's CPU quota.
+    Of those that its CPU affinity leaves, as many as finish equal shares of a work soonest (with
+    cores of two kinds those may be the fast ones alone), and no more than the control groups' CPU
+    quota.
     """
-    logical = os.cpu_count() or 1
-    cores = psutil.cpu_count(logical=False) or logical
+    speeds = limits.core_speeds()
+    if speeds:
+        cores = limits.fastest_number(speeds)
+    else:
+        cores = min(psutil.cpu_count(logical=False) or most_logical(), most_logical())
+    quota = limits.cpu_limit()
+    return max(1, cores if quota is None else min(cores, int(quota.value)))
+
+
+def most_logical() -> int:
+    """Return how many processors this process may run on at once, physical or not."""
     if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    quota = _cgroup_cpu_quota()
-    return max(1, cores if quota is None else min(cores, int(quota)))
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
 
 
 def default_threads() -> int:
@@ -68,11 +78,7 @@ def most_threads() -> int:
     ``NUMBA_NUM_THREADS`` if set, else as many as this process may run at once, physical or not.
     """
     chosen = _number_in("NUMBA_NUM_THREADS")
-    if chosen is not None:
-        return chosen
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+    return most_logical() if chosen is None else chosen
 
 
 def _number_in(variable: str) -> int | None:
@@ -106,15 +112,6 @@ def has_native_bf16() -> bool:
     return bool(hostcpu.processor().units)
 
 
-def _cgroup_cpu_quota() -> float | None:
-    """Return the CPUs that the control group grants, None when it sets no limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def cpu_name() -> str:
     """Return the processor's name as the operating system gives it."""
     try:
@@ -133,34 +130,35 @@ def checked_ram(asked: int | None) -> int | None:
     Raises
     ------
     UsageError
-        When more is asked for than this machine has.
+        When more is asked for than this machine has, or this process may take.
     """
-    total = psutil.virtual_memory().total
-    return None if asked is None else at_most(asked, total, "ram", "this machine")
+    if asked is None:
+        return None
+    limit = limited_memory()
+    holder = "this machine" if limit is None else f"this process ({limit.origin})"
+    return at_most(asked, memory_bytes(), "ram", holder)
+
+
+def limited_memory() -> limits.Limit | None:
+    """Return the limit on this process's memory, where it grants less than the machine has."""
+    limit = limits.memory_limit()
+    return limit if limit and limit.value < psutil.virtual_memory().total else None
+
+
+def memory_bytes() -> int:
+    """Return the memory that this process may take in all: the machine's, or the tightest limit."""
+    limit = limited_memory()
+    return int(psutil.virtual_memory().total if limit is None else limit.value)
 
 
 def available_memory_bytes() -> int:
     """Return the memory that can still be taken without swapping.
 
-    What the operating system says is available, and in a container no more than what its control
-    group has left; pages of files that can be read again count as free in both.
+    What the operating system says is available, and no more than what control groups and
+    ``ulimit`` leave; pages of files that can be read again count as free in all of them.
     """
-    free = int(psutil.virtual_memory().available)
-    left = _cgroup_memory_left()
-    return free if left is None else min(free, left)
-
-
-def _cgroup_memory_left() -> int | None:
-    """Return what the control group's memory limit leaves, None when it sets no limit."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        reclaimable = sum(int(counts[name]) for name in ("inactive_file", "active_file"))
-        return None if limit == "max" else max(0, int(limit) - used + reclaimable)
-    except (OSError, ValueError, KeyError):
-        return None
+    free, left = int(psutil.virtual_memory().available), limits.memory_left()
+    return free if left is None else min(free, int(left.value))
 
 
 def peak_memory_bytes() -> int:

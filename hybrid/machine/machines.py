@@ -59,7 +59,9 @@ class Machine:
             there is less memory than is asked for, or fewer threads.
         """
         vram_bytes, threads = options.vram_bytes, options.threads
-        ram_bytes = host.checked_ram(options.ram_bytes)
+        ram_bytes, limit = host.checked_ram(options.ram_bytes), host.limited_memory()
+        if ram_bytes is None and limit is not None:
+            ram_bytes = int(limit.value)
         if threads is not None:
             threads = host.check_threads(threads, host.most_threads())
         spec, gpu = calibrations.in_force(threads)

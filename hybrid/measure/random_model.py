@@ -29,6 +29,7 @@ from hybrid.weights.huge_pages import AlignedWriter
 from hybrid.weights.source_files import INDEX_NAME
 from hybrid.weights.store import DATA_NAME, StoreIndex, header_page
 from hybrid.weights.store import INDEX_NAME as STORE_INDEX
+from planner.describe.words import in_words
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _FOREIGN = ("quantization_config", "architectures", "transformers_version", "_name_or_path")
@@ -141,7 +142,7 @@ def check_room(settings: dict[str, Any], folder: Path, experts: str, dense: str 
     needed, free = random_bytes(settings, experts, dense), shutil.disk_usage(folder).free
     if needed > free:
         raise DiskSpaceError(
-            f"{folder} has {free / 2**30:.2f} GiB free, the model takes {needed / 2**30:.2f}",
+            f"{folder} has {in_words(free)} free, the model takes {in_words(needed)}",
             hint="set TMPDIR to a larger disk, or measure fewer layers",
         )
     return needed

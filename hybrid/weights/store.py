@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from hybrid.errors import StoreError
 from hybrid.formats.block import Block
 from hybrid.formats.errors import HybridError
 from hybrid.formats.strips import pad
+from hybrid.machine import host
 from hybrid.weights.huge_pages import ask_for_large_pages
 
 DATA_NAME = "experts.bin"
@@ -246,7 +246,7 @@ class ExpertStore:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise StoreError(f"cannot read {file_path}: {error.strerror}", hint=_REMAKE) from error
-        if size <= psutil.virtual_memory().total // 2:
+        if size <= host.memory_bytes() // 2:
             # A store that memory holds in part would lose room to neighbours it has no use for.
             ask_for_large_pages(mapped)
         store = cls(path, index, mapped)

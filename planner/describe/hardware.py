@@ -302,8 +302,7 @@ def _quantity(table: Fields, name: str) -> Quantity:
         )
     entry = Fields(raw, f"{table.where} {name}", _LIKE)
     entry.only(("value", "source", "from", "error"))
-    most = 1.0 if name in _RATIOS else 1e18
-    least = 1.0 if name == "cpu_slowdown" else 0.0
+    least, most = _range(name)
     value = entry.number("value", least=least, most=most)
     if value == 0 and name not in _MAY_BE_ZERO:
         raise SpecError(f"{entry.where} is 0", hint="sizes, rates and efficiencies are above 0")
@@ -314,6 +313,17 @@ def _quantity(table: Fields, name: str) -> Quantity:
         )
     error = entry.number("error") if entry.has("error") else None
     return Quantity(value, Source(word), entry.text("from"), error)
+
+
+def _range(name: str) -> tuple[float, float]:
+    """Return what a value may be; a rate in GB/s, say, is far out of it."""
+    if name in _RATIOS:
+        return 1e-3, 1.0
+    if name.endswith("_per_s"):
+        return 1e6, 1e18
+    if name.endswith("_s"):
+        return 0.0, 60.0
+    return (1.0, 1e3) if name == "cpu_slowdown" else (0.0, 1e18)
 
 
 def _entries(data: Mapping[str, Any], name: str, where: str) -> Iterator[Fields]:

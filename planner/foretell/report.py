@@ -114,6 +114,7 @@ def _summary(result: PlanResult) -> Table:
         rows.append(("verdict", f"does not fit: {result.fit.shortage}"))
         return Table("Plan", ("", ""), tuple(rows), prose=True)
     rate = request.batch / prediction.tpot.value
+    together = f" of all {request.batch} sequences" if request.batch > 1 else ""
     rows += [
         ("routing", f"{prediction.routing_origin} ({prediction.routing_source})"),
         ("verdict", "fits" + _disk_note(result)),
@@ -121,7 +122,7 @@ def _summary(result: PlanResult) -> Table:
         ("time to first token", f"{_duration(prediction.ttft, 's')} for {request.prompt} tokens"),
         (
             "time per token",
-            f"{_duration(prediction.tpot, 'ms')}, that is {rate:.1f} tokens/s",
+            f"{_duration(prediction.tpot, 'ms')}, that is {rate:.1f} tokens/s{together}",
         ),
         ("binding resource", prediction.binding),
         ("hit rate", f"{prediction.run.hit_rate:.1%}" + _prefetch_note(prediction)),

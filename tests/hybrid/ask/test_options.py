@@ -182,3 +182,11 @@ def test_a_model_is_found_however_it_is_named(tmp_path: Path) -> None:
     described.write_text("\n".join(["colour = 'red'", "[config]", *lines]))
     with pytest.raises(HybridError, match="unknown field 'colour'"):
         find_model(described)
+
+
+@pytest.mark.parametrize("asked", [{"experts": "q5_k"}, {"dense": "int3"}])
+def test_unknown_formats_are_refused_when_they_are_asked_for(asked):
+    """Before anything is imported or loaded, with the known ones."""
+    with pytest.raises(UsageError, match="unknown format") as caught:
+        Options.of(**asked)
+    assert "q8_0" in str(caught.value.hint)

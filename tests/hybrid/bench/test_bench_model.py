@@ -109,7 +109,9 @@ def test_a_full_disk_is_told_before_anything_is_written(
 ) -> None:
     """What is needed and what is free, and where to turn."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(DiskSpaceError, match=r"0\.00 GiB free") as caught:
+    with pytest.raises(
+        DiskSpaceError, match=r"1\.0 KiB free, the model takes [\d.]+ [KMG]iB"
+    ) as caught:
         check_room(read_spec(spec, 1)[1], tmp_path, "q4_0", None)
     assert "TMPDIR" in str(caught.value.hint)
 

@@ -9,7 +9,7 @@ import pytest
 
 from hybrid.cli import main
 from hybrid.errors import UsageError
-from hybrid.paths import cache_dir, make_cache_folder
+from hybrid.paths import cache_dir, check_temporary_folder, make_cache_folder
 from hybrid.weights.cache import converted_copy
 
 
@@ -59,3 +59,15 @@ def test_folders_of_the_cache_are_made(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "a" / "b"))
     assert make_cache_folder("c") == cache_dir() / "c"
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_no_temporary_folder_is_one_error(monkeypatch):
+    """torch cannot be imported then: what to set is said before that."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    with pytest.raises(UsageError, match="no folder for temporary files") as caught:
+        check_temporary_folder()
+    assert "TMPDIR" in str(caught.value.hint)
