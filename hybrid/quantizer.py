@@ -91,7 +91,8 @@ class HybridQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters and dense weights are; the experts stay as they are."""
+        return True
 
 
 def _match(
