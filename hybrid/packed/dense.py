@@ -26,7 +26,7 @@ from hybrid.grafts import (
     tie_again,
     untie,
 )
-from hybrid.packed.gradients import product, run_expert, trains
+from hybrid.packed.gradients import in_torch, product, run_expert
 from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
 
 #: Memory that is taken at a time for dense weights, and what each of them starts on.
@@ -111,7 +111,7 @@ class QuantizedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_no_gradients(self, x)
-        if trains(self.training, x, self.bias):
+        if in_torch(self.training, x, self.bias):
             with torch.autocast("cpu", enabled=False):
                 rows = x.reshape(-1, self.cols).float()
                 y = product(rows, self._bytes(), self.rows, self.weight_format)
@@ -162,7 +162,7 @@ class PackedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_no_gradients(self, x)
-        if trains(self.training, x):
+        if in_torch(self.training, x):
             with torch.autocast("cpu", enabled=False):
                 rows = x.reshape(-1, self.shape.hidden).float()
                 y = run_expert(self.block.numpy(), rows, self.shape, partial(gated, self.shape))

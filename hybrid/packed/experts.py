@@ -12,13 +12,13 @@ from torch import Tensor
 
 from cpu_experts.ffn import Ids, project_down, project_up, run_experts
 from gpu_experts.reference import sides_of
-from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
+from hybrid.anatomy.experts import ExpertsSpec, offer_experts_function, recognise_gating
 from hybrid.formats.block import Block
 from hybrid.formats.strips import F32
 from hybrid.grafts import expert_modules, runner_of
 from hybrid.packed import gradients
 from hybrid.packed.bf16_products import run_panels
-from hybrid.packed.gradients import trains
+from hybrid.packed.gradients import in_torch
 from hybrid.stopwatch import Stopwatch
 from hybrid.weights.store import U8, ExpertStore, LayerRecord
 
@@ -105,6 +105,7 @@ class LayerExperts:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        offer_experts_function()  # nobody may have loaded a model in this process
         store, record = self._place
         self.blocks = store.blocks(record)
 
@@ -138,7 +139,7 @@ class LayerExperts:
 
     def _compute(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         own = () if self.norm is None else self.norm.parameters()
-        if trains(self.spec.module.training, hidden, routing_weights, *own):
+        if in_torch(self.spec.module.training, hidden, routing_weights, *own):
             blocks, shape = self.blocks, self.shape
             return gradients.run_experts(
                 hidden, expert_ids, routing_weights, blocks, shape, self._expert(hidden.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cpu_experts.jit.workers import kernels_run
 from cpu_experts.kernels.widen import WIDENED, widen
 from gpu_experts.reference import dequantize
 from hybrid.errors import UsageError
@@ -37,12 +38,14 @@ _WEIGHTS = 1 << 22
 Gate = Callable[[Tensor], Tensor]
 
 
-def trains(training: bool, *tensors: Tensor | None) -> bool:
-    """Whether a call wants gradients, or is made by a module in training.
+def in_torch(training: bool, *tensors: Tensor | None) -> bool:
+    """Whether a call is computed here: it wants gradients, or its module is in training.
 
     Reentrant gradient checkpointing has a module in training compute once without gradients, and
-    again with them: it must come to the same.
+    again with them: it must come to the same. And in a forked child there are no kernels.
     """
+    if not kernels_run():
+        return True
     wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return training or (torch.is_grad_enabled() and wanted)
 
@@ -128,7 +131,7 @@ def _rows_of(packed: U8, rows: int, cols: int, fmt: str) -> Iterator[tuple[slice
         here = min(step, rows - first)
         piece = packed[first // TILE * strip :][: packed_bytes(here, cols, fmt)]
         piece.flags.writeable = False  # whoever owns it: one compiled signature
-        if fmt in WIDENED:
+        if fmt in WIDENED and kernels_run():
             values = np.empty((pad(here, TILE), pad(cols, GROUP)), np.float32)
             widen(piece, here, cols, fmt, values)
             found = torch.from_numpy(values)[:here, :cols]
