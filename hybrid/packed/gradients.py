@@ -1,4 +1,4 @@
-"""Packed weights in calls that want gradients: torch's arithmetic on the numbers they hold.
+"""Packed weights without kernels: torch's arithmetic on the numbers they hold, for gradients.
 
 The kernels know no derivatives, and where weights are quantized they round activations to int8,
 which has none. So what trains is computed in float32 on the dequantized weights, forwards and
@@ -7,7 +7,7 @@ code has the same of both with the same weights. The weights stay as they are.
 
 A few rows of a matrix are dequantized at a time, forwards and again backwards, and forgotten at
 once. Activations are kept for the way back as transformers keeps them, unless gradient
-checkpointing has them computed again.
+checkpointing has them computed again. A forked child, where no kernel runs, computes so, too.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run_experts(
         pairs = inside[ids[inside].argsort(stable=True)]
         loads = ids[pairs].bincount(minlength=len(blocks)).tolist()
         tokens = pairs // choices
-        each = x[tokens].split(loads)
+        each = x[tokens].split(loads)  # type: ignore[no-untyped-call]
         rows = [expert(blocks[e], each[e]) for e, load in enumerate(loads) if load]
         weights = routing_weights.float().cpu().reshape(-1)[pairs, None]
         out = torch.zeros_like(x).index_add(0, tokens, torch.cat(rows) * weights if rows else x[:0])
@@ -95,7 +95,8 @@ def run_expert(block: U8, x: Tensor, shape: Block, gate: Gate) -> Tensor:
     biases = None
     if shape.bias:
         floats = block[shape.bias_offset : shape.block_bytes].view(np.float32)
-        biases = torch.from_numpy(floats.copy()).split((shape.up_rows, len(floats) - shape.up_rows))
+        whole = torch.from_numpy(floats.copy())
+        biases = whole[: shape.up_rows], whole[shape.up_rows :]
         up = up + biases[0]
     down = block[shape.down_offset : shape.down_offset + shape.down_bytes]
     out = product(gate(up), down, d, shape.format)
@@ -114,7 +115,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, _, cols, _ = ctx.matrix
         found = grad.new_zeros(len(grad), cols)

@@ -135,7 +135,7 @@ def learned(model: Any) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **found}
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(quantized: Any, reentrant: bool) -> None:
     """Loss and gradients are those without it, although parts are computed without gradients."""
