@@ -1,8 +1,8 @@
 """The validated way in: run these experts, or this matrix, on these tokens.
 
 Everything a call needs besides its arguments lives in one workspace that grows to the largest
-call seen and is reused; a lock keeps calls one after the other. A process that has called
-a kernel cannot call one in a forked child: start children with ``spawn``.
+call seen and is reused; a lock keeps calls one after the other. In a child that was forked from a
+process that had called a kernel, a call raises: start children with ``spawn``.
 """
 
 from __future__ import annotations

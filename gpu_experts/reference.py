@@ -128,11 +128,22 @@ def activate(layout: Block, v: Tensor) -> Tensor:
     return v
 
 
+def sides_of(layout: Block, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up, ``[n, F]`` each, of the packed up side's product; up twice without a gate."""
+    # Strips of gate and up alternate: [n, strip, side, row] -> side, [n, F]
+    sides = y.view(
+        len(y), layout.padded_intermediate // TILE, 2 if layout.gated else 1, TILE
+    ).movedim(2, 0)
+    gate, up = (
+        side.reshape(len(y), layout.padded_intermediate)[:, : layout.intermediate]
+        for side in (sides[0], sides[-1])
+    )
+    return gate, up
+
+
 def gated(layout: Block, y: Tensor) -> Tensor:
     """What down multiplies, ``[n, F]``, of the packed up side's product ``[n, up_rows]``."""
-    # Strips of gate and up alternate: [n, strip, side, row] -> side, [n, F]
-    sides = y.view(len(y), -1, 2 if layout.gated else 1, TILE).movedim(2, 0)
-    gate, up = (sides[at].reshape(len(y), -1)[:, : layout.intermediate] for at in (0, -1))
+    gate, up = sides_of(layout, y)
     if math.isfinite(layout.limit):
         gate = gate.clamp(max=layout.limit)
         up = up.clamp(-layout.limit, layout.limit)

@@ -17,12 +17,12 @@ from typing import Any
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
-from hybrid.anatomy.experts import ExpertsSpec, find_experts
+from hybrid.anatomy.experts import ExpertsSpec, find_experts, offer_experts_function
 from hybrid.anatomy.text_part import leave_towers_out
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
-from hybrid.grafts import experts_forward, remove_parameters, set_runner, set_store
+from hybrid.grafts import remove_parameters, set_runner, set_store
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.store import DATA_NAME, ExpertStore, LayerRecord
 
@@ -99,14 +99,11 @@ class HybridQuantizer(HfQuantizer):
         return directory
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        from hybrid.anatomy.experts import IMPLEMENTATION
         from hybrid.fast.attach import attach_fast_path
         from hybrid.packed.bf16_products import panels_from
         from hybrid.packed.experts import LayerExperts
 
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        offer_experts_function()
         least_loads: dict[Block, int | None] = {}
         for spec, record in zip(self._specs, self._records, strict=True):
             shape = record.shape(self._store.index.format)
@@ -124,7 +121,8 @@ class HybridQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters and dense weights are; the experts stay as they are."""
+        return True
 
 
 def _match(

@@ -25,8 +25,7 @@ from hybrid.grafts import (
     replace_method,
 )
 
-#: Name under which the experts function is registered with transformers.
-IMPLEMENTATION = "hybrid"
+_IMPLEMENTATION = "hybrid"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +114,16 @@ class ExpertsSpec:
     def install(self, model: nn.Module) -> None:
         """Make the family call the store's experts."""
         if self.forward is None:
-            call_experts_function(self.module, IMPLEMENTATION)
+            call_experts_function(self.module, _IMPLEMENTATION)
         else:
             replace_method(model.get_submodule(self.forward_of), self.forward)
+
+
+def offer_experts_function() -> None:
+    """Let transformers' experts interface know our function by its name, in this process."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts_forward)
 
 
 def _on_interface(path: str, module: Any) -> ExpertsSpec:

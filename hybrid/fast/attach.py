@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 from transformers import DynamicCache
 
+from cpu_experts.jit.workers import kernels_run
 from hybrid.anatomy.samples import UnfitError
 from hybrid.errors import first_line
 from hybrid.fast.decode import GROWING, FastDecoder
@@ -334,6 +335,8 @@ class FastPath:
                 return name
         if torch.is_grad_enabled():
             return "gradients"
+        if not kernels_run():
+            return "a child of a process that had used the kernels"
         if model.training:
             return "training"
         if type(cache) is not DynamicCache or arguments.get("use_cache") is False:

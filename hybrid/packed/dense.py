@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cpu_experts.ffn import linear, run_experts
+from gpu_experts.reference import gated
 from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
 from hybrid.anatomy.names import MLP_PROJECTIONS
 from hybrid.errors import UnsupportedModelError, UsageError
@@ -24,6 +26,7 @@ from hybrid.grafts import (
     tie_again,
     untie,
 )
+from hybrid.packed.gradients import in_torch, product, run_expert
 from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
 
 #: Memory that is taken at a time for dense weights, and what each of them starts on.
@@ -108,9 +111,15 @@ class QuantizedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_no_gradients(self, x)
+        if in_torch(self.training, x, self.bias):
+            with torch.autocast("cpu", enabled=False):
+                rows = x.reshape(-1, self.cols).float()
+                y = product(rows, self._bytes(), self.rows, self.weight_format)
+                y = y if self.bias is None else y + self.bias.float()
+            return y.view(*x.shape[:-1], self.rows).to(x.dtype)
         flat = x.detach().reshape(-1, self.cols).float().contiguous()
         out = torch.empty(flat.shape[0], self.rows)
-        bias = None if self.bias is None else self.bias.float().numpy()
+        bias = None if self.bias is None else self.bias.detach().float().numpy()
         linear(flat.numpy(), self._bytes(), self.weight_format, bias, out.numpy())
         return out.view(*x.shape[:-1], self.rows).to(x.dtype)
 
@@ -153,6 +162,11 @@ class PackedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_no_gradients(self, x)
+        if in_torch(self.training, x):
+            with torch.autocast("cpu", enabled=False):
+                rows = x.reshape(-1, self.shape.hidden).float()
+                y = run_expert(self.block.numpy(), rows, self.shape, partial(gated, self.shape))
+            return y.view(x.shape).to(x.dtype)
         flat = x.detach().reshape(-1, self.shape.hidden).float().contiguous()
         ids = torch.zeros(len(flat), 1, dtype=torch.int64)
         out = torch.zeros_like(flat)

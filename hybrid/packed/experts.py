@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from cpu_experts.ffn import Ids, project_down, project_up, run_experts
-from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
+from gpu_experts.reference import sides_of
+from hybrid.anatomy.experts import ExpertsSpec, offer_experts_function, recognise_gating
 from hybrid.formats.block import Block
 from hybrid.formats.strips import F32
 from hybrid.grafts import expert_modules, runner_of
+from hybrid.packed import gradients
 from hybrid.packed.bf16_products import run_panels
+from hybrid.packed.gradients import in_torch
 from hybrid.stopwatch import Stopwatch
 from hybrid.weights.store import U8, ExpertStore, LayerRecord
 
@@ -101,6 +105,7 @@ class LayerExperts:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        offer_experts_function()  # nobody may have loaded a model in this process
         store, record = self._place
         self.blocks = store.blocks(record)
 
@@ -133,11 +138,30 @@ class LayerExperts:
         self._uncounted -= len(expert_ids)
 
     def _compute(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+        own = () if self.norm is None else self.norm.parameters()
+        if in_torch(self.spec.module.training, hidden, routing_weights, *own):
+            blocks, shape = self.blocks, self.shape
+            return gradients.run_experts(
+                hidden, expert_ids, routing_weights, blocks, shape, self._expert(hidden.dtype)
+            )
         if not self.own_gating:
             return compute_on_cpu(hidden, expert_ids, routing_weights, self)
         x, ids, weights = _on_host(hidden, expert_ids, routing_weights, self.shape.hidden)
         out = self._run_apart(x.numpy(), ids.numpy(), weights, hidden.dtype)
         return out.view(hidden.shape).to(hidden.device, hidden.dtype)
+
+    def _expert(self, dtype: torch.dtype) -> Callable[[U8, Tensor], Tensor]:
+        """Return what computes one expert in torch, with the family's own gating."""
+
+        def gate(up_side: Tensor) -> Tensor:
+            gate, up = sides_of(self.shape, up_side)
+            return self.spec.apply_gate(gate if self.shape.gated else None, up)
+
+        def expert(block: U8, x: Tensor) -> Tensor:
+            down = gradients.run_expert(block, x, self.shape, gate)
+            return down if self.norm is None else self.norm(down.to(dtype)).float()
+
+        return expert
 
     def _run_apart(
         self, x: np.ndarray, ids: np.ndarray, weights: Tensor, dtype: torch.dtype

@@ -84,6 +84,7 @@ class HybridModel:
             self.loaded.asked  # noqa: B018 (read while the directory is where it was)
         self._last: Generation | None = None
         self._turn = threading.Lock()
+        self._writer: int | None = None  # the thread whose turn it is
 
     @classmethod
     def from_pretrained(
@@ -181,6 +182,14 @@ class HybridModel:
         # First of all, so that a model without one is refused before it is converted.
         tokenizer = load_tokenizer(directory) if directory.is_dir() else None
         return cls(open_session(place, options, name), tokenizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy generates by itself, and has nothing to report yet."""
+        return vars(self) | {"_turn": None, "_writer": None, "_last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._turn = threading.Lock()
 
     @property
     def context(self) -> int | None:
@@ -371,16 +380,24 @@ class HybridModel:
         **options: Any,
     ) -> Generation:
         """Generate, in turn, and remember how that went; a ``kept`` cache is gone on from."""
+        if self._writer == threading.get_ident():
+            raise UsageError(
+                "the model was asked to generate by a callback of its own generate, which it "
+                "would wait for without end",
+                hint="let the callback return first, or load the model a second time",
+            )
         with self._turn:
             cache = None if kept is None else kept.begin(self.model, ids)
             if cache is not None:
                 options |= cache_argument(cache)
+            self._writer = threading.get_ident()
             try:
                 made = generate(self._session, ids, stream, **options)
                 if kept is not None and cache is not None:
                     kept.end(cache, [*ids[0].tolist(), *made.ids[0].tolist()])
                 return made
             finally:
+                self._writer = None
                 if stream.started:  # without its result, the caller's alone: it may hold a cache
                     self._last = stream.generation()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gpu_experts.device import Device
@@ -22,6 +23,7 @@ from hybrid.model import Model
 from hybrid.packed.bf16_products import panels_from
 from hybrid.packed.dense_move import move_dense
 from hybrid.packed.experts import LayerExperts
+from hybrid.packed.gradients import refuse_gradients
 from hybrid.sharing.budget import Budget, fitted
 from hybrid.sharing.device_guard import DeviceGuard
 from hybrid.sharing.device_slots import MakeDirector
@@ -52,7 +54,12 @@ class PlacedExperts:
         self.panels_from = experts.panels_from
 
     def __call__(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
-        return self.executor.run_layer(self.layer, hidden, expert_ids, routing_weights)
+        out = self.executor.run_layer(self.layer, hidden, expert_ids, routing_weights)
+        if not torch.is_grad_enabled():
+            return out
+        why = "gradients do not pass through experts that are shared with a device"
+        hint = "train on the CPU alone: load the model without a device, or with vram=0"
+        return refuse_gradients(out, hidden, routing_weights, why=why, hint=hint)
 
 
 RING_BYTES = 256 << 20

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hybrid.anatomy.experts import IMPLEMENTATION, ExpertsSpec, find_experts
-from hybrid.grafts import experts_forward
+from hybrid.anatomy.experts import ExpertsSpec, find_experts, offer_experts_function
 from massive import make_massive
 from tiny_families import LAYERS, VOCAB, families, multimodal, tiny_config
 
@@ -47,7 +45,7 @@ def routed_model(
         make_massive(model)
     model.to(dtype)
     specs = find_experts(model)
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    offer_experts_function()
     for spec in specs:
         module: Any = spec.module
         module.hybrid_experts = stand_in

@@ -110,7 +110,7 @@ def test_every_family_is_listed() -> None:
 
 @pytest.mark.parametrize("kind", sorted(ALL.keys() - UNSUPPORTED))
 def test_family_runs_from_the_store(kind: str, tmp_path: Path) -> None:
-    """f32 store: eager's logits to 1e-5 and its greedy text; q4_0: those of a reference.
+    """f32 store: eager's logits to 1e-5, its greedy text, its gradients; q4_0: a reference's.
 
     Both stores hold, byte for byte, what ``pack_expert`` makes of the model's weights, and no
     expert parameter stays in memory. Quantized dense matrices run like a reference too.
@@ -128,6 +128,7 @@ def test_family_runs_from_the_store(kind: str, tmp_path: Path) -> None:
     exact = loaded.from_pretrained(tmp_path / "f32", dtype=torch.float32)
     torch.testing.assert_close(logits(exact, ids), expected, rtol=1e-5, atol=1e-5)
     assert generate(exact, ids) == text
+    assert_same_gradients(exact, eager, ids)
     assert not moved & dict(exact.named_parameters()).keys()
     assert not moved & exact.state_dict().keys()
     own = {m.hybrid_experts.own_gating for m in exact.modules() if hasattr(m, "hybrid_experts")}
@@ -177,6 +178,20 @@ def test_family_with_massive_activations(kind: str, dtype: torch.dtype, tmp_path
     assert ("differs" in reason) == (kind in OTHER_ATTENTION), reason
     assert "another norm" not in reason
     assert "another way" not in reason
+
+
+def assert_same_gradients(model: Any, eager: Any, ids: Tensor) -> None:
+    """Prove that every dense parameter learns what it learns in a model with all its weights."""
+    for each in (model, eager):
+        each(input_ids=ids, labels=ids).loss.backward()
+    wanted = dict(eager.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in wanted.values() if p.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (wanted[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-5 * largest, msg=name
+            )
 
 
 def assert_runs_like(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from typing import Any
 
@@ -257,3 +259,22 @@ def test_a_prompts_progress_is_told(model: HybridModel) -> None:
         **GREEDY,
     )
     assert heard == [(512, 1200), (1024, 1200), (1200, 1200)]
+
+
+def test_generating_from_a_callback_is_refused(model: HybridModel) -> None:
+    """A call that would wait for itself raises; the model goes on afterwards."""
+
+    def again(_: str) -> None:
+        model.generate("x", max_new_tokens=1)
+
+    with pytest.raises(UsageError, match="callback of its own generate"):
+        model.generate("ab", max_new_tokens=4, on_text=again)
+    assert model.generate("ab", max_new_tokens=2) is not None
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_generate_by_themselves(model: HybridModel, how: str) -> None:
+    """The same text, and nothing reported that the original did."""
+    wanted = model.generate("ab", max_new_tokens=3, do_sample=False)
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert twin.generate("ab", max_new_tokens=3, do_sample=False) == wanted
