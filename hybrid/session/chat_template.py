@@ -14,8 +14,8 @@ from hybrid.errors import UsageError, first_line
 
 def templated(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> list[int]:
-    """Return the ids that ask for the answer to ``messages``.
+) -> str:
+    """Return the text that asks for the answer to ``messages``.
 
     Raises
     ------
@@ -24,7 +24,7 @@ def templated(
     """
     _check(messages)
     try:
-        text = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=False, **variables
         )
     except TemplateSyntaxError as error:
@@ -52,8 +52,7 @@ def templated(
             "the chat template makes an empty prompt of these messages",
             hint="give another one with --chat-template",
         )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return text
 
 
 def thinking_switches(template: str) -> dict[str, bool]:

@@ -292,15 +292,25 @@ class HybridModel:
 
         A text that has the token for its beginning already gets no second one.
         """
-        self._check_letters(text)
+        self._check_text(text)
         ids = self.tokenizer(text)["input_ids"]
         begin = self.tokenizer.bos_token
         if begin and text.startswith(begin) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
         return torch.tensor([ids], dtype=torch.long)
 
-    def _check_letters(self, text: str) -> None:
-        """Refuse a text that is too long whatever its tokens are, before it is cut into them."""
+    def _check_text(self, text: str) -> None:
+        """Refuse what no tokenizer takes: bytes that are no text, and what is too long in any case.
+
+        How long it is in tokens is known when it is cut into them, which takes minutes for some.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the text is not UTF-8 at letter {error.start}: {text[error.start]!r}",
+                hint="save it as UTF-8, or set the terminal to UTF-8",
+            ) from error
         if self.context is None or len(text) < _LONG:
             return
         least = len(text) // max(map(len, self.tokenizer.get_vocab()), default=1)
@@ -320,7 +330,10 @@ class HybridModel:
             When there is no chat template, or it refuses the messages.
         """
         self.require_chat_template()
-        return torch.tensor([templated(self.tokenizer, messages, template_args)], dtype=torch.long)
+        text = templated(self.tokenizer, messages, template_args)
+        self._check_text(text)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([ids], dtype=torch.long)
 
     def require_chat_template(self) -> None:
         """Raise UsageError when the tokenizer has no chat template."""
