@@ -95,7 +95,8 @@ class Options:
         UsageError
             When a value cannot be, or two contradict each other.
         """
-        check_formats(as_it_is.get("experts"), as_it_is.get("dense"))
+        if not prefix:  # a plan may be in any format that a checkpoint has, and says so itself
+            check_formats(as_it_is.get("experts"), as_it_is.get("dense"))
         name, vram_bytes = _device_name(device), size_in_bytes(vram, f"{prefix}vram")
         if name == "cpu" and vram_bytes:
             raise UsageError(

@@ -204,6 +204,7 @@ def replace_modules(places: Iterable[tuple[Any, str, nn.Module]]) -> None:
     emptied: list[Any] = []
     for owner, name, new in places:
         old: nn.Module = getattr(owner, name)
+        new.train(old.training)
         ordinary = [m for m in old.modules() if type(m) in (nn.Linear, nn.Embedding)]
         put_module(owner, name, new, back=bool(ordinary))
         emptied += ordinary

@@ -19,6 +19,7 @@ from hybrid.bench.sharing import RULES, Scene
 from hybrid.bench.stages import Emulated
 from hybrid.cli import main
 from hybrid.errors import UsageError
+from hybrid.machine import host
 from planner.cost.cost import CostModel
 from planner.decide.popularity import Popularity
 from planner.foretell.routing import synthetic
@@ -142,27 +143,22 @@ def test_devices_that_are_none_are_refused(
 def test_layers_fit_both_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as RAM has room for, and as the GPU has for slots and dense weights."""
     model, spec = small_model(), machine()
-    monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: _Free(1 << 40))
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: 1 << 40)
     assert bench._layers_that_fit(model, spec) == bench._layers_that_fit(model, spec, 0.5) == 6
     cost = CostModel(model, spec, "q4_0")
     layer = cost.experts.bytes * 16
-    monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: _Free(int(layer * 2.5 / 0.6)))
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: int(layer * 2.5 / 0.6))
     assert bench._layers_that_fit(model, spec, 0.5) == 2
-    monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: _Free(1 << 40))
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: 1 << 40)
     around = 4 * model.head_params + 2 * cost.experts.bytes
     dense = 2 * (model.layers[0].mixer.params + model.layers[0].ffn_params)
     vram = (around + 3.5 * (0.5 * layer + dense)) / 0.8
     assert bench._layers_that_fit(model, spec.with_values("gpu", vram_bytes=vram), 0.5) == 3
     with pytest.raises(UsageError, match="of the GPU's memory are free for it"):
         bench._layers_that_fit(model, spec.with_values("gpu", vram_bytes=around), 0.5)
-    monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: _Free(0))
+    monkeypatch.setattr(host, "available_memory_bytes", lambda: 0)
     with pytest.raises(UsageError, match=r"0\.00 GiB of memory are free for it"):
         bench._layers_that_fit(model, spec)
-
-
-class _Free:
-    def __init__(self, available: int) -> None:
-        self.available = available
 
 
 def test_a_prompts_ids_have_the_routings_loads() -> None:
