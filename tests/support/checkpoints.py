@@ -9,10 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hybrid.formats.errors import HybridError
+from hybrid.weights.checks import Checkpoint, check_files
+
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def refused(src: Path) -> HybridError:
+    """Return the one error that the checks of files end with; it has a hint."""
+    with pytest.raises(HybridError) as caught:
+        check_files(Checkpoint(src))
+    assert caught.value.hint
+    return caught.value
+
+
+def write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content))
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,15 @@ import pytest
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints import WEIGHTS, edit_config, read_weights, write_weights
+from checkpoints import (
+    INDEX,
+    WEIGHTS,
+    edit_config,
+    read_weights,
+    refused,
+    write_json,
+    write_weights,
+)
 from hybrid.ask.names import directory_name
 from hybrid.cli import main
 from hybrid.errors import CheckpointError
@@ -20,26 +28,6 @@ from hybrid.formats.errors import HybridError
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.checks import CHECKS, Checkpoint, check_files, findings
 from hybrid.weights.config import HybridConfig
-
-INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def src(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model to change."""
-    return shutil.copytree(tiny_model, tmp_path / "src")
-
-
-def refused(src: Path) -> HybridError:
-    """Return the one error that the checks of files end with; it has a hint."""
-    with pytest.raises(HybridError) as caught:
-        check_files(Checkpoint(src))
-    assert caught.value.hint
-    return caught.value
-
-
-def write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content))
 
 
 def split(src: Path, names: tuple[str, str]) -> dict[str, str]:

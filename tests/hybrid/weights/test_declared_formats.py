@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from checkpoints import WEIGHTS, edit_config, read_weights, write_weights
+from checkpoints import WEIGHTS, edit_config, read_weights, refused, write_json, write_weights
 from hybrid.errors import UnsupportedModelError
-from hybrid.formats.errors import HybridError
 from hybrid.weights.checks import Checkpoint, check_files
 from hybrid.weights.declared_formats import check_format
-
-INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def src(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model to change."""
-    return shutil.copytree(tiny_model, tmp_path / "src")
-
-
-def refused(src: Path) -> HybridError:
-    """Return the one error that the checks of files end with; it has a hint."""
-    with pytest.raises(HybridError) as caught:
-        check_files(Checkpoint(src))
-    assert caught.value.hint
-    return caught.value
-
-
-def write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
