@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import CheckpointError, DiskSpaceError, UsageError, first_line
+from hybrid.errors import CheckpointError, UsageError, first_line
+from hybrid.paths import require_room
 
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -161,7 +161,12 @@ def download(wanted: Manifest) -> Path:
     """
     from huggingface_hub import constants
 
-    room_for(Path(constants.HF_HUB_CACHE), wanted.missing_bytes, f"the download of {wanted.name}")
+    require_room(
+        Path(constants.HF_HUB_CACHE),
+        wanted.missing_bytes,
+        f"the download of {wanted.name} takes {{}}",
+        hint="free some space, or set HF_HOME to a folder on another disk",
+    )
     with _in_our_words(wanted.name, "its files"):
         import huggingface_hub
 
@@ -204,23 +209,6 @@ def kept_copy(name: HubName) -> Path | None:
 
 class UnreachableError(CheckpointError):
     """The hub does not answer, or may not be asked."""
-
-
-def room_for(folder: Path, wanted: int, what: str) -> None:
-    """Refuse to write ``wanted`` bytes to a folder whose disk has less.
-
-    Raises
-    ------
-    DiskSpaceError
-        Naming ``what``.
-    """
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free
-    if wanted > free:
-        raise DiskSpaceError(
-            f"{folder} has {free / 2**30:.1f} GiB free, {what} takes {wanted / 2**30:.1f} GiB",
-            hint="free some space, or set HF_HOME to a folder on another disk",
-        )
 
 
 def _state(name: HubName, **asked: Any) -> Any:

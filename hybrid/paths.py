@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from hybrid.errors import UsageError
+from hybrid.errors import DiskSpaceError, UsageError
+from planner.describe.words import in_words
 
 _ELSEWHERE = "set HYBRID_CACHE to a folder that can be written"
 
@@ -127,6 +129,22 @@ def check_writable(
         raise UsageError(
             f"{option} {file}: cannot write to {file.parent}",
             hint="choose a folder that exists and is yours",
+        )
+
+
+def require_room(folder: Path, wanted: int, what: str, *, hint: str) -> None:
+    """Refuse to write ``wanted`` bytes to a folder, or what will be one, whose disk has fewer.
+
+    Raises
+    ------
+    DiskSpaceError
+        With both; ``what`` is what takes them, such as "the model takes {}".
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if wanted > free:
+        raise DiskSpaceError(
+            f"{folder} has {in_words(free)} free, {what.format(in_words(wanted))}", hint=hint
         )
 
 

@@ -11,8 +11,8 @@ from hybrid.ask.asked_model import AskedModel, find_model
 from hybrid.ask.options import Options
 from hybrid.errors import UsageError
 from hybrid.formats.registry import weight_bytes
-from hybrid.hub import Manifest, UnreachableError, download, hub_name, kept_copy, manifest, room_for
-from hybrid.paths import cache_dir
+from hybrid.hub import Manifest, UnreachableError, download, hub_name, kept_copy, manifest
+from hybrid.paths import cache_dir, require_room
 from hybrid.planning.plan import machine_for, plan_on
 from hybrid.weights.declared_formats import check_format
 from planner.describe.words import in_words
@@ -58,7 +58,12 @@ def _announce(wanted: Manifest, options: Options, *, yes: bool) -> None:
         f"{wanted.name}: {in_words(wanted.missing_bytes)} to download, its packed weights take "
         f"about {in_words(packed)} more"
     )
-    room_for(cache_dir(), packed, f"{wanted.name} with packed weights")
+    require_room(
+        cache_dir(),
+        packed,
+        f"{wanted.name} with packed weights takes {{}}",
+        hint="free some space, or set HYBRID_CACHE to a folder on another disk",
+    )
     machine = machine_for(asked, None, options)
     if machine is not None:
         _foretell(plan_on(machine, asked, options), yes=yes)

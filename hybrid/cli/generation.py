@@ -26,8 +26,7 @@ def load(model: str | None, options: Options, *, yes: bool) -> HybridModel:
     from hybrid.cli.download import obtain
 
     check_temporary_folder()
-    if model is not None:
-        obtain(model, options, yes=yes)
+    directory = None if model is None else obtain(model, options, yes=yes)
     gc.disable()
     try:
         from transformers.utils import logging
@@ -35,7 +34,7 @@ def load(model: str | None, options: Options, *, yes: bool) -> HybridModel:
         from hybrid.session.model import HybridModel
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return HybridModel.open(model, options)
+        return HybridModel.open(directory, options, name=model)
     finally:
         gc.freeze()
         gc.enable()

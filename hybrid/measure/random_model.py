@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,16 +19,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import find_experts
-from hybrid.errors import DiskSpaceError
 from hybrid.formats.block import Block, pack_expert
 from hybrid.formats.matrix import pack, packed_bytes
 from hybrid.formats.registry import packs_dense
+from hybrid.paths import require_room
 from hybrid.weights.checkpoint import converted_config, layout
 from hybrid.weights.huge_pages import AlignedWriter
 from hybrid.weights.source_files import INDEX_NAME
 from hybrid.weights.store import DATA_NAME, StoreIndex, header_page
 from hybrid.weights.store import INDEX_NAME as STORE_INDEX
-from planner.describe.words import in_words
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _FOREIGN = ("quantization_config", "architectures", "transformers_version", "_name_or_path")
@@ -139,12 +137,9 @@ def check_room(settings: dict[str, Any], folder: Path, experts: str, dense: str 
     DiskSpaceError
         When it has not.
     """
-    needed, free = random_bytes(settings, experts, dense), shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{folder} has {in_words(free)} free, the model takes {in_words(needed)}",
-            hint="set TMPDIR to a larger disk, or measure fewer layers",
-        )
+    needed = random_bytes(settings, experts, dense)
+    hint = "set TMPDIR to a larger disk, or measure fewer layers"
+    require_room(folder, needed, "the model takes {}", hint=hint)
     return needed
 
 

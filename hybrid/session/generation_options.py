@@ -21,6 +21,9 @@ from hybrid.session.generation_stream import GenerationStream
 DEFAULT_NEW_TOKENS = 256
 
 _LENGTHS = ("max_length", "max_new_tokens")
+#: What only drawing takes, and what any choice does, with the values that change nothing.
+_DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+_PENALTIES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 class Limit(NamedTuple):
@@ -92,13 +95,12 @@ def text_options(
     asked to leave out.
     """
     settled: dict[str, Any] = {"max_new_tokens": new_tokens}
-    asked = {**_given(options.get("generation_config")), **options}
-    if asked.get("eos_token_id") is None and ends:
+    if setting(None, "eos_token_id", options) is None and ends:
         settled["eos_token_id"] = list(ends)
     if setting(config, "pad_token_id", options) is None and ends:
         settled["pad_token_id"] = ends[0]
     for name in ("num_beams", "num_return_sequences"):
-        if asked.get(name) is None and getattr(config, name, None) not in (None, 1):
+        if setting(None, name, options) is None and getattr(config, name, None) not in (None, 1):
             settled[name] = 1
     if setting(config, "do_sample", options) and setting(config, "top_k", options) is None:
         settled["top_k"] = 0
@@ -135,36 +137,16 @@ def end_tokens(network: Any, tokenizer: Any) -> list[int]:
 
 def sampling_told(config: Any, options: dict[str, Any]) -> str:
     """Say how the tokens of a call are chosen, and which of it is the model's own wish."""
-    asked = {**_given(options.get("generation_config")), **options}
-    own = []
-    told = []
     sampled = setting(config, "do_sample", options)
-    names = _DRAWING if sampled else ()
-    for name in (*names, *_PENALTIES):
-        value = asked.get(name)
-        if value is None:
-            value = getattr(config, name, None)
-            if value is None or value == _NOTHING.get(name):
-                continue
-            own.append(name)
-        elif value == _NOTHING.get(name):
+    told, own = [DRAWN if sampled else "the likeliest"], False
+    for name, nothing in (_DRAWING | _PENALTIES if sampled else _PENALTIES).items():
+        value = setting(config, name, options)
+        if value is None or value == nothing:
             continue
-        told.append(f"{name} {value}{'*' if name in own else ''}")
-    how = DRAWN if sampled else "the likeliest"
-    text = ", ".join((how, *told))
-    return f"{text} (* as the model's own settings ask)" if own else text
-
-
-_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-_PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
-_NOTHING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-_NOTHING |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""The values by which each changes nothing."""
-
-
-def _given(config: Any) -> dict[str, Any]:
-    """Return what a generation config sets."""
-    return {} if config is None else {k: v for k, v in config.to_dict().items() if v is not None}
+        wished = setting(None, name, options) is None
+        told.append(f"{name} {value}{'*' if wished else ''}")
+        own |= wished
+    return ", ".join(told) + (" (* as the model's own settings ask)" if own else "")
 
 
 def loop_options(network: Any, options: dict[str, Any], stream: GenerationStream) -> dict[str, Any]:

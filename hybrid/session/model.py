@@ -21,7 +21,6 @@ from hybrid.ledger.metrics import LANES, RunReport
 from hybrid.loading import model_directory
 from hybrid.paths import write_whole
 from hybrid.session.answer_stream import AnswerStream
-from hybrid.session.chat_template import templated
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
     check_length,
@@ -33,6 +32,7 @@ from hybrid.session.generation_options import (
 )
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
 from hybrid.session.kept_cache import KeptCache
+from hybrid.session.prompt_ids import chat_ids, text_ids
 from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
@@ -44,10 +44,6 @@ from planner.errors import PlannerError
 from planner.foretell.perfetto import trace_events
 
 Message = dict[str, Any]
-
-
-_LONG = 1_000_000
-"""Letters of a text that are worth a look before it is cut into tokens, which takes seconds."""
 
 
 class HybridModel:
@@ -174,14 +170,18 @@ class HybridModel:
         return cls.open(path, options)
 
     @classmethod
-    def open(cls, path: str | PathLike[str] | None, options: Options) -> HybridModel:
-        """Load a model directory as :meth:`from_pretrained` does, with what is asked for."""
-        name = "demo" if path is None else str(path)
-        place = demo_path() if name == "demo" else name
-        directory = model_directory(place)
+    def open(
+        cls, path: str | PathLike[str] | None, options: Options, *, name: str | None = None
+    ) -> HybridModel:
+        """Load a model directory as :meth:`from_pretrained` does, with what is asked for.
+
+        ``name`` is what the user calls it, where that is not ``path``.
+        """
+        called = "demo" if path is None else str(path)
+        directory = model_directory(demo_path() if called == "demo" else called)
         # First of all, so that a model without one is refused before it is converted.
         tokenizer = load_tokenizer(directory) if directory.is_dir() else None
-        return cls(open_session(place, options, name), tokenizer)
+        return cls(open_session(directory, options, name or called), tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy generates by itself, and has nothing to report yet."""
@@ -292,34 +292,7 @@ class HybridModel:
 
         A text that has the token for its beginning already gets no second one.
         """
-        self._check_text(text)
-        ids = self.tokenizer(text)["input_ids"]
-        begin = self.tokenizer.bos_token
-        if begin and text.startswith(begin) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = ids[1:]
-        return torch.tensor([ids], dtype=torch.long)
-
-    def _check_text(self, text: str) -> None:
-        """Refuse what no tokenizer takes: bytes that are no text, and what is too long in any case.
-
-        How long it is in tokens is known when it is cut into them, which takes minutes for some.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the text is not UTF-8 at letter {error.start}: {text[error.start]!r}",
-                hint="save it as UTF-8, or set the terminal to UTF-8",
-            ) from error
-        if self.context is None or len(text) < _LONG:
-            return
-        least = len(text) // max(map(len, self.tokenizer.get_vocab()), default=1)
-        if least >= self.context:
-            raise UsageError(
-                f"the prompt has {len(text)} letters, {least} tokens or more, and the model's "
-                f"context is {self.context}",
-                hint="shorten the prompt",
-            )
+        return torch.tensor([text_ids(self.tokenizer, text, self.context)], dtype=torch.long)
 
     def encode_chat(self, messages: Sequence[Message], **template_args: Any) -> torch.Tensor:
         """Return the ids ``[1, T]`` that ask for the answer to ``messages``.
@@ -330,9 +303,7 @@ class HybridModel:
             When there is no chat template, or it refuses the messages.
         """
         self.require_chat_template()
-        text = templated(self.tokenizer, messages, template_args)
-        self._check_text(text)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = chat_ids(self.tokenizer, messages, template_args, self.context)
         return torch.tensor([ids], dtype=torch.long)
 
     def require_chat_template(self) -> None:

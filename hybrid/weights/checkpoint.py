@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +27,12 @@ from hybrid.ask.formats import DEFAULT_EXPERTS, check_formats
 from hybrid.ask.names import directory_name
 from hybrid.errors import (
     CheckpointError,
-    DiskSpaceError,
     UnsupportedModelError,
     first_line,
 )
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
+from hybrid.paths import require_room
 from hybrid.transformers_api import auto_class
 from hybrid.weights.checks import CHECKS, Checkpoint, check_directory, check_files, findings
 from hybrid.weights.config import HybridConfig
@@ -46,7 +45,6 @@ from hybrid.weights.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecor
 from hybrid.weights.tensor_files import TensorReader, check_digests, identity
 from hybrid.weights.tokenizer import check_tokenizer
 from hybrid.weights.weight_map import WeightMap, left_out
-from planner.describe.words import in_words
 
 #: Called with bytes written so far, bytes in all, and what is being written.
 Progress = Callable[[int, int, str], None]
@@ -139,7 +137,12 @@ def convert(
         for note in ready.notes:
             tell(note)
         partial.begin(index.id)
-        _check_room(partial, index.nbytes + plan.nbytes)
+        require_room(
+            partial.path.parent,
+            index.nbytes + plan.nbytes - partial.nbytes,
+            "the conversion writes {} more",
+            hint="free some space or choose a destination on another disk",
+        )
         told = _Told(progress, index.nbytes - PAGE_BYTES + plan.nbytes)
         with partial.reporting_full_disk():
             index, resumed = write_experts(partial, ready.weights, ready.specs, index, told.advance)
@@ -377,17 +380,6 @@ def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
         records.append(record)
         offset += record.nbytes(fmt)
     return tuple(records)
-
-
-def _check_room(partial: Partial, wanted: int) -> None:
-    wanted -= partial.nbytes
-    free = shutil.disk_usage(partial.path).free
-    if wanted > free:
-        raise DiskSpaceError(
-            f"{partial.path.parent} has {in_words(free)} free, "
-            f"the conversion writes {in_words(wanted)} more",
-            hint="free some space or choose a destination on another disk",
-        )
 
 
 def converted_config(
