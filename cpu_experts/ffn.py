@@ -8,7 +8,6 @@ process that had called a kernel, a call raises: start children with ``spawn``.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,53 +18,13 @@ from cpu_experts.jit.workers import LOCK, used_threads
 from cpu_experts.kernels import experts as kernels
 from cpu_experts.kernels.micro import code_offset
 from cpu_experts.kernels.records import EXPERTS, Experts, fill_record
+from cpu_experts.workspace import WORKSPACE, Ids, Workspace, check_ids, read_only, sorted_pairs
 from hybrid.formats.activations import activation_bytes
 from hybrid.formats.block import Block, separate
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.matrix import packed_bytes
 from hybrid.formats.registry import format_of
 from hybrid.formats.strips import F32, TILE, U8, pad
-
-Ids = NDArray[np.int32] | NDArray[np.int64]
-
-
-@dataclass
-class _Workspace:
-    """Named buffers, each as large as the largest call so far asked for.
-
-    ``addresses`` are those of the buffers of :data:`kernels.BUFFERS`, in their order; ``fits``
-    are the sizes that they were last made large enough for.
-    """
-
-    buffers: dict[str, U8] = field(default_factory=dict)
-    addresses: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(len(kernels.BUFFERS), np.int64)
-    )
-    fits: tuple[int, ...] = ()
-
-    def get(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
-        self.reserve(name, size * np.dtype(dtype).itemsize)
-        return self.buffers[name].view(dtype)
-
-    def reserve(self, name: str, n_bytes: int) -> None:
-        """Make a buffer at least ``n_bytes`` large, whole cache lines."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.size < n_bytes:
-            size = pad(max(n_bytes, 1), 64)
-            memory = np.zeros(size + 64, np.uint8)
-            start = -memory.ctypes.data % 64
-            buffer = self.buffers[name] = memory[start : start + size]
-            if name in kernels.BUFFERS:
-                self.addresses[kernels.BUFFERS.index(name)] = buffer.ctypes.data
-
-    def scratch(self, threads: int) -> F32:
-        """Scratch rows of the threads."""
-        width = kernels.SCRATCH_WIDTH
-        rows = self.get("scratch", threads * width, np.float32)
-        return rows[: threads * width].reshape(threads, width)
-
-
-_WORKSPACE = _Workspace()
 
 
 class _Prepared(NamedTuple):
@@ -111,38 +70,14 @@ def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
     if not packing.quantized:
         return x.reshape(-1).view(np.uint8), 4 * cols, packing.units(cols)
     stride = activation_bytes(cols)
-    act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
-    scratch = _WORKSPACE.scratch(threads)
+    act = WORKSPACE.get("activations", tokens * stride, np.uint8)
+    scratch = WORKSPACE.scratch(threads)
     kernels.quantize_rows(x, np.int32(code_offset(fmt)), scratch, act, stride, threads)
     return act, stride, packing.units(cols)
 
 
-def _pairs(expert_ids: Ids, num_experts: int) -> tuple[int, Any, Any, Any]:
-    """Sort the router's choice by expert: active experts, their ids, their runs, the pairs."""
-    flat = np.ascontiguousarray(expert_ids.reshape(-1), dtype=np.int64)
-    experts = _WORKSPACE.get("experts", num_experts + 1, np.int64)
-    first = _WORKSPACE.get("first", num_experts + 1, np.int64)[: num_experts + 1]
-    pairs = _WORKSPACE.get("pairs", max(flat.size, 1), np.int32)
-    return kernels.sort_pairs(flat, num_experts, experts, first, pairs), experts, first, pairs
-
-
-def _check_ids(expert_ids: Ids, tokens: int) -> None:
-    if expert_ids.ndim != 2 or expert_ids.shape[0] != tokens or expert_ids.dtype.kind not in "iu":
-        raise ShapeError(
-            f"expert_ids are {expert_ids.dtype} {list(expert_ids.shape)} for {tokens} tokens;"
-            f" they must be integers [{tokens}, choices]"
-        )
-
-
-def _read_only(weights: U8) -> U8:
-    """A flat view that kernels cannot write: one compiled signature for mapped and own memory."""
-    flat = weights.reshape(-1)
-    flat.flags.writeable = False
-    return flat
-
-
 def _reserve(
-    work: _Workspace,
+    work: Workspace,
     tokens: int,
     pairs: int,
     num_experts: int,
@@ -201,12 +136,12 @@ def run_experts(
     check_matrix("x", x, (None, shape.hidden))
     check_matrix("out", out, x.shape)
     check_matrix("routing_weights", routing_weights, expert_ids.shape)
-    _check_ids(expert_ids, x.shape[0])
+    check_ids(expert_ids, x.shape[0])
     ids = np.ascontiguousarray(expert_ids, np.int64)
     threads = used_threads()
     with LOCK:
         layer = _prepare(blocks, shape, threads)
-        work = _WORKSPACE
+        work = WORKSPACE
         sizes = (len(x), ids.size, len(blocks), layer.act_stride, layer.h_stride, threads)
         if work.fits != sizes:
             _reserve(work, *sizes)
@@ -229,7 +164,7 @@ def _project(
 ) -> None:
     """Write one matrix's product for every (token, choice) pair to ``out`` ``[pairs, rows]``."""
     with LOCK:
-        active, experts, first, pairs = _pairs(expert_ids, num_experts)
+        active, experts, first, pairs = sorted_pairs(expert_ids, num_experts)
         if active == 0:
             return
         threads = used_threads()
@@ -253,8 +188,8 @@ def _project(
             rows,
             targets,
             max(1, min(4, strips // (8 * threads))),
-            _WORKSPACE.get("counter", 4, np.int64),
-            _WORKSPACE.scratch(threads),
+            WORKSPACE.get("counter", 4, np.int64),
+            WORKSPACE.scratch(threads),
             threads,
             out,
         )
@@ -281,12 +216,12 @@ def project_up(x: F32, expert_ids: Ids, blocks: U8, shape: Block) -> tuple[F32 |
         When shapes, types or layouts disagree.
     """
     check_matrix("x", x, (None, shape.hidden))
-    _check_ids(expert_ids, x.shape[0])
+    check_ids(expert_ids, x.shape[0])
     out = np.zeros((expert_ids.size, shape.up_rows), np.float32)
     _project(
         x,
         expert_ids,
-        _read_only(Experts(blocks=blocks, shape=shape).blocks),
+        read_only(Experts(blocks=blocks, shape=shape).blocks),
         blocks.shape[0],
         blocks.shape[1],
         shape.format,
@@ -324,7 +259,7 @@ def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: Block) -> F32:
     _project(
         h,
         expert_ids,
-        _read_only(Experts(blocks=blocks, shape=shape).blocks),
+        read_only(Experts(blocks=blocks, shape=shape).blocks),
         blocks.shape[0],
         blocks.shape[1],
         shape.format,
@@ -364,6 +299,6 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
     size = packed_bytes(out.shape[1], x.shape[1], fmt)
     check_packed(weight, out.shape[1], x.shape[1], fmt, size)
     ids = np.zeros((x.shape[0], 1), np.int64)
-    _project(x, ids, _read_only(weight), 1, size, fmt, 0, -1, True, out)
+    _project(x, ids, read_only(weight), 1, size, fmt, 0, -1, True, out)
     if bias is not None:
         out += bias

@@ -100,15 +100,15 @@ class HybridQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from hybrid.fast.attach import attach_fast_path
-        from hybrid.packed.bf16_products import panels_from
         from hybrid.packed.experts import LayerExperts
+        from hybrid.packed.first_measure import panels_of
 
         offer_experts_function()
         least_loads: dict[Block, int | None] = {}
         for spec, record in zip(self._specs, self._records, strict=True):
             shape = record.shape(self._store.index.format)
             if shape not in least_loads:
-                least_loads[shape] = panels_from(shape)
+                least_loads[shape] = panels_of(shape, model.dtype)
             runner = LayerExperts(spec, self._store, record, least_loads[shape])
             set_runner(spec.module, runner)
             spec.install(model)

@@ -144,7 +144,7 @@ def quantize_rows(x, offset, scratch, act, stride, threads):
 
 
 @kernel()
-def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at):
+def activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at):
     """Write ``act(gate) * up`` (or ``act(up)``) of 16 rows to ``buf[out_at:]``."""
     if gated and limit < np.inf:
         for i in range(TILE):
@@ -217,7 +217,7 @@ def up_items(
                     gate = (half * sides * ROWS + t) * TILE
                     up = ((half * sides + sides - 1) * ROWS + t) * TILE
                     out = h_at + t * GROUP + half * TILE
-                    _activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
+                    activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
                 own = h_at + t * GROUP
                 width = min(GROUP, intermediate - group * GROUP)
                 if is_quantized(fmt):

@@ -84,7 +84,7 @@ class Loop(ABC):
         """Emit the loop over ``inner`` units; return the sums ``[n][parts]`` as float vectors."""
 
 
-class _Quantized(Loop):
+class Quantized(Loop):
     """Groups of int8 products, 4 neighbouring ones added up at a time, a lane a row."""
 
     #: Whether weight bytes are signed, which vpdpbusd's first operand is not.
@@ -213,7 +213,7 @@ def _madd_words(b: Builder, words: Value) -> Value:
     return call(b, "llvm.x86.avx2.pmadd.wd", _INTS, [words, const(_WORDS, 1)])
 
 
-class _Q4(_Quantized):
+class _Q4(Quantized):
     """q4_0: of a chunk the low nibbles, then the high ones."""
 
     offset = 8
@@ -230,7 +230,7 @@ class _Q4(_Quantized):
         return 4 * (step // 2) + 16 * (step % 2)
 
 
-class _Q8(_Quantized):
+class _Q8(Quantized):
     """q8_0: bytes as they are on AVX2, shifted by 128 to be unsigned elsewhere."""
 
     offset = 0 if LEVEL == "avx2" else 128

@@ -134,7 +134,7 @@ def _threads() -> Finding:
 
 
 def _calibration() -> Finding:
-    """Tell whether this machine was measured: needed to predict, and to use bfloat16 units well."""
+    """Tell whether this machine was measured: needed to predict, and to use bfloat16 units best."""
     identity = Identity.of_this_machine()
     damaged = calibrations.damage(identity)
     if damaged is not None:
@@ -144,7 +144,7 @@ def _calibration() -> Finding:
     told = f"none, {calibrations.missing(identity)}: nothing is predicted"
     units = bool(hostcpu.processor().units)
     if units:
-        told += ", and experts in prompts do without the bfloat16 units"
+        told += ", and prompts use the bfloat16 units by a first rough measurement"
     return Finding("calibration", told, units, calibrations.REMEDY)
 
 

@@ -1,11 +1,12 @@
-"""Experts of many tokens through torch's bfloat16 products, where those are the faster ones.
+"""Products of many tokens in bfloat16, where those are the faster ones.
 
-Our int8 kernels multiply a token with packed weights as they are. Where the processor has matrix
-units for bfloat16, it pays from some load on to lay an expert's matrices out as torch takes them
-and to let it multiply (oneDNN): which load that is a calibration measures, beside the kernels and
-with the same tokens. Without a calibration, and on processors without such units, it is never.
-What is laid out at a time is bounded, whatever a model's experts and prompts are: no budget has to
-know of it.
+Our int8 kernels multiply a token with packed weights as they are. Where the processor has units
+for bfloat16, it pays from some number of tokens on to widen a matrix first: into tiles of AMX
+(:mod:`cpu_experts.tiles`), or else as torch takes them, which then multiplies (oneDNN). From how
+many on is measured: roughly when a model is first loaded (``first_measure.py``), and for experts
+of a certain shape, beside the kernels and with the same tokens, by a calibration. On processors
+without such units it is never. What is widened at a time is bounded, whatever a model's matrices
+and prompts are: no budget has to know of it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cpu_experts.ffn import Ids
+from cpu_experts import tiles
 from cpu_experts.kernels.widen import WIDENED, widen
+from cpu_experts.workspace import Ids
 from gpu_experts.reference import gated
 from hybrid.formats.block import Block
 from hybrid.formats.registry import format_of
@@ -37,6 +39,11 @@ _TOKENS = 512
 def offered(shape: Block) -> bool:
     """Whether it is worth measuring for experts of this shape."""
     return has_native_bf16() and shape.format in WIDENED
+
+
+def multiplier() -> str:
+    """What multiplies, in the words of reports."""
+    return "matrix units (AMX) in bfloat16" if tiles.available() else "torch's bfloat16"
 
 
 def panels_from(shape: Block, hardware: HardwareSpec | None = None) -> int | None:
@@ -59,12 +66,18 @@ def panels_from(shape: Block, hardware: HardwareSpec | None = None) -> int | Non
 
 def faster_from(spec: HardwareSpec, shape: Block) -> int | None:
     """Return :func:`least_load` of what a calibration measured."""
-    wanted = (shape.hidden, shape.intermediate, shape.format)
-    points = [p for p in spec.points if (p.hidden, p.intermediate, p.format) == wanted]
-    kernels, panels = (
-        {p.load: p.seconds for p in points if p.lane == lane} for lane in ("cpu", PANELS)
-    )
-    return least_load(kernels, panels)
+    return least_load(_seconds(spec, shape, "cpu"), _seconds(spec, shape, PANELS))
+
+
+def measured(spec: HardwareSpec, shape: Block) -> bool:
+    """Whether a calibration measured experts of this shape both ways."""
+    return bool(_seconds(spec, shape, "cpu") and _seconds(spec, shape, PANELS))
+
+
+def _seconds(spec: HardwareSpec, shape: Block, lane: str) -> dict[int, float]:
+    wanted = (shape.hidden, shape.intermediate, shape.format, lane)
+    points = [p for p in spec.points if (p.hidden, p.intermediate, p.format, p.lane) == wanted]
+    return {point.load: point.seconds for point in points}
 
 
 def least_load(kernels_s: Mapping[int, float], panels_s: Mapping[int, float]) -> int | None:
@@ -94,6 +107,9 @@ class _Memory:
 
     def panel(self, packed: U8, rows: int, cols: int, fmt: str) -> Tensor:
         """Return ``[rows, cols]``, valid until the next call."""
+        if fmt == "bf16":
+            strips = torch.from_numpy(packed).view(torch.bfloat16).view(-1, cols, TILE)
+            return strips.transpose(1, 2).reshape(-1, cols)[:rows]
         shape = (pad(rows, TILE), pad(cols, GROUP))
         size = shape[0] * shape[1]
         if self._floats.size < size:
@@ -135,6 +151,8 @@ def run_panels(
     """
     if len(x) < least_load:
         return expert_ids
+    if tiles.takes(shape.format, shape.hidden, shape.intermediate):
+        return _in_tiles(x, expert_ids, routing_weights, blocks, shape, least_load, out)
     ids, count, choices = torch.from_numpy(expert_ids), len(blocks), expert_ids.shape[1]
     hidden, total = torch.from_numpy(x), torch.from_numpy(out)
     weights, flat = torch.from_numpy(routing_weights).reshape(-1), ids.reshape(-1)
@@ -152,6 +170,39 @@ def run_panels(
             left[pairs] = -1
     remaining: Ids = left.view(ids.shape).numpy()
     return remaining
+
+
+def _in_tiles(
+    x: F32,
+    expert_ids: Ids,
+    routing_weights: F32,
+    blocks: U8,
+    shape: Block,
+    least_load: int,
+    out: F32,
+) -> Ids:
+    """Do what :func:`run_panels` does, in tiles."""
+    count = len(blocks)
+    inside = (expert_ids >= 0) & (expert_ids < count)
+    loads = np.bincount(expert_ids[inside], minlength=count)
+    many = inside & (loads >= max(1, least_load))[np.where(inside, expert_ids, 0)]
+    if many.any():
+        chosen = np.where(many, expert_ids, -1)
+        tiles.run_experts(x, chosen, routing_weights, blocks, shape, out)
+    left = expert_ids.copy()
+    left[many] = -1
+    return left
+
+
+def multiply(x: Tensor, packed: U8, rows: int, fmt: str) -> Tensor:
+    """Return the products ``[T, rows]`` float32 of ``x`` ``[T, cols]`` with a packed matrix."""
+    cols = x.shape[1]
+    if not tiles.takes(fmt, cols):
+        with _MEMORY.lock:
+            return _multiply(x, packed, rows, cols, fmt)
+    out = torch.empty(len(x), rows)
+    tiles.linear(x.float().contiguous().numpy(), packed, fmt, None, out.numpy())
+    return out
 
 
 def _expert(shape: Block, block: U8, x: Tensor) -> Tensor:

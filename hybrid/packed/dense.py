@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cpu_experts.ffn import linear, run_experts
+from cpu_experts.ffn import linear
 from gpu_experts.reference import gated
 from hybrid.anatomy.experts import ExpertsSpec, recognise_gating
 from hybrid.anatomy.names import MLP_PROJECTIONS
@@ -26,6 +27,9 @@ from hybrid.grafts import (
     tie_again,
     untie,
 )
+from hybrid.packed.bf16_products import multiply
+from hybrid.packed.experts import BareLayer, add_on_cpu
+from hybrid.packed.first_measure import least_tokens
 from hybrid.packed.gradients import in_torch, product, run_expert
 from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
 
@@ -118,6 +122,10 @@ class QuantizedLinear(_Packed):
                 y = y if self.bias is None else y + self.bias.float()
             return y.view(*x.shape[:-1], self.rows).to(x.dtype)
         flat = x.detach().reshape(-1, self.cols).float().contiguous()
+        if _in_bf16(x, len(flat), self.weight_format):
+            out = multiply(flat, self._bytes(), self.rows, self.weight_format)
+            out = out if self.bias is None else out + self.bias.detach().float()
+            return out.view(*x.shape[:-1], self.rows).to(x.dtype)
         out = torch.empty(flat.shape[0], self.rows)
         bias = None if self.bias is None else self.bias.detach().float().numpy()
         linear(flat.numpy(), self._bytes(), self.weight_format, bias, out.numpy())
@@ -170,11 +178,19 @@ class PackedMlp(nn.Module):
         flat = x.detach().reshape(-1, self.shape.hidden).float().contiguous()
         ids = torch.zeros(len(flat), 1, dtype=torch.int64)
         out = torch.zeros_like(flat)
-        block = self.block.numpy()[None]
-        run_experts(
-            flat.numpy(), ids.numpy(), torch.ones(ids.shape).numpy(), block, self.shape, out.numpy()
-        )
+        layer = BareLayer(self.block.numpy()[None], self.shape)
+        if _in_bf16(x, len(flat), self.shape.format):
+            layer = replace(layer, panels_from=1)
+        add_on_cpu(flat.numpy(), ids.numpy(), torch.ones(ids.shape).numpy(), layer, out.numpy())
         return out.view(x.shape).to(x.dtype)
+
+
+def _in_bf16(x: Tensor, tokens: int, fmt: str) -> bool:
+    """Whether products in bfloat16 are right and the faster ones for so many tokens."""
+    if tokens < 2 or x.dtype != torch.bfloat16:
+        return False
+    least = least_tokens(fmt)
+    return least is not None and tokens >= least
 
 
 def _check_no_gradients(module: nn.Module, x: Tensor) -> None:

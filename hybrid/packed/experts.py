@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpu_experts.ffn import Ids, project_down, project_up, run_experts
+from cpu_experts.ffn import project_down, project_up, run_experts
+from cpu_experts.workspace import Ids
 from gpu_experts.reference import sides_of
 from hybrid.anatomy.experts import ExpertsSpec, offer_experts_function, recognise_gating
 from hybrid.formats.block import Block

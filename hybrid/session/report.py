@@ -16,6 +16,7 @@ from hybrid.ledger.slow_paths import slow_paths
 from hybrid.machine import host
 from hybrid.machine.calibrations import Identity, damage
 from hybrid.model import Model
+from hybrid.packed.bf16_products import multiplier
 from hybrid.sharing.placement import Placement
 
 
@@ -160,9 +161,9 @@ def many_tokens(model: Model, *, shared: bool) -> str:
     loads = [runner.panels_from for runner in model.layers if not runner.own_gating]
     if found := [load for load in loads if load is not None]:
         least = min(found)
-        return f"{where}torch's bfloat16 from {least} tokens on (measured), packed kernels below"
+        return f"{where}{multiplier()} from {least} tokens on (measured), packed kernels below"
     if host.has_native_bf16():
-        return f"{where}packed kernels (no calibration found torch's bfloat16 faster)"
+        return f"{where}packed kernels (nothing measured found {multiplier()} faster)"
     if hostcpu.actual().units:
         return f"{where}packed kernels ({hostcpu.ENVIRONMENT_VARIABLE} hides the bfloat16 units)"
     return f"{where}packed kernels (this processor has no bfloat16 units)"

@@ -67,12 +67,30 @@ def activation(kind: str, alpha: float, v: float) -> float:
     return v
 
 
-def expert(shape: Block, weights: ExpertWeights, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """One expert on one token ``[D]``, with the roundings that the format's kernels make."""
-    seen = round_activations(x[None])[0] if is_quantized(shape.format) else x
+def to_bf16(x: NDArray) -> NDArray[np.float32]:
+    """Rounded to 8 bits of mantissa, halves to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    even = (bits >> 16) & 1
+    return ((bits + 0x7FFF + even) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def expert(
+    shape: Block, weights: ExpertWeights, x: NDArray[np.float32], bf16: bool = False
+) -> NDArray[np.float64]:
+    """One expert on one token ``[D]``, with the roundings that the format's kernels make.
+
+    With ``bf16`` it is those of products in bfloat16 instead.
+    """
+
+    def rounded(v: NDArray) -> NDArray:
+        if bf16:
+            return to_bf16(v)
+        return round_activations(v.astype(np.float32)[None])[0] if is_quantized(shape.format) else v
+
+    seen = rounded(x)
 
     def project(w: NDArray[np.float32], b: NDArray[np.float32] | None, v: NDArray) -> NDArray:
-        y = w.astype(np.float64) @ v.astype(np.float64)
+        y = (to_bf16(w) if bf16 else w).astype(np.float64) @ v.astype(np.float64)
         return y if b is None else y + b
 
     up = np.clip(project(weights.up, weights.up_bias, seen), -shape.limit, shape.limit)
@@ -82,9 +100,7 @@ def expert(shape: Block, weights: ExpertWeights, x: NDArray[np.float32]) -> NDAr
         gate = np.minimum(project(weights.gate, weights.gate_bias, seen), shape.limit)
         h = np.array([activation(shape.activation, shape.alpha, v) for v in gate])
         h = h * (up + shape.up_offset)
-    if is_quantized(shape.format):
-        h = round_activations(h.astype(np.float32)[None])[0]
-    return project(weights.down, weights.down_bias, h)
+    return project(weights.down, weights.down_bias, rounded(h))
 
 
 def experts(
@@ -93,12 +109,13 @@ def experts(
     x: NDArray[np.float32],
     ids: NDArray[np.int64],
     routing_weights: NDArray[np.float32],
+    bf16: bool = False,
 ) -> NDArray[np.float64]:
     """Every routed pair by itself, in the order of the router's choice."""
     out = np.zeros(x.shape, np.float64)
     for token in range(x.shape[0]):
         for choice in range(ids.shape[1]):
             if 0 <= ids[token, choice] < len(weights):
-                y = expert(shape, weights[ids[token, choice]], x[token])
+                y = expert(shape, weights[ids[token, choice]], x[token], bf16)
                 out[token] += float(routing_weights[token, choice]) * y
     return out

@@ -114,7 +114,9 @@ def test_calibrations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not calibrated yet: nothing is predicted; measure" in str(found("calibration"))
     monkeypatch.setattr(hostcpu, "host_features", lambda: AVX2 | UNITS)
     assert found("calibration").slower
-    assert "do without the bfloat16 units; measure" in str(found("calibration"))
+    assert "use the bfloat16 units by a first rough measurement; measure" in str(
+        found("calibration")
+    )
     calibrations.save(bare_machine(), Identity.of_this_machine())
     assert found("calibration") == Finding(
         "calibration", "there is one, for predictions and for experts in prompts"

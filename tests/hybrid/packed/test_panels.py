@@ -15,6 +15,7 @@ import torch
 import hybrid.measure.experts
 import hybrid.packed.bf16_products
 import naive
+from cpu_experts import tiles
 from cpu_experts.kernels.widen import widen
 from hybrid.formats.block import Block, pack_expert, unpack_expert
 from hybrid.formats.errors import FormatError, ShapeError
@@ -22,7 +23,7 @@ from hybrid.formats.matrix import pack, unpack
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.measure.experts import Budget, layer_times
-from hybrid.packed.bf16_products import faster_from, least_load, panels_from, run_panels
+from hybrid.packed.bf16_products import faster_from, least_load, multiplier, panels_from, run_panels
 from hybrid.packed.experts import BareLayer, compute_on_cpu, experts_of
 from hybrid.session.model import HybridModel
 from hybrid.weights.checkpoint import convert
@@ -85,12 +86,28 @@ def _experts(count: int, **changes: Any) -> tuple[Block, np.ndarray]:
     return shape, np.stack([np.pad(b, (0, stride - b.size), constant_values=255) for b in blocks])
 
 
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor whose matrix units, if any, we do not use ourselves."""
+    monkeypatch.setattr(tiles, "available", lambda: False)
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "tiles"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """Both of what multiplies, where there are both."""
+    if request.param and not tiles.available():
+        pytest.skip("this processor has no AMX, or is told to do without")
+    if not request.param:
+        request.getfixturevalue("by_torch")
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("least", [1, 3, 5, 1000])
 @pytest.mark.parametrize("name", SHAPES)
 def test_experts_by_load_equal_the_twin(name: str, least: int) -> None:
     """Loads of 0, 1 and odd numbers, ids that are elsewhere, on both sides of the threshold.
 
-    The tolerance is 2 % of the largest output: three roundings to 8 bits of mantissa on one side
+    The tolerance is 3 % of the largest output: three roundings to 8 bits of mantissa on one side
     (0.4 % each), two to int8 on the other.
     """
     shape, blocks = _experts(6, **SHAPES[name])
@@ -101,7 +118,7 @@ def test_experts_by_load_equal_the_twin(name: str, least: int) -> None:
     packed = [unpack_expert(shape, block[: shape.block_bytes].copy()) for block in blocks]
     wanted = naive.experts(shape, packed, x.numpy(), ids.numpy(), weights.numpy())
     found = compute_on_cpu(x, ids, weights, BareLayer(blocks, shape, least))
-    np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted, atol=0.03 * np.abs(wanted).max())
     out = np.zeros(x.shape, np.float32)
     left = run_panels(x.numpy(), ids.numpy(), weights.numpy(), blocks, shape, least, out)
     loads = {0: 7, 1: 1, 2: 3, 3: 1, 7: 1, -1: 1}
@@ -119,6 +136,7 @@ def test_no_tokens() -> None:
     assert found.shape == (0, 72)
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_memory_is_that_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of experts is computed in the memory of the largest matrix."""
     memory = hybrid.packed.bf16_products._Memory()
@@ -133,6 +151,7 @@ def test_memory_is_that_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory._floats.size == memory._halves.size == 2 * 64 * 64
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("name", ["silu", "biases"])
 def test_large_matrices_and_long_prompts_take_bounded_memory(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +182,7 @@ def test_large_matrices_and_long_prompts_take_bounded_memory(
     assert memory._floats.size == 32 * 96
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_memory_outlives_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was allocated in inference mode is written outside of it, and the other way round."""
     monkeypatch.setattr(
@@ -220,7 +240,7 @@ def test_a_calibration_decides(tiny_model: Path, tmp_path: Path) -> None:
     """Its points survive the file, and every way to load a model finds them; the report says."""
     convert(tiny_model, tmp_path / "model", experts="q8_0")
     model = HybridModel.from_pretrained(tmp_path / "model")
-    assert "no calibration found torch's bfloat16 faster" in str(model.report())
+    assert f"nothing measured found {multiplier()} faster" in str(model.report())
     experts = experts_of(model.model)[0]
     spec = _spec(experts.shape)
     assert faster_from(spec, experts.shape) == 4
@@ -230,7 +250,7 @@ def test_a_calibration_decides(tiny_model: Path, tmp_path: Path) -> None:
     assert "panels" in to_toml(spec)
     again = HybridModel.from_pretrained(tmp_path / "model", threads=threads)
     assert experts_of(again.model)[0].panels_from == 4
-    assert "torch's bfloat16 from 4 tokens on (measured)" in str(again.report())
+    assert f"{multiplier()} from 4 tokens on (measured)" in str(again.report())
     prompt = [5, 9, 33, 21, 7, 80, 2, 4, 4, 4, 4, 4]
     options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}

@@ -21,6 +21,7 @@ from hybrid.machine.calibrations import Identity
 from hybrid.machine.devices import open_device
 from hybrid.machine.machines import emulated_hardware
 from hybrid.model import Model
+from hybrid.packed.bf16_products import multiplier
 from hybrid.packed.experts import compute_on_cpu, experts_of
 from hybrid.session.model import HybridModel
 from hybrid.sharing.budget import Budget
@@ -162,7 +163,7 @@ def test_a_model_on_a_device_takes_them(
     alone = HybridModel.from_pretrained(tmp_path / "model", threads=1)
     shared = HybridModel.from_pretrained(tmp_path / "model", threads=1, vram="1GiB", context=64)
     assert {runner.panels_from for runner in experts_of(shared.model)} == {LEAST}
-    told = f"torch's bfloat16 from {LEAST} tokens on (measured)"
+    told = f"{multiplier()} from {LEAST} tokens on (measured)"
     assert f"experts in prompts   on the CPU {told}" in str(shared.report())
     assert f"experts in prompts   {told}" in str(alone.report())
     prompt = [5, 9, 33, 21, 7, 80, 2, 4, 4, 4, 4, 4, 61, 17, 12, 90]

@@ -1,0 +1,129 @@
+"""From how many tokens on products in bfloat16 are faster: measured once a machine, in a second.
+
+What is found is kept beside the calibrations, keyed by the processor, the code and the libraries
+as they are. It is of one matrix for every format; a calibration knows a model's own experts
+better.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from cpu_experts.ffn import linear
+from cpu_experts.kernels.widen import WIDENED
+from hybrid.errors import UsageError
+from hybrid.formats.block import Block
+from hybrid.formats.matrix import packed_bytes
+from hybrid.formats.registry import format_of
+from hybrid.formats.strips import TILE, U8
+from hybrid.machine import calibrations
+from hybrid.machine.calibrations import Identity
+from hybrid.machine.host import has_native_bf16
+from hybrid.packed.bf16_products import (
+    least_load,
+    measured,
+    multiplier,
+    multiply,
+    offered,
+    panels_from,
+)
+from hybrid.paths import make_cache_folder, write_whole
+
+_log = logging.getLogger("hybrid")
+#: The matrix, and the tokens that are multiplied with it.
+_ROWS, _COLS = 1536, 2048
+_TOKENS = (8, 16, 32, 64, 128, 256)
+_TURNS = 5
+
+
+def least_tokens(fmt: str) -> int | None:
+    """The number of tokens from which a matrix of a format is faster in bfloat16; None is never.
+
+    Measures when nothing is known, and says so once.
+    """
+    if not has_native_bf16() or fmt not in (*WIDENED, "bf16"):
+        return None
+    return _kept(fmt, torch.get_num_threads())
+
+
+def panels_of(shape: Block, dtype: torch.dtype) -> int | None:
+    """The load from which experts of a model that computes in ``dtype`` are faster so.
+
+    As a calibration says, where there is one; else, in bfloat16, as a matrix of their format.
+    """
+    hardware = calibrations.alone(torch.get_num_threads())
+    if dtype != torch.bfloat16 or (hardware is not None and measured(hardware, shape)):
+        return panels_from(shape, hardware)
+    return least_tokens(shape.format) if offered(shape) else None
+
+
+@cache
+def _kept(fmt: str, threads: int) -> int | None:
+    path = Identity.of_this_machine(threads).path.with_suffix(".products.json")
+    known = _read(path)
+    if fmt not in known:
+        known[fmt] = _measure(fmt)
+        with suppress(UsageError):  # a machine that keeps nothing measures at every start
+            make_cache_folder("hardware")
+            write_whole(path, json.dumps(known))
+    return known[fmt]
+
+
+def _read(path: Path) -> dict[str, int | None]:
+    """What is kept there; nothing where it is not what was written."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(
+            value is None or type(value) is int for value in found.values()
+        ):
+            return found
+    return {}
+
+
+def _measure(fmt: str) -> int | None:
+    start_s = time.perf_counter()
+    packed, out = _matrix(fmt), np.zeros((_TOKENS[-1], _ROWS), np.float32)
+    kernels: dict[int, list[float]] = {count: [] for count in _TOKENS}
+    products: dict[int, list[float]] = {count: [] for count in _TOKENS}
+    x = torch.randn(_TOKENS[-1], _COLS, generator=torch.Generator().manual_seed(0))
+    for turn in range(_TURNS + 1):
+        for count in _TOKENS:
+            some = x[:count]
+            began_s = time.perf_counter()
+            linear(some.numpy(), packed, fmt, None, out[:count])
+            between_s = time.perf_counter()
+            multiply(some, packed, _ROWS, fmt)
+            if turn:  # the first one compiles
+                kernels[count].append(between_s - began_s)
+                products[count].append(time.perf_counter() - between_s)
+    found = least_load(*({n: median(s) for n, s in side.items()} for side in (kernels, products)))
+    told = "never" if found is None else f"from {found} tokens on"
+    _log.info(
+        "measured once: %s multiply %s faster than the kernels %s (%.1f s)",
+        multiplier(),
+        fmt,
+        told,
+        time.perf_counter() - start_s,
+    )
+    return found
+
+
+def _matrix(fmt: str) -> U8:
+    """Any matrix: its bytes are random, but for scales, of which all are one."""
+    size = packed_bytes(_ROWS, _COLS, fmt)
+    packed = np.random.default_rng(0).integers(0, 255, size, np.uint8)
+    if not format_of(fmt).quantized:
+        packed.view(np.uint16)[:] = 0x3F80
+        return packed
+    units_of = packed.reshape(-1, format_of(fmt).unit_bytes)
+    units_of[:, -2 * TILE :] = np.full(TILE, 1, np.float16).view(np.uint8)
+    return packed
