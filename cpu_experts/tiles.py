@@ -31,7 +31,7 @@ from hybrid.formats.strips import F32, GROUP, U8, pad
 FORMATS = ("q4_0", "q8_0", "bf16")
 #: Of Linux: the call that asks for the units, what is asked, and which part of the state they are.
 _ARCH_PRCTL, _ASK, _TILE_DATA = 158, 0x1023, 18
-_NEEDED = frozenset({"amx-tile", "amx-bf16", "avx512bf16"})
+_NEEDED = frozenset({"amx-tile", "amx-bf16", "avx512bf16", "avx512vbmi"})
 
 
 def available() -> bool:
@@ -68,11 +68,16 @@ def _kernels(fmt: str, *cols: int) -> ModuleType:
     return tile_items
 
 
+def _row_bytes(cols: int) -> int:
+    """Bytes from one row of activations to the next: a line more, else rows share a cache set."""
+    return 2 * pad(cols, GROUP) + 64
+
+
 def _strips(kernels: ModuleType, cols: int, least: int) -> tuple[int, int]:
     """How many strips an item takes, a multiple of ``least``, and the bytes of their tiles."""
     each = pad(cols, GROUP) // GROUP * kernels.TILE_BYTES
     strips = max(least, min(kernels.STRIPS, kernels.TILES // each) // least * least)
-    return strips, strips * each
+    return strips, max(strips * each, 2 * kernels.STEPS * kernels.TILE_BYTES)
 
 
 def run_experts(
@@ -102,7 +107,7 @@ def run_experts(
             return
         # A product may read a tile of tokens beyond the last; what it makes of them is not used.
         rows = int(first[active]) + kernels.TOKENS
-        act_stride, h_stride = 2 * pad(d, GROUP), 2 * pad(f, GROUP)
+        act_stride, h_stride = _row_bytes(d), _row_bytes(f)
         least = 4 if shape.gated else 2
         up_strips, up_tiles = _strips(kernels, d, least)
         down_strips, down_tiles = _strips(kernels, f, 2)
@@ -155,7 +160,7 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
     if bias is not None:
         check_matrix("bias", bias, (out.shape[1],))
     check_packed(weight, out.shape[1], x.shape[1], fmt, packed_bytes(out.shape[1], x.shape[1], fmt))
-    threads, stride = used_threads(), 2 * pad(x.shape[1], GROUP)
+    threads, stride = used_threads(), _row_bytes(x.shape[1])
     strips, n_tiles = _strips(kernels, x.shape[1], 2)
     with LOCK:
         kernels.multiply_tiles(

@@ -23,6 +23,7 @@ from cpu_experts.kernels.tiles import (
     TOKENS,
     begin,
     end,
+    expect_writes,
     fill_tiles,
     round_rows,
     tile_dot,
@@ -32,6 +33,8 @@ from hybrid.formats.strips import GROUP, TILE
 
 #: Bytes of widened tiles that a thread works with: its own cache has them and a block of tokens.
 TILES = 1 << 19
+#: Tiles of a strip that are widened at a time for a single block of tokens.
+STEPS = 8
 #: The most strips that an item takes.
 STRIPS = 8
 #: Float32 that a thread sums up: a block of tokens times so many strips.
@@ -39,39 +42,68 @@ SUMS = TOKENS * STRIPS * TILE
 #: Counters that a call takes.
 COUNTERS = 5
 _NUMBERS = tuple(FORMATS[name].number for name in TILED)
-_UNIT_BYTES = tuple(FORMATS[name].unit_bytes for name in TILED)
 _UNITS = tuple(GROUP // FORMATS[name].unit_inputs for name in TILED)
 """Units of a tile."""
+_TILE_OF = tuple(FORMATS[name].strip_bytes(GROUP) for name in TILED)
+"""Bytes that become a tile."""
 _fill_0, _fill_1, _fill_2 = (fill_tiles(name) for name in TILED)
 _one, _two = tile_dot(1), tile_dot(2)
 
 
 @kernel()
-def _fill(fmt, w, w_at, strip, strips, steps, tiles):
-    """Widen strips that lie ``strip`` bytes apart, one after the other, ``steps`` tiles each."""
-    for s in range(strips):
-        at, to = w_at + s * strip, s * steps * TILE_BYTES
-        if fmt == _NUMBERS[0]:
-            _fill_0(w, at, steps * _UNITS[0], tiles, to)
-        elif fmt == _NUMBERS[1]:
-            _fill_1(w, at, steps * _UNITS[1], tiles, to)
-        else:
-            _fill_2(w, at, steps * _UNITS[2], tiles, to)
+def _fill(fmt, w, w_at, step, steps, tiles, at):
+    """Widen tiles ``step : step + steps`` of the strip at byte ``w_at``."""
+    if fmt == _NUMBERS[0]:
+        _fill_0(w, w_at + step * _TILE_OF[0], steps * _UNITS[0], tiles, at)
+    elif fmt == _NUMBERS[1]:
+        _fill_1(w, w_at + step * _TILE_OF[1], steps * _UNITS[1], tiles, at)
+    else:
+        _fill_2(w, w_at + step * _TILE_OF[2], steps * _UNITS[2], tiles, at)
 
 
 @kernel()
-def _multiply(act, act_at, stride, count, strips, steps, tiles, sums):
-    """Write products of at most 32 rows with the widened strips to ``sums``.
+def _dot(act, at, stride, count, tiles, first, second, steps, sums, to, more):
+    if count > TILE:
+        _two(act, at, stride, tiles, first, second, steps, sums, to, more)
+    else:
+        _one(act, at, stride, tiles, first, second, steps, sums, to, more)
 
-    ``sums`` is ``[strips / 2, 32, 2, 16]``, flat; an odd strip at the end counts twice.
+
+@kernel()
+def _widen(fmt, w, w_at, strip, strips, steps, tiles, count):
+    """Widen strips for more tokens than one block, one strip after the other; else do nothing."""
+    if count > TOKENS:
+        for s in range(strips):
+            _fill(fmt, w, w_at + s * strip, 0, steps, tiles, s * steps * TILE_BYTES)
+
+
+@kernel()
+def _multiply(fmt, w, w_at, strip, strips, steps, act, act_at, stride, count, of, tiles, sums):
+    """Write products of ``count`` rows, at most 32 and of ``of`` in all, with strips to ``sums``.
+
+    Strips that all rows share are widened by now. For a single block they are widened here, some
+    tiles at a time, which never leave the nearest cache. ``sums`` is ``[strips / 2, 32, 2, 16]``,
+    flat; an odd strip at the end counts twice.
     """
-    for s in range(0, strips, 2):
-        first = s * steps * TILE_BYTES
-        second = min(s + 1, strips - 1) * steps * TILE_BYTES
-        if count > TILE:
-            _two(act, act_at, stride, tiles, first, second, steps, sums, s * TOKENS * TILE)
-        else:
-            _one(act, act_at, stride, tiles, first, second, steps, sums, s * TOKENS * TILE)
+    if of <= TOKENS:
+        for s in range(0, strips, 2):
+            for k in range(0, steps, STEPS):
+                here, at = min(STEPS, steps - k), act_at + 2 * GROUP * k
+                _fill(fmt, w, w_at + s * strip, k, here, tiles, 0)
+                second = 0
+                if s + 1 < strips:
+                    second = STEPS * TILE_BYTES
+                    _fill(fmt, w, w_at + (s + 1) * strip, k, here, tiles, second)
+                to = s * TOKENS * TILE
+                _dot(act, at, stride, count, tiles, 0, second, here, sums, to, k > 0)
+    else:
+        for k in range(0, steps, 2 * STEPS):
+            here, at = min(2 * STEPS, steps - k), act_at + 2 * GROUP * k
+            for s in range(0, strips, 2):
+                first = (s * steps + k) * TILE_BYTES
+                second = (min(s + 1, strips - 1) * steps + k) * TILE_BYTES
+                to = s * TOKENS * TILE
+                _dot(act, at, stride, count, tiles, first, second, here, sums, to, k > 0)
 
 
 @kernel()
@@ -106,10 +138,14 @@ def _up_items(
         run, group = item // per_expert, item % per_expert * groups
         here = min(groups, groups_all - group)
         base, strips = experts[run] * block_stride, 2 * sides * here
-        _fill(fmt, blocks, base + 2 * sides * group * strip, strip, strips, steps, tiles)
+        at, tokens = base + 2 * sides * group * strip, first[run + 1] - first[run]
+        _widen(fmt, blocks, at, strip, strips, steps, tiles, tokens)
         for p in range(first[run], first[run + 1], TOKENS):
             count = min(TOKENS, first[run + 1] - p)
-            _multiply(act, p * act_stride, act_stride, count, strips, steps, tiles, sums)
+            _multiply(
+                fmt, blocks, at, strip, strips, steps, act, p * act_stride, act_stride, count,
+                tokens, tiles, sums,
+            )  # fmt: skip
             if bias_at >= 0:
                 own_bias = (base + bias_at) // 4 + 2 * sides * group * TILE
                 _add_bias(floats, own_bias, count, strips, sums)
@@ -139,10 +175,18 @@ def _down_items(
         strips = min(strips_an_item, strips_all - begins)
         for run in range(active):
             base = experts[run] * block_stride
-            _fill(fmt, blocks, base + section + begins * strip, strip, strips, steps, tiles)
+            at, tokens = base + section + begins * strip, first[run + 1] - first[run]
+            _widen(fmt, blocks, at, strip, strips, steps, tiles, tokens)
             for p in range(first[run], first[run + 1], TOKENS):
                 count = min(TOKENS, first[run + 1] - p)
-                _multiply(h, p * h_stride, h_stride, count, strips, steps, tiles, sums)
+                for t in range(count):
+                    column = begins * TILE
+                    width = min(strips * TILE, hidden - column)
+                    expect_writes(flat, pairs[p + t] // top_k * hidden + column, width)
+                _multiply(
+                    fmt, blocks, at, strip, strips, steps, h, p * h_stride, h_stride, count,
+                    tokens, tiles, sums,
+                )  # fmt: skip
                 if bias_at >= 0:
                     _add_bias(floats, (base + bias_at) // 4 + begins * TILE, count, strips, sums)
                 for t in range(count):
@@ -224,10 +268,17 @@ def _matrix_items(
     begins = fetch_add(counter, 0) * strips_an_item
     while begins < strips_all:
         strips = min(strips_an_item, strips_all - begins)
-        _fill(fmt, packed, begins * strip, strip, strips, steps, tiles)
+        _widen(fmt, packed, begins * strip, strip, strips, steps, tiles, tokens)
         for p in range(0, tokens, TOKENS):
             count = min(TOKENS, tokens - p)
-            _multiply(act, p * act_stride, act_stride, count, strips, steps, tiles, sums)
+            for t in range(count):
+                column = begins * TILE
+                width = min(strips * TILE, rows - column)
+                expect_writes(flat, (p + t) * rows + column, width)
+            _multiply(
+                fmt, packed, begins * strip, strip, strips, steps, act, p * act_stride,
+                act_stride, count, tokens, tiles, sums,
+            )  # fmt: skip
             for t in range(count):
                 for s in range(strips):
                     own_at, column = _sum_at(t, s), (begins + s) * TILE

@@ -52,42 +52,80 @@ TOKENS = 2 * TILE
 _INTS = ir.VectorType(I32, TILE)
 _FLOATS = ir.VectorType(F32, TILE)
 _PAIRS = ir.VectorType(I16, 2 * TILE)
-#: 256 as float32, whose mantissa takes a byte at this place as ones.
-_256, _ONES_AT = 0x43800000, 15
-_INTERLEAVED = [half * TILE + row for row in range(TILE) for half in (0, 1)]
+_BYTES = ir.VectorType(I8, 4 * TILE)
+_ROWS = range(TILE)
+#: Formats whose codes take all bits of a byte.
+_EIGHT_BITS = ("q8_0",)
 
 
 def _register(number: int) -> Value:
     return ir.Constant(I8, number)
 
 
-def _interleave(b: Builder, pairs: Value) -> Value:
-    """From 16 rows' first inputs and then their second ones to the rows' pairs."""
-    mask = ir.Constant(ir.VectorType(I32, 2 * TILE), _INTERLEAVED)
-    return b.shuffle_vector(pairs, ir.Constant(_PAIRS, ir.Undefined), mask)
-
-
 def _fill_quantized(b: Builder, fmt: str, base: Value, out: Value) -> None:
-    """Write the tile of a unit."""
+    """Write the tile of a unit: scales times codes, each rounded once to float32, then to bfloat16.
+
+    A code becomes a float32 without being converted: as a byte of the mantissa of 128, or of 256
+    where it has all eight bits. From the product with the scale that of the constant is taken
+    away, which is exact, within one rounding.
+    """
     codes_of, size = loop_of(fmt), FORMATS[fmt].unit_bytes
     assert isinstance(codes_of, Quantized)
     scale = b.fpext(load(b, base, size - 2 * TILE, ir.VectorType(F16, TILE)), _FLOATS)
-    shift = b.fmul(scale, const(_FLOATS, -256.0 - codes_of.offset))
+    if fmt in _EIGHT_BITS:
+        scales, one = [scale, scale], 256
+    else:
+        scales, one = (
+            [_picked(b, scale, [8 * half + i // 2 for i in _ROWS]) for half in (0, 1)],
+            128,
+        )
+    shifts = [b.fmul(each, const(_FLOATS, -float(one + codes_of.offset))) for each in scales]
     for step in range(GROUP // 4):
         (chunk,) = codes_of.codes(b, base, step)
-        words = b.bitcast(chunk, _INTS)
-        values = []
-        for byte in range(4):
-            to = _ONES_AT - 8 * byte
-            moved = b.shl(words, const(_INTS, to)) if to > 0 else b.lshr(words, const(_INTS, -to))
-            bits = b.or_(b.and_(moved, const(_INTS, 0xFF << _ONES_AT)), const(_INTS, _256))
-            # (256 + code) d - (256 + offset) d: the second product is exact, the sum rounds once.
-            number = b.bitcast(bits, _FLOATS)
-            values.append(call(b, "llvm.fma.v16f32", _FLOATS, [number, scale, shift]))
         for pair in range(2):
-            first, second = values[2 * pair : 2 * pair + 2]
-            at = 32 * codes_of.inputs(step) + 64 * pair
-            store(b, _interleave(b, _rounded(b, first, second)), out, at)
+            numbers = _of_256(b, chunk, pair) if one == 256 else _of_128(b, chunk, pair)
+            first, second = (
+                call(b, "llvm.fma.v16f32", _FLOATS, [number, each, shift])
+                for number, each, shift in zip(numbers, scales, shifts, strict=True)
+            )
+            rounded = _rounded(b, first, second)
+            if one == 256:
+                rounded = _picked(b, rounded, [16 * (i % 2) + i // 2 for i in range(2 * TILE)])
+            store(b, rounded, out, 32 * codes_of.inputs(step) + 64 * pair)
+
+
+def _picked(b: Builder, vector: Value, places: list[int]) -> Value:
+    """Elements of a vector."""
+    mask = ir.Constant(ir.VectorType(I32, len(places)), places)
+    return b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _of_128(b: Builder, chunk: Value, pair: int) -> list[Value]:
+    """128 + codes of two inputs, side by side: of the first eight rows, and of the others."""
+    numbers = []
+    for half in (0, 1):
+        places = [0] * 4 * TILE
+        for i in _ROWS:
+            places[4 * i + 2] = 4 * (8 * half + i // 2) + 2 * pair + i % 2
+        operands = [chunk, ir.Constant(_BYTES, places)]
+        moved = call(b, "llvm.x86.avx512.permvar.qi.512", _BYTES, operands)
+        # Hidden from LLVM, which would make one slower instruction of three.
+        hidden = b.asm(ir.FunctionType(_BYTES, [_BYTES]), "", "=x,0", [moved], side_effect=False)
+        moved = b.bitcast(hidden, _INTS)
+        bits = b.or_(b.and_(moved, const(_INTS, 0xFF << 16)), const(_INTS, 0x43000000))
+        numbers.append(b.bitcast(bits, _FLOATS))
+    return numbers
+
+
+def _of_256(b: Builder, chunk: Value, pair: int) -> list[Value]:
+    """256 + codes of two inputs, all rows of one and then of the other."""
+    words, numbers = b.bitcast(chunk, _INTS), []
+    for byte in (2 * pair, 2 * pair + 1):
+        to = 15 - 8 * byte
+        moved = b.shl(words, const(_INTS, to)) if to > 0 else b.lshr(words, const(_INTS, -to))
+        bits = b.or_(b.and_(moved, const(_INTS, 0xFF << 15)), const(_INTS, 0x43800000))
+        numbers.append(b.bitcast(bits, _FLOATS))
+    return numbers
 
 
 def _rounded(b: Builder, first: Value, second: Value) -> Value:
@@ -150,7 +188,9 @@ def _fill_function(module: Any, fmt: str) -> Any:
 
     def pair(k: Value) -> list[Value]:
         at = b.mul(k, ir.Constant(I64, 64))
-        store(b, _interleave(b, load(b, base, at, _PAIRS)), out, at)
+        pairs = load(b, base, at, _PAIRS)
+        places = [16 * (i % 2) + i // 2 for i in range(2 * TILE)]
+        store(b, _picked(b, pairs, places), out, at)
         return []
 
     loop(b, b.lshr(inner, ir.Constant(I64, 1)), [], pair)  # of bfloat16, a unit is one input
@@ -165,7 +205,7 @@ def tile_dot(blocks: int) -> Any:
     byte ``act_at`` of ``act``, ``stride`` bytes apart, with the strips whose tiles begin at bytes
     ``first`` and ``second``, over ``steps`` tiles of inputs, and writes float32
     ``[16 * blocks, 32]`` at ``out[out_at:]``: of every token the 16 rows of one strip, then those
-    of the other.
+    of the other. Where ``more`` is true it adds to what is there.
     """
 
     def codegen(context, b, signature, args):
@@ -174,14 +214,14 @@ def tile_dot(blocks: int) -> Any:
         weights = data(context, b, kinds[3], args[3])
         out = floats_at(context, b, kinds[7], args[7], args[8])
         strips = [gep(b, weights, at) for at in (args[4], args[5])]
-        operands = [act, args[2], *strips, args[6], out]
+        operands = [act, args[2], *strips, args[6], out, args[9]]
         b.call(_dot_function(b.module, blocks), operands)
         return context.get_dummy_value()
 
     @intrinsic
-    def dot(typingctx, act, act_at, stride, tiles, first, second, steps, out, out_at):
+    def dot(typingctx, act, act_at, stride, tiles, first, second, steps, out, out_at, more):
         i64 = types.int64
-        return types.void(act, i64, i64, tiles, i64, i64, i64, out, i64), codegen
+        return types.void(act, i64, i64, tiles, i64, i64, i64, out, i64, types.boolean), codegen
 
     return dot
 
@@ -191,8 +231,9 @@ def _dot_function(module: Any, blocks: int) -> Any:
     if name in module.globals:
         return module.globals[name]
     pointer = I8.as_pointer()
-    function = _function(module, name, [pointer, I64, pointer, pointer, I64, pointer])
-    act, stride, first, second, steps, out = function.args
+    bit = ir.IntType(1)
+    function = _function(module, name, [pointer, I64, pointer, pointer, I64, pointer, bit])
+    act, stride, first, second, steps, out, more = function.args
     b = ir.IRBuilder(function.append_basic_block())
     void, line, row = ir.VoidType(), ir.Constant(I64, 64), ir.Constant(I64, 2 * 4 * TILE)
     sums = {
@@ -200,8 +241,13 @@ def _dot_function(module: Any, blocks: int) -> Any:
         for m in range(blocks)
         for s in range(2)
     }
-    for register in sums:
-        call(b, "llvm.x86.tilezero", void, [_register(register)])
+    with b.if_else(more) as (then, otherwise):
+        with then:
+            for register, place in sums.items():
+                call(b, "llvm.x86.tileloadd64", void, [_register(register), place, row])
+        with otherwise:
+            for register in sums:
+                call(b, "llvm.x86.tilezero", void, [_register(register)])
 
     def step(k: Value) -> list[Value]:
         at = b.mul(k, ir.Constant(I64, TILE_BYTES))
@@ -275,3 +321,23 @@ def round_rows(typingctx, x, at, count, out, out_at):
 
     i64 = types.int64
     return types.void(x, i64, i64, out, i64), codegen
+
+
+@intrinsic
+def expect_writes(typingctx, x, at, count):
+    """Fetch the cache lines of ``count`` four-byte numbers at ``x[at:]``, soon to be written."""
+
+    def codegen(context, b, signature, args):
+        base = floats_at(context, b, signature.args[0], args[0], args[1])
+        ask = [ir.Constant(I32, n) for n in (1, 3, 1)]
+
+        def line(i: Value) -> list[Value]:
+            place = gep(b, base, b.mul(i, ir.Constant(I64, 64)))
+            call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *ask])
+            return []
+
+        loop(b, b.lshr(b.add(args[2], ir.Constant(I64, TILE - 1)), ir.Constant(I64, 4)), [], line)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(x, i64, i64), codegen
