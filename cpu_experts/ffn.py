@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cpu_experts.checks import check_matrix, check_packed
 from cpu_experts.jit.workers import LOCK, used_threads
 from cpu_experts.kernels import experts as kernels
-from cpu_experts.kernels.micro import code_offset
+from cpu_experts.kernels.dots import dot_table
 from cpu_experts.kernels.records import EXPERTS, Experts, fill_record
 from hybrid.formats.activations import activation_bytes
 from hybrid.formats.block import Block, separate
@@ -113,7 +113,7 @@ def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
     stride = activation_bytes(cols)
     act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
     scratch = _WORKSPACE.scratch(threads)
-    kernels.quantize_rows(x, np.int32(code_offset(fmt)), scratch, act, stride, threads)
+    kernels.quantize_rows(x, dot_table(fmt), scratch, act, stride, threads)
     return act, stride, packing.units(cols)
 
 
@@ -238,7 +238,7 @@ def _project(
         rows = targets if rows_are_pairs else targets // np.int32(expert_ids.shape[1])
         strips = pad(out.shape[1], TILE) // TILE
         kernels.project_pairs(
-            format_of(fmt).number,
+            dot_table(fmt),
             flat,
             stride,
             section,

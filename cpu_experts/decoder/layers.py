@@ -8,7 +8,7 @@ from typing import Any
 
 from cpu_experts.checks import check_floats, check_packed
 from cpu_experts.decoder.records import SOFTMAX, SPARSEMIXER
-from cpu_experts.kernels.micro import code_offset
+from cpu_experts.kernels.dots import dot_table
 from cpu_experts.kernels.records import Experts, address, fill_record
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.matrix import packed_bytes
@@ -48,11 +48,10 @@ class Matrix:
             "bias": address(self.bias),
             "rows": self.rows,
             "cols": self.cols,
-            "format": packing.number,
+            "format": dot_table(self.format),
             "strip_bytes": strip,
             "inner": packing.units(self.cols),
             "strips": max(1, _ITEM_BYTES // strip),
-            "offset": code_offset(self.format),
         }
 
 

@@ -17,10 +17,12 @@ import numpy as np
 from cpu_experts.decoder.records import SIGMOID, SOFTMAX_OF_CHOSEN, SPARSEMIXER
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import dot_rows, is_quantized
+from cpu_experts.kernels.dots import is_quantized, sums_for
+from cpu_experts.kernels.experts import dot_rows
 from cpu_experts.kernels.micro import fetch_add, quantize_group
 from hybrid.formats.activations import ACT_GROUP
-from hybrid.formats.strips import GROUP, TILE
+from hybrid.formats.groups import GROUPS
+from hybrid.formats.strips import GROUP, SUPER, TILE
 
 #: Arguments of one type: numba compiles a function anew for every number written out in a call.
 _ZERO, _ONE = np.int64(0), np.int64(1)
@@ -50,17 +52,20 @@ def normalize(norm, x, out):
 
 
 @kernel()
-def activate(fmt, offset, x, cols, act):
+def activate(fmt, x, cols, act):
     """Return ``x[:cols]`` as the micro-kernels of a format take it, quantized into ``act``.
 
-    ``x`` has room for whole groups; what is behind ``cols`` becomes zero.
+    ``x`` has room for whole groups, ``act`` for whole super-blocks; what is behind ``cols`` becomes
+    zero.
     """
     if not is_quantized(fmt):
         return x.view(np.uint8)
     groups = -(-cols // GROUP)
     x[cols : groups * GROUP] = 0
+    sums = sums_for(fmt)
     for g in range(groups):
-        quantize_group(x, g * GROUP, offset, act, g * ACT_GROUP)
+        quantize_group(x, g * GROUP, sums, act, g * ACT_GROUP)
+    act[groups * ACT_GROUP : -(-cols // SUPER) * GROUPS * ACT_GROUP] = 0
     return act
 
 

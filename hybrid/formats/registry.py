@@ -30,19 +30,15 @@ FORMATS: dict[str, Format] = {}
 
 
 def register(new: Format) -> Format:
-    """Make a format known; comes before the kernels are imported, which compile for all of them.
+    """Make a format known; comes before its first use.
 
     Raises
     ------
     FormatError
-        When its name or number is taken.
+        When its name is taken.
     """
-    for known in FORMATS.values():
-        if new.name == known.name or new.number == known.number:
-            raise FormatError(
-                f"format {new.name!r} of number {new.number} is taken by {known.name!r} of number"
-                f" {known.number}"
-            )
+    if new.name in FORMATS:
+        raise FormatError(f"there is a weight format {new.name!r} already")
     FORMATS[new.name] = new
     return new
 
