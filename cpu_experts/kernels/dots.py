@@ -30,8 +30,8 @@ from hybrid.formats.registry import FORMATS, format_of
 QUANTIZED, SUMS, SIZE = (np.int64(len(ROW_BLOCKS) + at) for at in range(3))
 
 _TABLES: dict[str, NDArray[np.int64]] = {}
-#: What keeps machine code where it is.
-_ALIVE: list[Any] = []
+#: What holds the machine code of micro-kernels, which stays where it is while this does.
+MADE: list[Any] = []
 _LOCK = threading.Lock()
 
 
@@ -110,7 +110,7 @@ else:
         find.__qualname__ = f"micro_kernels_{fmt}"
         found = kernel()(find)
         found(table)
-        _ALIVE.append(found)
+        MADE.append(found)
 
     @intrinsic
     def dot(
