@@ -194,8 +194,9 @@ def run_experts(
 
     Notes
     -----
-    Reads each active expert's block once, however many tokens it has. q4_0 and q8_0 see
-    ``x`` and the intermediate activations as int8 in groups of 32, bf16 and f32 as float32;
+    Reads each active expert's block once, however many tokens it has. Quantized
+    formats see ``x`` and the intermediate activations as int8 in groups of 32, bf16 and f32 as
+    float32;
     sums are float32. A result does not depend on the number of threads.
     """
     check_matrix("x", x, (None, shape.hidden))
@@ -327,7 +328,7 @@ def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: Block) -> F32:
         _read_only(Experts(blocks=blocks, shape=shape).blocks),
         blocks.shape[0],
         blocks.shape[1],
-        shape.format,
+        shape.formats[1],
         shape.down_offset,
         shape.down_bias_offset if shape.bias else -1,
         True,

@@ -129,10 +129,9 @@ def _compressed_queries(layer, state, counter, cos, sin, paired, work, w):
 def _attention(layer, state, counter, cos, sin, paired, work, w):
     one = np.float32(1)
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
-    q, o = layer["q"], layer["o"]
+    o = layer["o"]
     normalize(layer["norm"], work.x, normed)
-    act = activate(q["format"], normed, q["cols"], memory)
-    items = project_items(counter, PROJECT, layer, act, work.rows, buf, work.qkv)
+    items = project_items(counter, PROJECT, layer, normed, memory, work.rows, buf, work.qkv)
     wait_for(counter, PROJECT + 1, items)
     compressed = layer["latent"]["rank"] > 0
     if compressed:

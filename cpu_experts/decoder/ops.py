@@ -126,24 +126,37 @@ def multiply_items(counter, at, matrix, act, rows, buf, scale, add, out):
 
 
 @kernel()
-def project_items(counter, at, layer, act, rows, buf, qkv):
-    """Take items of the three projections in front of attention; return how many there are."""
+def project_items(counter, at, layer, normed, memory, rows, buf, qkv):
+    """Take items of the three projections in front of attention; return how many there are.
+
+    Each finds ``normed`` as its format takes it, in ``memory``, made anew where that changes.
+    """
     q, k, v = layer["q"], layer["k"], layer["v"]
     in_q, in_k, in_v = -(-q["rows"] // TILE), -(-k["rows"] // TILE), -(-v["rows"] // TILE)
     strips, step = in_q + in_k + in_v, q["strips"]
-    one = np.float32(1)
+    one, made = np.float32(1), q["format"]
+    act = activate(made, normed, q["cols"], memory)
     while True:
         first = fetch_add(counter, at) * step
         if first >= strips:
             break
         last = min(first + step, strips)
         here = min(last, in_q)
+        if here > first and made != q["format"]:
+            made = q["format"]
+            act = activate(made, normed, q["cols"], memory)
         multiply_strips(q, first, here, first, act, rows, buf, one, False, qkv, _ZERO)
         first, last = max(first - in_q, 0), last - in_q
         here, behind = min(last, in_k), q["rows"]
+        if here > first and made != k["format"]:
+            made = k["format"]
+            act = activate(made, normed, k["cols"], memory)
         multiply_strips(k, first, here, first, act, rows, buf, one, False, qkv, behind)
         first, last = max(first - in_k, 0), last - in_k
         behind += k["rows"]
+        if last > first and made != v["format"]:
+            made = v["format"]
+            act = activate(made, normed, v["cols"], memory)
         multiply_strips(v, first, last, first, act, rows, buf, one, False, qkv, behind)
         fetch_add(counter, at + 1)
     return -(-strips // step)

@@ -61,6 +61,21 @@ def test_equals_naive_at_every_load(fmt: str, tokens: int) -> None:
     _check(Block(hidden=64, intermediate=96, format=fmt), tokens)
 
 
+@pytest.mark.parametrize(
+    ("up", "down"), [("q4_k", "q6_k"), ("q8_0", "f32"), ("bf16", "q5_1"), ("q6_k", "q8_0")]
+)
+def test_down_in_another_format(up: str, down: str) -> None:
+    """Each side reads what its own format makes of its activations; by itself, too."""
+    shape = Block(hidden=64, intermediate=96, format=up, down_format=down, bias=True)
+    _check(shape, 3)
+    blocks, weights = random_experts(shape, 1)
+    h = np.random.default_rng(0).standard_normal((2, 96)).astype(np.float32)
+    seen = round_activations(h) if is_quantized(down) else h
+    found = project_down(h, np.zeros((2, 1), np.int64), blocks, shape)
+    want = seen.astype(np.float64) @ weights[0].down.T + weights[0].down_bias
+    np.testing.assert_allclose(found, want, atol=2e-5)
+
+
 @pytest.mark.parametrize("fmt", SOME)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(1, 1), (33, 31), (100, 40)])
 def test_ragged_sizes(fmt: str, hidden: int, intermediate: int) -> None:
