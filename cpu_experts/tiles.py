@@ -12,6 +12,7 @@ import platform
 import sys
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,11 +25,9 @@ from cpu_experts.workspace import WORKSPACE, Ids, check_ids, read_only, sorted_p
 from hybrid.formats.block import ACTIVATIONS, Block
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.matrix import packed_bytes
-from hybrid.formats.registry import format_of
+from hybrid.formats.registry import format_of, is_quantized
 from hybrid.formats.strips import F32, GROUP, U8, pad
 
-#: Formats whose matrices are multiplied so.
-FORMATS = ("q4_0", "q8_0", "bf16")
 #: Of Linux: the call that asks for the units, what is asked, and which part of the state they are.
 _ARCH_PRCTL, _ASK, _TILE_DATA = 158, 0x1023, 18
 _NEEDED = frozenset({"amx-tile", "amx-bf16", "avx512bf16", "avx512vbmi"})
@@ -49,35 +48,67 @@ def _granted() -> bool:
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK, _TILE_DATA) == 0)
 
 
-def takes(fmt: str, *cols: int) -> bool:
+def takes(fmt: str, cols: int) -> bool:
     """Whether matrices of a format with so many inputs can be multiplied here."""
-    whole = format_of(fmt).quantized or not any(count % GROUP for count in cols)
-    return fmt in FORMATS and whole and available()
+    return available() and (is_quantized(fmt) or (fmt == "bf16" and cols % GROUP == 0))
 
 
-def _kernels(fmt: str, *cols: int) -> ModuleType:
-    if not takes(fmt, *cols):
+def takes_experts(shape: Block) -> bool:
+    """Whether both sides of experts can be."""
+    up, down = shape.formats
+    return takes(up, shape.hidden) and takes(down, shape.intermediate)
+
+
+def _kernels(fmt: str, cols: int) -> ModuleType:
+    if not takes(fmt, cols):
         raise BackendError(
-            f"matrices of {fmt} with {' and '.join(map(str, cols))} inputs are not multiplied by"
-            " matrix units here",
-            hint=f"they take {', '.join(FORMATS)}, bf16 with a multiple of {GROUP} inputs, and a"
-            " processor with AMX",
+            f"a matrix of {fmt} with {cols} inputs is not multiplied by matrix units here",
+            hint="they take quantized formats, bf16 with a multiple of 32 inputs, and a processor "
+            "with AMX",
         )
     from cpu_experts.kernels import tile_items  # compiles what only processors with AMX run
 
     return tile_items
 
 
-def _row_bytes(cols: int) -> int:
-    """Bytes from one row of activations to the next: a line more, else rows share a cache set."""
-    return 2 * pad(cols, GROUP) + 64
+class _Side(NamedTuple):
+    """A matrix as the kernels take it: what widens it, its strips, and an item's share.
+
+    Attributes
+    ----------
+    filler
+        An address.
+    strip
+        Bytes of a strip.
+    steps
+        Its tiles.
+    strips
+        That an item takes.
+    tiles
+        Bytes of their tiles.
+    stride
+        Bytes from one row of activations to the next: a line more than it has, else rows share a
+        set of the nearest cache.
+    """
+
+    filler: int
+    strip: int
+    steps: int
+    strips: int
+    tiles: int
+    stride: int
 
 
-def _strips(kernels: ModuleType, cols: int, least: int) -> tuple[int, int]:
-    """How many strips an item takes, a multiple of ``least``, and the bytes of their tiles."""
-    each = pad(cols, GROUP) // GROUP * kernels.TILE_BYTES
+def _side(fmt: str, cols: int, least: int) -> _Side:
+    """Describe a matrix with ``cols`` inputs, of which an item takes a multiple of ``least``."""
+    kernels, known = _kernels(fmt, cols), format_of(fmt)
+    from cpu_experts.kernels.tiles import filler
+
+    steps = pad(cols, max(GROUP, known.unit_inputs)) // GROUP
+    each = steps * kernels.TILE_BYTES
     strips = max(least, min(kernels.STRIPS, kernels.TILES // each) // least * least)
-    return strips, max(strips * each, 2 * kernels.STEPS * kernels.TILE_BYTES)
+    tiles = max(strips * each, 2 * kernels.STEPS * kernels.TILE_BYTES)
+    return _Side(filler(fmt), known.strip_bytes(cols), steps, strips, tiles, 2 * GROUP * steps + 64)
 
 
 def run_experts(
@@ -89,7 +120,9 @@ def run_experts(
         As for :func:`cpu_experts.ffn.run_experts`.
     """
     d, f = shape.hidden, shape.intermediate
-    kernels = _kernels(shape.format, d, f)
+    kernels = _kernels(shape.formats[1], f)
+    least = 4 if shape.gated else 2
+    up, down = _side(shape.formats[0], d, least), _side(shape.formats[1], f, 2)
     check_matrix("x", x, (None, d))
     check_matrix("out", out, x.shape)
     check_matrix("routing_weights", routing_weights, expert_ids.shape)
@@ -107,20 +140,20 @@ def run_experts(
             return
         # A product may read a tile of tokens beyond the last; what it makes of them is not used.
         rows = int(first[active]) + kernels.TOKENS
-        act_stride, h_stride = _row_bytes(d), _row_bytes(f)
-        least = 4 if shape.gated else 2
-        up_strips, up_tiles = _strips(kernels, d, least)
-        down_strips, down_tiles = _strips(kernels, f, 2)
-        groups, n_tiles = up_strips // least, max(up_tiles, down_tiles)
+        h = WORKSPACE.rows("tile intermediates", rows, down.stride, np.uint8)
+        h[:, 2 * pad(f, GROUP) :] = 0  # what a format has of inputs beyond the last group
         kernels.run_tiles(
-            format_of(shape.format).number,
+            up.filler,
             read_only(blocks),
             blocks.shape[1],
-            shape.up_strip_bytes,
-            groups,
+            up.strip,
+            up.steps,
+            up.strips // least,
             shape.down_offset,
-            shape.down_strip_bytes,
-            down_strips,
+            down.filler,
+            down.strip,
+            down.steps,
+            down.strips,
             ACTIVATIONS.index(shape.activation),
             np.float32(shape.alpha),
             np.float32(shape.limit),
@@ -136,12 +169,12 @@ def run_experts(
             expert_ids.shape[1],
             routing_weights.reshape(-1),
             x,
-            WORKSPACE.get("tile activations", rows * act_stride, np.uint8),
-            act_stride,
-            WORKSPACE.get("tile intermediates", rows * h_stride, np.uint8),
-            h_stride,
+            WORKSPACE.get("tile activations", rows * up.stride, np.uint8),
+            up.stride,
+            h.reshape(-1),
+            down.stride,
             WORKSPACE.get("tile counters", kernels.COUNTERS, np.int64),
-            WORKSPACE.rows("tiles", threads, n_tiles, np.uint8),
+            WORKSPACE.rows("tiles", threads, max(up.tiles, down.tiles), np.uint8),
             WORKSPACE.rows("tile sums", threads, kernels.SUMS, np.float32),
             threads,
             out,
@@ -160,22 +193,22 @@ def linear(x: F32, weight: U8, fmt: str, bias: F32 | None, out: F32) -> None:
     if bias is not None:
         check_matrix("bias", bias, (out.shape[1],))
     check_packed(weight, out.shape[1], x.shape[1], fmt, packed_bytes(out.shape[1], x.shape[1], fmt))
-    threads, stride = used_threads(), _row_bytes(x.shape[1])
-    strips, n_tiles = _strips(kernels, x.shape[1], 2)
+    threads, side = used_threads(), _side(fmt, x.shape[1], 2)
     with LOCK:
         kernels.multiply_tiles(
-            format_of(fmt).number,
+            side.filler,
             read_only(weight),
-            format_of(fmt).strip_bytes(x.shape[1]),
-            strips,
+            side.strip,
+            side.steps,
+            side.strips,
             x,
             np.arange(len(x), dtype=np.int32),
-            WORKSPACE.get("tile activations", (len(x) + kernels.TOKENS) * stride, np.uint8),
-            stride,
+            WORKSPACE.get("tile activations", (len(x) + kernels.TOKENS) * side.stride, np.uint8),
+            side.stride,
             np.zeros(1, np.float32) if bias is None else bias,
             bias is not None,
             WORKSPACE.get("tile counters", kernels.COUNTERS, np.int64),
-            WORKSPACE.rows("tiles", threads, n_tiles, np.uint8),
+            WORKSPACE.rows("tiles", threads, side.tiles, np.uint8),
             WORKSPACE.rows("tile sums", threads, kernels.SUMS, np.float32),
             threads,
             out,

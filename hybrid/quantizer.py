@@ -68,7 +68,8 @@ class HybridQuantizer(HfQuantizer):
             path: place for path, place in places.items() if not path.startswith(self._moved[0])
         }
         dense = {places[path]: shape for path, shape in index.dense.items()}
-        install_dense(model, dense, index.dense_format)
+        formats = {place: index.format_of(path) for path, place in places.items()}
+        install_dense(model, dense, formats)
 
     def _place(self, model: Any, path: str) -> str:
         """Return where a module of the store is in a model that may be wrapped differently."""

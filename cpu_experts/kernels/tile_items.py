@@ -19,16 +19,14 @@ from cpu_experts.kernels.experts import activate
 from cpu_experts.kernels.micro import add_strip, copy_strip, fetch_add, wait_for
 from cpu_experts.kernels.tiles import (
     TILE_BYTES,
-    TILED,
     TOKENS,
     begin,
     end,
     expect_writes,
-    fill_tiles,
+    fill,
     round_rows,
     tile_dot,
 )
-from hybrid.formats.registry import FORMATS
 from hybrid.formats.strips import GROUP, TILE
 
 #: Bytes of widened tiles that a thread works with: its own cache has them and a block of tokens.
@@ -41,24 +39,7 @@ STRIPS = 8
 SUMS = TOKENS * STRIPS * TILE
 #: Counters that a call takes.
 COUNTERS = 5
-_NUMBERS = tuple(FORMATS[name].number for name in TILED)
-_UNITS = tuple(GROUP // FORMATS[name].unit_inputs for name in TILED)
-"""Units of a tile."""
-_TILE_OF = tuple(FORMATS[name].strip_bytes(GROUP) for name in TILED)
-"""Bytes that become a tile."""
-_fill_0, _fill_1, _fill_2 = (fill_tiles(name) for name in TILED)
 _one, _two = tile_dot(1), tile_dot(2)
-
-
-@kernel()
-def _fill(fmt, w, w_at, step, steps, tiles, at):
-    """Widen tiles ``step : step + steps`` of the strip at byte ``w_at``."""
-    if fmt == _NUMBERS[0]:
-        _fill_0(w, w_at + step * _TILE_OF[0], steps * _UNITS[0], tiles, at)
-    elif fmt == _NUMBERS[1]:
-        _fill_1(w, w_at + step * _TILE_OF[1], steps * _UNITS[1], tiles, at)
-    else:
-        _fill_2(w, w_at + step * _TILE_OF[2], steps * _UNITS[2], tiles, at)
 
 
 @kernel()
@@ -70,15 +51,15 @@ def _dot(act, at, stride, count, tiles, first, second, steps, sums, to, more):
 
 
 @kernel()
-def _widen(fmt, w, w_at, strip, strips, steps, tiles, count):
+def _widen(filler, w, w_at, strip, strips, steps, tiles, count):
     """Widen strips for more tokens than one block, one strip after the other; else do nothing."""
     if count > TOKENS:
         for s in range(strips):
-            _fill(fmt, w, w_at + s * strip, 0, steps, tiles, s * steps * TILE_BYTES)
+            fill(filler, w, w_at + s * strip, 0, steps, tiles, s * steps * TILE_BYTES)
 
 
 @kernel()
-def _multiply(fmt, w, w_at, strip, strips, steps, act, act_at, stride, count, of, tiles, sums):
+def _multiply(filler, w, w_at, strip, strips, steps, act, act_at, stride, count, of, tiles, sums):
     """Write products of ``count`` rows, at most 32 and of ``of`` in all, with strips to ``sums``.
 
     Strips that all rows share are widened by now. For a single block they are widened here, some
@@ -89,11 +70,11 @@ def _multiply(fmt, w, w_at, strip, strips, steps, act, act_at, stride, count, of
         for s in range(0, strips, 2):
             for k in range(0, steps, STEPS):
                 here, at = min(STEPS, steps - k), act_at + 2 * GROUP * k
-                _fill(fmt, w, w_at + s * strip, k, here, tiles, 0)
+                fill(filler, w, w_at + s * strip, k, here, tiles, 0)
                 second = 0
                 if s + 1 < strips:
                     second = STEPS * TILE_BYTES
-                    _fill(fmt, w, w_at + (s + 1) * strip, k, here, tiles, second)
+                    fill(filler, w, w_at + (s + 1) * strip, k, here, tiles, second)
                 to = s * TOKENS * TILE
                 _dot(act, at, stride, count, tiles, 0, second, here, sums, to, k > 0)
     else:
@@ -125,8 +106,9 @@ def _add_bias(bias, bias_at, count, strips, sums):
 
 @kernel()
 def _up_items(
-    counter, fmt, blocks, block_stride, strip, steps, groups, act, act_stride, kind, alpha, limit,
-    up_offset, gated, bias_at, intermediate, active, experts, first, h, h_stride, tiles, sums,
+    counter, filler, blocks, block_stride, strip, steps, groups, act, act_stride, kind, alpha,
+    limit, up_offset, gated, bias_at, intermediate, active, experts, first, h, h_stride, tiles,
+    sums,
 ):  # fmt: skip
     """Take groups of intermediate columns: products, then the activation."""
     sides = 2 if gated else 1
@@ -139,11 +121,11 @@ def _up_items(
         here = min(groups, groups_all - group)
         base, strips = experts[run] * block_stride, 2 * sides * here
         at, tokens = base + 2 * sides * group * strip, first[run + 1] - first[run]
-        _widen(fmt, blocks, at, strip, strips, steps, tiles, tokens)
+        _widen(filler, blocks, at, strip, strips, steps, tiles, tokens)
         for p in range(first[run], first[run + 1], TOKENS):
             count = min(TOKENS, first[run + 1] - p)
             _multiply(
-                fmt, blocks, at, strip, strips, steps, act, p * act_stride, act_stride, count,
+                filler, blocks, at, strip, strips, steps, act, p * act_stride, act_stride, count,
                 tokens, tiles, sums,
             )  # fmt: skip
             if bias_at >= 0:
@@ -163,7 +145,7 @@ def _up_items(
 
 @kernel()
 def _down_items(
-    counter, fmt, blocks, block_stride, section, strip, steps, strips_an_item, h, h_stride,
+    counter, filler, blocks, block_stride, section, strip, steps, strips_an_item, h, h_stride,
     bias_at, active, experts, first, pairs, top_k, weights, out, tiles, sums,
 ):  # fmt: skip
     """Take strips of output columns: every expert's share of them, weighted and summed."""
@@ -176,7 +158,7 @@ def _down_items(
         for run in range(active):
             base = experts[run] * block_stride
             at, tokens = base + section + begins * strip, first[run + 1] - first[run]
-            _widen(fmt, blocks, at, strip, strips, steps, tiles, tokens)
+            _widen(filler, blocks, at, strip, strips, steps, tiles, tokens)
             for p in range(first[run], first[run + 1], TOKENS):
                 count = min(TOKENS, first[run + 1] - p)
                 for t in range(count):
@@ -184,7 +166,7 @@ def _down_items(
                     width = min(strips * TILE, hidden - column)
                     expect_writes(flat, pairs[p + t] // top_k * hidden + column, width)
                 _multiply(
-                    fmt, blocks, at, strip, strips, steps, h, p * h_stride, h_stride, count,
+                    filler, blocks, at, strip, strips, steps, h, p * h_stride, h_stride, count,
                     tokens, tiles, sums,
                 )  # fmt: skip
                 if bias_at >= 0:
@@ -204,8 +186,9 @@ def _down_items(
 
 
 @kernel()
-def _round_row(x, row, cols, tail, act, at):
-    """Write row ``row`` of ``x`` as bfloat16, zeros up to whole groups; ``tail`` is scratch."""
+def _round_row(x, row, steps, tail, act, at):
+    """Write row ``row`` of ``x`` as bfloat16, zeros up to whole tiles; ``tail`` is scratch."""
+    cols = x.shape[1]
     whole = cols // GROUP * GROUP
     flat = x.reshape(-1)
     if whole:
@@ -216,16 +199,21 @@ def _round_row(x, row, cols, tail, act, at):
         for k in range(cols - whole):
             tail[k] = rest[k]
         round_rows(tail, 0, GROUP, act, at + 2 * whole)
+        whole += GROUP
+    if whole < steps * GROUP:
+        tail[:GROUP] = 0
+        for k in range(whole, steps * GROUP, GROUP):
+            round_rows(tail, 0, GROUP, act, at + 2 * k)
 
 
 @kernel()
-def _round_items(counter, x, pairs, total, top_k, act, act_stride, tail):
+def _round_items(counter, x, steps, pairs, total, top_k, act, act_stride, tail):
     """Take pairs, 32 at a time, and write their tokens' rows in the order of the pairs."""
     items = -(-total // TOKENS)
     item = fetch_add(counter, 3)
     while item < items:
         for p in range(item * TOKENS, min((item + 1) * TOKENS, total)):
-            _round_row(x, pairs[p] // top_k, x.shape[1], tail, act, p * act_stride)
+            _round_row(x, pairs[p] // top_k, steps, tail, act, p * act_stride)
         fetch_add(counter, 4)
         item = fetch_add(counter, 3)
     # As in the other loops: whoever waits here waits for running threads only.
@@ -234,23 +222,24 @@ def _round_items(counter, x, pairs, total, top_k, act, act_stride, tail):
 
 @kernel(parallel=True)
 def run_tiles(
-    fmt, blocks, block_stride, up_strip, groups, section, down_strip, down_strips, kind, alpha,
-    limit, up_offset, gated, up_bias, down_bias, intermediate, active, experts, first, pairs,
-    top_k, weights, x, act, act_stride, h, h_stride, counter, tiles, sums, threads, out,
+    filler, blocks, block_stride, up_strip, up_steps, groups, section, down_filler, down_strip,
+    down_steps, down_strips, kind, alpha, limit, up_offset, gated, up_bias, down_bias,
+    intermediate, active, experts, first, pairs, top_k, weights, x, act, act_stride, h, h_stride,
+    counter, tiles, sums, threads, out,
 ):  # fmt: skip
     """Add every pair's weighted expert output to ``out``, as ``run_pairs`` does."""
     counter[:] = 0
-    hidden, total = x.shape[1], np.int64(first[active])
+    total = np.int64(first[active])
     for w in prange(threads):
-        _round_items(counter, x, pairs, total, top_k, act, act_stride, sums[w])
+        _round_items(counter, x, up_steps, pairs, total, top_k, act, act_stride, sums[w])
         begin()
         _up_items(
-            counter, fmt, blocks, block_stride, up_strip, -(-hidden // GROUP), groups, act,
+            counter, filler, blocks, block_stride, up_strip, up_steps, groups, act,
             act_stride, kind, alpha, limit, up_offset, gated, up_bias, intermediate, active,
             experts, first, h, h_stride, tiles[w], sums[w],
         )  # fmt: skip
         _down_items(
-            counter, fmt, blocks, block_stride, section, down_strip, -(-intermediate // GROUP),
+            counter, down_filler, blocks, block_stride, section, down_strip, down_steps,
             down_strips, h, h_stride, down_bias, active, experts, first, pairs, top_k, weights,
             out, tiles[w], sums[w],
         )  # fmt: skip
@@ -259,7 +248,7 @@ def run_tiles(
 
 @kernel()
 def _matrix_items(
-    counter, fmt, packed, strip, steps, strips_an_item, act, act_stride, bias, has_bias,
+    counter, filler, packed, strip, steps, strips_an_item, act, act_stride, bias, has_bias,
     out, tiles, sums,
 ):  # fmt: skip
     """Take strips of a matrix and write their products with all tokens."""
@@ -268,7 +257,7 @@ def _matrix_items(
     begins = fetch_add(counter, 0) * strips_an_item
     while begins < strips_all:
         strips = min(strips_an_item, strips_all - begins)
-        _widen(fmt, packed, begins * strip, strip, strips, steps, tiles, tokens)
+        _widen(filler, packed, begins * strip, strip, strips, steps, tiles, tokens)
         for p in range(0, tokens, TOKENS):
             count = min(TOKENS, tokens - p)
             for t in range(count):
@@ -276,7 +265,7 @@ def _matrix_items(
                 width = min(strips * TILE, rows - column)
                 expect_writes(flat, (p + t) * rows + column, width)
             _multiply(
-                fmt, packed, begins * strip, strip, strips, steps, act, p * act_stride,
+                filler, packed, begins * strip, strip, strips, steps, act, p * act_stride,
                 act_stride, count, tokens, tiles, sums,
             )  # fmt: skip
             for t in range(count):
@@ -298,20 +287,20 @@ def _matrix_items(
 
 @kernel(parallel=True)
 def multiply_tiles(
-    fmt, packed, strip, strips_an_item, x, every, act, act_stride, bias, has_bias, counter,
-    tiles, sums, threads, out,
+    filler, packed, strip, steps, strips_an_item, x, every, act, act_stride, bias, has_bias,
+    counter, tiles, sums, threads, out,
 ):  # fmt: skip
     """Write the products of ``x`` ``[T, K]`` with one packed matrix to ``out`` ``[T, N]``.
 
     ``every`` counts from 0 to T.
     """
     counter[:] = 0
-    tokens, steps = len(x), -(-x.shape[1] // GROUP)
+    tokens = len(x)
     for w in prange(threads):
-        _round_items(counter, x, every, tokens, 1, act, act_stride, sums[w])
+        _round_items(counter, x, steps, every, tokens, 1, act, act_stride, sums[w])
         begin()
         _matrix_items(
-            counter, fmt, packed, strip, steps, strips_an_item, act, act_stride, bias, has_bias,
+            counter, filler, packed, strip, steps, strips_an_item, act, act_stride, bias, has_bias,
             out, tiles[w], sums[w],
         )  # fmt: skip
         end()

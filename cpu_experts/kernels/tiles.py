@@ -10,20 +10,21 @@ weights. Who uses them calls :func:`begin` first and :func:`end` last, in the sa
 """
 
 # numba calls the intrinsics with its own types and compiler state.
-# mypy: disable-error-code="no-untyped-def, misc"
+# mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from cpu_experts.jit.compiled import kernel
 from cpu_experts.jit.ir import (
     BF16,
-    F16,
-    F32,
     I8,
     I16,
     I32,
@@ -39,59 +40,140 @@ from cpu_experts.jit.ir import (
     loop,
     store,
 )
-from cpu_experts.kernels.simd_loops import Quantized, loop_of
+from cpu_experts.kernels.simd_loops import Grouped, loop_of
+from cpu_experts.kernels.vectors import BYTES, FLOATS, INTS, fma
 from hybrid.formats.registry import FORMATS
-from hybrid.formats.strips import GROUP, TILE
+from hybrid.formats.strips import TILE
 
-#: Formats that are widened into tiles.
-TILED = ("q4_0", "q8_0", "bf16")
 #: Bytes of a tile: 16 rows of 64.
 TILE_BYTES = 1024
 #: Tokens that one product takes: two tiles of them.
 TOKENS = 2 * TILE
-_INTS = ir.VectorType(I32, TILE)
-_FLOATS = ir.VectorType(F32, TILE)
 _PAIRS = ir.VectorType(I16, 2 * TILE)
-_BYTES = ir.VectorType(I8, 4 * TILE)
 _ROWS = range(TILE)
-#: Formats whose codes take all bits of a byte.
-_EIGHT_BITS = ("q8_0",)
+_INTERLEAVED = [TILE * (i % 2) + i // 2 for i in range(2 * TILE)]
+#: Strip, first tile, number of tiles, where they go.
+_FILL = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I64, I64, I8.as_pointer()])
+
+_FILLERS: dict[str, int] = {}
+#: What holds the machine code of fillers, which stays where it is while this does.
+_MADE: list[Any] = []
+_LOCK = threading.Lock()
 
 
 def _register(number: int) -> Value:
     return ir.Constant(I8, number)
 
 
-def _fill_quantized(b: Builder, fmt: str, base: Value, out: Value) -> None:
-    """Write the tile of a unit: scales times codes, each rounded once to float32, then to bfloat16.
+def filler(fmt: str) -> int:
+    """Return the address of what widens strips of a format, for :func:`fill`; compiles it once."""
+    with _LOCK:
+        if fmt not in _FILLERS:
+            number, place = list(FORMATS).index(fmt), np.zeros(1, np.int64)
 
-    A code becomes a float32 without being converted: as a byte of the mantissa of 128, or of 256
-    where it has all eight bits. From the product with the scale that of the constant is taken
-    away, which is exact, within one rounding.
+            def find(place):
+                place[0] = _address(number)
+
+            find.__qualname__ = f"fill_tiles_{fmt}"
+            found = kernel()(find)
+            found(place)
+            _MADE.append(found)
+            _FILLERS[fmt] = int(place[0])
+        return _FILLERS[fmt]
+
+
+@intrinsic(prefer_literal=True)
+def _address(typingctx, number):
+    """The address of what widens the format in this place of the registry."""
+    if not isinstance(number, types.IntegerLiteral):
+        return None
+
+    def codegen(context, b, signature, args):
+        return b.ptrtoint(_fill_function(b.module, list(FORMATS)[number.literal_value]), I64)
+
+    return types.int64(number), codegen
+
+
+@intrinsic
+def fill(typingctx, filler, w, w_at, step, steps, tiles, at):
+    """Widen tiles ``step : step + steps`` of the strip at byte ``w_at`` of ``w``.
+
+    They are written to byte ``at`` of ``tiles``, one after the other.
     """
-    codes_of, size = loop_of(fmt), FORMATS[fmt].unit_bytes
-    assert isinstance(codes_of, Quantized)
-    scale = b.fpext(load(b, base, size - 2 * TILE, ir.VectorType(F16, TILE)), _FLOATS)
-    if fmt in _EIGHT_BITS:
-        scales, one = [scale, scale], 256
-    else:
-        scales, one = (
-            [_picked(b, scale, [8 * half + i // 2 for i in _ROWS]) for half in (0, 1)],
-            128,
-        )
-    shifts = [b.fmul(each, const(_FLOATS, -float(one + codes_of.offset))) for each in scales]
-    for step in range(GROUP // 4):
-        (chunk,) = codes_of.codes(b, base, step)
-        for pair in range(2):
-            numbers = _of_256(b, chunk, pair) if one == 256 else _of_128(b, chunk, pair)
-            first, second = (
-                call(b, "llvm.fma.v16f32", _FLOATS, [number, each, shift])
-                for number, each, shift in zip(numbers, scales, shifts, strict=True)
-            )
-            rounded = _rounded(b, first, second)
-            if one == 256:
-                rounded = _picked(b, rounded, [16 * (i % 2) + i // 2 for i in range(2 * TILE)])
-            store(b, rounded, out, 32 * codes_of.inputs(step) + 64 * pair)
+
+    def codegen(context, b, signature, args):
+        kinds = signature.args
+        strip = gep(b, data(context, b, kinds[1], args[1]), args[2])
+        out = gep(b, data(context, b, kinds[5], args[5]), args[6])
+        function = b.inttoptr(args[0], _FILL.as_pointer())
+        b.call(function, [strip, args[3], args[4], out])
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(i64, w, i64, i64, i64, tiles, i64), codegen
+
+
+def _fill_function(module: Any, fmt: str) -> Any:
+    name = f"fill_tiles_{fmt}"
+    if name in module.globals:
+        return module.globals[name]
+    function = _function(module, name, _FILL)
+    strip, first, count, out = function.args
+    b = ir.IRBuilder(function.append_basic_block())
+    emitted = loop_of(fmt)
+
+    def tile(k: Value) -> list[Value]:
+        at, to = b.add(first, k), gep(b, out, b.mul(k, ir.Constant(I64, TILE_BYTES)))
+        if isinstance(emitted, Grouped):
+            _grouped_tile(b, emitted, strip, at, to)
+        else:
+            _bf16_tile(b, strip, at, to)
+        return []
+
+    loop(b, count, [], tile)
+    b.ret_void()
+    return function
+
+
+def _bf16_tile(b: Builder, strip: Value, number: Value, out: Value) -> None:
+    """The 32 inputs of a tile are 16 rows of 2 bytes each."""
+    base = gep(b, strip, b.mul(number, ir.Constant(I64, TILE_BYTES)))
+    for row in range(TILE):
+        store(b, _picked(b, load(b, base, 64 * row, _PAIRS), _INTERLEAVED), out, 64 * row)
+
+
+def _grouped_tile(b: Builder, form: Grouped, strip: Value, number: Value, out: Value) -> None:
+    """Write the tile of a group: its numbers in float32, rounded to bfloat16.
+
+    A code becomes a float32 without being converted: as bits of the mantissa of 128, or of 256
+    where it has all eight. What the constant adds to the product goes with the group's minimum.
+    """
+    layout, codes = form.layout, form.codes
+    here = b.and_(number, ir.Constant(I64, layout.groups - 1))
+    which = b.sub(number, here)
+    unit = gep(b, strip, b.mul(which, ir.Constant(I64, layout.unit_bytes // layout.groups)))
+    group = gep(b, unit, b.mul(here, ir.Constant(I64, layout.group_bytes)))
+    factors = form.scales.factors(b, layout, unit, here)
+    wide = codes.most > 127
+    base = -float((256 if wide else 128) + codes.zero)
+    for run, ((scale,),) in enumerate(zip(factors.scales, strict=True)):
+        shift = b.fmul(scale, const(FLOATS, base))
+        if factors.shifts:
+            shift = b.fadd(shift, factors.shifts[run][0])
+        sides = [(scale, shift)] * 2
+        if not wide:
+            sides = [
+                (_picked(b, scale, rows), _picked(b, shift, rows))
+                for rows in ([8 * half + i // 2 for i in _ROWS] for half in (0, 1))
+            ]
+        for step in range(run, 8, len(factors.scales)):
+            (chunk,) = codes.read(b, group, step)
+            for pair in range(2):
+                numbers = _of_256(b, chunk, pair) if wide else _of_128(b, chunk, pair)
+                values = [fma(b, v, *side) for v, side in zip(numbers, sides, strict=True)]
+                rounded = _rounded(b, *values)
+                rounded = _picked(b, rounded, _INTERLEAVED) if wide else rounded
+                store(b, rounded, out, 32 * codes.inputs(step) + 64 * pair)
 
 
 def _picked(b: Builder, vector: Value, places: list[int]) -> Value:
@@ -107,24 +189,23 @@ def _of_128(b: Builder, chunk: Value, pair: int) -> list[Value]:
         places = [0] * 4 * TILE
         for i in _ROWS:
             places[4 * i + 2] = 4 * (8 * half + i // 2) + 2 * pair + i % 2
-        operands = [chunk, ir.Constant(_BYTES, places)]
-        moved = call(b, "llvm.x86.avx512.permvar.qi.512", _BYTES, operands)
+        operands = [chunk, ir.Constant(BYTES, places)]
+        moved = call(b, "llvm.x86.avx512.permvar.qi.512", BYTES, operands)
         # Hidden from LLVM, which would make one slower instruction of three.
-        hidden = b.asm(ir.FunctionType(_BYTES, [_BYTES]), "", "=x,0", [moved], side_effect=False)
-        moved = b.bitcast(hidden, _INTS)
-        bits = b.or_(b.and_(moved, const(_INTS, 0xFF << 16)), const(_INTS, 0x43000000))
-        numbers.append(b.bitcast(bits, _FLOATS))
+        hidden = b.asm(ir.FunctionType(BYTES, [BYTES]), "", "=x,0", [moved], side_effect=False)
+        bits = b.and_(b.bitcast(hidden, INTS), const(INTS, 0xFF << 16))
+        numbers.append(b.bitcast(b.or_(bits, const(INTS, 0x43000000)), FLOATS))
     return numbers
 
 
 def _of_256(b: Builder, chunk: Value, pair: int) -> list[Value]:
     """256 + codes of two inputs, all rows of one and then of the other."""
-    words, numbers = b.bitcast(chunk, _INTS), []
+    words, numbers = b.bitcast(chunk, INTS), []
     for byte in (2 * pair, 2 * pair + 1):
         to = 15 - 8 * byte
-        moved = b.shl(words, const(_INTS, to)) if to > 0 else b.lshr(words, const(_INTS, -to))
-        bits = b.or_(b.and_(moved, const(_INTS, 0xFF << 15)), const(_INTS, 0x43800000))
-        numbers.append(b.bitcast(bits, _FLOATS))
+        moved = b.shl(words, const(INTS, to)) if to > 0 else b.lshr(words, const(INTS, -to))
+        bits = b.or_(b.and_(moved, const(INTS, 0xFF << 15)), const(INTS, 0x43800000))
+        numbers.append(b.bitcast(bits, FLOATS))
     return numbers
 
 
@@ -135,66 +216,11 @@ def _rounded(b: Builder, first: Value, second: Value) -> Value:
     return b.bitcast(rounded, _PAIRS)
 
 
-def fill_tiles(fmt: str) -> Any:
-    """Return what widens a strip of a format into tiles, as a numba intrinsic.
-
-    ``fill(w, w_at, inner, tiles, at)`` reads ``inner`` units at byte ``w_at`` of ``w`` and writes
-    whole tiles at byte ``at`` of ``tiles``.
-    """
-
-    def codegen(context, b, signature, args):
-        kinds = signature.args
-        base = gep(b, data(context, b, kinds[0], args[0]), args[1])
-        out = gep(b, data(context, b, kinds[3], args[3]), args[4])
-        b.call(_fill_function(b.module, fmt), [base, args[2], out])
-        return context.get_dummy_value()
-
-    @intrinsic
-    def fill(typingctx, w, w_at, inner, tiles, at):
-        i64 = types.int64
-        return types.void(w, i64, i64, tiles, i64), codegen
-
-    return fill
-
-
-def _function(module: Any, name: str, arguments: list[Any]) -> Any:
+def _function(module: Any, name: str, kind: Any) -> Any:
     """A function of its own in the module, which stays one: see the micro-kernels."""
-    kind = ir.FunctionType(ir.VoidType(), arguments)
     function = ir.Function(module, kind, name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
-    return function
-
-
-def _fill_function(module: Any, fmt: str) -> Any:
-    name = f"fill_tiles_{fmt}"
-    if name in module.globals:
-        return module.globals[name]
-    pointer = I8.as_pointer()
-    function = _function(module, name, [pointer, I64, pointer])
-    base, inner, out = function.args
-    b = ir.IRBuilder(function.append_basic_block())
-    size = FORMATS[fmt].unit_bytes
-    if FORMATS[fmt].quantized:
-
-        def unit(g: Value) -> list[Value]:
-            here = gep(b, base, b.mul(g, ir.Constant(I64, size)))
-            _fill_quantized(b, fmt, here, gep(b, out, b.mul(g, ir.Constant(I64, TILE_BYTES))))
-            return []
-
-        loop(b, inner, [], unit)
-        b.ret_void()
-        return function
-
-    def pair(k: Value) -> list[Value]:
-        at = b.mul(k, ir.Constant(I64, 64))
-        pairs = load(b, base, at, _PAIRS)
-        places = [16 * (i % 2) + i // 2 for i in range(2 * TILE)]
-        store(b, _picked(b, pairs, places), out, at)
-        return []
-
-    loop(b, b.lshr(inner, ir.Constant(I64, 1)), [], pair)  # of bfloat16, a unit is one input
-    b.ret_void()
     return function
 
 
@@ -231,8 +257,10 @@ def _dot_function(module: Any, blocks: int) -> Any:
     if name in module.globals:
         return module.globals[name]
     pointer = I8.as_pointer()
-    bit = ir.IntType(1)
-    function = _function(module, name, [pointer, I64, pointer, pointer, I64, pointer, bit])
+    kind = ir.FunctionType(
+        ir.VoidType(), [pointer, I64, pointer, pointer, I64, pointer, ir.IntType(1)]
+    )
+    function = _function(module, name, kind)
     act, stride, first, second, steps, out, more = function.args
     b = ir.IRBuilder(function.append_basic_block())
     void, line, row = ir.VoidType(), ir.Constant(I64, 64), ir.Constant(I64, 2 * 4 * TILE)
@@ -311,7 +339,7 @@ def round_rows(typingctx, x, at, count, out, out_at):
         name, halves = "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BF16, TILE)
 
         def some(i: Value) -> list[Value]:
-            floats = load(b, source, b.mul(i, ir.Constant(I64, 4 * TILE)), _FLOATS)
+            floats = load(b, source, b.mul(i, ir.Constant(I64, 4 * TILE)), FLOATS)
             rounded = b.bitcast(call(b, name, halves, [floats]), ir.VectorType(I16, TILE))
             store(b, rounded, target, b.mul(i, ir.Constant(I64, 2 * TILE)))
             return []

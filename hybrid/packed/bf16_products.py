@@ -24,7 +24,7 @@ from cpu_experts.kernels.widen import WIDENED, widen
 from cpu_experts.workspace import Ids
 from gpu_experts.reference import gated
 from hybrid.formats.block import Block
-from hybrid.formats.registry import format_of
+from hybrid.formats.registry import format_of, is_quantized
 from hybrid.formats.strips import F32, GROUP, TILE, U8, pad
 from hybrid.machine import calibrations
 from hybrid.machine.host import has_native_bf16
@@ -38,7 +38,12 @@ _TOKENS = 512
 
 def offered(shape: Block) -> bool:
     """Whether it is worth measuring for experts of this shape."""
-    return has_native_bf16() and shape.format in WIDENED
+    return has_native_bf16() and all(is_quantized(fmt) and widens(fmt) for fmt in shape.formats)
+
+
+def widens(fmt: str) -> bool:
+    """Whether matrices of a format are widened here, by whatever multiplies them."""
+    return fmt in (*WIDENED, "bf16") or tiles.takes(fmt, GROUP)
 
 
 def multiplier() -> str:
@@ -75,7 +80,7 @@ def measured(spec: HardwareSpec, shape: Block) -> bool:
 
 
 def _seconds(spec: HardwareSpec, shape: Block, lane: str) -> dict[int, float]:
-    wanted = (shape.hidden, shape.intermediate, shape.format, lane)
+    wanted = (shape.hidden, shape.intermediate, shape.format_name, lane)
     points = [p for p in spec.points if (p.hidden, p.intermediate, p.format, p.lane) == wanted]
     return {point.load: point.seconds for point in points}
 
@@ -151,7 +156,7 @@ def run_panels(
     """
     if len(x) < least_load:
         return expert_ids
-    if tiles.takes(shape.format, shape.hidden, shape.intermediate):
+    if tiles.takes_experts(shape):
         return _in_tiles(x, expert_ids, routing_weights, blocks, shape, least_load, out)
     ids, count, choices = torch.from_numpy(expert_ids), len(blocks), expert_ids.shape[1]
     hidden, total = torch.from_numpy(x), torch.from_numpy(out)
@@ -207,14 +212,14 @@ def multiply(x: Tensor, packed: U8, rows: int, fmt: str) -> Tensor:
 
 def _expert(shape: Block, block: U8, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
-    d, f, fmt = shape.hidden, shape.intermediate, shape.format
-    y = _multiply(x, block, shape.up_rows, d, fmt)
+    d, f = shape.hidden, shape.intermediate
+    y = _multiply(x, block, shape.up_rows, d, shape.format)
     floats = None
     if shape.bias:
         floats = torch.from_numpy(block[shape.bias_offset :].view(np.float32).copy())
         y += floats[: shape.up_rows]
     h = gated(shape, y)
-    y = _multiply(h, block[shape.down_offset :], d, f, fmt)
+    y = _multiply(h, block[shape.down_offset :], d, f, shape.formats[1])
     return y if floats is None else y + floats[shape.up_rows : shape.up_rows + d]
 
 

@@ -19,11 +19,9 @@ import numpy as np
 import torch
 
 from cpu_experts.ffn import linear
-from cpu_experts.kernels.widen import WIDENED
 from hybrid.errors import UsageError
 from hybrid.formats.block import Block
-from hybrid.formats.matrix import packed_bytes
-from hybrid.formats.registry import format_of
+from hybrid.formats.matrix import pack
 from hybrid.formats.strips import TILE, U8
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
@@ -35,6 +33,7 @@ from hybrid.packed.bf16_products import (
     multiply,
     offered,
     panels_from,
+    widens,
 )
 from hybrid.paths import make_cache_folder, write_whole
 
@@ -50,7 +49,7 @@ def least_tokens(fmt: str) -> int | None:
 
     Measures when nothing is known, and says so once.
     """
-    if not has_native_bf16() or fmt not in (*WIDENED, "bf16"):
+    if not has_native_bf16() or not widens(fmt):
         return None
     return _kept(fmt, torch.get_num_threads())
 
@@ -63,7 +62,10 @@ def panels_of(shape: Block, dtype: torch.dtype) -> int | None:
     hardware = calibrations.alone(torch.get_num_threads())
     if dtype != torch.bfloat16 or (hardware is not None and measured(hardware, shape)):
         return panels_from(shape, hardware)
-    return least_tokens(shape.format) if offered(shape) else None
+    if not offered(shape):
+        return None
+    found = [least for fmt in shape.formats if (least := least_tokens(fmt)) is not None]
+    return max(found) if len(found) == len(shape.formats) else None
 
 
 @cache
@@ -118,12 +120,6 @@ def _measure(fmt: str) -> int | None:
 
 
 def _matrix(fmt: str) -> U8:
-    """Any matrix: its bytes are random, but for scales, of which all are one."""
-    size = packed_bytes(_ROWS, _COLS, fmt)
-    packed = np.random.default_rng(0).integers(0, 255, size, np.uint8)
-    if not format_of(fmt).quantized:
-        packed.view(np.uint16)[:] = 0x3F80
-        return packed
-    units_of = packed.reshape(-1, format_of(fmt).unit_bytes)
-    units_of[:, -2 * TILE :] = np.full(TILE, 1, np.float16).view(np.uint8)
-    return packed
+    """Any matrix: a strip, as often as it takes."""
+    strip = np.random.default_rng(0).standard_normal((TILE, _COLS), dtype=np.float32)
+    return np.tile(pack(strip, fmt), _ROWS // TILE)

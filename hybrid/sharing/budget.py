@@ -81,7 +81,7 @@ def cost_of(model: Model, hardware: HardwareSpec, where: torch.device) -> CostMo
     # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
     if dense is None or not packs_dense(dense) or where.type != "cpu":
         dense = "f32" if model.network.dtype == torch.float32 else "bf16"
-    return CostModel(model.spec, hardware, index.format, dense)
+    return CostModel(model.spec, hardware, index.experts_format, dense)
 
 
 def fitted_alone(model: Model, ram_bytes: int, context: int) -> Fit:

@@ -14,6 +14,7 @@ from cpu_experts.errors import BackendError
 from cpu_experts.jit.workers import use_threads, used_threads
 from hybrid.formats.block import Block, pack_expert, unpack_expert
 from hybrid.formats.matrix import pack, unpack
+from hybrid.formats.registry import quantized_formats
 
 rng = np.random.default_rng(0)
 needs_units = pytest.mark.skipif(
@@ -34,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"hidden": 2560, "intermediate": 32},
     "bf16": {"format": "bf16"},
     "q4_0": {"format": "q4_0"},
+    "mixed": {"format": "q4_k", "down_format": "q6_k"},
 }
 
 
@@ -97,10 +99,13 @@ def test_any_number_of_threads_gives_the_same() -> None:
 
 
 @needs_units
-@pytest.mark.parametrize("fmt", tiles.FORMATS)
+@pytest.mark.parametrize("fmt", [*quantized_formats(), "bf16"])
 @pytest.mark.parametrize(("rows", "cols", "tokens"), [(1, 32, 1), (40, 96, 16), (150, 1056, 45)])
 def test_matrices_equal_the_twin(fmt: str, rows: int, cols: int, tokens: int) -> None:
-    """Odd strips, rows that do not fill one, more inputs than a thread's tiles hold, a bias."""
+    """Odd strips, rows that do not fill one, more inputs than a thread's tiles hold, a bias.
+
+    Weights that lie between two numbers of bfloat16 may fall to either.
+    """
     packed = pack(rng.standard_normal((rows, cols), dtype=np.float32), fmt)
     x = rng.standard_normal((tokens, cols), dtype=np.float32)
     bias = rng.standard_normal(rows, dtype=np.float32)
@@ -109,7 +114,7 @@ def test_matrices_equal_the_twin(fmt: str, rows: int, cols: int, tokens: int) ->
     for given, value in ((bias, wanted), (None, wanted - bias)):
         out = np.full((tokens, rows), np.nan, np.float32)
         tiles.linear(x, packed, fmt, given, out)
-        np.testing.assert_allclose(out, value, atol=1e-5 * np.abs(value).max())
+        np.testing.assert_allclose(out, value, atol=5e-4 * np.abs(value).max())
 
 
 @needs_units
@@ -129,7 +134,9 @@ def test_what_they_do_not_take_is_refused() -> None:
     x, out = np.zeros((2, 40), np.float32), np.zeros((2, 16), np.float32)
     for fmt in ("f32", "bf16"):
         packed = pack(np.ones((16, 40), np.float32), fmt)
-        with pytest.raises(BackendError, match=f"of {fmt} with 40 inputs are not multiplied"):
+        with pytest.raises(
+            BackendError, match=f"a matrix of {fmt} with 40 inputs is not multiplied"
+        ):
             tiles.linear(x, packed, fmt, None, out)
 
 

@@ -38,17 +38,6 @@ def quantize_q8_0(row: Iterable[float]) -> tuple[list[int], np.float16]:
     return codes, np.float16(d)
 
 
-def strip_bytes_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> bytes:
-    """One 288-byte block of 16 rows and 32 inputs, byte by byte."""
-    block = bytearray()
-    for chunk in range(4):
-        for row in range(16):
-            for byte in range(4):
-                low, high = codes[row, 4 * chunk + byte], codes[row, 16 + 4 * chunk + byte]
-                block.append(int(low) | int(high) << 4)
-    return bytes(block) + scales.tobytes()
-
-
 def activation(kind: str, alpha: float, v: float) -> float:
     """The activation functions by their textbook formulas."""
     if kind == "silu":
@@ -82,12 +71,12 @@ def expert(
     With ``bf16`` it is those of products in bfloat16 instead.
     """
 
-    def rounded(v: NDArray) -> NDArray:
+    def rounded(v: NDArray, fmt: str) -> NDArray:
         if bf16:
             return to_bf16(v)
-        return round_activations(v.astype(np.float32)[None])[0] if is_quantized(shape.format) else v
+        return round_activations(v.astype(np.float32)[None])[0] if is_quantized(fmt) else v
 
-    seen = rounded(x)
+    seen = rounded(x, shape.format)
 
     def project(w: NDArray[np.float32], b: NDArray[np.float32] | None, v: NDArray) -> NDArray:
         y = (to_bf16(w) if bf16 else w).astype(np.float64) @ v.astype(np.float64)
@@ -100,7 +89,7 @@ def expert(
         gate = np.minimum(project(weights.gate, weights.gate_bias, seen), shape.limit)
         h = np.array([activation(shape.activation, shape.alpha, v) for v in gate])
         h = h * (up + shape.up_offset)
-    return project(weights.down, weights.down_bias, rounded(h))
+    return project(weights.down, weights.down_bias, rounded(h, shape.formats[1]))
 
 
 def experts(
