@@ -59,8 +59,8 @@ class _Clock:
         pass
 
 
-def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any]]:
-    """Return a model's name and its ``config.json`` values, with other many layers if given.
+def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any], int | None]:
+    """Return a model's name, its ``config.json`` values with other many layers if given, its context.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any]
         settings["num_hidden_layers"] = layers
         if "layer_types" in settings:
             settings["layer_types"] = settings["layer_types"][:layers]
-    return name, settings
+    return name, settings, found.spec.context
 
 
 def run(
@@ -150,10 +150,10 @@ def run(
         if calibrate:
             _calibrate(path, None, None, threads, progress)
         return _measure(str(path), dtype, {}, prompt, generate, repeat, threads, progress, finished)
-    name, settings = read_spec(spec, layers)
+    name, settings, longest = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
-    _check_length(settings.get("max_position_embeddings"), prompt, generate)
+    _check_length(longest, prompt, generate)
     from hybrid.measure.random_model import check_room, write_random_model
 
     with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:

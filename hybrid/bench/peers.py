@@ -42,6 +42,7 @@ from hybrid.measure.interference import DISTURBED, Others
 from hybrid.measure.random_model import write_random_model
 from hybrid.model import Model
 from hybrid.weights.checkpoint import Source
+from planner.describe.context import longest_context
 
 #: The shape that is compared unless another is given: what it is, and how much of it.
 _SPEC, _LAYERS, _VOCABULARY = "qwen3-30b-a3b", 12, 32000
@@ -113,9 +114,9 @@ def run(
 
     threads = _set_threads(threads)
     layers = _LAYERS if layers is None else layers
-    name, settings = read_spec(spec or _SPEC, layers)
+    name, settings, made_for = read_spec(spec or _SPEC, layers)
     require_qwen3(settings)
-    _check_contexts(cases, settings.get("max_position_embeddings"), name)
+    _check_contexts(cases, made_for, name)
     settings["vocab_size"] = _VOCABULARY if vocabulary is None else vocabulary
     longest = max(case.prompt + case.generate for case in cases) + 8
     results: list[dict[str, Any]] = []
@@ -171,7 +172,7 @@ def _of_checkpoint(
     path = demo_path() if model == "demo" else Path(model).expanduser()
     source = Source.open(path)
     sizes = source.config.get_text_config()
-    _check_contexts(cases, getattr(sizes, "max_position_embeddings", None), model)
+    _check_contexts(cases, longest_context(sizes.to_dict(), f"config of {model}"), model)
     progress("loading")
     network, _ = load_fast_model(path, dtype=dtype)
     ours = InProcess(network, "ours")

@@ -37,6 +37,7 @@ from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.tokenizer import load_tokenizer
+from planner.describe.context import longest_context
 
 AS_IT_IS = "as it is"
 """Dense layers in no format of ours."""
@@ -108,7 +109,7 @@ def run(
     threads = set_threads(host.default_threads() if threads is None else threads)
     path = demo_path() if model in (None, "demo") else Path(str(model)).expanduser()
     sizes = Source.open(path).config.get_text_config()
-    context = min(context, getattr(sizes, "max_position_embeddings", None) or context)
+    context = min(context, longest_context(sizes.to_dict(), f"config of {path.name}") or context)
     documents = None if texts is None else [*texts.values()]
     rows = held_out_windows(load_tokenizer(path), documents, context, tokens)
     one_by_one = min(len(rows), max(1, decode // context)) if decode else 0
