@@ -60,7 +60,7 @@ class _Clock:
 
 
 def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any], int | None]:
-    """Return a model's name, its ``config.json`` values with other many layers if given, its context.
+    """Return a model's name, its ``config.json`` with other many layers if given, its context.
 
     Parameters
     ----------

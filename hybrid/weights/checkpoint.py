@@ -30,6 +30,7 @@ from hybrid.errors import (
     UnsupportedModelError,
     first_line,
 )
+from hybrid.formats.block import PAGE_BYTES
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
 from hybrid.paths import require_room
@@ -41,7 +42,7 @@ from hybrid.weights.expert_writer import check_finite, write_experts
 from hybrid.weights.partial import Partial, destination
 from hybrid.weights.side_files import copy_side_files
 from hybrid.weights.source_formats import source_quantizer
-from hybrid.weights.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
+from hybrid.weights.store import INDEX_NAME, ExpertStore, LayerRecord, StoreIndex
 from hybrid.weights.tensor_files import TensorReader, check_digests, identity
 from hybrid.weights.tokenizer import check_tokenizer
 from hybrid.weights.weight_map import WeightMap, left_out
@@ -63,7 +64,7 @@ class ConvertResult:
     layers, experts
         Layers that have experts, and experts in all.
     expert_bytes, dense_bytes
-        Sizes of the two kinds of weights.
+        Sizes of the files that hold the two kinds of weights.
     resumed_layers
         Layers taken over from an interrupted run.
     elapsed_s
@@ -139,7 +140,7 @@ def convert(
         partial.begin(index.id)
         require_room(
             partial.path.parent,
-            index.nbytes + plan.nbytes - partial.nbytes,
+            index.nbytes + plan.file_bytes - partial.nbytes,
             "the conversion writes {} more",
             hint="free some space or choose a destination on another disk",
         )
@@ -160,7 +161,7 @@ def convert(
         layers=len(index.layers),
         experts=sum(layer.experts for layer in index.layers),
         expert_bytes=index.nbytes,
-        dense_bytes=plan.nbytes,
+        dense_bytes=plan.file_bytes,
         resumed_layers=resumed,
         elapsed_s=time.perf_counter() - start,
     )
@@ -268,7 +269,7 @@ def check(
         layers=len(layers),
         experts=sum(layer.experts for layer in layers),
         expert_bytes=index.nbytes,
-        dense_bytes=plan.nbytes,
+        dense_bytes=plan.file_bytes,
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -190,17 +189,6 @@ def check_files(checkpoint: Checkpoint) -> list[str]:
         The first thing that hinders a conversion.
     """
     return [note for check in CHECKS for note in check(checkpoint)]
-
-
-def all_findings(checkpoint: Checkpoint) -> tuple[list[HybridError], list[str]]:
-    """Run all checks, whatever one finds; return what hinders a run, and what is odd.
-
-    A converted directory is asked only what it can answer.
-    """
-    with suppress(HybridError):
-        if is_converted(checkpoint.config):
-            return findings(checkpoint, CONVERTED_CHECKS)
-    return findings(checkpoint, CHECKS)
 
 
 def findings(

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hybrid.formats.registry import FORMATS
+from hybrid.formats.registry import FORMATS, weight_bytes
 from planner.cost.cost import CostModel
 from planner.decide import policies
 from planner.decide.popularity import Popularity, read_popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
 from planner.errors import SpecError
-from planner.foretell.memory import STAGING, Fit, fit, paged
+from planner.foretell.memory import STAGING, Fit, fit
 from planner.foretell.routing import Routing, from_trace, synthetic
 
 WIDENED = "bf16"
@@ -45,6 +45,8 @@ class Request:
         Which experts the cache keeps: one of ``planner.decide.policies.names()``.
     seed
         Of the synthetic routing.
+    dense_stored
+        Bytes of dense weights on disk, to the last, where files tell; counted by default.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class Request:
     popularity: Path | None = None
     policy: str = policies.DEFAULT_POLICY
     seed: int = 0
+    dense_stored: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "prompt", "tokens", "batch"):
@@ -113,9 +116,10 @@ class Request:
             self.cost,
             context=self.context,
             batch=self.batch,
-            slot_bytes=paged(self.cost.experts.bytes),
+            slot_bytes=self.model.experts.block(self.experts).stride,
             staging=STAGING,
             popularity=self.known,
+            dense_stored=self.dense_stored or weight_bytes(self.model.dense_params, self.dense),
         )
 
     @cached_property
