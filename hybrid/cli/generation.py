@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hybrid.errors import UsageError
 from hybrid.ledger.metrics import summary_line
 from hybrid.paths import check_temporary_folder, check_writable, write_whole
+from hybrid.weights.checks import check_before_loading
 
 if TYPE_CHECKING:
     from hybrid.ask.options import Options
@@ -27,6 +28,8 @@ def load(model: str | None, options: Options, *, yes: bool) -> HybridModel:
 
     check_temporary_folder()
     directory = None if model is None else obtain(model, options, yes=yes)
+    if directory is not None and directory.is_dir():  # before torch, which takes seconds
+        check_before_loading(directory)
     gc.disable()
     try:
         from transformers.utils import logging

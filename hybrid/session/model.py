@@ -37,6 +37,7 @@ from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
 from hybrid.transformers_api import cache_argument
+from hybrid.weights.checks import check_before_loading
 from hybrid.weights.tokenizer import load_tokenizer
 from planner.decide.policies import DEFAULT_POLICY
 from planner.decide.popularity import Popularity
@@ -179,8 +180,10 @@ class HybridModel:
         """
         called = "demo" if path is None else str(path)
         directory = model_directory(demo_path() if called == "demo" else called)
-        # First of all, so that a model without one is refused before it is converted.
-        tokenizer = load_tokenizer(directory) if directory.is_dir() else None
+        tokenizer = None
+        if directory.is_dir():  # first of all, so that nothing is converted before it is refused
+            check_before_loading(directory)
+            tokenizer = load_tokenizer(directory)
         return cls(open_session(directory, options, name or called), tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from hybrid.ask.formats import QUANT_METHOD
 from hybrid.errors import CheckpointError
 from hybrid.formats.errors import HybridError
 from hybrid.weights.declared_formats import check_format
+from hybrid.weights.sizes import check_stated_sizes
 from hybrid.weights.source_files import (
     INDEX_NAME,
     TensorInfo,
@@ -127,6 +128,12 @@ def check_format_of_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     yield from ()
 
 
+def check_sizes(checkpoint: Checkpoint) -> Iterator[str]:
+    """The model that config.json describes is no larger than its files are."""
+    check_stated_sizes(checkpoint.path / "config.json", checkpoint.config, checkpoint.tensors)
+    yield from ()
+
+
 def check_settings(checkpoint: Checkpoint) -> Iterator[str]:
     """Files of settings are tables, and none is cut short."""
     for name in SETTINGS:
@@ -171,13 +178,14 @@ CHECKS: tuple[Check, ...] = (
     check_declared_format,
     check_weight_files,
     check_format_of_tensors,
+    check_sizes,
     check_settings,
     check_tokenizer_files,
 )
 
 
 #: What a converted directory has to pass as well.
-CONVERTED_CHECKS: tuple[Check, ...] = (check_weight_files, check_settings)
+CONVERTED_CHECKS: tuple[Check, ...] = (check_weight_files, check_sizes, check_settings)
 
 
 def check_files(checkpoint: Checkpoint) -> list[str]:
@@ -217,6 +225,21 @@ def check_converted(checkpoint: Checkpoint) -> None:
     """
     for check in CONVERTED_CHECKS:
         list(check(checkpoint))
+
+
+def check_before_loading(directory: Path) -> None:
+    """Refuse what can be known to end badly of a directory's files, converted or not.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        The first thing that hinders a run.
+    """
+    checkpoint = Checkpoint(directory)
+    if is_converted(checkpoint.config):
+        check_converted(checkpoint)
+    else:
+        check_files(checkpoint)
 
 
 def is_converted(config: dict[str, Any]) -> bool:
