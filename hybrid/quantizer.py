@@ -24,6 +24,8 @@ from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
 from hybrid.grafts import remove_parameters, set_runner, set_store
 from hybrid.weights.config import HybridConfig
+from hybrid.weights.source_config import check_kinds
+from hybrid.weights.source_files import read_object
 from hybrid.weights.store import DATA_NAME, ExpertStore, LayerRecord
 
 
@@ -53,6 +55,7 @@ class HybridQuantizer(HfQuantizer):
         leave_towers_out(model)
         specs = find_experts(model)
         directory = Path(checkpoint_files[0]).parent
+        check_kinds(model.config, read_object(directory / "config.json"))
         if self.quantization_config.store is None:
             directory = self._converted(directory)
             checkpoint_files[:] = sorted(map(str, directory.glob("*.safetensors")))

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
@@ -41,6 +40,7 @@ from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import check_finite, write_experts
 from hybrid.weights.partial import Partial, destination
 from hybrid.weights.side_files import copy_side_files
+from hybrid.weights.source_config import read_config, with_kinds
 from hybrid.weights.source_formats import source_quantizer
 from hybrid.weights.store import INDEX_NAME, ExpertStore, LayerRecord, StoreIndex
 from hybrid.weights.tensor_files import TensorReader, check_digests, identity
@@ -299,9 +299,9 @@ class Source:
         list(check_directory(checkpoint))
         path, raw, files = checkpoint.path, checkpoint.config, checkpoint.files
         try:
-            config = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
+            config = read_config(path, raw)
+        except HybridError:
+            raise
         except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot use {path / 'config.json'}: "
@@ -387,7 +387,7 @@ def converted_config(
     raw: dict[str, Any], index: StoreIndex, experts: str, dense: str | None
 ) -> dict[str, Any]:
     """The source's config with our quantization in place of its own."""
-    config = dict(raw)
+    config = with_kinds(raw)
     for key, value in raw.items():
         if isinstance(value, dict) and "quantization_config" in value:
             config[key] = {k: v for k, v in value.items() if k != "quantization_config"}

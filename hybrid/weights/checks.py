@@ -21,7 +21,7 @@ from hybrid.ask.formats import QUANT_METHOD
 from hybrid.errors import CheckpointError
 from hybrid.formats.errors import HybridError
 from hybrid.weights.declared_formats import check_format
-from hybrid.weights.sizes import check_stated_sizes
+from hybrid.weights.sizes import check_layers_alike, check_stated_sizes
 from hybrid.weights.source_files import (
     INDEX_NAME,
     TensorInfo,
@@ -131,6 +131,7 @@ def check_format_of_tensors(checkpoint: Checkpoint) -> Iterator[str]:
 def check_sizes(checkpoint: Checkpoint) -> Iterator[str]:
     """The model that config.json describes is no larger than its files are."""
     check_stated_sizes(checkpoint.path / "config.json", checkpoint.config, checkpoint.tensors)
+    check_layers_alike(checkpoint.path, checkpoint.config)
     yield from ()
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hybrid.ask.config_classes import as_read
-from hybrid.errors import CheckpointError
-from hybrid.weights.source_files import TensorInfo
-from planner.describe.families import stated_sizes
+from hybrid.ask.config_classes import as_read, config_class
+from hybrid.errors import CheckpointError, UnsupportedModelError
+from hybrid.weights.source_files import TensorInfo, few
+from planner.describe.families import from_hf_config, stated_sizes
+from planner.errors import PlannerError
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight")
@@ -24,6 +27,13 @@ _BY_LAYER = ("experts", "top_k")
 """Sizes of which a file may have a list."""
 _EXACT = ("vocabulary", "hidden")
 """Sizes that an embedding has, no more and no less; of all others files may hold more."""
+_OF_EXPERTS = {
+    "numbers of experts": "count",
+    "expert sizes": "intermediate",
+    "numbers of chosen experts": "top_k",
+}
+_LISTED = {("hunyuan_v1_moe", "top_k")}
+"""What transformers builds layer by layer from a list."""
 _OF_ANOTHER = "config.json and the weights are not of one model: download both again"
 _COMPARE = "compare with the publisher's own, complete config.json"
 
@@ -75,6 +85,34 @@ def _check_top_k(file: Path, stated: Mapping[str, tuple[str, Any]]) -> None:
             f"{file}: {name} is {max(_numbers(top_k))}, more than the {most} experts of {others}",
             hint=_COMPARE,
         )
+
+
+def check_layers_alike(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse layers of different experts where transformers has no class that builds them.
+
+    Its classes take one size for all layers, but for the number of chosen experts of one family.
+    What it does not know may be registered with it, and is not looked at.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming what differs.
+    """
+    read = as_read(config)
+    with suppress(PlannerError):  # what the planner does not read may run
+        found = from_hf_config(read)
+        if config_class(found.family) is None:
+            return
+        for what, name in _OF_EXPERTS.items():
+            sizes = list(dict.fromkeys(getattr(kind, name) for kind in found.kinds_of_experts))
+            listed = (found.family, name) in _LISTED and "per_layer_config" not in read
+            if len(sizes) > 1 and not listed:
+                raise UnsupportedModelError(
+                    f"{directory}: its layers have {what} of {few(map(str, sizes))}, and "
+                    f"transformers {version('transformers')} builds all layers of {found.family} "
+                    "alike",
+                    hint="a newer transformers may build it; 'hybrid plan' tells how it would run",
+                )
 
 
 def _numbers(value: Any) -> list[Any]:

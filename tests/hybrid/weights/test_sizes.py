@@ -71,7 +71,10 @@ def test_sizes_of_another_model(
     assert words in caught.value.message
     commands = [["run", str(made), "-p", "a"]]
     if kind == "checkpoint":
-        commands += [["convert", str(made), str(tmp_path / "to")], ["convert", "--check", str(made)]]
+        commands += [
+            ["convert", str(made), str(tmp_path / "to")],
+            ["convert", "--check", str(made)],
+        ]
     for command in commands:
         assert main(command) == 2
         assert words in capsys.readouterr().err
