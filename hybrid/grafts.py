@@ -214,6 +214,16 @@ def replaced_runners(modules: Sequence[Any], runners: Sequence[Any]) -> Iterator
             module.hybrid_experts = runner
 
 
+@contextmanager
+def replaced_settings(network: Any, settings: Any) -> Iterator[None]:
+    """Let a generation config stand in a network's own place meanwhile."""
+    before, network.generation_config = network.generation_config, settings
+    try:
+        yield
+    finally:
+        network.generation_config = before
+
+
 def call_experts_function(module: Any, name: str) -> Graft:
     """Let transformers' experts interface call the function of that name for a module."""
     config = module.config

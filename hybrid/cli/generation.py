@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,6 +189,22 @@ def read_text(file: Path) -> str:
             f"cannot read {file}: {error.strerror}", hint="check the path and its permissions"
         ) from error
     return decode_utf8(data, str(file))
+
+
+def given_text(value: str, option: str) -> str:
+    """Return a text that was given by ``option``, read as UTF-8 whatever the locale says."""
+    try:
+        return decode_utf8(os.fsencode(value), option)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{option} is no text at letter {error.start}: {value[error.start]!r}",
+            hint="give it as UTF-8",
+        ) from error
+
+
+def given_texts(values: Sequence[str] | None, option: str) -> list[str] | None:
+    """Return texts that were given by ``option``, one after the other."""
+    return None if values is None else [given_text(value, option) for value in values]
 
 
 def decode_utf8(data: bytes, name: str) -> str:

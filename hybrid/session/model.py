@@ -29,10 +29,11 @@ from hybrid.session.generation_options import (
     setting,
     text_limit,
     text_options,
+    text_settings,
 )
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
 from hybrid.session.kept_cache import KeptCache
-from hybrid.session.prompt_ids import chat_ids, text_ids
+from hybrid.session.prompt_ids import chat_ids, check_known, text_ids
 from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
@@ -288,6 +289,20 @@ class HybridModel:
             :meth:`generate`.
         """
         ids = self.encode_chat(messages, **(template_args or {}))
+        return self.answer(ids, on_thought=on_thought, kept=kept, **options)
+
+    def answer(
+        self,
+        ids: torch.Tensor,
+        *,
+        on_thought: OnText | None = None,
+        kept: KeptCache | None = None,
+        **options: Any,
+    ) -> str:
+        """Return the model's answer to messages whose ids ``[1, T]`` :meth:`encode_chat` returned.
+
+        Takes what :meth:`chat` takes, and raises what it raises.
+        """
         return self._write(ids, apart=on_thought or _ignore, kept=kept, **options).text
 
     def encode(self, text: str) -> torch.Tensor:
@@ -339,7 +354,7 @@ class HybridModel:
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         if "" in stops:
             raise UsageError("a stop string is empty", hint="leave it out")
-        config = self.model.generation_config
+        config = text_settings(self.model.generation_config)
         check_one_sequence(options, prompts=len(ids))
         limit = text_limit(config, options, ids.shape[1], self.context)
         text: TextStream | AnswerStream = TextStream(self.tokenizer, ids[0].tolist(), stops)
@@ -357,7 +372,7 @@ class HybridModel:
         if options.get("generation_config") is not None:
             settled.setdefault("tokenizer", self.tokenizer)  # it may name stop strings
         settled = {"attention_mask": torch.ones_like(ids)} | settled
-        return self._generate(ids, stream, kept, **settled)
+        return self._generate(ids, stream, kept, settings=config, **settled)
 
     def _generate(
         self,
@@ -373,6 +388,7 @@ class HybridModel:
                 "would wait for without end",
                 hint="let the callback return first, or load the model a second time",
             )
+        check_known(ids, self.loaded.vocabulary, self.tokenizer)
         with self._turn:
             cache = None if kept is None else kept.begin(self.model, ids)
             if cache is not None:

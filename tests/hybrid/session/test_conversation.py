@@ -33,14 +33,15 @@ class Thinker:
         self.context = context
         self.answers = list(answers)
         self.asked: list[list[str]] = []
+        self.encoded: list[list[str]] = []
 
     def encode_chat(self, messages: list[dict[str, str]], **_: Any) -> torch.Tensor:
+        self.encoded.append([message["content"] for message in messages])
         return torch.zeros(1, sum(len(message["content"]) for message in messages))
 
-    def chat(
-        self, messages: list[dict[str, str]], *, on_text: Any, on_thought: Any, **_: Any
-    ) -> None:
-        self.asked.append([message["content"] for message in messages])
+    def answer(self, ids: torch.Tensor, *, on_text: Any, on_thought: Any, **_: Any) -> None:
+        self.asked.append(self.encoded[-1])
+        assert ids.shape[1] == len("".join(self.encoded[-1]))
         thought, _bar, answer = self.answers.pop(0).rpartition("|")
         if thought:
             on_thought(thought)
@@ -122,6 +123,7 @@ def test_thoughts_are_not_sent_again_and_a_cut_one_is_told() -> None:
         conversation.ask(text, on_thought=thoughts.append)
     assert thinker.asked == [["a"], ["a", "yes", "b"], ["a", "yes", "b", "", "c"]]
     assert thoughts == ["hm", "hm"]
+    assert thinker.encoded == thinker.asked  # a turn is cut into tokens once
     assert len(told) == 1
     assert "ended within its thoughts" in told[0]
 
