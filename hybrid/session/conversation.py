@@ -125,7 +125,7 @@ class Conversation:
     def _with_room(
         self, asked: list[Message], options: dict[str, Any]
     ) -> tuple[list[Message], Tensor]:
-        """Return the messages to send, the oldest left out where all have no room, and their ids."""
+        """Return the messages to send, without the oldest if need be, and their ids."""
         context, ids = self._model.context, self._encoded(asked)
         if context is None:
             return asked, ids

@@ -391,16 +391,16 @@ class HybridModel:
         check_known(ids, self.loaded.vocabulary, self.tokenizer)
         with self._turn:
             cache = None if kept is None else kept.begin(self.model, ids)
-            if cache is not None:
+            if kept is not None and cache is not None:
                 options |= cache_argument(cache)
+                stream.on_first = lambda: kept.prompt_done(cache, ids.shape[1])
             self._writer = threading.get_ident()
             try:
-                made = generate(self._session, ids, stream, **options)
-                if kept is not None and cache is not None:
-                    kept.end(cache, [*ids[0].tolist(), *made.ids[0].tolist()])
-                return made
+                return generate(self._session, ids, stream, **options)
             finally:
                 self._writer = None
+                if kept is not None and cache is not None and stream.started:  # or interrupted
+                    kept.end(cache, [*ids[0].tolist(), *stream.generation().ids[0].tolist()])
                 if stream.started:  # without its result, the caller's alone: it may hold a cache
                     self._last = stream.generation()
 

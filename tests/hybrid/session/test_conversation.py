@@ -96,7 +96,7 @@ def test_a_cache_that_cannot_be_cut_is_only_gone_on_from(model: HybridModel) -> 
         model.model(ids, **cache_argument(cache), use_cache=True)
     kept.end(cache, ids[0].tolist())
     for layer in cache.layers:
-        layer.is_sliding = True
+        layer.is_sliding, layer.sliding_window = True, 8
     assert kept.begin(model.model, torch.tensor([[0, 1, 9]])) is not cache
     kept.end(cache, ids[0].tolist()[:10])  # fewer tokens than it holds
     assert kept.begin(model.model, ids).get_seq_length() == 0
