@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from os import PathLike
 from pathlib import Path
 
 from hybrid.errors import DiskSpaceError, UsageError
@@ -41,6 +42,37 @@ def _platform_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
 
 
+def expanded(path: str | PathLike[str]) -> Path:
+    """Return a path that a user gave, with ``~`` as their home folder.
+
+    Raises
+    ------
+    UsageError
+        When it begins with the home folder of somebody who is not known here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{os.fspath(path)!r} begins with a home folder that is not known",
+            hint="give the whole path",
+        ) from error
+
+
+def can_be_made(file: Path) -> bool:
+    """Whether a file of this name can be written: tried with one beside it, which goes again.
+
+    Asking for permissions alone does not tell of disks that are read only, nor of full ones.
+    """
+    try:
+        descriptor, probe = tempfile.mkstemp(prefix=".hybrid-", dir=file.parent)
+    except OSError:
+        return False
+    os.close(descriptor)
+    os.unlink(probe)
+    return True
+
+
 def make_cache_folder(*parts: str) -> Path:
     """Return a folder of the cache, made if need be.
 
@@ -66,7 +98,7 @@ def make_folder(folder: Path, *, hint: str) -> Path:
         raise UsageError(
             f"cannot make the folder {folder}: {error.strerror or error}", hint=hint
         ) from error
-    if not os.access(folder, os.W_OK):
+    if not can_be_made(folder / "file"):
         raise UsageError(f"cannot write to the folder {folder}", hint=hint)
     return folder
 
@@ -120,12 +152,11 @@ def check_writable(
             raise UsageError(f"{option} '{file}' is a folder", hint=f"give {option} a file's name")
         if file.exists() and not replaced:
             raise UsageError(f"{option} {file} exists already", hint=remedy)
-        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK)
     except OSError as error:  # such as a name that is too long
         raise UsageError(
             f"{option} {file} cannot be used: {error.strerror}", hint="choose another name"
         ) from error
-    if not writable:
+    if not can_be_made(file):
         raise UsageError(
             f"{option} {file}: cannot write to {file.parent}",
             hint="choose a folder that exists and is yours",

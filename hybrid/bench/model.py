@@ -143,7 +143,7 @@ def run(
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     if spec is None or model is not None:
-        model = model or "demo"
+        model = "demo" if model is None else model
         check_no_shape(model, spec, layers, vocabulary)
         path = demo_path() if model == "demo" else Path(model)
         _check_length(find_model(path).spec.context, prompt, generate)

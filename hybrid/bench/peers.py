@@ -41,6 +41,7 @@ from hybrid.machine import host
 from hybrid.measure.interference import DISTURBED, Others
 from hybrid.measure.random_model import write_random_model
 from hybrid.model import Model
+from hybrid.paths import expanded
 from hybrid.weights.checkpoint import Source
 from planner.describe.context import longest_context
 
@@ -169,7 +170,7 @@ def _of_checkpoint(
     finished: Told,
 ) -> dict[str, Any]:
     """Compare with transformers alone: its own weights, in the type that ours computes in."""
-    path = demo_path() if model == "demo" else Path(model).expanduser()
+    path = demo_path() if model == "demo" else expanded(model)
     source = Source.open(path)
     sizes = source.config.get_text_config()
     _check_contexts(cases, longest_context(sizes.to_dict(), f"config of {model}"), model)

@@ -33,6 +33,7 @@ from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import host
 from hybrid.model import Model
+from hybrid.paths import expanded
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.progress import conversion_progress
@@ -107,7 +108,7 @@ def run(
     check_dtype(dtype)
     pairs = _pairs(formats, dense)
     threads = set_threads(host.default_threads() if threads is None else threads)
-    path = demo_path() if model in (None, "demo") else Path(str(model)).expanduser()
+    path = demo_path() if model in (None, "demo") else expanded(str(model))
     sizes = Source.open(path).config.get_text_config()
     context = min(context, longest_context(sizes.to_dict(), f"config of {path.name}") or context)
     documents = None if texts is None else [*texts.values()]
@@ -115,7 +116,7 @@ def run(
     one_by_one = min(len(rows), max(1, decode // context)) if decode else 0
     results: list[dict[str, Any]] = []
     record = provenance("hybrid bench perplexity", threads) | {
-        "model": model or "demo",
+        "model": "demo" if model is None else model,
         "family": None,
         "dtype": None,
         "texts": ["the held-out part of Python's standard library"] if texts is None else [*texts],

@@ -133,7 +133,7 @@ def template_variables(given: list[str], *, think: bool, template: str) -> dict[
             )
         try:
             variables[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             variables[name] = value
     if not think:
         switches = thinking_switches(template)

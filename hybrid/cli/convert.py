@@ -17,7 +17,7 @@ from hybrid.cli.exit_codes import ERROR
 from hybrid.errors import UsageError
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import FORMATS, dense_formats
-from hybrid.paths import check_temporary_folder
+from hybrid.paths import check_temporary_folder, expanded
 from hybrid.weights.checks import CHECKS, Checkpoint, check_files, findings
 from hybrid.weights.partial import destination
 from hybrid.weights.progress import conversion_progress
@@ -71,8 +71,8 @@ def convert(
     if dst is None and not check:
         raise UsageError("DST is missing", hint="name the directory to make, or add --check")
     if dst is not None:  # before a download
-        destination(Path(src).expanduser(), dst)
-    source = obtain(src, options, yes=True).expanduser()
+        destination(expanded(src), expanded(dst))
+    source = expanded(obtain(src, options, yes=True))
     if dst is None or check:
         _check(source, experts, dense, verify)
         return

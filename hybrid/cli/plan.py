@@ -22,7 +22,7 @@ from hybrid.cli.options import Policy
 from hybrid.errors import UsageError
 from hybrid.machine import calibrations
 from hybrid.paths import check_writable, write_whole
-from hybrid.planning.files import files_of
+from hybrid.planning.files import files_of, with_files
 from hybrid.planning.plan import checked_counts, machine_for, plan_on
 from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.checked_table import read_table
@@ -197,8 +197,9 @@ def _planned(
         _missing(model)
     if machine.origin:
         print(f"no --hardware given: {machine.origin}", file=sys.stderr)
-    files = files_of(asked, options.dense)
-    result = plan_on(machine, asked, options, dense_stored=files.dense_bytes, **simulated)
+    result = plan_on(machine, asked, options, **simulated)
+    files = files_of(asked, options.dense)  # last: it may load torch
+    result = with_files(result, files)
     for note in files.notes:
         print(f"{model}: {note}", file=sys.stderr)
     for error in files.errors:

@@ -6,7 +6,7 @@ what it would write. Only then are torch and transformers loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hybrid.ask.asked_model import AskedModel
 from hybrid.errors import CheckpointError
@@ -19,6 +19,7 @@ from hybrid.weights.checks import (
     findings,
     is_converted,
 )
+from planner.foretell.dryrun import PlanResult
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ def files_of(asked: AskedModel, dense: str | None) -> Files:
 
     found = check(asked.directory, experts=asked.experts, dense=dense)
     return Files(found.errors, found.notes, None if found.errors else found.dense_bytes)
+
+
+def with_files(result: PlanResult, files: Files) -> PlanResult:
+    """Return a plan with the size of the files that were looked at, where that is known."""
+    if files.dense_bytes is None:
+        return result
+    return replace(result, fit=result.fit.with_dense_stored(files.dense_bytes))
 
 
 def _size(checkpoint: Checkpoint) -> int | None:

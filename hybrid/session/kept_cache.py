@@ -104,8 +104,8 @@ def _lengths(layer: Any) -> set[int]:
     """
     if type(layer) is not DynamicLayer:
         return {int(layer.get_seq_length())}
-    both = (layer.keys, layer.values) if layer.is_initialized else ()
-    return {int(side.shape[-2]) if side.numel() else 0 for side in both} or {0}
+    both = (layer.keys, layer.values)
+    return {0 if side is None or not side.numel() else int(side.shape[-2]) for side in both}
 
 
 def _common(one: list[int], other: list[int]) -> int:
@@ -139,10 +139,10 @@ def _crop(layers: list[Any], kept: int) -> None:
 
 def _gone_back(cache: Any, mark: _Mark) -> Any:
     """Return a cache of the tokens that a mark is of."""
-    found = DynamicCache()
-    found.layers = [
-        copy.copy(layer if then is None else then)
-        for layer, then in zip(cache.layers, mark.layers, strict=True)
-    ]
-    _crop([layer for layer in found.layers if not layer.is_sliding], mark.tokens)
+    found, layers = DynamicCache(), []
+    for layer, then in zip(cache.layers, mark.layers, strict=True):
+        layers.append(copy.copy(layer if then is None else then))
+        if then is None:
+            _crop(layers[-1:], mark.tokens)
+    found.layers = layers
     return found

@@ -32,7 +32,7 @@ from hybrid.errors import (
 from hybrid.formats.block import PAGE_BYTES
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
-from hybrid.paths import require_room
+from hybrid.paths import expanded, require_room
 from hybrid.transformers_api import auto_class
 from hybrid.weights.checks import CHECKS, Checkpoint, check_directory, check_files, findings
 from hybrid.weights.config import HybridConfig
@@ -126,7 +126,7 @@ def convert(
     Holds a piece of one expert at a time: the extra memory does not grow with the model.
     """
     start = time.perf_counter()
-    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    src, dst = expanded(src), expanded(dst)
     check_formats(experts, dense)
     place = destination(src, dst)
     with (
@@ -248,7 +248,7 @@ def check(
     UsageError
         On an unknown format.
     """
-    src = Path(src).expanduser()
+    src = expanded(src)
     check_formats(experts, dense)
     errors, notes = findings(Checkpoint(src), CHECKS)
     if errors:

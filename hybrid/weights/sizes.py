@@ -13,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hybrid.ask.asked_model import spec_of
 from hybrid.ask.config_classes import as_read, config_class
 from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.weights.source_files import TensorInfo, few
-from planner.describe.families import from_hf_config, stated_sizes
+from planner.describe.families import stated_sizes
 from planner.errors import PlannerError
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -98,14 +99,13 @@ def check_layers_alike(directory: Path, config: Mapping[str, Any]) -> None:
     UnsupportedModelError
         Naming what differs.
     """
-    read = as_read(config)
     with suppress(PlannerError):  # what the planner does not read may run
-        found = from_hf_config(read)
+        found = spec_of(config)
         if config_class(found.family) is None:
             return
         for what, name in _OF_EXPERTS.items():
             sizes = list(dict.fromkeys(getattr(kind, name) for kind in found.kinds_of_experts))
-            listed = (found.family, name) in _LISTED and "per_layer_config" not in read
+            listed = (found.family, name) in _LISTED and "per_layer_config" not in config
             if len(sizes) > 1 and not listed:
                 raise UnsupportedModelError(
                     f"{directory}: its layers have {what} of {few(map(str, sizes))}, and "

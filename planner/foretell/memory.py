@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hybrid.formats.registry import weight_bytes
@@ -17,6 +17,7 @@ RAM_RESERVE_BYTES = 2 * 2**30
 """The operating system and Python with torch: assumed."""
 
 
+_DENSE_STORED = "dense weights"
 PIECE = 512
 """Tokens of a prompt that a CPU computes at a time."""
 STAGING = 4
@@ -128,6 +129,11 @@ class Fit:
         rest = "" if self.in_ram >= 1 else ", the others are read from disk when they are needed"
         return f"experts are {self.host}, {kept}% of them stay in RAM{rest}"
 
+    def with_dense_stored(self, size: int) -> Fit:
+        """Return the same with what dense weights take on disk, where their files tell."""
+        told = (replace(i, bytes=size) if i.name == _DENSE_STORED else i for i in self.items)
+        return replace(self, items=tuple(told))
+
     def items_told(self, place: str) -> str:
         """List what takes memory in ``place``."""
         items = (item for item in self.items if item.place == place and item.bytes)
@@ -209,7 +215,7 @@ def fit(
     host = HostMemory.PINNED if pinned else HostMemory.FILE
     items.append(Item(f"experts in RAM ({cost.expert_format}, {host})", "ram", kept))
     items.append(Item(f"expert store ({cost.expert_format})", "disk", stored))
-    items.append(Item("dense weights", "disk", dense if dense_stored is None else dense_stored))
+    items.append(Item(_DENSE_STORED, "disk", dense if dense_stored is None else dense_stored))
     if popularity is not None:
         popularity.check(model.moe_layers, experts.count, "the popularity file")
         capacities, shared = popularity.capacities(slots), SlotShares.POPULARITY

@@ -45,8 +45,6 @@ class Request:
         Which experts the cache keeps: one of ``planner.decide.policies.names()``.
     seed
         Of the synthetic routing.
-    dense_stored
-        Bytes of dense weights on disk, to the last, where files tell; counted by default.
 
     Raises
     ------
@@ -68,7 +66,6 @@ class Request:
     popularity: Path | None = None
     policy: str = policies.DEFAULT_POLICY
     seed: int = 0
-    dense_stored: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "prompt", "tokens", "batch"):
@@ -119,7 +116,7 @@ class Request:
             slot_bytes=self.model.experts.block(self.experts).stride,
             staging=STAGING,
             popularity=self.known,
-            dense_stored=self.dense_stored or weight_bytes(self.model.dense_params, self.dense),
+            dense_stored=weight_bytes(self.model.dense_params, self.dense),
         )
 
     @cached_property

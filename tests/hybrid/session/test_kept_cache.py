@@ -26,7 +26,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> HybridModel:
     torch.manual_seed(1)
     config = tiny_config(kind, sliding_window=WINDOW, vocab_size=256, max_position_embeddings=512)
     network = model_kind._from_config(config)
-    for name, parameter in network.named_parameters():
+    for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     network.save_pretrained(directory)
