@@ -26,7 +26,7 @@ CASTS: dict[str, tuple[torch.dtype, Cast]] = {
     "loaded": (torch.bfloat16, lambda model: model),
     "to": (torch.float32, lambda model: model.to(torch.bfloat16)),
     "bfloat16": (torch.float32, lambda model: model.bfloat16()),
-    "twice": (torch.bfloat16, lambda model: model.float().to(torch.bfloat16)),
+    "twice": (torch.bfloat16, lambda model: model.to(torch.float32).to(torch.bfloat16)),
 }
 
 
