@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -109,8 +112,14 @@ def check_temporary_folder() -> None:
     Raises
     ------
     UsageError
-        Naming the folders that were tried.
+        Naming the folders that were tried, or the one that TMPDIR names in vain.
     """
+    asked = os.environ.get("TMPDIR")
+    if asked and not can_be_made(Path(asked) / "file"):  # Python would take another, quietly
+        raise UsageError(
+            f"TMPDIR is {asked!r}, which is no folder that can be written",
+            hint="set TMPDIR to a folder that can be written, or unset it",
+        )
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -118,6 +127,33 @@ def check_temporary_folder() -> None:
             f"there is no folder for temporary files: {error.strerror}",
             hint="set TMPDIR to a folder that can be written",
         ) from error
+
+
+@contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """Give a folder for temporary files whose name says ``what`` they are for; it goes away again.
+
+    Where files in use cannot be removed, as on Windows, they are no error.
+
+    Raises
+    ------
+    UsageError
+        When there is no place for one.
+    DiskSpaceError
+        When its disk is full.
+    """
+    check_temporary_folder()
+    prefix = f"hybrid-{what}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        try:
+            yield Path(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DiskSpaceError(
+                f"the disk of {Path(folder).parent} is full",
+                hint="free some space there, or set TMPDIR to a folder on another disk",
+            ) from error
 
 
 def check_writable(

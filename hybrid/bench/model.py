@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ from hybrid.measure.alone import Timed
 from hybrid.measure.interference import Others
 from hybrid.measure.reads import read_seconds, shares_of_bandwidth
 from hybrid.model import Model
+from hybrid.paths import temporary_folder
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
@@ -156,16 +156,18 @@ def run(
     _check_length(longest, prompt, generate)
     from hybrid.measure.random_model import check_room, write_random_model
 
-    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
+    with temporary_folder("bench") as folder:
         if calibrate:  # before the disk is busy with the weights
-            described = Path(folder) / "config.json"
+            described = folder / "config.json"
             described.write_text(json.dumps(settings))
             _calibrate(described, experts, dense, threads, progress)
-        needed = check_room(settings, Path(folder), experts, dense)
+        needed = check_room(settings, folder, experts, dense)
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
-        write_random_model(settings, Path(folder), experts=experts, dense=dense)
+        write_random_model(settings, folder, experts=experts, dense=dense)
         shape = {"spec": name, "layers": settings["num_hidden_layers"]}
-        return _measure(folder, dtype, shape, prompt, generate, repeat, threads, progress, finished)
+        return _measure(
+            str(folder), dtype, shape, prompt, generate, repeat, threads, progress, finished
+        )
 
 
 def check_no_shape(

@@ -10,7 +10,6 @@ between neighbours in time, because the machine's speed drifts.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +40,7 @@ from hybrid.machine import host
 from hybrid.measure.interference import DISTURBED, Others
 from hybrid.measure.random_model import write_random_model
 from hybrid.model import Model
-from hybrid.paths import expanded
+from hybrid.paths import expanded, temporary_folder
 from hybrid.weights.checkpoint import Source
 from planner.describe.context import longest_context
 
@@ -245,9 +244,9 @@ class _Ours(NamedTuple):
 
 @contextmanager
 def _ours(settings: dict[str, Any], dtype: str, progress: Callable[[str], None]) -> Iterator[_Ours]:
-    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
+    with temporary_folder("bench") as folder:
         progress(f"writing random weights of {settings['num_hidden_layers']} layers")
-        write_random_model(settings, Path(folder), experts="q4_0", dense="q4_0")
+        write_random_model(settings, folder, experts="q4_0", dense="q4_0")
         model, _ = load_fast_model(folder, dtype=dtype)
         computed_in = str(model.dtype).removeprefix("torch.")
         yield _Ours(InProcess(model, "ours"), Model(model).fast.path, computed_in)

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import host
 from hybrid.model import Model
-from hybrid.paths import expanded
+from hybrid.paths import expanded, temporary_folder
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.progress import conversion_progress
@@ -125,7 +124,7 @@ def run(
         "reference": _name(*pairs[0]),
         "results": results,
     }
-    with _temporary() as folder:
+    with temporary_folder("bench") as folder:
         reference = Reference(folder / "reference", (*rows.shape, sizes.vocab_size))
         for experts, packed in pairs:
             name = _name(experts, packed)
@@ -163,16 +162,9 @@ def _name(experts: str, dense: str | None) -> str:
 
 
 @contextmanager
-def _temporary() -> Iterator[Path]:
-    """A folder that goes away; where files in use stay, as on Windows, they are no error."""
-    with TemporaryDirectory(prefix="hybrid-bench-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-@contextmanager
 def _converted(path: Path, experts: str, dense: str | None, dtype: str) -> Iterator[Any]:
     """Load a checkpoint in these formats, from a copy that goes away again."""
-    with _temporary() as folder:
+    with temporary_folder("bench") as folder:
         copy = folder / path.resolve().name
         try:
             with conversion_progress(f"Converting to {_name(experts, dense)}") as told:

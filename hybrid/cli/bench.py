@@ -75,7 +75,9 @@ class _Rows:
 def _measuring(record: Path | None) -> Iterator[_Rows]:
     """Refuse a file that nothing can be put into, before anything is measured; keep what was."""
     from hybrid.bench.record import check_recordable
+    from hybrid.paths import check_temporary_folder
 
+    check_temporary_folder()  # without which torch cannot be imported
     if record is not None:
         check_recordable(record)
     rows = _Rows(record)

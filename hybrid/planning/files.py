@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from hybrid.ask.asked_model import AskedModel
 from hybrid.errors import CheckpointError
 from hybrid.formats.errors import HybridError
+from hybrid.paths import check_temporary_folder
 from hybrid.weights.checks import (
     CHECKS,
     CONVERTED_CHECKS,
@@ -54,6 +55,7 @@ def files_of(asked: AskedModel, dense: str | None) -> Files:
     errors, notes = findings(checkpoint, CHECKS)  # before torch, which takes seconds, is imported
     if errors:
         return Files(errors, notes)
+    check_temporary_folder()
     from hybrid.weights.checkpoint import check
 
     found = check(asked.directory, experts=asked.experts, dense=dense)

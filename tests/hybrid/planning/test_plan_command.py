@@ -427,3 +427,19 @@ def test_a_plan_and_a_conversion_take_the_same(
         items = json.loads(hybrid_plan(*words, capsys=capsys)[1])["fit"]["items"]
         found = {item["name"]: item["bytes"] for item in items if item["place"] == "disk"}
         assert found == there
+
+
+def test_tokens_a_second_of_several_sequences_say_so(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --batch, tokens/s are of all sequences together, which is said; alone, nothing is."""
+    words = (str(small), *LAPTOP, *QUICK)
+    alone, four = (
+        hybrid_plan(*words, *batch, capsys=capsys)[1] for batch in ((), ("--batch", "4"))
+    )
+    assert "sequences" not in alone
+    assert re.search(r"time per token .* tokens/s of all 4 sequences", four)
+    found = json.loads(hybrid_plan(*words, "--batch", "4", "--json", capsys=capsys)[1])
+    assert found["tokens_per_s"] == pytest.approx(4 / found["tpot"]["value_s"])
+    assert f"that is {found['tokens_per_s']:.1f} tokens/s" in four
+    assert "with the policy blend" in four
