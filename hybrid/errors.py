@@ -36,5 +36,10 @@ def bare(error: _Error) -> _Error:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's message up to the first line break, or its name when it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return an error's message up to the first line break, or its name when it has none.
+
+    A first line that announces another is told with it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    return " ".join(told) or type(error).__name__

@@ -138,7 +138,8 @@ def _asking_first(kind: Any) -> Any:
 
         def _apply(self, *args: Any, **kwargs: Any) -> Any:  # to(), half(), cuda() ...
             self.hybrid_fast.release(self)
-            return super()._apply(*args, **kwargs)
+            with _kept_corrections(self):
+                return super()._apply(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             _, _, *rest = super().__reduce_ex__(protocol)
@@ -147,6 +148,30 @@ def _asking_first(kind: Any) -> Any:
     Model.__name__, Model.__qualname__ = kind.__name__, kind.__qualname__
     Model.__module__, Model.__doc__ = kind.__module__, kind.__doc__
     return Model
+
+
+CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+"""What routers add to their scores before they choose experts.
+
+Experts differ by less than 16 bits tell, so these are float32 whatever the rest is cast to.
+"""
+
+
+@contextmanager
+def _kept_corrections(network: nn.Module) -> Iterator[None]:
+    """Let what casts a network leave the routers' corrections in float32."""
+    before = [
+        (module, name, found)
+        for module in network.modules()
+        for name in CORRECTIONS
+        if isinstance(found := getattr(module, name, None), Tensor) and found.dtype == torch.float32
+    ]
+    values = [found.detach() for _, _, found in before]
+    yield
+    for (module, name, _), value in zip(before, values, strict=True):
+        now = getattr(module, name)
+        if now.dtype in (torch.bfloat16, torch.float16) and not now.is_meta:
+            now.data = value.to(now.device)
 
 
 def _bare(kind: Any) -> Any:
@@ -212,6 +237,16 @@ def replaced_runners(modules: Sequence[Any], runners: Sequence[Any]) -> Iterator
     finally:
         for module, runner in zip(modules, before, strict=True):
             module.hybrid_experts = runner
+
+
+@contextmanager
+def replaced_settings(network: Any, settings: Any) -> Iterator[None]:
+    """Let a generation config stand in a network's own place meanwhile."""
+    before, network.generation_config = network.generation_config, settings
+    try:
+        yield
+    finally:
+        network.generation_config = before
 
 
 def call_experts_function(module: Any, name: str) -> Graft:

@@ -23,6 +23,7 @@ from hybrid.grafts import fast_path_of
 from hybrid.hub import directory_of, hub_name
 from hybrid.machine import host
 from hybrid.machine.compute_dtype import automatic_dtype
+from hybrid.paths import expanded
 from hybrid.transformers_api import auto_class
 from hybrid.weights.cache import converted_copy
 from hybrid.weights.checks import Checkpoint, check_converted
@@ -68,7 +69,7 @@ def load_fast_model(
 def model_directory(path: str | PathLike[str]) -> Path:
     """Return where a model lies; one that is named as on the hub is downloaded if need be."""
     published = hub_name(path)
-    return Path(path).expanduser() if published is None else directory_of(published)
+    return expanded(path) if published is None else directory_of(published)
 
 
 def _load_model(directory: Path, config: HybridConfig, dtype: torch.dtype) -> Any:

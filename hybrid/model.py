@@ -97,6 +97,11 @@ class Model:
         return longest_context(config.to_dict(), f"config of {self.directory.name}")
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding: its tokens' ids are less."""
+        return int(self.network.config.get_text_config().vocab_size)
+
+    @property
     def device(self) -> torch.device:
         """Where its dense layers are."""
         device: torch.device = self.network.device

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 from hybrid.errors import DiskSpaceError, UsageError
@@ -41,6 +45,37 @@ def _platform_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
 
 
+def expanded(path: str | PathLike[str]) -> Path:
+    """Return a path that a user gave, with ``~`` as their home folder.
+
+    Raises
+    ------
+    UsageError
+        When it begins with the home folder of somebody who is not known here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{os.fspath(path)!r} begins with a home folder that is not known",
+            hint="give the whole path",
+        ) from error
+
+
+def can_be_made(file: Path) -> bool:
+    """Whether a file of this name can be written: tried with one beside it, which goes again.
+
+    Asking for permissions alone does not tell of disks that are read only, nor of full ones.
+    """
+    try:
+        descriptor, probe = tempfile.mkstemp(prefix=".hybrid-", dir=file.parent)
+    except OSError:
+        return False
+    os.close(descriptor)
+    os.unlink(probe)
+    return True
+
+
 def make_cache_folder(*parts: str) -> Path:
     """Return a folder of the cache, made if need be.
 
@@ -66,7 +101,7 @@ def make_folder(folder: Path, *, hint: str) -> Path:
         raise UsageError(
             f"cannot make the folder {folder}: {error.strerror or error}", hint=hint
         ) from error
-    if not os.access(folder, os.W_OK):
+    if not can_be_made(folder / "file"):
         raise UsageError(f"cannot write to the folder {folder}", hint=hint)
     return folder
 
@@ -77,8 +112,14 @@ def check_temporary_folder() -> None:
     Raises
     ------
     UsageError
-        Naming the folders that were tried.
+        Naming the folders that were tried, or the one that TMPDIR names in vain.
     """
+    asked = os.environ.get("TMPDIR")
+    if asked and not can_be_made(Path(asked) / "file"):  # Python would take another, quietly
+        raise UsageError(
+            f"TMPDIR is {asked!r}, which is no folder that can be written",
+            hint="set TMPDIR to a folder that can be written, or unset it",
+        )
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -86,6 +127,33 @@ def check_temporary_folder() -> None:
             f"there is no folder for temporary files: {error.strerror}",
             hint="set TMPDIR to a folder that can be written",
         ) from error
+
+
+@contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """Give a folder for temporary files whose name says ``what`` they are for; it goes away again.
+
+    Where files in use cannot be removed, as on Windows, they are no error.
+
+    Raises
+    ------
+    UsageError
+        When there is no place for one.
+    DiskSpaceError
+        When its disk is full.
+    """
+    check_temporary_folder()
+    prefix = f"hybrid-{what}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        try:
+            yield Path(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DiskSpaceError(
+                f"the disk of {Path(folder).parent} is full",
+                hint="free some space there, or set TMPDIR to a folder on another disk",
+            ) from error
 
 
 def check_writable(
@@ -120,12 +188,11 @@ def check_writable(
             raise UsageError(f"{option} '{file}' is a folder", hint=f"give {option} a file's name")
         if file.exists() and not replaced:
             raise UsageError(f"{option} {file} exists already", hint=remedy)
-        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK)
     except OSError as error:  # such as a name that is too long
         raise UsageError(
             f"{option} {file} cannot be used: {error.strerror}", hint="choose another name"
         ) from error
-    if not writable:
+    if not can_be_made(file):
         raise UsageError(
             f"{option} {file}: cannot write to {file.parent}",
             hint="choose a folder that exists and is yours",

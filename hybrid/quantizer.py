@@ -22,8 +22,10 @@ from hybrid.anatomy.text_part import leave_towers_out
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
-from hybrid.grafts import remove_parameters, set_runner, set_store
+from hybrid.grafts import CORRECTIONS, remove_parameters, set_runner, set_store
 from hybrid.weights.config import HybridConfig
+from hybrid.weights.source_config import check_kinds
+from hybrid.weights.source_files import read_object
 from hybrid.weights.store import DATA_NAME, ExpertStore, LayerRecord
 
 
@@ -51,8 +53,11 @@ class HybridQuantizer(HfQuantizer):
                 hint="save the model with save_pretrained first",
             )
         leave_towers_out(model)
+        # Some families have transformers cast these.
+        model._keep_in_fp32_modules_strict = {*model._keep_in_fp32_modules_strict, *CORRECTIONS}
         specs = find_experts(model)
         directory = Path(checkpoint_files[0]).parent
+        check_kinds(model.config, read_object(directory / "config.json"))
         if self.quantization_config.store is None:
             directory = self._converted(directory)
             checkpoint_files[:] = sorted(map(str, directory.glob("*.safetensors")))

@@ -120,7 +120,7 @@ def run_f8(source: Path, target: Path) -> None:
     for fmt in ("f8", "bf16"):
         found = plan(source, "cpu-only-laptop", experts=fmt, dense=fmt, context=64, prompt=8)
         sizes[fmt] = {item.name: item.bytes for item in found.fit.items}
-    for name in ("experts", "dense weights"):
+    for name in ("experts in RAM", "dense weights ("):
         (own,), (other,) = (
             [size for item, size in sizes[fmt].items() if item.startswith(name)] for fmt in sizes
         )

@@ -45,7 +45,11 @@ class AskedModel:
 
     def in_formats(self, experts: str | None, dense: str | None) -> AskedModel:
         """Return it with its own formats, but for those that are given."""
-        return replace(self, experts=experts or self.experts, dense=dense or self.dense)
+        return replace(
+            self,
+            experts=self.experts if experts is None else experts,
+            dense=self.dense if dense is None else dense,
+        )
 
     def weights(self) -> str | None:
         """Return the digest of the checkpoint a converted directory was made from; None without.
@@ -96,7 +100,7 @@ def find_model(
     spec = (
         from_table({**data, "name": called, "config": as_read(config), "null": ()}, str(model))
         if described
-        else from_hf_config(as_read(config), called)
+        else spec_of(config, called)
     )
     spec = replace(spec, routing=law_of(spec.family, spec.total_params, routing_laws()))
     stored = _stored_formats(config)
@@ -117,6 +121,17 @@ def find_model(
     return found if stored is not None else found.in_formats(experts, dense)
 
 
+def spec_of(config: Mapping[str, Any], called: str | None = None) -> ModelSpec:
+    """Return the counts of the model of a config.json, as transformers reads it.
+
+    Raises
+    ------
+    SpecError
+        When it is no model of routed experts, lacks a field, or a value cannot be.
+    """
+    return from_hf_config(as_read(config), called)
+
+
 def _directory(model: str | Path | HubName) -> Path | None:
     if isinstance(model, HubName) or model == "demo" or not Path(model).is_dir():
         return None
@@ -133,7 +148,7 @@ def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str]:
         called = directory_name(path.parent) if path.name == "config.json" else path.stem
         data = read_table(path, "model description")
         return data, "demo" if model == "demo" else called
-    if path.suffix in (".json", ".toml"):
+    if path.suffix in (".json", ".toml") or str(model).startswith(("/", "~", ".")):
         raise UsageError(f"there is no file {path}", hint="check the path")
     try:
         return resolve(str(model), "models"), str(model)

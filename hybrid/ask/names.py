@@ -31,10 +31,12 @@ def resolve(name: str, kind: str) -> dict[str, Any]:
         When nothing or more than one thing is meant; the hint names the nearest.
     """
     shipped = {path.stem: path for path in _shipped(kind)}
-    typed = _plain(name.rsplit("/", 1)[-1])
+    typed = _plain(name.rsplit("/", 1)[-1] if kind == "models" else name)
     exact = [stem for stem in shipped if _plain(stem) == typed]
     beginning = [stem for stem in shipped if _plain(stem).startswith(typed)]
     matches = exact or beginning or [stem for stem in shipped if typed in _plain(stem)]
+    if not typed:  # which every name begins with
+        matches = []
     if len(matches) == 1:
         return parse_table(shipped[matches[0]].read_text("utf-8"), f"{matches[0]}.toml")
     word = kind.removesuffix("s")

@@ -29,6 +29,7 @@ from hybrid.measure.random_model import check_room, first_layers, write_random_m
 from hybrid.model import Model
 from hybrid.packed.bf16_products import panels_from
 from hybrid.packed.dense_move import move_dense
+from hybrid.paths import check_temporary_folder
 from hybrid.sharing.placement import RING_BYTES, unfit
 from hybrid.sharing.predictor import Lookahead
 from hybrid.sharing.shared_first import SharedFirst
@@ -77,6 +78,7 @@ class OnGpu:
     ) -> None:
         self.cost, self.device = cost, device
         self.seconds = DenseSeconds(cost, 0)
+        check_temporary_folder()
         self._folder = tempfile.TemporaryDirectory(prefix="hybrid-bench-")
         folder = Path(self._folder.name)
         settings = first_layers(subject.config, len(subject.spec.layers), len(cost.model.layers))

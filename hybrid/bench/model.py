@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ from hybrid.measure.alone import Timed
 from hybrid.measure.interference import Others
 from hybrid.measure.reads import read_seconds, shares_of_bandwidth
 from hybrid.model import Model
+from hybrid.paths import temporary_folder
 
 #: Memory that the streaming read goes over: the store's own pages where they are this many.
 _READ_BYTES = 1 << 30
@@ -59,8 +59,8 @@ class _Clock:
         pass
 
 
-def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any]]:
-    """Return a model's name and its ``config.json`` values, with other many layers if given.
+def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any], int | None]:
+    """Return a model's name, its ``config.json`` with other many layers if given, its context.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def read_spec(spec: str | Path, layers: int | None) -> tuple[str, dict[str, Any]
         settings["num_hidden_layers"] = layers
         if "layer_types" in settings:
             settings["layer_types"] = settings["layer_types"][:layers]
-    return name, settings
+    return name, settings, found.spec.context
 
 
 def run(
@@ -143,29 +143,31 @@ def run(
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     if spec is None or model is not None:
-        model = model or "demo"
+        model = "demo" if model is None else model
         check_no_shape(model, spec, layers, vocabulary)
         path = demo_path() if model == "demo" else Path(model)
         _check_length(find_model(path).spec.context, prompt, generate)
         if calibrate:
             _calibrate(path, None, None, threads, progress)
         return _measure(str(path), dtype, {}, prompt, generate, repeat, threads, progress, finished)
-    name, settings = read_spec(spec, layers)
+    name, settings, longest = read_spec(spec, layers)
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
-    _check_length(settings.get("max_position_embeddings"), prompt, generate)
+    _check_length(longest, prompt, generate)
     from hybrid.measure.random_model import check_room, write_random_model
 
-    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
+    with temporary_folder("bench") as folder:
         if calibrate:  # before the disk is busy with the weights
-            described = Path(folder) / "config.json"
+            described = folder / "config.json"
             described.write_text(json.dumps(settings))
             _calibrate(described, experts, dense, threads, progress)
-        needed = check_room(settings, Path(folder), experts, dense)
+        needed = check_room(settings, folder, experts, dense)
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
-        write_random_model(settings, Path(folder), experts=experts, dense=dense)
+        write_random_model(settings, folder, experts=experts, dense=dense)
         shape = {"spec": name, "layers": settings["num_hidden_layers"]}
-        return _measure(folder, dtype, shape, prompt, generate, repeat, threads, progress, finished)
+        return _measure(
+            str(folder), dtype, shape, prompt, generate, repeat, threads, progress, finished
+        )
 
 
 def check_no_shape(

@@ -10,7 +10,6 @@ between neighbours in time, because the machine's speed drifts.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +40,9 @@ from hybrid.machine import host
 from hybrid.measure.interference import DISTURBED, Others
 from hybrid.measure.random_model import write_random_model
 from hybrid.model import Model
+from hybrid.paths import expanded, temporary_folder
 from hybrid.weights.checkpoint import Source
+from planner.describe.context import longest_context
 
 #: The shape that is compared unless another is given: what it is, and how much of it.
 _SPEC, _LAYERS, _VOCABULARY = "qwen3-30b-a3b", 12, 32000
@@ -113,9 +114,9 @@ def run(
 
     threads = _set_threads(threads)
     layers = _LAYERS if layers is None else layers
-    name, settings = read_spec(spec or _SPEC, layers)
+    name, settings, made_for = read_spec(spec or _SPEC, layers)
     require_qwen3(settings)
-    _check_contexts(cases, settings.get("max_position_embeddings"), name)
+    _check_contexts(cases, made_for, name)
     settings["vocab_size"] = _VOCABULARY if vocabulary is None else vocabulary
     longest = max(case.prompt + case.generate for case in cases) + 8
     results: list[dict[str, Any]] = []
@@ -168,10 +169,10 @@ def _of_checkpoint(
     finished: Told,
 ) -> dict[str, Any]:
     """Compare with transformers alone: its own weights, in the type that ours computes in."""
-    path = demo_path() if model == "demo" else Path(model).expanduser()
+    path = demo_path() if model == "demo" else expanded(model)
     source = Source.open(path)
     sizes = source.config.get_text_config()
-    _check_contexts(cases, getattr(sizes, "max_position_embeddings", None), model)
+    _check_contexts(cases, longest_context(sizes.to_dict(), f"config of {model}"), model)
     progress("loading")
     network, _ = load_fast_model(path, dtype=dtype)
     ours = InProcess(network, "ours")
@@ -243,9 +244,9 @@ class _Ours(NamedTuple):
 
 @contextmanager
 def _ours(settings: dict[str, Any], dtype: str, progress: Callable[[str], None]) -> Iterator[_Ours]:
-    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
+    with temporary_folder("bench") as folder:
         progress(f"writing random weights of {settings['num_hidden_layers']} layers")
-        write_random_model(settings, Path(folder), experts="q4_0", dense="q4_0")
+        write_random_model(settings, folder, experts="q4_0", dense="q4_0")
         model, _ = load_fast_model(folder, dtype=dtype)
         computed_in = str(model.dtype).removeprefix("torch.")
         yield _Ours(InProcess(model, "ours"), Model(model).fast.path, computed_in)

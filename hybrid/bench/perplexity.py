@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,10 +32,12 @@ from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import host
 from hybrid.model import Model
+from hybrid.paths import expanded, temporary_folder
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.tokenizer import load_tokenizer
+from planner.describe.context import longest_context
 
 AS_IT_IS = "as it is"
 """Dense layers in no format of ours."""
@@ -106,15 +107,15 @@ def run(
     check_dtype(dtype)
     pairs = _pairs(formats, dense)
     threads = set_threads(host.default_threads() if threads is None else threads)
-    path = demo_path() if model in (None, "demo") else Path(str(model)).expanduser()
+    path = demo_path() if model in (None, "demo") else expanded(str(model))
     sizes = Source.open(path).config.get_text_config()
-    context = min(context, getattr(sizes, "max_position_embeddings", None) or context)
+    context = min(context, longest_context(sizes.to_dict(), f"config of {path.name}") or context)
     documents = None if texts is None else [*texts.values()]
     rows = held_out_windows(load_tokenizer(path), documents, context, tokens)
     one_by_one = min(len(rows), max(1, decode // context)) if decode else 0
     results: list[dict[str, Any]] = []
     record = provenance("hybrid bench perplexity", threads) | {
-        "model": model or "demo",
+        "model": "demo" if model is None else model,
         "family": None,
         "dtype": None,
         "texts": ["the held-out part of Python's standard library"] if texts is None else [*texts],
@@ -123,7 +124,7 @@ def run(
         "reference": _name(*pairs[0]),
         "results": results,
     }
-    with _temporary() as folder:
+    with temporary_folder("bench") as folder:
         reference = Reference(folder / "reference", (*rows.shape, sizes.vocab_size))
         for experts, packed in pairs:
             name = _name(experts, packed)
@@ -161,16 +162,9 @@ def _name(experts: str, dense: str | None) -> str:
 
 
 @contextmanager
-def _temporary() -> Iterator[Path]:
-    """A folder that goes away; where files in use stay, as on Windows, they are no error."""
-    with TemporaryDirectory(prefix="hybrid-bench-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-@contextmanager
 def _converted(path: Path, experts: str, dense: str | None, dtype: str) -> Iterator[Any]:
     """Load a checkpoint in these formats, from a copy that goes away again."""
-    with _temporary() as folder:
+    with temporary_folder("bench") as folder:
         copy = folder / path.resolve().name
         try:
             with conversion_progress(f"Converting to {_name(experts, dense)}") as told:

@@ -18,7 +18,7 @@ from cpu_experts.jit import hostcpu
 from hybrid import __version__
 from hybrid.errors import UsageError
 from hybrid.machine import host
-from hybrid.paths import write_whole
+from hybrid.paths import can_be_made, write_whole
 
 _LIBRARIES = ("numba", "llvmlite", "numpy", "torch", "transformers")
 
@@ -131,8 +131,7 @@ def check_recordable(path: Path) -> None:
                     f"cannot write to {path}: it is no file", hint="name a .jsonl file"
                 )
             path.open("ab").close()
-        folder = path.resolve().parent
-        writable = folder.is_dir() and os.access(folder, os.W_OK)
+        writable = can_be_made(path.resolve())
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror}", hint=hint) from error
     if not writable:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from hybrid.bench.model import bytes_per_token, generate_once, memory_to_read
 from hybrid.formats.errors import HybridError
 from hybrid.grafts import store_of
 from hybrid.measure.reads import read_seconds
+from hybrid.paths import temporary_folder
 from hybrid.transformers_api import cache_argument
 
 PLAIN_RANDOM = "transformers, bfloat16"
@@ -143,8 +143,8 @@ def llama_cpp(settings: dict[str, Any], threads: int, context: int) -> Iterator[
     from hybrid.bench.gguf_model import write_gguf
 
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    with tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder:
-        path = Path(folder) / "model.gguf"
+    with temporary_folder("bench") as folder:
+        path = folder / "model.gguf"
         write_gguf(settings, path)
         worker = [sys.executable, "-m", "hybrid.bench.llama_worker"]
         with subprocess.Popen(

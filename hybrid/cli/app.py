@@ -86,6 +86,9 @@ app = typer.Typer(
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EBADF)
 """What the system says of a stream that takes no more."""
 
+_LONG_NAME = 200
+"""Letters of a file's name that are shown."""
+
 #: typer exports one of click's usage errors; this is their common base.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -131,9 +134,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except HybridError as error:
         code = _report(str(error))
     except OSError as error:
-        if error.filename is not None or error.errno not in _UNWRITABLE:
+        if error.filename is not None:
+            code = _report(f"{_named(error.filename)}: {error.strerror}\nhint: check the path")
+        elif error.errno in _UNWRITABLE:
+            code = _stream_ended(error)
+        else:
             raise
-        code = _stream_ended(error)
     return code if isinstance(code, int) else 0
 
 
@@ -155,6 +161,12 @@ def _engine_notices() -> Iterator[None]:
 def _describe_usage_error(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "hybrid"
     return f"{error.format_message()}\nhint: '{command} --help' lists what can be given"
+
+
+def _named(file: object) -> str:
+    """Return a file's name, or its beginning where it is endless."""
+    name = os.fsdecode(file) if isinstance(file, str | bytes) else str(file)
+    return name if len(name) < _LONG_NAME else f"{name[:_LONG_NAME]}..."
 
 
 def _report(text: str) -> int:

@@ -17,6 +17,8 @@ bench_app = typer.Typer(
     help="Measure this machine and this runtime.", no_args_is_help=True, add_completion=False
 )
 
+_MOST_REPEATS = 100_000
+"""More would not end."""
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _RECORD = Annotated[
     Path | None,
@@ -73,7 +75,9 @@ class _Rows:
 def _measuring(record: Path | None) -> Iterator[_Rows]:
     """Refuse a file that nothing can be put into, before anything is measured; keep what was."""
     from hybrid.bench.record import check_recordable
+    from hybrid.paths import check_temporary_folder
 
+    check_temporary_folder()  # without which torch cannot be imported
     if record is not None:
         check_recordable(record)
     rows = _Rows(record)
@@ -88,7 +92,7 @@ def _measuring(record: Path | None) -> Iterator[_Rows]:
 def kernels(
     formats: Annotated[str, typer.Option(help="Weight formats, comma-separated.")] = "q4_0,q8_0",
     tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "",
-    repeat: Annotated[int, typer.Option(min=3, help="Timed calls a case.")] = 30,
+    repeat: Annotated[int, typer.Option(min=3, max=_MOST_REPEATS, help="Timed calls a case.")] = 30,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
     as_json: _JSON = False,
     record: _RECORD = None,
@@ -134,7 +138,7 @@ def model(
     dense: Annotated[str, typer.Option(help="Format of dense layers, with --spec.")] = "q4_0",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     generate: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
-    repeat: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, max=_MOST_REPEATS, help="Timed runs.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
     calibrate: Annotated[
         bool,
@@ -199,7 +203,7 @@ def peers(
     context: Annotated[
         int | None, typer.Option(min=1, help="Also decode with this many tokens in the cache.")
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Pairs a case.")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, max=_MOST_REPEATS, help="Pairs a case.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
     dtype: Dtype = "auto",
     as_json: _JSON = False,
@@ -248,7 +252,7 @@ def hybrid(
     trace: Annotated[
         Path | None, typer.Option(help="Routing trace (.npz) for the models that it fits.")
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds of all rules.")] = 3,
+    repeat: Annotated[int, typer.Option(min=1, max=_MOST_REPEATS, help="Rounds of all rules.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
     as_json: _JSON = False,
     record: _RECORD = None,
@@ -374,7 +378,9 @@ def planner(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Replay only the first tokens of each trace.")
     ] = None,
-    repeat: Annotated[int, typer.Option(min=3, help="Timed decisions a case.")] = 200,
+    repeat: Annotated[
+        int, typer.Option(min=3, max=_MOST_REPEATS, help="Timed decisions a case.")
+    ] = 200,
     as_json: _JSON = False,
     record: _RECORD = None,
 ) -> None:

@@ -60,8 +60,9 @@ def calibrate(
     is said, and measured again by the next calibration.
     """
     from hybrid.cli.plan import OR_FORCE, write_file
-    from hybrid.paths import check_writable
+    from hybrid.paths import check_temporary_folder, check_writable
 
+    check_temporary_folder()
     check_writable("--out", out, replaced=force, remedy=OR_FORCE)
     from hybrid.machine.calibrations import Identity, main_numbers
     from hybrid.measure.calibrate import LIMIT_S, hardware_for

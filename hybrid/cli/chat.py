@@ -73,6 +73,11 @@ def chat(
         raise UsageError(
             f"--when-full is {when_full!r}", hint=f"choose one of {', '.join(_WHEN_FULL)}"
         )
+    stop, template_arg = (
+        cli.given_texts(given, option)
+        for given, option in ((stop, "--stop"), (template_arg, "--template-arg"))
+    )
+    system = None if system is None else cli.given_text(system, "--system")
     template = None if chat_template is None else cli.read_text(chat_template)
     loaded = cli.load(model, options, yes=yes)
     if template is not None:
@@ -128,7 +133,7 @@ def template_variables(given: list[str], *, think: bool, template: str) -> dict[
             )
         try:
             variables[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             variables[name] = value
     if not think:
         switches = thinking_switches(template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,10 @@ from hybrid.ask.options import Options
 from hybrid.cli.download import obtain
 from hybrid.cli.exit_codes import ERROR
 from hybrid.errors import UsageError
+from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import FORMATS, dense_formats
-from hybrid.paths import check_temporary_folder
-from hybrid.weights.checks import Checkpoint, check_files
+from hybrid.paths import check_temporary_folder, expanded
+from hybrid.weights.checks import CHECKS, Checkpoint, check_files, findings
 from hybrid.weights.partial import destination
 from hybrid.weights.progress import conversion_progress
 from planner.describe.words import in_words as size
@@ -69,8 +71,8 @@ def convert(
     if dst is None and not check:
         raise UsageError("DST is missing", hint="name the directory to make, or add --check")
     if dst is not None:  # before a download
-        destination(Path(src).expanduser(), dst)
-    source = obtain(src, options, yes=True).expanduser()
+        destination(expanded(src), expanded(dst))
+    source = expanded(obtain(src, options, yes=True))
     if dst is None or check:
         _check(source, experts, dense, verify)
         return
@@ -91,22 +93,29 @@ def convert(
 
 def _check(src: Path, experts: str, dense: str | None, verify: bool) -> None:
     """Tell all that was found; the exit code is that of an error where something hinders."""
+    errors, notes = findings(Checkpoint(src), CHECKS)  # before torch is imported
+    if errors:
+        _tell(errors, notes)
     from hybrid.weights import checkpoint
 
     with conversion_progress(f"Reading {directory_name(src)}") as progress:
         found = checkpoint.check(
             src, experts=experts, dense=dense, verify=verify, progress=progress
         )
-    for note in found.notes:
-        _say(note)
-    for error in found.errors:
-        _say(f"error: {error}")
-    if found.errors:
-        raise typer.Exit(ERROR)
+    _tell(found.errors, found.notes)
     _say(
         f"{src} can be converted: {found.experts} experts in {found.layers} layers, "
         f"{size(found.expert_bytes)} as {experts}, dense weights {size(found.dense_bytes)}"
     )
+
+
+def _tell(errors: Sequence[HybridError], notes: Sequence[str]) -> None:
+    for note in notes:
+        _say(note)
+    for error in errors:
+        _say(f"error: {error}")
+    if errors:
+        raise typer.Exit(ERROR)
 
 
 def _say(text: str) -> None:

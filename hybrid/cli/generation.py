@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 from hybrid.errors import UsageError
 from hybrid.ledger.metrics import summary_line
 from hybrid.paths import check_temporary_folder, check_writable, write_whole
+from hybrid.weights.checks import check_before_loading
 
 if TYPE_CHECKING:
     from hybrid.ask.options import Options
@@ -27,6 +30,8 @@ def load(model: str | None, options: Options, *, yes: bool) -> HybridModel:
 
     check_temporary_folder()
     directory = None if model is None else obtain(model, options, yes=yes)
+    if directory is not None and directory.is_dir():  # before torch, which takes seconds
+        check_before_loading(directory)
     gc.disable()
     try:
         from transformers.utils import logging
@@ -184,6 +189,22 @@ def read_text(file: Path) -> str:
             f"cannot read {file}: {error.strerror}", hint="check the path and its permissions"
         ) from error
     return decode_utf8(data, str(file))
+
+
+def given_text(value: str, option: str) -> str:
+    """Return a text that was given by ``option``, read as UTF-8 whatever the locale says."""
+    try:
+        return decode_utf8(os.fsencode(value), option)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{option} is no text at letter {error.start}: {value[error.start]!r}",
+            hint="give it as UTF-8",
+        ) from error
+
+
+def given_texts(values: Sequence[str] | None, option: str) -> list[str] | None:
+    """Return texts that were given by ``option``, one after the other."""
+    return None if values is None else [given_text(value, option) for value in values]
 
 
 def decode_utf8(data: bytes, name: str) -> str:

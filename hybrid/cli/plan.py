@@ -15,15 +15,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hybrid.ask.asked_model import AskedModel, find_model
+from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware, resolve, shipped_names
 from hybrid.ask.options import Options
 from hybrid.cli.options import Policy
 from hybrid.errors import UsageError
 from hybrid.machine import calibrations
 from hybrid.paths import check_writable, write_whole
+from hybrid.planning.files import files_of, with_files
 from hybrid.planning.plan import checked_counts, machine_for, plan_on
-from hybrid.weights.checks import Checkpoint, all_findings, check_declared_format, findings
 from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.checked_table import read_table
 from planner.foretell.dryrun import PlanResult
@@ -198,28 +198,18 @@ def _planned(
     if machine.origin:
         print(f"no --hardware given: {machine.origin}", file=sys.stderr)
     result = plan_on(machine, asked, options, **simulated)
-    _tell_findings(model, asked)
+    files = files_of(asked, options.dense)  # last: it may load torch
+    result = with_files(result, files)
+    for note in files.notes:
+        print(f"{model}: {note}", file=sys.stderr)
+    for error in files.errors:
+        print(f"{model} cannot be run as it is: {error}", file=sys.stderr)
     if options.popularity is not None and asked.weights() is None:
         print(
             f"{options.popularity}: only its shape was compared, {model} does not tell its weights",
             file=sys.stderr,
         )
     return result
-
-
-def _tell_findings(model: str, asked: AskedModel) -> None:
-    """Say what would hinder a run of a directory's weights, where it has any; a plan needs none."""
-    if asked.directory is None:
-        return
-    checkpoint = Checkpoint(asked.directory)
-    if checkpoint.has_weights:
-        errors, notes = all_findings(checkpoint)
-    else:
-        errors, notes = findings(checkpoint, (check_declared_format,))
-    for note in notes:
-        print(f"{model}: {note}", file=sys.stderr)
-    for error in errors:
-        print(f"{model} cannot be run as it is: {error}", file=sys.stderr)
 
 
 def _take_only(given: typer.Context, what: str, names: set[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -76,7 +75,7 @@ def run(
     The prompt is -p, a file, or stdin. The text goes to stdout as it is generated; messages
     and figures go to stderr.
     """
-    text = read_prompt(prompt, file)
+    text, stop = read_prompt(prompt, file), cli.given_texts(stop, "--stop")
     files = {"perfetto": perfetto, "routing": routing, "popularity": popularity}
     cli.check_files(**files)
     cli.require_device(options, **files)
@@ -136,7 +135,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise UsageError("both --prompt and --file are given", hint="give one of them")
     if prompt is not None:
-        return cli.decode_utf8(os.fsencode(prompt), "the prompt")
+        return cli.given_text(prompt, "the prompt")
     if file is None and sys.stdin.isatty():
         raise UsageError(
             "there is no prompt", hint="give -p TEXT or -f FILE, or pipe the text into stdin"

@@ -23,6 +23,9 @@ from hybrid.formats.strips import F32, GROUP, TILE, U8, Format, pad
 #: Activations; kernels know them by their places here.
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
 
+#: Experts start at multiples of this in a store, and so do their slots.
+PAGE_BYTES = 4096
+
 #: Every part of a block starts at a multiple of this.
 _LINE = 64
 #: A stride is a multiple of this.
@@ -101,6 +104,10 @@ class Block:
     def with_stride(self, stride: int) -> Block:
         """Return the same expert where a store or slots have it ``stride`` bytes apart."""
         return replace(self, stride=stride)
+
+    def on_pages(self) -> Block:
+        """Return the same expert as a store has it: each on pages of its own."""
+        return self.with_stride(pad(self.block_bytes, PAGE_BYTES))
 
     @property
     def formats(self) -> tuple[str, str]:

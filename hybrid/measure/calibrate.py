@@ -10,7 +10,6 @@ named.
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -42,7 +41,7 @@ from hybrid.measure.interference import Others, Turns
 from hybrid.measure.replica import Replica, shortened
 from hybrid.measure.terms_of_step import Pass
 from hybrid.packed.experts import experts_of
-from hybrid.paths import make_cache_folder
+from hybrid.paths import make_cache_folder, temporary_folder
 from planner.describe.hardware import HardwareSpec
 
 if TYPE_CHECKING:
@@ -111,10 +110,9 @@ def calibrate(
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     home = make_cache_folder()
-    prefix = "hybrid-calibrate-"
-    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+    with temporary_folder("calibrate") as folder:
         progress(f"making some layers of {wanted.spec.name} with random weights")
-        replica = _replica(wanted, Path(folder))
+        replica = _replica(wanted, folder)
         replica.generate(8, 8)
         budget = Budget(limit_s)
         progress("reading from memory")

@@ -20,6 +20,7 @@ from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.machine.machines import Machine
+from hybrid.planning.files import files_of, with_files
 from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
@@ -102,7 +103,8 @@ def plan(
     machine = machine_for(asked, hardware, options)
     if machine is None:
         raise calibrations.unmeasured(Identity.of_this_machine(threads))
-    return plan_on(machine, asked, options, **simulated)
+    result = plan_on(machine, asked, options, **simulated)
+    return with_files(result, files_of(asked, dense))
 
 
 def checked_counts(prompt: int | None = None, **simulated: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from hybrid.errors import UsageError
 from hybrid.session.generation_options import DEFAULT_NEW_TOKENS
 from hybrid.session.kept_cache import KeptCache
@@ -84,7 +86,7 @@ class Conversation:
         UsageError
             When the context has no room for it.
         """
-        asked = self._with_room([*self.messages, {"role": "user", "content": text}], options)
+        asked, ids = self._with_room([*self.messages, {"role": "user", "content": text}], options)
         pieces: list[str] = []
         thoughts: list[str] = []
 
@@ -97,11 +99,10 @@ class Conversation:
             on_thought(piece)
 
         try:
-            self._model.chat(
-                asked,
+            self._model.answer(
+                ids,
                 on_text=piece_of_answer,
                 on_thought=piece_of_thought,
-                template_args=self._template_args,
                 kept=self._kept,
                 **options,
             )
@@ -121,15 +122,17 @@ class Conversation:
     def _add(self, asked: list[Message], answer: str) -> None:
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
-    def _with_room(self, asked: list[Message], options: dict[str, Any]) -> list[Message]:
-        """Return the messages to send: without the oldest turns, where all have no room."""
-        context = self._model.context
+    def _with_room(
+        self, asked: list[Message], options: dict[str, Any]
+    ) -> tuple[list[Message], Tensor]:
+        """Return the messages to send, without the oldest if need be, and their ids."""
+        context, ids = self._model.context, self._encoded(asked)
         if context is None:
-            return asked
+            return asked, ids
         wanted = int(options.get("max_new_tokens") or DEFAULT_NEW_TOKENS)
         least = min(wanted, LEAST_LEFT)
         first, dropped = len(self._start), 0
-        tokens = self._tokens(asked)
+        tokens = ids.shape[1]
         while context - tokens < least and len(asked) - first > 2:
             if not self._drop_oldest:
                 raise UsageError(
@@ -139,7 +142,8 @@ class Conversation:
                 )
             asked = asked[:first] + asked[first + 2 :]  # a question and its answer
             dropped += 1
-            tokens = self._tokens(asked)
+            ids = self._encoded(asked)
+            tokens = ids.shape[1]
         left = max(0, context - tokens)
         if dropped:
             self._tell(
@@ -151,7 +155,7 @@ class Conversation:
                 f"the context is nearly full: {left} of {context} tokens are left for the answer; "
                 "/clear forgets what was said"
             )
-        return asked
+        return asked, ids
 
-    def _tokens(self, messages: list[Message]) -> int:
-        return self._model.encode_chat(messages, **self._template_args).shape[1]
+    def _encoded(self, messages: list[Message]) -> Tensor:
+        return self._model.encode_chat(messages, **self._template_args)

@@ -25,6 +25,29 @@ _LENGTHS = ("max_length", "max_new_tokens")
 _DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 _PENALTIES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
+_ONE = "it is one sequence, shown as it comes"
+_CACHE = "its cache is the one that a conversation goes on from"
+_CODE = "transformers takes it from code on the hub, which is not run"
+_UNSEEN = "nobody sees it there"
+_HELPED = "the model writes alone"
+_LEFT_OUT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("num_beams", "num_return_sequences", "num_beam_groups"), (_ONE, (1,))),
+    "use_cache": (_CACHE, (True,)),
+    **dict.fromkeys(("cache_implementation", "cache_config", "compile_config"), (_CACHE, ())),
+    **dict.fromkeys(("penalty_alpha",), (_CODE, (0,))),
+    **dict.fromkeys(("constraints", "force_words_ids", "dola_layers"), (_CODE, ([],))),
+    **dict.fromkeys(
+        (
+            *("return_dict_in_generate", "output_scores", "output_logits"),
+            *("output_attentions", "output_hidden_states"),
+        ),
+        (_UNSEEN, (False,)),
+    ),
+    **dict.fromkeys(("is_assistant", "use_mtp", "token_healing"), (_HELPED, (False,))),
+    "assistant_early_exit": (_HELPED, ()),
+}
+"""What a text cannot have of a model's own settings: why, and the values that ask for nothing."""
+
 
 class Limit(NamedTuple):
     """How many new tokens a text may have at most, and why."""
@@ -90,18 +113,16 @@ def text_options(
     """Return ``options`` with what a text of one sequence needs settled.
 
     That is the number of new tokens, the tokens that end it (``ends``, unless asked for others) and
-    a padding id. Several sequences, which the model's own settings may ask for, are one; stop
-    strings are found in the text, not by transformers; and drawing leaves no tokens out that nobody
-    asked to leave out.
+    a padding id. Stop strings are found in the text, not by transformers, and drawing leaves no
+    tokens out that nobody asked to leave out.
     """
     settled: dict[str, Any] = {"max_new_tokens": new_tokens}
     if setting(None, "eos_token_id", options) is None and ends:
         settled["eos_token_id"] = list(ends)
     if setting(config, "pad_token_id", options) is None and ends:
         settled["pad_token_id"] = ends[0]
-    for name in ("num_beams", "num_return_sequences"):
-        if setting(None, name, options) is None and getattr(config, name, None) not in (None, 1):
-            settled[name] = 1
+    if not ends:  # of which it would raise the odds
+        settled["exponential_decay_length_penalty"] = None
     if setting(config, "do_sample", options) and setting(config, "top_k", options) is None:
         settled["top_k"] = 0
     rest = {name: value for name, value in options.items() if name not in _LENGTHS}
@@ -114,14 +135,27 @@ def text_options(
 
 def left_out(config: Any) -> Iterator[Note]:
     """Name what a model's own settings ask for and a text cannot have."""
-    for name in ("num_beams", "num_return_sequences"):
+    for name, value in _not_for_text(config):
+        yield Note(
+            f"{name} {value!r} of the model's own settings",
+            f"left out where text is written: {_LEFT_OUT[name][0]}",
+            "none needed; generate() with token ids hands it to transformers",
+        )
+
+
+def text_settings(config: Any) -> Any:
+    """Return a model's own settings without what :func:`left_out` names."""
+    changed = copy.deepcopy(config)
+    for name, _ in _not_for_text(config):
+        setattr(changed, name, None)
+    return changed
+
+
+def _not_for_text(config: Any) -> Iterator[tuple[str, Any]]:
+    for name, (_, nothing) in _LEFT_OUT.items():
         value = getattr(config, name, None)
-        if value not in (None, 1):
-            yield Note(
-                f"{name} {value} of the model's own settings",
-                "left out where text is written: it is one sequence, shown as it comes",
-                "none needed; generate() with token ids follows it",
-            )
+        if value is not None and value not in nothing:
+            yield name, value
 
 
 def end_tokens(network: Any, tokenizer: Any) -> list[int]:

@@ -37,6 +37,11 @@ class GenerationStream(BaseStreamer):
         Called with each piece of text.
     limit, limit_name
         The number of new tokens at which the loop ends, and why it is that number.
+
+    Attributes
+    ----------
+    on_first
+        Called when the first new token has come, so that the prompt is computed.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class GenerationStream(BaseStreamer):
         limit: int | None = None,
         limit_name: str = "max_new_tokens",
     ) -> None:
+        self.on_first: Callable[[], None] = lambda: None
         self._text = text
         self._streamer = streamer
         self._on_text = on_text
@@ -96,6 +102,7 @@ class GenerationStream(BaseStreamer):
         self._last_s = time.perf_counter()
         if self._first_s is None:
             self._first_s = self._last_s
+            self.on_first()
         self._new_tokens += value.numel() // self._sequences
         self._ids.append(value)
         if self._text is not None:

@@ -29,14 +29,16 @@ from hybrid.session.generation_options import (
     setting,
     text_limit,
     text_options,
+    text_settings,
 )
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
 from hybrid.session.kept_cache import KeptCache
-from hybrid.session.prompt_ids import chat_ids, text_ids
+from hybrid.session.prompt_ids import chat_ids, check_known, text_ids
 from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
 from hybrid.transformers_api import cache_argument
+from hybrid.weights.checks import check_before_loading
 from hybrid.weights.tokenizer import load_tokenizer
 from planner.decide.policies import DEFAULT_POLICY
 from planner.decide.popularity import Popularity
@@ -179,8 +181,10 @@ class HybridModel:
         """
         called = "demo" if path is None else str(path)
         directory = model_directory(demo_path() if called == "demo" else called)
-        # First of all, so that a model without one is refused before it is converted.
-        tokenizer = load_tokenizer(directory) if directory.is_dir() else None
+        tokenizer = None
+        if directory.is_dir():  # first of all, so that nothing is converted before it is refused
+            check_before_loading(directory)
+            tokenizer = load_tokenizer(directory)
         return cls(open_session(directory, options, name or called), tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -285,6 +289,20 @@ class HybridModel:
             :meth:`generate`.
         """
         ids = self.encode_chat(messages, **(template_args or {}))
+        return self.answer(ids, on_thought=on_thought, kept=kept, **options)
+
+    def answer(
+        self,
+        ids: torch.Tensor,
+        *,
+        on_thought: OnText | None = None,
+        kept: KeptCache | None = None,
+        **options: Any,
+    ) -> str:
+        """Return the model's answer to messages whose ids ``[1, T]`` :meth:`encode_chat` returned.
+
+        Takes what :meth:`chat` takes, and raises what it raises.
+        """
         return self._write(ids, apart=on_thought or _ignore, kept=kept, **options).text
 
     def encode(self, text: str) -> torch.Tensor:
@@ -336,7 +354,7 @@ class HybridModel:
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         if "" in stops:
             raise UsageError("a stop string is empty", hint="leave it out")
-        config = self.model.generation_config
+        config = text_settings(self.model.generation_config)
         check_one_sequence(options, prompts=len(ids))
         limit = text_limit(config, options, ids.shape[1], self.context)
         text: TextStream | AnswerStream = TextStream(self.tokenizer, ids[0].tolist(), stops)
@@ -354,7 +372,7 @@ class HybridModel:
         if options.get("generation_config") is not None:
             settled.setdefault("tokenizer", self.tokenizer)  # it may name stop strings
         settled = {"attention_mask": torch.ones_like(ids)} | settled
-        return self._generate(ids, stream, kept, **settled)
+        return self._generate(ids, stream, kept, settings=config, **settled)
 
     def _generate(
         self,
@@ -370,18 +388,19 @@ class HybridModel:
                 "would wait for without end",
                 hint="let the callback return first, or load the model a second time",
             )
+        check_known(ids, self.loaded.vocabulary, self.tokenizer)
         with self._turn:
             cache = None if kept is None else kept.begin(self.model, ids)
-            if cache is not None:
+            if kept is not None and cache is not None:
                 options |= cache_argument(cache)
+                stream.on_first = lambda: kept.prompt_done(cache, ids.shape[1])
             self._writer = threading.get_ident()
             try:
-                made = generate(self._session, ids, stream, **options)
-                if kept is not None and cache is not None:
-                    kept.end(cache, [*ids[0].tolist(), *made.ids[0].tolist()])
-                return made
+                return generate(self._session, ids, stream, **options)
             finally:
                 self._writer = None
+                if kept is not None and cache is not None and stream.started:  # or interrupted
+                    kept.end(cache, [*ids[0].tolist(), *stream.generation().ids[0].tolist()])
                 if stream.started:  # without its result, the caller's alone: it may hold a cache
                     self._last = stream.generation()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from hybrid.errors import UsageError
 from hybrid.session.chat_template import templated
 
@@ -23,7 +25,7 @@ def text_ids(tokenizer: Any, text: str, context: int | None) -> list[int]:
         When it is no text, or too long for the ``context`` whatever its tokens are.
     """
     _check(tokenizer, text, context)
-    ids: list[int] = tokenizer(text)["input_ids"]
+    ids = _ids(tokenizer, text)
     begin = tokenizer.bos_token
     if begin and text.startswith(begin) and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = ids[1:]
@@ -45,8 +47,35 @@ def chat_ids(
     """
     text = templated(tokenizer, messages, variables)
     _check(tokenizer, text, context)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return _ids(tokenizer, text, add_special_tokens=False)
+
+
+def check_known(ids: Tensor, rows: int, tokenizer: Any) -> None:
+    """Refuse ids that an embedding of so many ``rows`` does not have.
+
+    Raises
+    ------
+    UsageError
+        Naming the first, by its text where the tokenizer has one.
+    """
+    odd = ids[(ids < 0) | (ids >= rows)].flatten()
+    if not len(odd):
+        return
+    number = int(odd[0])
+    word = None
+    if tokenizer is not None and 0 <= number < len(tokenizer):
+        word = tokenizer.convert_ids_to_tokens(number)
+    named = f"token {word!r} has id {number}" if word else f"there is a token id {number}"
+    raise UsageError(
+        f"in the prompt {named}, the model's embedding has {rows} rows: ids 0 to {rows - 1}",
+        hint="leave it out, or take the tokenizer and weights of one model",
+    )
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Return a text's ids; how long it may be is checked by whoever knows the model's context."""
+    found: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
+    return found
 
 
 def _check(tokenizer: Any, text: str, context: int | None) -> None:

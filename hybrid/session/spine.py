@@ -19,13 +19,19 @@ import torch
 from hybrid.ask.options import Options
 from hybrid.fast.prompt import prompts_told
 from hybrid.formats.notes import Note
+from hybrid.grafts import replaced_settings
 from hybrid.ledger.alone import begin_run
 from hybrid.ledger.metrics import RunReport
 from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.model import Model
 from hybrid.session.generation import Generation
-from hybrid.session.generation_options import left_out, loop_options, sampling_told
+from hybrid.session.generation_options import (
+    left_out,
+    loop_options,
+    sampling_told,
+    text_settings,
+)
 from hybrid.session.generation_stream import GenerationStream, Stopped
 from hybrid.session.opening import compute_dtype, kept_context, notes_alone, open_machine, place
 from hybrid.session.report import run_report
@@ -93,13 +99,21 @@ def open_session(path: str | PathLike[str], options: Options, name: str) -> Sess
 
 
 def generate(
-    session: Session, ids: torch.Tensor, stream: GenerationStream, **options: Any
+    session: Session,
+    ids: torch.Tensor,
+    stream: GenerationStream,
+    settings: Any = None,
+    **options: Any,
 ) -> Generation:
     """Run transformers' loop after ``ids`` ``[B, T]``; a ``stream`` watches it and may leave it.
 
     ``stream`` knows what there is of the generation also where an error or an interrupt ends it.
+    ``settings`` take the place of the model's own.
     """
     network = session.model.network
+    if settings is not None:
+        with replaced_settings(network, settings):
+            return generate(session, ids, stream, **options)
     on_prompt = options.pop("on_prompt", None)
     told = nullcontext() if on_prompt is None else prompts_told(network, on_prompt)
     settled = loop_options(network, options, stream)
@@ -141,8 +155,9 @@ def _warm_up(session: Session) -> tuple[Note, ...]:
     Returns why plain steps go past the fast path, if they do: known before any text is written.
     """
     two: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
-    two |= {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
-    generate(session, torch.zeros(1, 2, dtype=torch.long), GenerationStream(), **two)
+    two |= {"stop_strings": None, "exponential_decay_length_penalty": None}
+    own = text_settings(session.model.network.generation_config)
+    generate(session, torch.zeros(1, 2, dtype=torch.long), GenerationStream(), own, **two)
     if session.placement is not None and session.placement.executor is not None:
         session.placement.executor.forget_counts()
     fast = session.model.fast

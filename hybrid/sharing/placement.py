@@ -130,7 +130,12 @@ class Placement:
         loaded = "counted since the slots were opened"
         hits = decode.hits / decode.activated if decode.activated else None
         return {
-            "hit_rate": Figure(hits, "share", "hits / activated experts in decode"),
+            "hit_rate": Figure(
+                hits,
+                "share",
+                "hits / activated experts in decode, kept by the policy "
+                f"{self.executor.director.cache.policy_name}",
+            ),
             "prefetch_precision": Figure(
                 fetched.prefetch_precision if fetched.fetched else None, "share", loaded
             ),

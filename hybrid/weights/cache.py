@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hybrid.paths import cache_dir, make_cache_folder, make_folder, write_whole
+from hybrid.paths import cache_dir, expanded, make_cache_folder, make_folder, write_whole
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.side_files import refresh_side_files
@@ -47,7 +47,7 @@ def converted_copy(
     checkpoint = Source.open(source)
     times = [path.stat().st_mtime_ns for path in checkpoint.files]
     key = json.dumps([checkpoint.identity(), times, experts, dense]).encode()
-    home = cache_dir() / "converted" if folder is None else Path(folder).expanduser()
+    home = cache_dir() / "converted" if folder is None else expanded(folder)
     copy = home / f"{checkpoint.name}-{hashlib.sha256(key).hexdigest()[:16]}"
     if copy.exists():  # a cache that is only read, such as one that many share, will do
         refresh_side_files(source, copy)

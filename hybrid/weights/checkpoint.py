@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
@@ -30,9 +29,10 @@ from hybrid.errors import (
     UnsupportedModelError,
     first_line,
 )
+from hybrid.formats.block import PAGE_BYTES
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
-from hybrid.paths import require_room
+from hybrid.paths import expanded, require_room
 from hybrid.transformers_api import auto_class
 from hybrid.weights.checks import CHECKS, Checkpoint, check_directory, check_files, findings
 from hybrid.weights.config import HybridConfig
@@ -40,8 +40,9 @@ from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import check_finite, write_experts
 from hybrid.weights.partial import Partial, destination
 from hybrid.weights.side_files import copy_side_files
+from hybrid.weights.source_config import read_config, with_kinds
 from hybrid.weights.source_formats import source_quantizer
-from hybrid.weights.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
+from hybrid.weights.store import INDEX_NAME, ExpertStore, LayerRecord, StoreIndex
 from hybrid.weights.tensor_files import TensorReader, check_digests, identity
 from hybrid.weights.tokenizer import check_tokenizer
 from hybrid.weights.weight_map import WeightMap, left_out
@@ -63,7 +64,7 @@ class ConvertResult:
     layers, experts
         Layers that have experts, and experts in all.
     expert_bytes, dense_bytes
-        Sizes of the two kinds of weights.
+        Sizes of the files that hold the two kinds of weights.
     resumed_layers
         Layers taken over from an interrupted run.
     elapsed_s
@@ -125,7 +126,7 @@ def convert(
     Holds a piece of one expert at a time: the extra memory does not grow with the model.
     """
     start = time.perf_counter()
-    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    src, dst = expanded(src), expanded(dst)
     check_formats(experts, dense)
     place = destination(src, dst)
     with (
@@ -139,7 +140,7 @@ def convert(
         partial.begin(index.id)
         require_room(
             partial.path.parent,
-            index.nbytes + plan.nbytes - partial.nbytes,
+            index.nbytes + plan.file_bytes - partial.nbytes,
             "the conversion writes {} more",
             hint="free some space or choose a destination on another disk",
         )
@@ -160,7 +161,7 @@ def convert(
         layers=len(index.layers),
         experts=sum(layer.experts for layer in index.layers),
         expert_bytes=index.nbytes,
-        dense_bytes=plan.nbytes,
+        dense_bytes=plan.file_bytes,
         resumed_layers=resumed,
         elapsed_s=time.perf_counter() - start,
     )
@@ -247,7 +248,7 @@ def check(
     UsageError
         On an unknown format.
     """
-    src = Path(src).expanduser()
+    src = expanded(src)
     check_formats(experts, dense)
     errors, notes = findings(Checkpoint(src), CHECKS)
     if errors:
@@ -268,7 +269,7 @@ def check(
         layers=len(layers),
         experts=sum(layer.experts for layer in layers),
         expert_bytes=index.nbytes,
-        dense_bytes=plan.nbytes,
+        dense_bytes=plan.file_bytes,
     )
 
 
@@ -298,9 +299,9 @@ class Source:
         list(check_directory(checkpoint))
         path, raw, files = checkpoint.path, checkpoint.config, checkpoint.files
         try:
-            config = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
+            config = read_config(path, raw)
+        except HybridError:
+            raise
         except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot use {path / 'config.json'}: "
@@ -386,7 +387,7 @@ def converted_config(
     raw: dict[str, Any], index: StoreIndex, experts: str, dense: str | None
 ) -> dict[str, Any]:
     """The source's config with our quantization in place of its own."""
-    config = dict(raw)
+    config = with_kinds(raw)
     for key, value in raw.items():
         if isinstance(value, dict) and "quantization_config" in value:
             config[key] = {k: v for k, v in value.items() if k != "quantization_config"}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hybrid.ask.formats import QUANT_METHOD
 from hybrid.errors import CheckpointError
 from hybrid.formats.errors import HybridError
 from hybrid.weights.declared_formats import check_format
+from hybrid.weights.sizes import check_layers_alike, check_stated_sizes
 from hybrid.weights.source_files import (
     INDEX_NAME,
     TensorInfo,
@@ -128,6 +128,13 @@ def check_format_of_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     yield from ()
 
 
+def check_sizes(checkpoint: Checkpoint) -> Iterator[str]:
+    """The model that config.json describes is no larger than its files are."""
+    check_stated_sizes(checkpoint.path / "config.json", checkpoint.config, checkpoint.tensors)
+    check_layers_alike(checkpoint.path, checkpoint.config)
+    yield from ()
+
+
 def check_settings(checkpoint: Checkpoint) -> Iterator[str]:
     """Files of settings are tables, and none is cut short."""
     for name in SETTINGS:
@@ -172,13 +179,14 @@ CHECKS: tuple[Check, ...] = (
     check_declared_format,
     check_weight_files,
     check_format_of_tensors,
+    check_sizes,
     check_settings,
     check_tokenizer_files,
 )
 
 
 #: What a converted directory has to pass as well.
-CONVERTED_CHECKS: tuple[Check, ...] = (check_weight_files, check_settings)
+CONVERTED_CHECKS: tuple[Check, ...] = (check_weight_files, check_sizes, check_settings)
 
 
 def check_files(checkpoint: Checkpoint) -> list[str]:
@@ -190,17 +198,6 @@ def check_files(checkpoint: Checkpoint) -> list[str]:
         The first thing that hinders a conversion.
     """
     return [note for check in CHECKS for note in check(checkpoint)]
-
-
-def all_findings(checkpoint: Checkpoint) -> tuple[list[HybridError], list[str]]:
-    """Run all checks, whatever one finds; return what hinders a run, and what is odd.
-
-    A converted directory is asked only what it can answer.
-    """
-    with suppress(HybridError):
-        if is_converted(checkpoint.config):
-            return findings(checkpoint, CONVERTED_CHECKS)
-    return findings(checkpoint, CHECKS)
 
 
 def findings(
@@ -229,6 +226,21 @@ def check_converted(checkpoint: Checkpoint) -> None:
     """
     for check in CONVERTED_CHECKS:
         list(check(checkpoint))
+
+
+def check_before_loading(directory: Path) -> None:
+    """Refuse what can be known to end badly of a directory's files, converted or not.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        The first thing that hinders a run.
+    """
+    checkpoint = Checkpoint(directory)
+    if is_converted(checkpoint.config):
+        check_converted(checkpoint)
+    else:
+        check_files(checkpoint)
 
 
 def is_converted(config: dict[str, Any]) -> bool:

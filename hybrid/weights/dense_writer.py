@@ -79,6 +79,11 @@ class DensePlan:
         """Bytes of tensor data."""
         return sum(output.plan.nbytes for output in self._outputs.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files, their headers included."""
+        return self.nbytes + sum(len(shard_header(shard)) for shard in self._shards.values())
+
     def write(self, folder: Partial, advance: Advance) -> None:
         """Write the files that an interrupted run did not complete."""
         for name, shard in self._shards.items():

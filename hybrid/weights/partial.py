@@ -189,9 +189,10 @@ def _read_entries(journal: Path) -> list[dict[str, Any]]:
     try:
         for line in journal.read_text().splitlines():
             entries.append(json.loads(line))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
-    return entries
+    whole = all(isinstance(e, dict) and {"module", "checksums"} <= e.keys() for e in entries[1:])
+    return entries if whole else []
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:

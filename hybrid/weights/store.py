@@ -24,16 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import StoreError
-from hybrid.formats.block import Block
+from hybrid.formats.block import PAGE_BYTES, Block
 from hybrid.formats.errors import HybridError
-from hybrid.formats.strips import pad
 from hybrid.machine import host
 from hybrid.weights.huge_pages import ask_for_large_pages
 
 DATA_NAME = "experts.bin"
 INDEX_NAME = "experts.json"
 VERSION = 2
-PAGE_BYTES = 4096
 
 _MAGIC = b"HYBRIDEX"
 _KIND = "hybrid expert store"
@@ -79,15 +77,14 @@ class LayerRecord:
 
         ``fmt`` is the store's format.
         """
-        block = Block(
+        return Block(
             hidden=self.hidden,
             intermediate=self.intermediate,
             format=self.format or fmt,
             down_format=self.down_format,
             gated=self.gated,
             bias=self.bias,
-        )
-        return block.with_stride(pad(block.block_bytes, PAGE_BYTES))
+        ).on_pages()
 
     def nbytes(self, fmt: str) -> int:
         """Bytes of all experts."""

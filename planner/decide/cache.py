@@ -60,6 +60,11 @@ class ExpertCache:
         self._pins: list[Counter[int]] = [Counter() for _ in capacities]
         self._in_use: tuple[int, frozenset[int]] = (-1, frozenset())
 
+    @property
+    def policy_name(self) -> str:
+        """Of the policy that says what is worth keeping."""
+        return self._policy.name
+
     def _policy_of(self, layer: int) -> Policy:
         """Who says what is worth keeping, knowing of every step of this layer so far."""
         if self._unlearned is not None and self._unlearned[0] == layer:

@@ -131,7 +131,7 @@ class LayerPlan(NamedTuple):
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise WorkError(
                 f"a layer plan is not valid JSON: {error}", hint="was the file cut short?"
             ) from error

@@ -41,7 +41,9 @@ def read_table(path: Path, what: str | None = None) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SpecError(f"cannot read {path}: {error}", hint="check the path") from error
+        raise SpecError(
+            f"cannot read {path}: {error.strerror or error}", hint="check the path"
+        ) from error
     except UnicodeDecodeError as error:
         raise _unfit(str(path), what, error) from error
     return parse_table(text, str(path), what)
@@ -57,7 +59,9 @@ def parse_table(text: str, where: str, what: str | None = None) -> dict[str, Any
     """
     try:
         data = tomllib.loads(text) if where.endswith(".toml") else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise _unfit(where, what, ValueError("nested too deep")) from None
+    except ValueError as error:  # of either; or a number of more digits than Python reads
         raise _unfit(where, what, error) from error
     if not isinstance(data, dict):
         raise SpecError(

@@ -48,6 +48,16 @@ _SHARED_WIDTH = (
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _HIDDEN = ("hidden_size", "d_model", "n_embd")
 _SYNONYMS = (_EXPERT_COUNT, _TOP_K, _SHARED_COUNT, _LAYERS, _HIDDEN, CONTEXT_NAMES)
+_SIZES = {
+    "layers": _LAYERS,
+    "hidden": _HIDDEN,
+    "vocabulary": ("vocab_size",),
+    "experts": _EXPERT_COUNT,
+    "identity": ("zero_expert_num",),
+    "top_k": _TOP_K,
+}
+_ALWAYS = ("layers", "hidden", "vocabulary")
+"""Sizes that every model has, so that none has a null there."""
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 100_000
 _UNGATED = {"relu2", "relu2_no_gate"}
@@ -69,12 +79,9 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
     SpecError
         When the model has no routed experts, lacks a field, or a value cannot be.
     """
-    family = str(config.get("model_type") or "unknown")
-    name = name or str(config.get("_name_or_path") or "") or family
-    text = _text_part(config)
-    family = str(text.get("model_type") or family)
-    text = translated({**text, "model_type": family})
+    text = _language_model(config)
     family = text["model_type"]
+    name = name or str(config.get("_name_or_path") or config.get("model_type") or "") or family
     fields = Fields(text, f"config of {name}")
     blocks = block_kinds(fields)
     depth = len(blocks) if blocks else fields.count(*_LAYERS, most=_MOST_LAYERS)
@@ -119,6 +126,22 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
     )
 
 
+def stated_sizes(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return what a config.json states of its language model, as it is: field and value by size.
+
+    Sizes that are not stated are left out. A field that is null states nothing where others of its
+    names may, or a default.
+    """
+    text = _language_model(config)
+    found = {}
+    for size, names in _SIZES.items():
+        stated = [(name, text[name]) for name in names if name in text]
+        known = [each for each in stated if each[1] is not None]
+        if known or (stated and size in _ALWAYS):
+            found[size] = (known or stated)[0]
+    return found
+
+
 def from_table(data: Mapping[str, Any], where: str) -> ModelSpec:
     """Describe the model of a ``configs/models/*.toml``: its name and its config.json's fields."""
     fields = Fields(data, where)
@@ -134,6 +157,13 @@ def settings_of(data: Mapping[str, Any]) -> dict[str, Any]:
     defaults for some.
     """
     return {**data["config"], **dict.fromkeys(data.get("null", ()))}
+
+
+def _language_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the language model's table in the planner's words, with its family's name."""
+    text = _text_part(config)
+    family = str(text.get("model_type") or config.get("model_type") or "unknown")
+    return translated({**text, "model_type": family})
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ does, as transformers knows it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from planner.describe.checked_table import Fields
@@ -95,6 +95,21 @@ def attention_kinds(fields: Fields, family: str, depth: int) -> list[str]:
     if fields.has("sliding_window") and fields.flag("use_sliding_window", True):
         return [SLIDING] * depth
     return [FULL] * depth
+
+
+def kinds_only_numbered(config: Mapping[str, Any]) -> list[str] | None:
+    """Return the layers' kinds where a file has numbers for them that transformers does not read.
+
+    Its MiniMax has another rule where ``layer_types`` is left out, whatever the numbers say.
+    """
+    if config.get("model_type") != "minimax" or config.get("layer_types"):
+        return None
+    fields = Fields(config, "config.json")
+    depth = fields.count("num_hidden_layers", default=0, least=0)
+    if not depth or not fields.has("attn_type_list"):
+        return None
+    zero, one = _BY_NUMBER["attn_type_list"]
+    return [one if number else zero for number in fields.one_each("attn_type_list", depth)]
 
 
 def block_kinds(fields: Fields) -> list[str] | None:

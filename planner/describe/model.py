@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from hybrid.formats.block import PAGE_BYTES, Block
 from planner.describe.routing_law import UNPUBLISHED, RoutingLaw
 from planner.errors import SpecError
 
@@ -80,6 +81,16 @@ class Experts:
         """Weights of one expert."""
         bias = (self.matrices - 1) * self.intermediate + self.hidden if self.bias else 0
         return self.matrices * self.hidden * self.intermediate + bias
+
+    def block(self, fmt: str) -> Block:
+        """Return how a store has them in a format."""
+        return Block(
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            format=fmt,
+            gated=self.matrices == 3,
+            bias=self.bias,
+        ).on_pages()
 
     @property
     def real_top_k(self) -> float:
@@ -190,6 +201,10 @@ class ModelSpec:
     def expert_count(self) -> int:
         """Routed experts of all layers."""
         return sum(experts.count for experts in self._experts_of_layers)
+
+    def store_bytes(self, fmt: str) -> int:
+        """Bytes of an expert store in a format, to the last: its first page, then every layer."""
+        return PAGE_BYTES + sum(e.count * e.block(fmt).stride for e in self._experts_of_layers)
 
     @property
     def _experts_of_layers(self) -> Iterator[Experts]:

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 
 from planner.errors import TraceError
 
+_DAMAGE = (
+    *(OSError, ValueError, EOFError, TypeError, MemoryError, RecursionError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What reading a damaged archive of arrays raises."""
+
 
 def read_trace(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return ``expert_ids`` and ``routing_weights`` of a trace file, both ``[T, L, A]``.
@@ -31,7 +37,7 @@ def read_trace(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
             f"{path} lacks an array: {error.args[0]}",
             hint="a trace has expert_ids and routing_weights, both [tokens, layers, top_k]",
         ) from error
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         raise TraceError(
             f"{path} cannot be read as a routing trace: {error}",
             hint="the file may be cut short: record or copy it again",

@@ -13,6 +13,9 @@ from planner.foretell.report import SCHEMA, Table
 GIB = 2**30
 
 
+_AGAIN = "write it with hybrid plan MODEL --json"
+
+
 def read_plan(path: Path) -> dict[str, Any]:
     """Read a report written as JSON.
 
@@ -25,8 +28,14 @@ def read_plan(path: Path) -> dict[str, Any]:
     if data.get("schema") != SCHEMA:
         raise SpecError(
             f"{path} has schema {data.get('schema')!r}, not {SCHEMA!r}",
-            hint="write it with hybrid plan MODEL --json",
+            hint=_AGAIN,
         )
+    try:
+        compare(data, data)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise SpecError(
+            f"{path} is no whole plan ({type(error).__name__}: {error})", hint=_AGAIN
+        ) from error
     return data
 
 
@@ -51,7 +60,7 @@ def _asked(first: dict[str, Any], second: dict[str, Any]) -> Table:
         # Plans of before there was a choice do not name their policy.
         asked = {"policy": DEFAULT_POLICY, **plan["request"]}
         sides.append({**names, **{k: str(v) for k, v in asked.items()}, **memory})
-    rows = [(key, a, sides[1][key]) for key, a in sides[0].items() if a != sides[1][key]]
+    rows = [(k, a, sides[1].get(k, "")) for k, a in sides[0].items() if a != sides[1].get(k)]
     return Table("What differs", ("", "A", "B"), tuple(rows))
 
 

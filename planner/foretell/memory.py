@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hybrid.formats.registry import weight_bytes
@@ -17,8 +17,7 @@ RAM_RESERVE_BYTES = 2 * 2**30
 """The operating system and Python with torch: assumed."""
 
 
-PAGE_BYTES = 4096
-"""The expert store aligns experts to pages, and so do their slots."""
+_DENSE_STORED = "dense weights"
 PIECE = 512
 """Tokens of a prompt that a CPU computes at a time."""
 STAGING = 4
@@ -130,6 +129,11 @@ class Fit:
         rest = "" if self.in_ram >= 1 else ", the others are read from disk when they are needed"
         return f"experts are {self.host}, {kept}% of them stay in RAM{rest}"
 
+    def with_dense_stored(self, size: int) -> Fit:
+        """Return the same with what dense weights take on disk, where their files tell."""
+        told = (replace(i, bytes=size) if i.name == _DENSE_STORED else i for i in self.items)
+        return replace(self, items=tuple(told))
+
     def items_told(self, place: str) -> str:
         """List what takes memory in ``place``."""
         items = (item for item in self.items if item.place == place and item.bytes)
@@ -143,6 +147,7 @@ def fit(
     batch: int,
     slot_bytes: int | None = None,
     staging: int = 0,
+    dense_stored: int | None = None,
     popularity: Popularity | None = None,
 ) -> Fit:
     """Place a model's memory.
@@ -160,6 +165,8 @@ def fit(
         Size of one expert slot; by default that of the expert's weights alone.
     staging
         Slots set aside for experts on their way; the runtime's and the dry run's are ``STAGING``.
+    dense_stored
+        Bytes of dense weights on disk; as they are counted in memory by default.
     popularity
         Of earlier sessions: shares the slots among the layers; equally without.
 
@@ -181,7 +188,7 @@ def fit(
     cache = model.cached_numbers(context) * cost.kv_bytes * batch
     at_once = context if hardware.gpu else min(context, PIECE)
     workspace = workspace_bytes(cost, at_once * batch)
-    stored = experts.count * model.moe_layers * cost.experts.bytes
+    stored = model.store_bytes(cost.expert_format)
     home = "vram" if hardware.gpu else "ram"
     items = [
         Item(f"dense weights ({cost.dense_format})", home, dense),
@@ -198,7 +205,7 @@ def fit(
             items.append(Item("driver and kernels", "vram", reserve))
         room = max(0, vram - _sum(items, "vram")) // slot_bytes
         staging = min(staging, room)
-        slots = min(room - staging, experts.count * model.moe_layers)
+        slots = min(room - staging, model.expert_count)
         if staging:
             items.append(Item(f"copies on their way ({staging})", "vram", staging * slot_bytes))
         items.append(Item(f"expert slots ({slots})", "vram", slots * slot_bytes))
@@ -208,6 +215,7 @@ def fit(
     host = HostMemory.PINNED if pinned else HostMemory.FILE
     items.append(Item(f"experts in RAM ({cost.expert_format}, {host})", "ram", kept))
     items.append(Item(f"expert store ({cost.expert_format})", "disk", stored))
+    items.append(Item(_DENSE_STORED, "disk", dense if dense_stored is None else dense_stored))
     if popularity is not None:
         popularity.check(model.moe_layers, experts.count, "the popularity file")
         capacities, shared = popularity.capacities(slots), SlotShares.POPULARITY
@@ -221,15 +229,10 @@ def fit(
         slots=capacities,
         in_ram=kept / stored,
         slot_bytes=slot_bytes,
-        experts=experts.count * model.moe_layers,
+        experts=model.expert_count,
         shared=shared,
         host=host,
     )
-
-
-def paged(size: int) -> int:
-    """Return ``size`` bytes rounded up to whole pages, as experts lie in store and slots."""
-    return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
 def workspace_bytes(cost: CostModel, tokens: int) -> int:

@@ -41,7 +41,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from planner.decide.policies import DEFAULT_POLICY
 from planner.describe.estimate import Estimate
 from planner.describe.model import ModelSpec
 from planner.foretell.dryrun import PlanResult, Prediction
@@ -106,7 +105,7 @@ def _summary(result: PlanResult) -> Table:
         (
             "request",
             f"experts {request.experts}, dense {_dense(request)}, context {request.context}, "
-            f"prompt {request.prompt}, batch {request.batch}{_policy(request)}",
+            f"prompt {request.prompt}, batch {request.batch}",
         ),
     ]
     prediction = result.prediction
@@ -125,7 +124,7 @@ def _summary(result: PlanResult) -> Table:
             f"{_duration(prediction.tpot, 'ms')}, that is {rate:.1f} tokens/s{together}",
         ),
         ("binding resource", prediction.binding),
-        ("hit rate", f"{prediction.run.hit_rate:.1%}" + _prefetch_note(prediction)),
+        ("hit rate", _hit_rate(result)),
     ]
     return Table("Plan", ("", ""), tuple(rows), prose=True)
 
@@ -150,6 +149,14 @@ def _disk_note(result: PlanResult) -> str:
     if result.fit.in_ram >= 1:
         return ""
     return f", but only {result.fit.in_ram:.0%} of the experts stay in RAM; others are read again"
+
+
+def _hit_rate(result: PlanResult) -> str:
+    """Say how many experts were resident, and which policy kept them."""
+    prediction = result.prediction
+    assert prediction is not None
+    kept = f" with the policy {result.request.policy}" if result.request.hardware.gpu else ""
+    return f"{prediction.run.hit_rate:.1%}{kept}{_prefetch_note(prediction)}"
 
 
 def _prefetch_note(prediction: Prediction) -> str:
@@ -368,11 +375,6 @@ def _dense(request: Request) -> str:
     """Say what dense weights are stored as, and what a run has them in where that differs."""
     widened = f" ({request.dense_there} on the GPU)"
     return request.dense + (widened if request.dense != request.dense_there else "")
-
-
-def _policy(request: Request) -> str:
-    """Name the cache policy where it is not the one that runs take by themselves."""
-    return "" if request.policy == DEFAULT_POLICY else f", policy {request.policy}"
 
 
 def _request(request: Request) -> dict[str, Any]:

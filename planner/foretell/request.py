@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hybrid.formats.registry import FORMATS, is_format
+from hybrid.formats.registry import FORMATS, is_format, weight_bytes
 from planner.cost.cost import CostModel
 from planner.decide import policies
 from planner.decide.popularity import Popularity, read_popularity
 from planner.describe.hardware import HardwareSpec
 from planner.describe.model import ModelSpec
 from planner.errors import SpecError
-from planner.foretell.memory import STAGING, Fit, fit, paged
+from planner.foretell.memory import STAGING, Fit, fit
 from planner.foretell.routing import Routing, from_trace, synthetic
 
 WIDENED = "bf16"
@@ -113,9 +113,10 @@ class Request:
             self.cost,
             context=self.context,
             batch=self.batch,
-            slot_bytes=paged(self.cost.experts.bytes),
+            slot_bytes=self.model.experts.block(self.experts).stride,
             staging=STAGING,
             popularity=self.known,
+            dense_stored=weight_bytes(self.model.dense_params, self.dense),
         )
 
     @cached_property

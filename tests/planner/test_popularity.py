@@ -15,7 +15,7 @@ from planner.decide.policies import DEFAULT_POLICY, policy
 from planner.decide.popularity import Popularity, read_popularity
 from planner.describe.words import enough_in_words
 from planner.errors import SpecError, TraceError
-from planner.foretell.memory import STAGING, HostMemory, fit, paged
+from planner.foretell.memory import STAGING, HostMemory, fit
 from planner.foretell.request import Request
 from planner_examples import bare_machine, hybrid_plan, machine, save_config, small_model
 
@@ -97,7 +97,7 @@ def test_slots_go_where_uses_are_spread():
 def test_fit_sets_slots_aside_and_uses_no_byte_twice():
     """Everything in VRAM adds up to at most what is there; staging comes out of the slots."""
     cost = CostModel(small_model(), machine().with_values("gpu", vram_bytes=780 * 2**20), "q4_0")
-    slot = paged(cost.experts.bytes)
+    slot = cost.model.experts.block("q4_0").stride
     sizes = {"context": 256, "batch": 1, "slot_bytes": slot}
     bare, staged = fit(cost, **sizes), fit(cost, **sizes, staging=STAGING)
     assert sum(bare.slots) - sum(staged.slots) == STAGING

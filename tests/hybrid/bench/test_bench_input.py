@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from hybrid.ask.asked_model import find_model
 from hybrid.bench import hybrid as bench
 from hybrid.bench import kernels, model, peers, perplexity, planner
+from hybrid.bench.model import read_spec
 from hybrid.bench.record import check_recordable
 from hybrid.cli import main
 from hybrid.errors import UsageError
@@ -112,6 +114,7 @@ def test_sharing(
         (["model", "--spec", "{folder}/none.toml"], "none.toml"),
         (["model", "--spec", "{spec}", "--layers", "4"], "--layers is 4"),
         (["model", "--spec", "{spec}", "--prompt", "250"], "was made for 256"),
+        (["model", "--spec", "{yarn}", "--prompt", "1000"], "was made for 1024"),
         (["model", "demo", "--prompt", "100000"], "100064 tokens"),
         (["model", "demo", "--layers", "2"], "--layers 2 is given with demo"),
         (["model", "demo", "--vocabulary", "64"], "--vocabulary 64"),
@@ -122,6 +125,7 @@ def test_sharing(
         (["peers", "--spec", "{folder}/none.toml"], "none.toml"),
         (["peers", "--spec", "{spec}", "--layers", "4"], "--layers is 4"),
         (["peers", "--spec", "{spec}", "--layers", "3", "--context", "300"], "made for 256"),
+        (["peers", "--spec", "{yarn}", "--layers", "3", "--context", "1500"], "made for 1024"),
         (["peers", "--spec", "{spec}", "--threads", "100000"], "100000"),
         (["peers", "--dtype", "float64"], "'float64'"),
         (["peers", "demo", "--layers", "2"], "--layers 2 is given with demo"),
@@ -158,7 +162,11 @@ def test_sharing(
 )
 def test_the_others(words: list[str], said: str, spec: Path, capsys: Any) -> None:
     """Files that are not there, numbers that cannot be, options that have no effect."""
-    given = [word.format(folder=spec.parent, spec=spec) for word in words]
+    yarn = spec.with_name("yarn.json")  # made for four times what it was trained with
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    settings = read_spec(spec, None)[1]
+    yarn.write_text(json.dumps(settings | {"rope_scaling": scaling}))
+    given = [word.format(folder=spec.parent, spec=spec, yarn=yarn) for word in words]
     assert said in refused(capsys, *given)
 
 

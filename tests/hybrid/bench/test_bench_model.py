@@ -132,11 +132,11 @@ def test_bad_descriptions_are_refused(tmp_path: Path) -> None:
 def test_a_shape_has_the_names_that_plans_know() -> None:
     """A shipped name, however it is written, is the file of that name."""
     shipped = Path(__file__).parents[3] / "configs" / "models" / "qwen3-30b-a3b.toml"
-    name, settings = read_spec(shipped, 5)
+    name, settings, context = read_spec(shipped, 5)
     assert name == "Qwen3-30B-A3B"
     assert settings["num_hidden_layers"] == 5
     for given in ("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "qwen3-30b"):
-        assert read_spec(given, 5) == (name, settings)
+        assert read_spec(given, 5) == (name, settings, context)
     assert "quantization_config" not in read_spec("demo", None)[1]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from hybrid.cli import main
 from hybrid.cli.chat import talk
@@ -36,8 +37,12 @@ class Listener:
         self.asked: list[Said] = []
         self.context = None
 
-    def chat(self, messages: Sequence[dict[str, Any]], *, on_text: Any, **options: Any) -> None:
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
         self.asked.append([(m["role"], m["content"]) for m in messages])
+        return torch.zeros(1, len(messages))
+
+    def answer(self, ids: torch.Tensor, *, on_text: Any, **options: Any) -> None:
+        assert ids.shape[1] == len(self.asked[-1])
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
@@ -63,6 +68,32 @@ def feed(*lines: str | BaseException) -> Any:
 def say(model: Listener, read_line: Any, *, system: str | None = None, **options: Any) -> None:
     """Talk with a model; the figures after an answer are those of a real one."""
     talk(Conversation(model, system=system), read_line, Mock(), **options)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["run"], "-p"),
+        (["run", "-p", "a"], "--stop"),
+        (["chat"], "--system"),
+        (["chat"], "--stop"),
+        (["chat"], "--template-arg"),
+    ],
+)
+def test_bytes_that_are_no_text(
+    command: list[str],
+    option: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What an option holds is refused before a model is loaded."""
+    monkeypatch.setattr("hybrid.cli.generation.load", lambda *_, **__: pytest.fail("it was loaded"))
+    for wrong in ("ab\udcff", "ab\ud800"):
+        assert main([*command, option, wrong]) == 2
+        error, hint = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ")
+        assert option == "-p" or option in error
+        assert "UTF-8" in error + hint
 
 
 def test_the_history_grows_and_is_forgotten(capsys: pytest.CaptureFixture[str]) -> None:

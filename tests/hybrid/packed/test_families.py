@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from hybrid import HybridConfig
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
+from hybrid.ask.asked_model import find_model
 from hybrid.errors import UnsupportedModelError
 from hybrid.formats.activations import round_activations
 from hybrid.formats.block import pack_expert, unpack_expert
 from hybrid.packed.dense import QuantizedEmbedding, QuantizedLinear
+from hybrid.planning.files import files_of
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.store import ExpertStore
 from massive import make_massive
@@ -125,6 +127,7 @@ def test_family_runs_from_the_store(kind: str, tmp_path: Path) -> None:
     loaded = type(eager)
 
     convert(tmp_path / "src", tmp_path / "f32", experts="f32")
+    assert_planned(tmp_path, "f32", "f32", None)
     exact = loaded.from_pretrained(tmp_path / "f32", dtype=torch.float32)
     torch.testing.assert_close(logits(exact, ids), expected, rtol=1e-5, atol=1e-5)
     assert generate(exact, ids) == text
@@ -135,11 +138,13 @@ def test_family_runs_from_the_store(kind: str, tmp_path: Path) -> None:
     assert own == {kind in OWN_GATING}
 
     convert(tmp_path / "src", tmp_path / "q4", experts="q4_0")
+    assert_planned(tmp_path, "q4", "q4_0", None)
     quantized = loaded.from_pretrained(tmp_path / "q4", dtype=torch.float32)
     assert_same_weights(exact.hybrid_store, quantized.hybrid_store)
     assert_runs_like(replace_experts, quantized, ids, expected)
 
     convert(tmp_path / "src", tmp_path / "dense", experts="f32", dense="q8_0")
+    assert_planned(tmp_path, "dense", "f32", "q8_0")
     # Not on the fast path, which packs more than is replaced below.
     plain = HybridConfig(fast=False)
     dense = loaded.from_pretrained(
@@ -178,6 +183,19 @@ def test_family_with_massive_activations(kind: str, dtype: torch.dtype, tmp_path
     assert ("differs" in reason) == (kind in OTHER_ATTENTION), reason
     assert "another norm" not in reason
     assert "another way" not in reason
+
+
+def assert_planned(folder: Path, name: str, experts: str, dense: str | None) -> None:
+    """Prove that plans of a checkpoint and of its converted copy know their size to the byte."""
+    written = folder / name
+    taken = sum(file.stat().st_size for file in written.glob("*.safetensors"))
+    source, copy = find_model(folder / "src", experts, dense), find_model(written)
+    for asked in (source, copy):
+        found = files_of(asked, dense)
+        assert found.errors == []
+        assert found.dense_bytes == taken
+        assert asked.spec.store_bytes(experts) == (written / "experts.bin").stat().st_size
+        assert asked.spec.unread == ()
 
 
 def assert_same_gradients(model: Any, eager: Any, ids: Tensor) -> None:

@@ -186,7 +186,11 @@ def test_dense_formats_save_nothing_on_a_gpu(capsys: pytest.CaptureFixture[str])
         plans[extra] = json.loads(out)
         assert code == 1
         assert not any("--dense" in remedy for remedy in plans[extra]["remedies"])
-    assert len({json.dumps(found["fit"]) for found in plans.values()}) == 1
+    in_memory = [
+        [item for item in found["fit"]["items"] if item["place"] != "disk"]
+        for found in plans.values()
+    ]
+    assert all(items == in_memory[0] for items in in_memory)
     assert plans[()]["fit"]["items"][0]["name"] == "dense weights (bf16)"
     assert plans["--dense", "q4_0"]["request"]["dense"] == "q4_0"
     assert plans[()]["remedies"] == ["--vram 0 (the CPU alone)"]
@@ -401,3 +405,41 @@ def test_neither_torch_nor_numba_is_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dense", [None, "q8_0"])
+def test_a_plan_and_a_conversion_take_the_same(
+    dense: str | None, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies on disk is foretold to the byte, of a checkpoint and of its converted copy.
+
+    Every family's is in ``tests/hybrid/packed/test_families.py``.
+    """
+    copy, asked = tmp_path / "copy", [] if dense is None else ["--dense", dense]
+    assert main(["convert", str(tiny_model), str(copy), "--experts", "q8_0", *asked]) == 0
+    there = {
+        "expert store (q8_0)": (copy / "experts.bin").stat().st_size,
+        "dense weights": sum(file.stat().st_size for file in copy.glob("*.safetensors")),
+    }
+    capsys.readouterr()
+    for model, formats in ((tiny_model, ["--experts", "q8_0", *asked]), (copy, [])):
+        words = (str(model), "-H", "rtx4060-laptop", *formats, *QUICK, "--json")
+        items = json.loads(hybrid_plan(*words, capsys=capsys)[1])["fit"]["items"]
+        found = {item["name"]: item["bytes"] for item in items if item["place"] == "disk"}
+        assert found == there
+
+
+def test_tokens_a_second_of_several_sequences_say_so(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --batch, tokens/s are of all sequences together, which is said; alone, nothing is."""
+    words = (str(small), *LAPTOP, *QUICK)
+    alone, four = (
+        hybrid_plan(*words, *batch, capsys=capsys)[1] for batch in ((), ("--batch", "4"))
+    )
+    assert "sequences" not in alone
+    assert re.search(r"time per token .* tokens/s of all 4 sequences", four)
+    found = json.loads(hybrid_plan(*words, "--batch", "4", "--json", capsys=capsys)[1])
+    assert found["tokens_per_s"] == pytest.approx(4 / found["tpot"]["value_s"])
+    assert f"that is {found['tokens_per_s']:.1f} tokens/s" in four
+    assert "with the policy blend" in four

@@ -45,7 +45,7 @@ def test_plans_of_two_policies_are_told_apart(
     """Text and JSON name a policy that was asked for, and what differs between two plans does."""
     words = (str(small), *LAPTOP, *QUICK)
     assert "policy" not in hybrid_plan(*words, capsys=capsys)[1].split("verdict")[0]
-    assert ", policy lru" in hybrid_plan(*words, "--policy", "lru", capsys=capsys)[1]
+    assert "with the policy lru" in hybrid_plan(*words, "--policy", "lru", capsys=capsys)[1]
     files = []
     for name in ("blend", "lru", "earlier"):
         options = ("--policy", name) if name == "lru" else ()

@@ -33,14 +33,15 @@ class Thinker:
         self.context = context
         self.answers = list(answers)
         self.asked: list[list[str]] = []
+        self.encoded: list[list[str]] = []
 
     def encode_chat(self, messages: list[dict[str, str]], **_: Any) -> torch.Tensor:
+        self.encoded.append([message["content"] for message in messages])
         return torch.zeros(1, sum(len(message["content"]) for message in messages))
 
-    def chat(
-        self, messages: list[dict[str, str]], *, on_text: Any, on_thought: Any, **_: Any
-    ) -> None:
-        self.asked.append([message["content"] for message in messages])
+    def answer(self, ids: torch.Tensor, *, on_text: Any, on_thought: Any, **_: Any) -> None:
+        self.asked.append(self.encoded[-1])
+        assert ids.shape[1] == len("".join(self.encoded[-1]))
         thought, _bar, answer = self.answers.pop(0).rpartition("|")
         if thought:
             on_thought(thought)
@@ -95,7 +96,7 @@ def test_a_cache_that_cannot_be_cut_is_only_gone_on_from(model: HybridModel) -> 
         model.model(ids, **cache_argument(cache), use_cache=True)
     kept.end(cache, ids[0].tolist())
     for layer in cache.layers:
-        layer.is_sliding = True
+        layer.is_sliding, layer.sliding_window = True, 8
     assert kept.begin(model.model, torch.tensor([[0, 1, 9]])) is not cache
     kept.end(cache, ids[0].tolist()[:10])  # fewer tokens than it holds
     assert kept.begin(model.model, ids).get_seq_length() == 0
@@ -122,6 +123,7 @@ def test_thoughts_are_not_sent_again_and_a_cut_one_is_told() -> None:
         conversation.ask(text, on_thought=thoughts.append)
     assert thinker.asked == [["a"], ["a", "yes", "b"], ["a", "yes", "b", "", "c"]]
     assert thoughts == ["hm", "hm"]
+    assert thinker.encoded == thinker.asked  # a turn is cut into tokens once
     assert len(told) == 1
     assert "ended within its thoughts" in told[0]
 

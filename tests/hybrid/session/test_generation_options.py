@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from hybrid.cli import main
 from hybrid.cli.generation import read_text
 from hybrid.cli.options import sampling_options
 from hybrid.errors import UsageError
+from hybrid.session.conversation import Conversation
 from hybrid.session.generation_options import (
     end_tokens,
     left_out,
     sampling_told,
     text_options,
+    text_settings,
 )
 from hybrid.session.model import HybridModel
+from hybrid.session.spine import _warm_up
+from tiny_model import TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> HybridModel:
+    found = HybridModel.from_pretrained(tiny_model, threads=1)
+    found.tokenizer.chat_template = TEMPLATE
+    return found
 
 
 def holder(**settings: Any) -> SimpleNamespace:
@@ -54,11 +68,116 @@ def test_what_a_text_cannot_have_is_left_out_with_a_word() -> None:
         ["num_beams", "4"],
         ["num_return_sequences", "2"],
     ]
-    settled = text_options(config, {}, 5)
-    assert (settled["num_beams"], settled["num_return_sequences"]) == (1, 1)
-    assert "num_beams" not in text_options(GenerationConfig(), {}, 5)
-    assert text_options(config, {"num_beams": 3}, 5)["num_beams"] == 3
+    plain = text_settings(config)
+    assert (plain.num_beams, plain.num_return_sequences) == (None, None)
+    assert config.num_beams == 4
+    assert text_options(plain, {"num_beams": 3}, 5)["num_beams"] == 3
     assert list(left_out(GenerationConfig())) == []
+
+
+OWN: dict[str, Any] = {
+    "num_beams": 2,
+    "num_return_sequences": 2,
+    "num_beam_groups": 2,
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {"backend": "quanto"},
+    "compile_config": {"fullgraph": True},
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "constraints": [1],
+    "force_words_ids": [[1]],
+    "return_dict_in_generate": True,
+    "output_scores": True,
+    "output_logits": True,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "is_assistant": True,
+    "assistant_early_exit": 1,
+    "use_mtp": True,
+    "token_healing": True,
+}
+FOLLOWED: dict[str, Any] = {
+    "guidance_scale": 1.5,
+    "watermarking_config": {"bias": 2.0, "seeding_scheme": "lefthash"},
+    "prompt_lookup_num_tokens": 2,
+    "prefill_chunk_size": 2,
+    "max_time": 100.0,
+    "min_new_tokens": 2,
+    "bad_words_ids": [[97]],
+    "suppress_tokens": [98],
+    "begin_suppress_tokens": [99],
+    "sequence_bias": [[[97], -1.0]],
+    "exponential_decay_length_penalty": [2, 1.1],
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 5,
+    "encoder_repetition_penalty": 1.2,
+    "remove_invalid_values": True,
+    "renormalize_logits": True,
+    "max_cache_len": 50,
+    "disable_compile": True,
+    "low_memory": True,
+    "length_penalty": 2.0,
+    "early_stopping": True,
+    "diversity_penalty": 1.0,
+    "num_assistant_tokens": 3,
+    "epsilon_cutoff": 0.1,
+    "top_h": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", [*OWN, *FOLLOWED])
+def test_settings_of_the_models_own(name: str, model: HybridModel) -> None:
+    """Whatever a generation_config.json asks for: a text and a conversation come of it.
+
+    What a text cannot have is named when the model is loaded, once, and left out.
+    """
+    settings = GenerationConfig()
+    setattr(settings, name, (OWN | FOLLOWED)[name])
+    told = [note.what.split()[0] for note in left_out(settings)]
+    assert told == ([name] if name in OWN else [])
+    before, model.model.generation_config = model.model.generation_config, settings
+    try:
+        assert model.generate("abcabc", max_new_tokens=4)
+        conversation = Conversation(model)
+        for text in ("abc", "de"):
+            assert conversation.ask(text, max_new_tokens=4)
+        _warm_up(model._session)
+        assert model.model.generation_config is settings
+    finally:
+        model.model.generation_config = before
+
+
+def test_ids_that_the_model_does_not_know(model: HybridModel) -> None:
+    """A token that was added to the tokenizer alone is named, with both numbers."""
+    words = copy.deepcopy(model.tokenizer)
+    words.add_tokens(["<image>"])
+    before, model.tokenizer = model.tokenizer, words
+    try:
+        for prompt in ("a<image>b", torch.tensor([[5, 256]])):
+            with pytest.raises(UsageError) as caught:
+                model.generate(prompt, max_new_tokens=2)
+            assert "'<image>' has id 256, the model's embedding has 256 rows" in str(caught.value)
+        with pytest.raises(UsageError, match="'<image>' has id 256"):
+            model.chat([{"role": "user", "content": "<image>"}])
+        for odd in (-1, 10**9):
+            with pytest.raises(UsageError, match=rf"there is a token id {odd}, the model's"):
+                model.generate([5, odd])
+    finally:
+        model.tokenizer = before
+
+
+def test_long_texts_are_refused_in_our_words_alone(
+    model: HybridModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' warning of errors to come does not come before."""
+    monkeypatch.setattr(model.tokenizer, "model_max_length", 10)
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(logger.parent, "propagate", True)
+    model.encode("a" * 20)
+    assert "indexing errors" not in caplog.text
+    model.tokenizer("a" * 20)
+    assert "indexing errors" in caplog.text
 
 
 def test_nothing_comes_in_by_itself() -> None:
@@ -100,7 +219,7 @@ def test_a_text_begins_once(tiny_model: Path) -> None:
     words = model.tokenizer
     begin = words.encode("a")[0]
     words.bos_token = "a"
-    model.tokenizer = lambda text: {"input_ids": [begin, *words(text)["input_ids"]]}
+    model.tokenizer = lambda text, **_: {"input_ids": [begin, *words(text)["input_ids"]]}
     model.tokenizer.bos_token, model.tokenizer.bos_token_id = "a", begin
     assert model.encode("ab")[0].tolist() == words("ab")["input_ids"]
     assert model.encode("b")[0].tolist() == [begin, *words("b")["input_ids"]]

@@ -12,6 +12,7 @@ import torch
 
 from hybrid.session.model import HybridModel
 from hybrid.weights.store import ExpertStore
+from planner.decide.policies import DEFAULT_POLICY
 from rounding import last_place
 from shared_demo import GREEDY, PROMPT, device_of, placed, placement_of
 
@@ -73,6 +74,7 @@ def test_the_report_says_what_was_predicted_and_measured(tiny_model: Path) -> No
     parts = [t for t in report.terms if t.phase == "decode" and t.name in _TERMS]
     assert sum(t.measured_s or 0 for t in parts) == pytest.approx(whole.measured_s)
     assert 0 <= (report.figures["hit_rate"].value or 0) <= 1
+    assert f"kept by the policy {DEFAULT_POLICY}" in str(report)
     assert any("emulated device instead of a GPU" in path.what for path in report.slow_paths)
     values = report.to_dict()
     assert json.loads(json.dumps(values))["terms"][0]["phase"] == "prefill"

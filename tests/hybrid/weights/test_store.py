@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from hybrid.errors import StoreError
+from hybrid.formats.block import PAGE_BYTES
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.store import (
     DATA_NAME,
     INDEX_NAME,
-    PAGE_BYTES,
     VERSION,
     ExpertStore,
     LayerRecord,
