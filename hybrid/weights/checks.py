@@ -12,6 +12,7 @@ Loads neither torch nor transformers.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,23 @@ def check_directory(checkpoint: Checkpoint) -> Iterator[str]:
     yield from ()
 
 
+def check_name(checkpoint: Checkpoint) -> Iterator[str]:
+    """Its path can be handed to libraries that take UTF-8 only, as those of tokenizers do."""
+    path = str(checkpoint.path.absolute())
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        coding = sys.getfilesystemencoding()
+        ours = coding.lower().replace("-", "") == "utf8"
+        raise CheckpointError(
+            f"the name {path!r} is not valid {coding}: what is in it cannot be opened",
+            hint="rename that folder"
+            if ours
+            else "set PYTHONUTF8=1 or a UTF-8 locale, or rename that folder",
+        ) from error
+    yield from ()
+
+
 def check_declared_format(checkpoint: Checkpoint) -> Iterator[str]:
     """The format that its weights are declared in can be read."""
     check_format(checkpoint.path, checkpoint.config)
@@ -176,6 +194,7 @@ Check = Callable[[Checkpoint], Iterator[str]]
 #: In this order: what is wrong first would make all after it fail for a reason less plain.
 CHECKS: tuple[Check, ...] = (
     check_directory,
+    check_name,
     check_declared_format,
     check_weight_files,
     check_format_of_tensors,
@@ -186,7 +205,12 @@ CHECKS: tuple[Check, ...] = (
 
 
 #: What a converted directory has to pass as well.
-CONVERTED_CHECKS: tuple[Check, ...] = (check_weight_files, check_sizes, check_settings)
+CONVERTED_CHECKS: tuple[Check, ...] = (
+    check_name,
+    check_weight_files,
+    check_sizes,
+    check_settings,
+)
 
 
 def check_files(checkpoint: Checkpoint) -> list[str]:

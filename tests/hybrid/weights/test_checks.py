@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,19 @@ def test_links(src: Path, tmp_path: Path) -> None:
     assert check_files(Checkpoint(src)) == []
     kept.unlink()
     assert f"{WEIGHTS} is a link to {kept}, which is not there" in refused(src).message
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
+def test_names_that_are_no_text(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries take no such path: said so, and not that the tokenizer is missing."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfemodel"))
+    src.rename(odd)
+    error = refused(odd)
+    assert "udcff" in error.message
+    assert "is not valid utf-8" in error.message
+    assert "rename" in str(error)
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert "PYTHONUTF8=1" in str(refused(odd))
 
 
 def test_git_lfs_pointer(src: Path) -> None:
