@@ -7,31 +7,24 @@ another thread waits for ever. So once they are launched, what is below those fu
 
 from __future__ import annotations
 
-import os
-import threading
-from types import TracebackType
-
 import numba
 from numba.np.ufunc import parallel
 
 from cpu_experts.errors import BackendError
+from cpu_experts.jit.turns import Turn
 
 
-class _Turn:
+class _Region(Turn):
     """A lock for kernels, which says no in a child that was forked after their threads started.
 
     The threads stay behind in the parent, with whatever they held. GNU's OpenMP would wait for
     them, and numba ends the process instead.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.left_behind = False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forked)
+    left_behind = False
 
-    def _forked(self) -> None:
-        self._lock = threading.Lock()  # the old one may be held by a thread of the parent
+    def renewed_in_child(self) -> None:
+        """Remember whether there were threads."""
         self.left_behind = self.left_behind or bool(parallel._is_initialized)
 
     def __enter__(self) -> None:
@@ -42,20 +35,12 @@ class _Turn:
                 hint="start workers with spawn: multiprocessing.get_context('spawn'), or "
                 "DataLoader(multiprocessing_context='spawn')",
             )
-        self._lock.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.release()
+        super().__enter__()
 
 
 #: Held by whoever runs a kernel: the thread layers that numba offers on all platforms do not allow
 #: two parallel regions at once.
-LOCK = _Turn()
+LOCK = _Region()
 
 
 def kernels_run() -> bool:

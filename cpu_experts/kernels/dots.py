@@ -10,7 +10,6 @@ all formats, and a start that uses two of sixteen formats compiles two.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from cpu_experts.jit.addresses import words_at
 from cpu_experts.jit.compiled import kernel
 from cpu_experts.jit.ir import I64
+from cpu_experts.jit.turns import Turn
 from cpu_experts.kernels.calling import MICRO_KERNEL, operands
 from cpu_experts.kernels.micro import ROW_BLOCKS, micro_kernel, strip_dot, sums_of
 from hybrid.formats.registry import FORMATS, format_of
@@ -32,7 +32,7 @@ QUANTIZED, SUMS, SIZE = (np.int64(len(ROW_BLOCKS) + at) for at in range(3))
 _TABLES: dict[str, NDArray[np.int64]] = {}
 #: What holds the machine code of micro-kernels, which stays where it is while this does.
 MADE: list[Any] = []
-_LOCK = threading.Lock()
+_LOCK = Turn()
 
 
 def dot_table(fmt: str) -> int:

@@ -14,7 +14,6 @@ weights. Who uses them calls :func:`begin` first and :func:`end` last, in the sa
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from cpu_experts.jit.ir import (
     loop,
     store,
 )
+from cpu_experts.jit.turns import Turn
 from cpu_experts.kernels.simd_loops import Grouped, loop_of
 from cpu_experts.kernels.vectors import BYTES, FLOATS, INTS, fma
 from hybrid.formats.registry import FORMATS
@@ -58,7 +58,7 @@ _FILL = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I64, I64, I8.as_pointer
 _FILLERS: dict[str, int] = {}
 #: What holds the machine code of fillers, which stays where it is while this does.
 _MADE: list[Any] = []
-_LOCK = threading.Lock()
+_LOCK = Turn()
 
 
 def _register(number: int) -> Value:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 from transformers import DynamicCache
 
+from cpu_experts.jit.turns import Turn
 from cpu_experts.jit.workers import kernels_run
 from hybrid.anatomy.samples import UnfitError
 from hybrid.errors import first_line
@@ -213,7 +213,7 @@ class FastPath:
         self.past_hooks = False
         self._snapshot: _Snapshot | None = None
         self._said: list[Note] = []
-        self._lock = threading.RLock()
+        self._lock = Turn(reentrant=True)
 
     def __reduce__(self) -> Any:
         """Kernels hold addresses: only the decisions of the user are copied."""

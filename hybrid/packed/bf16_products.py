@@ -11,7 +11,6 @@ and prompts are: no budget has to know of it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpu_experts import tiles
+from cpu_experts.jit.turns import Turn
 from cpu_experts.kernels.widen import WIDENED, widen
 from cpu_experts.workspace import Ids
 from gpu_experts.reference import gated
@@ -108,7 +108,7 @@ class _Memory:
         self._floats = np.empty(0, np.float32)
         # As integers: what torch allocates in inference mode cannot be written outside of it.
         self._halves = np.empty(0, np.int16)
-        self.lock = threading.Lock()
+        self.lock = Turn()
 
     def panel(self, packed: U8, rows: int, cols: int, fmt: str) -> Tensor:
         """Return ``[rows, cols]``, valid until the next call."""

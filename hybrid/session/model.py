@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import torch
 
+from cpu_experts.jit.turns import Turn
 from hybrid.ask.options import Options
 from hybrid.ask.sizes import Size
 from hybrid.demo import demo_path
@@ -81,7 +82,7 @@ class HybridModel:
         with suppress(PlannerError, UsageError):  # it may run without being predicted
             self.loaded.asked  # noqa: B018 (read while the directory is where it was)
         self._last: Generation | None = None
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._writer: int | None = None  # the thread whose turn it is
 
     @classmethod
@@ -193,7 +194,7 @@ class HybridModel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._turn = threading.Lock()
+        self._turn = Turn()
 
     @property
     def context(self) -> int | None:

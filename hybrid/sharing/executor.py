@@ -15,13 +15,13 @@ and generation goes on (:mod:`hybrid.sharing.device_guard`).
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from cpu_experts.jit.turns import Turn
 from cpu_experts.jit.workers import use_threads
 from gpu_experts.checks import as_arrays
 from gpu_experts.device import Device, Event
@@ -135,7 +135,7 @@ class Executor:
         self._read_ahead = read_ahead
         if lookahead is not None and read_ahead is None:
             lookahead.limit(self.director.reach)
-        self._turn = threading.Lock()
+        self._turn = Turn()
 
     @property
     def device(self) -> Device | None:

@@ -6,15 +6,19 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from cpu_experts.errors import BackendError
 from cpu_experts.ffn import linear
 from fast_models import converted, open_model, write
+from hybrid.session.model import HybridModel
+from hybrid.weights.checkpoint import convert
 
 READ = """
 import sys, hybrid, torch
@@ -74,3 +78,45 @@ def test_forked_after_use(used: Any) -> None:
     assert "spawn" in hint
     assert torch.get_num_threads() == threads
     assert torch.equal(write(used, IDS), wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_while_another_thread_writes(tiny_model: Path, tmp_path: Path) -> None:
+    """The thread that has its turn stays behind; the child does not wait for it."""
+    convert(tiny_model, tmp_path / "model", experts="f32")
+    model = HybridModel.from_pretrained(tmp_path / "model", threads=1)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    wanted = model.generate([5, 9, 33], **options)
+    writing, forked = threading.Event(), threading.Event()
+
+    class Waiting(BaseStreamer):
+        def put(self, value: Any) -> None:
+            writing.set()
+            assert forked.wait(60)
+
+        def end(self) -> None:
+            """Nothing is left to do."""
+
+    held = threading.Thread(
+        target=model.generate, args=([5, 9, 33],), kwargs=options | {"streamer": Waiting()}
+    )
+    held.start()
+    context: Any = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        theirs.send(model.generate([5, 9, 33], **options).tolist())
+
+    assert writing.wait(60)
+    process = context.Process(target=child)
+    process.start()
+    try:
+        assert ours.poll(60)
+        assert ours.recv() == wanted.tolist()
+    finally:
+        process.kill()
+        process.join()
+        forked.set()
+        held.join()
