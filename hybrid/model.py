@@ -96,6 +96,11 @@ class Model:
         config = self.network.config.get_text_config()
         return longest_context(config.to_dict(), f"config of {self.directory.name}")
 
+    @cached_property
+    def dense_bytes(self) -> int | None:
+        """Bytes of the files of its dense weights; None when they are there no more."""
+        return sum(file.stat().st_size for file in self.directory.glob("*.safetensors")) or None
+
     @property
     def vocabulary(self) -> int:
         """Rows of its embedding: its tokens' ids are less."""

@@ -71,6 +71,7 @@ def fitted(
         slot_bytes=stride,
         staging=STAGING,
         popularity=budget.popularity,
+        dense_stored=model.dense_bytes,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from hybrid.formats.registry import weight_bytes
@@ -17,7 +17,6 @@ RAM_RESERVE_BYTES = 2 * 2**30
 """The operating system and Python with torch: assumed."""
 
 
-_DENSE_STORED = "dense weights"
 PIECE = 512
 """Tokens of a prompt that a CPU computes at a time."""
 STAGING = 4
@@ -79,6 +78,9 @@ class Fit:
         How the experts lie in RAM.
     in_ram
         Share of the experts that stay in RAM; the rest are read from disk when needed.
+    dense_stored
+        Bytes of dense weights on disk, to the last where their files tell. Where models lie alike,
+        they lie alike whatever is known of that.
     """
 
     items: tuple[Item, ...]
@@ -90,6 +92,7 @@ class Fit:
     experts: int = 0
     shared: SlotShares = SlotShares.EQUAL
     host: HostMemory = HostMemory.FILE
+    dense_stored: int = field(default=0, compare=False)
 
     @property
     def short_of(self) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ class Fit:
 
     def used(self, place: str) -> int:
         """Bytes taken in ``place``."""
-        return sum(item.bytes for item in self.items if item.place == place)
+        return sum(item.bytes for item in self.listed if item.place == place)
 
     def slots_told(self, slots: int) -> str:
         """Say how many experts can be resident in so many slots, and which layers have those."""
@@ -129,10 +132,14 @@ class Fit:
         rest = "" if self.in_ram >= 1 else ", the others are read from disk when they are needed"
         return f"experts are {self.host}, {kept}% of them stay in RAM{rest}"
 
+    @property
+    def listed(self) -> tuple[Item, ...]:
+        """Everything that takes memory, and what dense weights take on disk."""
+        return (*self.items, Item("dense weights", "disk", self.dense_stored))
+
     def with_dense_stored(self, size: int) -> Fit:
         """Return the same with what dense weights take on disk, where their files tell."""
-        told = (replace(i, bytes=size) if i.name == _DENSE_STORED else i for i in self.items)
-        return replace(self, items=tuple(told))
+        return replace(self, dense_stored=size)
 
     def items_told(self, place: str) -> str:
         """List what takes memory in ``place``."""
@@ -215,7 +222,6 @@ def fit(
     host = HostMemory.PINNED if pinned else HostMemory.FILE
     items.append(Item(f"experts in RAM ({cost.expert_format}, {host})", "ram", kept))
     items.append(Item(f"expert store ({cost.expert_format})", "disk", stored))
-    items.append(Item(_DENSE_STORED, "disk", dense if dense_stored is None else dense_stored))
     if popularity is not None:
         popularity.check(model.moe_layers, experts.count, "the popularity file")
         capacities, shared = popularity.capacities(slots), SlotShares.POPULARITY
@@ -232,6 +238,7 @@ def fit(
         experts=model.expert_count,
         shared=shared,
         host=host,
+        dense_stored=dense if dense_stored is None else dense_stored,
     )
 
 

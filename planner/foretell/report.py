@@ -171,7 +171,7 @@ def _fit(result: PlanResult) -> Table:
     fit = result.fit
     rows = [
         (item.name, *(_gib(item.bytes) if item.place == place else "" for place in _PLACES))
-        for item in fit.items
+        for item in fit.listed
     ]
     rows.append(("used", *(_gib(fit.used(place)) for place in _PLACES)))
     has_gpu = _gib(fit.vram_bytes) if fit.vram_bytes else "none"
@@ -306,7 +306,7 @@ def to_dict(result: PlanResult) -> dict[str, Any]:
         "fit": {
             "fits": fit.fits,
             "shortage": fit.shortage,
-            "items": [asdict(item) for item in fit.items],
+            "items": [asdict(item) for item in fit.listed],
             "vram_bytes": fit.vram_bytes,
             "ram_bytes": fit.ram_bytes,
             "slots": list(fit.slots),

@@ -96,7 +96,7 @@ def test_a_run_is_predicted_from_what_was_measured(
     terms = {term.name: term for term in model.report().terms if term.phase == "decode"}
     dry = plan(tiny_model, vram="640MiB", threads=1, context=64, prompt=8, tokens=5)
     assert dry.request.hardware == placement.hardware
-    assert dry.request.dense == ("bf16" if host.has_native_bf16() else "f32")
+    assert dry.request.dense == "f32"  # as small models are computed on any processor
     assert dry.fit == placement.fit
     assert dry.prediction is not None
     for name in (MIXER, HEAD, CALL):
