@@ -62,18 +62,21 @@ class HybridQuantizer(HfQuantizer):
             remove_parameters(model, spec.path, spec.parameters)
         self._specs = specs
         index = self._store.index
-        self._moved = _moved(index.layers[0].module, specs[0].path)
+        if specs:
+            self._moved = _moved(index.layers[0].module, specs[0].path)
         places = {path: self._place(model, path) for path in index.dense}
-        self._elsewhere = {
-            path: place for path, place in places.items() if not path.startswith(self._moved[0])
-        }
+        self._elsewhere = {path: place for path, place in places.items() if not self._in_text(path)}
         dense = {places[path]: shape for path, shape in index.dense.items()}
         install_dense(model, dense, index.dense_format)
+
+    def _in_text(self, path: str) -> bool:
+        """Whether a module of the store lies where the experts do, as far as there are any."""
+        return bool(self._specs) and path.startswith(self._moved[0])
 
     def _place(self, model: Any, path: str) -> str:
         """Return where a module of the store is in a model that may be wrapped differently."""
         old, new = self._moved
-        if path.startswith(old):
+        if self._in_text(path):
             return f"{new}{path.removeprefix(old)}"
         names = [name for name, _ in model.named_modules()]
         alike = [name for name in names if f".{name}".endswith(f".{path}")]
@@ -146,9 +149,10 @@ def _match(
         by_path = {_tail(layer.module): layer for layer in layers}
         paths = [_tail(path) for path in paths]
     if len(layers) != len(paths) or by_path.keys() != set(paths):
+        there, wanted = (f" ({names[0]} ...)" if names else "" for names in (list(by_path), paths))
         raise StoreError(
-            f"{where} has experts for {len(layers)} layers ({layers[0].module} ...), "
-            f"the model has {len(paths)} ({paths[0]} ...)",
+            f"{where} has experts for {len(layers)} layers{there}, "
+            f"the model has {len(paths)}{wanted}",
             hint="config.json and the store must come from one conversion; convert again",
         )
     records = [by_path[path] for path in paths]

@@ -63,12 +63,12 @@ def fitted(
         budget.vram_bytes, budget.ram_bytes, (device.name, device.memory())
     )
     cost = cost_of(model, machine.spec, device.torch_device)
-    stride = model.layers[0].blocks.shape[1]
+    layers = model.layers
     return cost, fit(
         cost,
         context=budget.context,
         batch=Request.batch,
-        slot_bytes=stride,
+        slot_bytes=layers[0].blocks.shape[1] if layers else None,
         staging=STAGING,
         popularity=budget.popularity,
     )

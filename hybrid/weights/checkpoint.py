@@ -46,6 +46,18 @@ from hybrid.weights.tensor_files import TensorReader, check_digests, identity
 from hybrid.weights.tokenizer import check_tokenizer
 from hybrid.weights.weight_map import WeightMap, left_out
 
+#: Families that transformers has as decoders, too, which their checkpoints seldom are.
+_ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "ernie",
+    "rembert",
+    "big_bird",
+)
+
 #: Called with bytes written so far, bytes in all, and what is being written.
 Progress = Callable[[int, int, str], None]
 
@@ -319,7 +331,7 @@ class Source:
     def empty_model(self) -> Any:
         """Build the model without memory for its weights."""
         kind = auto_class(self.config)
-        if kind is None:
+        if kind is None or (self.config.model_type in _ENCODERS and not self.config.is_decoder):
             names = getattr(self.config, "architectures", None) or [self.config.model_type]
             raise UnsupportedModelError(
                 f"transformers {transformers.__version__} has no class that writes text for "

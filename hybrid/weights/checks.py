@@ -12,6 +12,7 @@ Loads neither torch nor transformers.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.ask.formats import QUANT_METHOD
-from hybrid.errors import CheckpointError
+from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.formats.errors import HybridError
 from hybrid.weights.declared_formats import check_format
 from hybrid.weights.source_files import (
@@ -42,6 +43,15 @@ VOCABULARIES = (
 SETTINGS = (
     *(TOKENIZER_SETTINGS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
     *("generation_config.json", "chat_template.json"),
+)
+#: Files of models that embed texts, and what they are.
+_BESIDE_TEXT = {
+    "config_sentence_transformers.json": "an embedding model",
+    "sentence_bert_config.json": "an embedding model",
+}
+#: How classes are called that are a model without its head, or with another one.
+_OTHER_HEADS = re.compile(
+    r"(?<!LMHead)Model$|Encoder$|MaskedLM$|Classification$|QuestionAnswering$|Embeddings?$"
 )
 #: Settings that other versions of transformers write as lists, where ours takes tables.
 _TABLES = ("added_tokens_decoder", "model_specific_special_tokens")
@@ -101,6 +111,24 @@ def check_directory(checkpoint: Checkpoint) -> Iterator[str]:
             f"{path} is converted already: its experts are in "
             f"{checkpoint.config['quantization_config'].get('experts')}",
             hint="name the original checkpoint instead",
+        )
+    yield from ()
+
+
+def check_writes_text(checkpoint: Checkpoint) -> Iterator[str]:
+    """It is a model that writes text: no embedding model, no encoder, no tower alone."""
+    path, names = checkpoint.path, checkpoint.config.get("architectures")
+    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    what = next((told for name, told in _BESIDE_TEXT.items() if (path / name).is_file()), "")
+    if not what and named and all(_OTHER_HEADS.search(name) for name in named):
+        what = "without a head that writes text"
+    if not what and checkpoint.config.get("is_encoder_decoder") is True:
+        what = "an encoder with a decoder"
+    if what:
+        kind = checkpoint.config.get("model_type")
+        raise UnsupportedModelError(
+            f"{path} is {what} ({', '.join(named) or kind})",
+            hint="models that write text run here; run this one with transformers or what made it",
         )
     yield from ()
 
@@ -169,6 +197,7 @@ Check = Callable[[Checkpoint], Iterator[str]]
 #: In this order: what is wrong first would make all after it fail for a reason less plain.
 CHECKS: tuple[Check, ...] = (
     check_directory,
+    check_writes_text,
     check_declared_format,
     check_weight_files,
     check_format_of_tensors,

@@ -33,7 +33,7 @@ def binding_resource(cost: CostModel, terms: dict[str, float], tokens: int) -> s
         Tokens of the step.
     """
     shape = cost.model.experts
-    load = max(1, tokens * shape.top_k // shape.count)
+    load = max(1, tokens * shape.top_k // max(1, shape.count))
     term = max(terms, key=lambda name: terms[name])
     hardware, experts = cost.hardware, cost.experts
     if term == LINK:
@@ -74,6 +74,9 @@ def explain(run: Run, cost: CostModel) -> Iterator[str]:
 
     One layer speaks for all: the first, from the middle on, that uses the most lanes.
     """
+    if not cost.model.moe_layers:
+        yield "no experts to share: every token passes through all weights"
+        return
     if not cost.on_gpu:
         yield "every expert on the CPU: this machine has no GPU"
         return
@@ -113,7 +116,8 @@ def variants(request: Request) -> Iterator[tuple[str, bool, Request]]:
     """Yield changes worth trying: what, whether it changes the output, and the new request."""
     hardware = request.hardware
     for fmt in quantized_formats():
-        if bits_per_weight(fmt) < bits_per_weight(request.experts):
+        smaller = bits_per_weight(fmt) < bits_per_weight(request.experts)
+        if smaller and request.model.moe_layers:
             yield f"experts in {fmt}", True, replace(request, experts=fmt)
         if fmt in _smaller_dense(request):
             yield f"dense weights in {fmt}", True, replace(request, dense=fmt)

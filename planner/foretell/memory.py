@@ -181,7 +181,6 @@ def fit(
     cache = model.cached_numbers(context) * cost.kv_bytes * batch
     at_once = context if hardware.gpu else min(context, PIECE)
     workspace = workspace_bytes(cost, at_once * batch)
-    stored = experts.count * model.moe_layers * cost.experts.bytes
     home = "vram" if hardware.gpu else "ram"
     items = [
         Item(f"dense weights ({cost.dense_format})", home, dense),
@@ -191,11 +190,13 @@ def fit(
     ]
     vram = int(hardware.gpu.vram_bytes.value) if hardware.gpu else 0
     ram = int(hardware.cpu.ram_bytes.value)
-    slots = 0
-    slot_bytes = slot_bytes or cost.experts.bytes
+    if hardware.gpu and (reserve := int(hardware.gpu.reserve_bytes.value)):
+        items.append(Item("driver and kernels", "vram", reserve))
+    if not model.moe_layers:
+        return Fit(items=tuple(items), vram_bytes=vram, ram_bytes=ram, slots=(), in_ram=1.0)
+    slots, slot_bytes = 0, slot_bytes or cost.experts.bytes
+    stored = experts.count * model.moe_layers * cost.experts.bytes
     if hardware.gpu:
-        if reserve := int(hardware.gpu.reserve_bytes.value):
-            items.append(Item("driver and kernels", "vram", reserve))
         room = max(0, vram - _sum(items, "vram")) // slot_bytes
         staging = min(staging, room)
         slots = min(room - staging, experts.count * model.moe_layers)

@@ -181,7 +181,7 @@ def test_numbers_of_numpy_are_whole() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"num_experts": None}, "not a Mixture-of-Experts model"),
+        ({"num_experts": None}, "has num_experts_per_tok, and none of"),
         ({"num_experts": 10**14}, "num_experts is 1e+14"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1"),
