@@ -130,6 +130,8 @@ LOOPS: dict[str, Callable[..., None]] = {
 
 def code_offset(fmt: str) -> int:
     """See :func:`cpu_experts.kernels.simd_loops.code_offset`; these kernels shift nothing."""
+    if fmt not in LOOPS:
+        raise BackendError(f"the scalar kernels do not know the weight format {fmt!r}")
     return 0
 
 
@@ -163,10 +165,7 @@ def strip_dot_of_any(n: int) -> Any:
 
 def _any_row() -> Any:
     """A strip times one activation row, the format's number in front."""
-    unknown = [name for name in FORMATS if name not in LOOPS]
-    if unknown:
-        raise BackendError(f"the scalar kernels do not know the weight format {unknown[0]!r}")
-    *others, last = FORMATS.values()
+    *others, last = (known for known in FORMATS.values() if known.name in LOOPS)
     chain = _last(LOOPS[last.name])
     for known in reversed(others):
         chain = _either(known.number, LOOPS[known.name], chain)

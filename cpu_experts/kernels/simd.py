@@ -37,7 +37,7 @@ from cpu_experts.jit.ir import (
     store,
 )
 from cpu_experts.jit.simd_level import LEVEL
-from cpu_experts.kernels.simd_loops import LANES, PARTS, loop_of
+from cpu_experts.kernels.simd_loops import LANES, LOOPS, PARTS, loop_of
 from hybrid.formats.groups import TINY
 from hybrid.formats.registry import FORMATS
 from hybrid.formats.strips import GROUP, TILE
@@ -78,7 +78,7 @@ def strip_dot_of_any(n: int) -> Any:
         def codegen(context, b, signature, args):
             operands = _operands(context, b, signature.args[1:], args[1:])
             done = b.append_basic_block("done")
-            *others, last = FORMATS.values()
+            *others, last = (known for known in FORMATS.values() if known.name in LOOPS)
             for known in others:
                 here, following = b.append_basic_block(known.name), b.append_basic_block("or")
                 same = b.icmp_signed("==", args[0], ir.Constant(I64, known.number))

@@ -32,6 +32,10 @@ def _unpack_rows(units: U8, rows: I64) -> F32:
     return from_bf16(units.view(np.uint16)[np.arange(len(rows)), :, rows])
 
 
+def _repack(raw: U8) -> U8:
+    return np.ascontiguousarray(raw.view(np.uint16).transpose(0, 2, 1)).view(np.uint8)
+
+
 FORMAT = Format(
     name="bf16",
     number=2,
@@ -40,6 +44,9 @@ FORMAT = Format(
     pack=_pack,
     unpack=_unpack,
     unpack_rows=_unpack_rows,
+    repack=_repack,
+    block_bytes=2,
+    block_inputs=1,
     dense=True,
     tensor="bfloat16",
 )

@@ -20,6 +20,10 @@ def _unpack_rows(units: U8, rows: I64) -> F32:
     return values
 
 
+def _repack(raw: U8) -> U8:
+    return np.ascontiguousarray(raw.view(np.float32).transpose(0, 2, 1)).view(np.uint8)
+
+
 FORMAT = Format(
     name="f32",
     number=3,
@@ -28,5 +32,8 @@ FORMAT = Format(
     pack=_pack,
     unpack=_unpack,
     unpack_rows=_unpack_rows,
+    repack=_repack,
+    block_bytes=4,
+    block_inputs=1,
     tensor="float32",
 )

@@ -1,106 +1,252 @@
-"""Groups: what the quantized formats share, codes of 32 inputs with a float16 scale a row.
+"""Groups: what the quantized formats share, codes of 32 inputs under scales of their row.
 
-A unit holds the codes of its 16 rows, in chunks of 64 bytes, then the 16 scales. A format says
-how float32 becomes codes and how the codes lie in the chunks.
+A unit holds one group, or a super-block of eight, of 16 rows: the groups' codes, then the groups'
+own scales (sub-scales: a byte or two a row, integers or tiny floats), then the rows' scales.
+
+Codes lie in planes of 1, 2, 4 or 8 bits, the lowest bits of a code first, and a plane of b bits in
+b chunks of 64 bytes a group: byte ``4 r + i`` of a chunk belongs to row ``r``. The eight fours of a
+group's inputs go through a plane's chunks and, within a chunk, from low bits to high ones, in the
+order 0, 16, 4, 20, 8, 24, 12, 28 (where a four begins), so that the first half of a group is in
+even places; a plane of 8 bits has them in their own order. Field ``i`` of a byte is input ``i`` of
+its four.
+
+All of a unit's bytes 0 are weights of 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.formats.errors import FormatError
-from hybrid.formats.strips import F32, GROUP, I8, I64, TILE, U8, Format
+from hybrid.formats.strips import F32, GROUP, I64, SUPER, TILE, U8, Format
 
 #: Groups of no larger magnitude count as zero: the inverse of their scale would overflow.
 TINY = 1e-30
+#: Groups of a super-block.
+GROUPS = SUPER // GROUP
 
 F16 = NDArray[np.float16]
-_SCALES = 2 * TILE
+Half = np.dtype("<f2")
+_FOURS = GROUP // 4
+#: Weights that are quantized at once: what lies between float32 and codes stays in the caches.
+_AT_ONCE = 1 << 17
+
+
+class Fields(NamedTuple):
+    """What a unit is made of; N rows, U units of G groups.
+
+    ``codes`` are uint8 ``[N, U, G, 32]``, ``subs`` the groups' own bytes ``[N, U, G, B]`` (B may
+    be 0), ``scales`` the rows' numbers, each ``[N, U]``.
+    """
+
+    codes: U8
+    subs: U8
+    scales: tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How fields lie in a unit.
+
+    Parameters
+    ----------
+    planes
+        Bits of each plane, lowest first.
+    groups
+        G: 1, or 8 for super-blocks.
+    subs
+        B: bytes of sub-scales of a row and a group.
+    scales
+        The types of the rows' numbers.
+    """
+
+    planes: tuple[int, ...]
+    groups: int = 1
+    subs: int = 0
+    scales: tuple[np.dtype[Any], ...] = (Half,)
+
+    @cached_property
+    def group_bytes(self) -> int:
+        """Bytes of a group's codes, 16 rows."""
+        return sum(self.planes) * GROUP * TILE // 8
+
+    @cached_property
+    def subs_at(self) -> int:
+        """Where the sub-scales begin: of a group 16 first bytes, then 16 second ones."""
+        return self.groups * self.group_bytes
+
+    @cached_property
+    def scales_at(self) -> int:
+        """Where the rows' numbers begin, 16 of each kind side by side."""
+        return self.subs_at + self.groups * self.subs * TILE
+
+    @cached_property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit."""
+        return self.scales_at + TILE * sum(kind.itemsize for kind in self.scales)
+
+    def store(self, fields: Fields) -> U8:
+        """Lay out whole strips: uint8 ``[N / 16, U, unit_bytes]``."""
+        rows, units = fields.codes.shape[:2]
+        strips = rows // TILE
+        out = np.empty((strips, units, self.unit_bytes), np.uint8)
+        codes = fields.codes.reshape(strips, TILE, units, self.groups, _FOURS, 4)
+        chunks = [
+            _store_plane(codes >> np.uint8(shift), bits)
+            for shift, bits in zip(self._shifts, self.planes, strict=True)
+        ]
+        parts = [np.concatenate(chunks, axis=4).transpose(0, 2, 3, 4, 1, 5)]
+        subs = fields.subs.reshape(strips, TILE, units, self.groups, self.subs)
+        parts.append(subs.transpose(0, 2, 3, 4, 1))
+        for kind, scales in zip(self.scales, fields.scales, strict=True):
+            own = scales.astype(kind, copy=False).reshape(strips, TILE, units, 1)
+            parts.append(own.view(np.uint8).reshape(strips, TILE, units, -1).swapaxes(1, 2))
+        at = 0
+        for part in parts:
+            flat = np.ascontiguousarray(part).reshape(strips, units, -1)
+            out[..., at : at + flat.shape[2]] = flat
+            at += flat.shape[2]
+        return out
+
+    def load(self, units: U8) -> Fields:
+        """Inverse of :meth:`store`."""
+        return self._load(units, lambda part: part.reshape(len(part) * TILE, *part.shape[2:]))
+
+    def load_rows(self, units: U8, rows: I64) -> Fields:
+        """Fields of one row a strip: units ``[n, U, unit_bytes]``, rows ``[n]``."""
+        at = np.arange(len(rows))
+        return self._load(units, lambda part: part[at, rows])
+
+    @property
+    def _shifts(self) -> list[int]:
+        return [sum(self.planes[:at]) for at in range(len(self.planes))]
+
+    def _load(self, units: U8, pick: Callable[[NDArray[Any]], NDArray[Any]]) -> Fields:
+        """Fields of the rows that ``pick`` takes of ``[S, 16, ...]``."""
+        strips, count = units.shape[:2]
+        raw = units[..., : self.subs_at].reshape(strips, count, self.groups, -1, TILE, 4)
+        chunks = pick(raw.transpose(0, 4, 1, 2, 3, 5))
+        codes, at = np.zeros((*chunks.shape[:3], _FOURS, 4), np.uint8), 0
+        for shift, bits in zip(self._shifts, self.planes, strict=True):
+            codes |= _load_plane(chunks[..., at : at + bits, :], bits) << np.uint8(shift)
+            at += bits
+        raw = units[..., self.subs_at : self.scales_at]
+        subs = pick(
+            raw.reshape(strips, count, self.groups, self.subs, TILE).transpose(0, 4, 1, 2, 3)
+        )
+        scales, at = [], self.scales_at
+        for kind in self.scales:
+            raw = np.ascontiguousarray(units[..., at : at + TILE * kind.itemsize])
+            scales.append(pick(raw.view(kind).swapaxes(1, 2)))
+            at += TILE * kind.itemsize
+        return Fields(codes.reshape(*codes.shape[:3], GROUP), subs, tuple(scales))
+
+
+def _store_plane(fours: U8, bits: int) -> U8:
+    """Chunks ``[..., bits, 4]`` of a plane, of codes ``[..., 8, 4]``."""
+    steps = fours[..., _order(bits), :].reshape(*fours.shape[:-2], bits, 8 // bits, 4)
+    steps = steps & np.uint8(2**bits - 1)
+    chunks: U8 = np.bitwise_or.reduce(steps << _fields(bits), axis=-2)
+    return chunks
+
+
+def _load_plane(chunks: U8, bits: int) -> U8:
+    """Inverse of :func:`_store_plane`."""
+    steps = (chunks[..., None, :] >> _fields(bits)) & np.uint8(2**bits - 1)
+    fours = np.empty((*chunks.shape[:-2], _FOURS, 4), np.uint8)
+    fours[..., _order(bits), :] = steps.reshape(fours.shape)
+    return fours
+
+
+def _fields(bits: int) -> U8:
+    """How far the fields of a byte are shifted, ``[8 / bits, 1]``."""
+    return np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+
+
+def _order(bits: int) -> list[int]:
+    """The fours of a group as they go through a plane."""
+    return list(range(8)) if bits == 8 else [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def grouped(
     name: str,
     number: int,
+    layout: Layout,
     *,
-    code_bytes: int,
-    quantize: Callable[[F32], tuple[I8, F16]],
-    store: Callable[[U8], U8],
-    load: Callable[[U8], I8],
+    quantize: Callable[[F32], Fields],
+    values: Callable[[Fields], F32],
+    blocks: Callable[[U8], Fields],
+    block_bytes: int,
+    block_inputs: int = 0,
 ) -> Format:
     """Return a format of groups.
 
     Parameters
     ----------
-    code_bytes
-        Bytes that a row's codes take in a unit.
     quantize
-        Turns float32 ``[N, K]`` into codes int8 ``[N, K]`` and scales ``[N, K / 32]``.
-    store
-        Turns codes ``[..., 8, n, 4]``, inputs by fours, into chunks ``[..., code_bytes / 4, n, 4]``
-        of n rows.
-    load
-        Turns bytes of chunks ``[..., code_bytes / 4, n, 4]`` into ``[..., 8, n, 4]``, what the
-        scales multiply.
+        Turns float32 ``[N, U, G, 32]`` into fields.
+    values
+        Turns fields into float32 ``[N, U, G, 32]``, in the operations that GGUF's library makes.
+    blocks
+        Turns the bytes of GGUF's blocks ``[N, B, block_bytes]`` into fields of whole units.
+    block_inputs
+        What a block of GGUF holds; as a unit where it is not given.
     """
-    split = TILE * code_bytes
+    inputs = GROUP * layout.groups
 
     def pack(w: F32) -> U8:
         strips, _, cols = w.shape
-        codes, scales = quantize(w.reshape(-1, cols))
-        # [strip, row, group, fours, byte] -> [strip, group, fours, row, byte]
-        q = codes.view(np.uint8).reshape(strips, TILE, -1, GROUP // 4, 4).transpose(0, 2, 3, 1, 4)
-        units = np.empty((strips, cols // GROUP, split + _SCALES), np.uint8)
-        units[:, :, :split] = store(q).reshape(strips, -1, split)
-        d = np.ascontiguousarray(scales.reshape(strips, TILE, -1).transpose(0, 2, 1))
-        units[:, :, split:] = d.view(np.uint8)
+        _check_finite(w)
+        units = np.empty((strips, cols // inputs, layout.unit_bytes), np.uint8)
+        step = max(1, _AT_ONCE // (TILE * cols))
+        for at in range(0, strips, step):
+            rows = w[at : at + step].reshape(-1, cols)
+            fields = quantize(rows.reshape(len(rows), -1, layout.groups, GROUP))
+            units[at : at + step] = layout.store(fields)
         return units
 
-    def scales_of(units: U8) -> F16:
-        return np.ascontiguousarray(units[:, :, split:]).view(np.float16)
-
     def unpack(units: U8) -> F32:
-        codes = load(units[:, :, :split].reshape(*units.shape[:2], -1, TILE, 4))
-        d = scales_of(units).astype(np.float32)
-        values = codes.transpose(0, 3, 1, 2, 4) * d.transpose(0, 2, 1)[..., None, None]
-        return values.reshape(len(units), TILE, -1)
+        return values(layout.load(units)).reshape(len(units), TILE, -1)
 
     def unpack_rows(units: U8, rows: I64) -> F32:
-        at = np.arange(len(units))
-        chunks = units[:, :, :split].reshape(*units.shape[:2], -1, TILE, 4)[at, :, :, rows]
-        d = scales_of(units)[at, :, rows].astype(np.float32)
-        values = load(chunks[..., None, :]).reshape(*d.shape, GROUP) * d[..., None]
-        return values.reshape(len(units), -1)
+        return values(layout.load_rows(units, rows)).reshape(len(units), -1)
+
+    def repack(raw: U8) -> U8:
+        fields = blocks(raw.reshape(-1, raw.shape[2] // block_bytes, block_bytes))
+        return layout.store(fields)
 
     return Format(
         name=name,
         number=number,
-        unit_bytes=split + _SCALES,
-        unit_inputs=GROUP,
+        unit_bytes=layout.unit_bytes,
+        unit_inputs=inputs,
         pack=pack,
         unpack=unpack,
         unpack_rows=unpack_rows,
+        repack=repack,
+        block_bytes=block_bytes,
+        block_inputs=block_inputs or inputs,
         dense=True,
     )
 
 
-def groups_of(w: F32) -> F32:
-    """Return ``w`` ``[N, K]`` as groups ``[N, K / 32, 32]``.
-
-    Raises
-    ------
-    FormatError
-        When it holds a weight without a code.
-    """
+def _check_finite(w: F32) -> None:
     if not np.isfinite(w).all():
         raise FormatError(
             f"{np.count_nonzero(~np.isfinite(w))} of {w.size} weights are infinite or NaN",
             hint="the source is damaged; bf16 and f32 would keep such values",
         )
-    return w.reshape(len(w), -1, GROUP)
+
+
+def no_subs(codes: U8) -> U8:
+    """The sub-scales of a format that has none."""
+    return np.empty((*codes.shape[:3], 0), np.uint8)
 
 
 def inverse(d: F32) -> F32:

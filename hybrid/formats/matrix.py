@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid.formats.errors import FormatError, ShapeError
 from hybrid.formats.registry import format_of
@@ -14,7 +17,7 @@ def packed_bytes(rows: int, cols: int, fmt: str) -> int:
     return pad(rows, TILE) // TILE * format_of(fmt).strip_bytes(cols)
 
 
-def _padded(w: F32, cols: int) -> F32:
+def _padded(w: NDArray[Any], cols: int) -> NDArray[Any]:
     rows = pad(w.shape[0], TILE)
     if w.shape == (rows, cols):
         return w
@@ -50,6 +53,39 @@ def pack(w: F32, fmt: str, out: U8 | None = None) -> U8:
         return packed
     out[:] = packed
     return out
+
+
+def from_gguf(raw: U8, fmt: str) -> U8:
+    """Lay out a matrix as a GGUF file holds it, losslessly.
+
+    Parameters
+    ----------
+    raw
+        uint8 ``[N, bytes of a row]``: blocks of the GGUF type that has the format's name.
+
+    Returns
+    -------
+    uint8 as :func:`pack` makes it, of the same numbers: what :func:`unpack` gives is what GGUF's
+    own library makes of ``raw``, bit for bit. Rows and inputs are padded with bytes 0, which are
+    weights of 0 in every format.
+
+    Raises
+    ------
+    ShapeError
+        When ``raw`` is not of whole blocks.
+    FormatError
+        On a format that is unknown, or that GGUF does not have.
+    """
+    known = format_of(fmt)
+    if known.repack is None:
+        raise FormatError(f"GGUF has no type {fmt}")
+    if raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] % known.block_bytes:
+        raise ShapeError(
+            f"rows of GGUF's {fmt} are uint8 [rows, a multiple of {known.block_bytes}], got"
+            f" {raw.dtype} {list(raw.shape)}"
+        )
+    padded = _padded(raw, raw.shape[1])
+    return known.repack(padded.reshape(-1, TILE, raw.shape[1])).reshape(-1)
 
 
 def unpack(packed: U8, rows: int, cols: int, fmt: str) -> F32:

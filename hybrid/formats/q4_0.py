@@ -1,42 +1,44 @@
 """q4_0: 4-bit codes of 32 inputs and a float16 scale, the numbers of GGUF's format of this name.
 
-A unit is 288 bytes: four 64-byte chunks, then the 16 rows' scales. Byte ``4 r + b`` of chunk ``j``
-holds input ``4 j + b`` of row ``r`` in its low nibble and input ``16 + 4 j + b`` in its high
-nibble. The value is d (q - 8).
+The value is d (q - 8).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hybrid.formats.groups import F16, grouped, groups_of, half_scales, inverse
-from hybrid.formats.strips import F32, GROUP, I8, U8
+from hybrid.formats.gguf_bits import half, nibbles
+from hybrid.formats.groups import Fields, Layout, grouped, half_scales, inverse, no_subs
+from hybrid.formats.strips import F32, U8
 
 NAME = "q4_0"
 
 
-def quantize(w: F32) -> tuple[I8, F16]:
-    """Return codes 0..15 ``[N, K]`` and scales ``[N, K / 32]`` of ``w``.
+def quantize(w: F32) -> Fields:
+    """Return codes 0..15 and scales of groups ``[N, U, 1, 32]``.
 
     Notes
     -----
     The rules of ggml's reference quantizer, in the same float32 operations: the value of largest
     magnitude, sign included, divided by -8.
     """
-    groups = groups_of(w)
-    at = np.argmax(np.abs(groups), axis=-1)[..., None]
-    d = np.take_along_axis(groups, at, axis=-1)[..., 0] / np.float32(-8)
-    codes = np.clip(groups * inverse(d)[..., None] + np.float32(8.5), 0, 15)
-    return codes.astype(np.int8).reshape(w.shape), half_scales(d, groups, NAME)
+    at = np.argmax(np.abs(w), axis=-1)[..., None]
+    d = np.take_along_axis(w, at, axis=-1)[..., 0] / np.float32(-8)
+    codes = np.clip(w * inverse(d)[..., None] + np.float32(8.5), 0, 15).astype(np.uint8)
+    return Fields(codes, no_subs(codes), (half_scales(d[..., 0], w, NAME),))
 
 
-def _store(codes: U8) -> U8:
-    return np.bitwise_or(codes[:, :, :4], np.left_shift(codes[:, :, 4:], 4, dtype=np.uint8))
+def _values(of: Fields) -> F32:
+    d = of.scales[0].astype(np.float32)[..., None, None]
+    values: F32 = d * (of.codes.astype(np.int8) - np.int8(8)).astype(np.float32)
+    return values
 
 
-def _load(chunks: U8) -> I8:
-    codes: I8 = np.concatenate((chunks & 15, chunks >> 4), axis=2).view(np.int8) - np.int8(8)
-    return codes
+def _blocks(raw: U8) -> Fields:
+    codes = nibbles(raw[..., 2:])
+    return Fields(codes, no_subs(codes), (half(raw, 0),))
 
 
-FORMAT = grouped(NAME, 0, code_bytes=GROUP // 2, quantize=quantize, store=_store, load=_load)
+FORMAT = grouped(
+    NAME, 0, Layout((4,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=18
+)

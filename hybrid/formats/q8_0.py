@@ -1,41 +1,46 @@
 """q8_0: 8-bit codes of 32 inputs and a float16 scale, the numbers of GGUF's format of this name.
 
-A unit is 544 bytes: eight 64-byte chunks of int8, then the 16 rows' scales. Byte ``4 r + b`` of
-chunk ``j`` holds input ``4 j + b`` of row ``r``. The value is d q.
+The value is d q, the code a signed byte.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hybrid.formats.groups import F16, grouped, groups_of, half_scales, inverse
-from hybrid.formats.strips import F32, GROUP, I8, U8
+from hybrid.formats.gguf_bits import half
+from hybrid.formats.groups import Fields, Layout, grouped, half_scales, inverse, no_subs
+from hybrid.formats.strips import F32, U8
 
 NAME = "q8_0"
 
 
-def quantize(w: F32) -> tuple[I8, F16]:
-    """Return codes -127..127 ``[N, K]`` and scales ``[N, K / 32]`` of ``w``.
+def quantize(w: F32) -> Fields:
+    """Return codes -127..127 and scales of groups ``[N, U, 1, 32]``.
 
     Notes
     -----
     The rules of ggml's reference quantizer, in the same float32 operations: the largest magnitude
     divided by 127, halves rounded away from zero.
     """
-    groups = groups_of(w)
-    d = np.max(np.abs(groups), axis=-1) / np.float32(127)
-    scaled = groups * inverse(d)[..., None]
+    d = np.max(np.abs(w), axis=-1) / np.float32(127)
+    scaled = w * inverse(d)[..., None]
     whole = np.trunc(scaled)
     codes = whole + np.where(np.abs(scaled - whole) >= 0.5, np.sign(scaled), 0)
-    return codes.astype(np.int8).reshape(w.shape), half_scales(d, groups, NAME)
+    codes = codes.astype(np.int8).view(np.uint8)
+    return Fields(codes, no_subs(codes), (half_scales(d[..., 0], w, NAME),))
 
 
-def _store(codes: U8) -> U8:
-    return codes
+def _values(of: Fields) -> F32:
+    d = of.scales[0].astype(np.float32)[..., None, None]
+    values: F32 = of.codes.view(np.int8).astype(np.float32) * d
+    return values
 
 
-def _load(chunks: U8) -> I8:
-    return chunks.view(np.int8)
+def _blocks(raw: U8) -> Fields:
+    codes = raw[..., None, 2:]
+    return Fields(codes, no_subs(codes), (half(raw, 0),))
 
 
-FORMAT = grouped(NAME, 1, code_bytes=GROUP, quantize=quantize, store=_store, load=_load)
+FORMAT = grouped(
+    NAME, 1, Layout((8,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=34
+)

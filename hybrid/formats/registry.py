@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import math
 
-from hybrid.formats import bf16, f32, q4_0, q8_0
+from hybrid.formats import (
+    bf16,
+    f32,
+    iq4_nl,
+    iq4_xs,
+    mxfp4,
+    nvfp4,
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
+)
 from hybrid.formats.errors import FormatError
 from hybrid.formats.strips import Format
 
@@ -30,7 +47,10 @@ def register(new: Format) -> Format:
     return new
 
 
-for _module in (q4_0, q8_0, bf16, f32):
+for _module in (
+    q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4, nvfp4,
+    bf16, f32,
+):  # fmt: skip
     register(_module.FORMAT)
 
 

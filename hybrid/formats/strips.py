@@ -3,8 +3,8 @@
 A matrix ``[N, K]`` (N output rows, K inputs) is cut into strips of ``TILE`` = 16 rows. The
 numbers of one strip lie together, so that a kernel streams a strip from memory while the 16
 outputs stay in registers. A strip is a row of units: one input, or a group of ``GROUP`` = 32 that
-shares the rows' scales. Rows are padded to whole strips and inputs to whole units with zeros,
-which contribute nothing.
+shares the rows' scales, or a super-block of ``SUPER`` = 256. Rows are padded to whole strips and
+inputs to whole units with zeros, which contribute nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hybrid.formats.errors import FormatError
 
 GROUP = 32
+SUPER = 8 * GROUP
 TILE = 16
 
 F32 = NDArray[np.float32]
@@ -44,8 +45,8 @@ class Format:
     number
         What compiled kernels know it by; never that of another format.
     unit_bytes, unit_inputs
-        Bytes of a unit, 16 rows together, and how many inputs it holds: 1, or ``GROUP`` for a
-        quantized format, whose kernels take int8 activations.
+        Bytes of a unit, 16 rows together, and how many inputs it holds: 1, or ``GROUP`` or
+        ``SUPER`` for a quantized format, whose kernels take int8 activations.
     pack
         Turns float32 ``[S, 16, K]`` into uint8 ``[S, U, unit_bytes]``.
     unpack
@@ -54,6 +55,11 @@ class Format:
     unpack_rows
         Turns the strips ``[n, U, unit_bytes]`` that n rows lie in, and their places there ``[n]``,
         into float32 ``[n, K]``.
+    repack
+        Turns rows as a GGUF file holds them under this name, uint8 ``[S, 16, B * block_bytes]``,
+        into the uint8 ``[S, U, unit_bytes]`` of the same numbers; None where GGUF has no such type.
+    block_bytes, block_inputs
+        Bytes of a block of a row in GGUF, and how many inputs it holds.
     dense
         Whether weights outside the experts can be asked for in this format.
     tensor
@@ -67,20 +73,23 @@ class Format:
     pack: Callable[[F32], U8]
     unpack: Callable[[U8], F32]
     unpack_rows: Callable[[U8, I64], F32]
+    repack: Callable[[U8], U8] | None = None
+    block_bytes: int = 0
+    block_inputs: int = 0
     dense: bool = False
     tensor: str = ""
 
     def __post_init__(self) -> None:
-        if self.unit_inputs not in (1, GROUP) or self.unit_bytes < 1:
+        if self.unit_inputs not in (1, GROUP, SUPER) or self.unit_bytes < 1:
             raise FormatError(
                 f"a unit of {self.name} holds {self.unit_inputs} inputs in {self.unit_bytes} bytes;"
-                f" the kernels take units of 1 or {GROUP} inputs"
+                f" the kernels take units of 1, {GROUP} or {SUPER} inputs"
             )
 
     @property
     def quantized(self) -> bool:
         """Whether it has groups and scales (and so takes int8 activations)."""
-        return self.unit_inputs == GROUP
+        return self.unit_inputs > 1
 
     @property
     def bits_per_weight(self) -> float:

@@ -38,17 +38,6 @@ def quantize_q8_0(row: Iterable[float]) -> tuple[list[int], np.float16]:
     return codes, np.float16(d)
 
 
-def strip_bytes_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> bytes:
-    """One 288-byte block of 16 rows and 32 inputs, byte by byte."""
-    block = bytearray()
-    for chunk in range(4):
-        for row in range(16):
-            for byte in range(4):
-                low, high = codes[row, 4 * chunk + byte], codes[row, 16 + 4 * chunk + byte]
-                block.append(int(low) | int(high) << 4)
-    return bytes(block) + scales.tobytes()
-
-
 def activation(kind: str, alpha: float, v: float) -> float:
     """The activation functions by their textbook formulas."""
     if kind == "silu":

@@ -72,7 +72,7 @@ def test_a_block_that_was_used_can_be_copied(fmt: str) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": "q5_1"}, FormatError, "unknown weight format 'q5_1'"),
+        ({"format": "q5_9"}, FormatError, "unknown weight format 'q5_9'"),
         ({"activation": "swish"}, ShapeError, "unknown activation 'swish'"),
         ({"hidden": 0}, ShapeError, "an expert of 0 x 32 has no weights"),
         ({"stride": 4100}, ShapeError, "stride is 4100, not a multiple of 16"),

@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import naive
-from hybrid.formats import q4_0, q8_0
+import naive_formats
+from hybrid.formats import nvfp4, q4_0, q8_0
 from hybrid.formats.activations import quantize_activations, round_activations
 from hybrid.formats.bf16 import from_bf16, to_bf16
 from hybrid.formats.block import Block, pack_expert, unpack_expert
 from hybrid.formats.errors import FormatError, ShapeError
-from hybrid.formats.matrix import pack, packed_bytes, unpack
+from hybrid.formats.matrix import from_gguf, pack, packed_bytes, unpack, unpack_rows
 from hybrid.formats.registry import FORMATS, format_of
 
-GGUF = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+LEGACY = ("q4_0", "q8_0")
+GGUF = {name: gguf.GGMLQuantizationType[name.upper()] for name in FORMATS}
+QUANTIZED = [name for name, known in FORMATS.items() if known.quantized]
 QUANTIZERS = {
     "q4_0": (q4_0.quantize, naive.quantize_q4_0),
     "q8_0": (q8_0.quantize, naive.quantize_q8_0),
@@ -35,6 +38,81 @@ def _random(rows: int, cols: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fmt", GGUF)
+def test_blocks_of_gguf_keep_every_bit(fmt: str) -> None:
+    """Whatever bytes a file has, ours hold what GGUF's library reads there; rows, too."""
+    inputs, size = gguf.GGML_QUANT_SIZES[GGUF[fmt]]
+    raw = np.random.default_rng(1).integers(0, 256, (37, 512 // inputs * size), np.uint8)
+    with np.errstate(all="ignore"):
+        theirs = gguf.quants.dequantize(raw, GGUF[fmt])
+        packed = from_gguf(raw, fmt)
+        ours = unpack(packed, 37, 512, fmt)
+        some = unpack_rows(packed, 512, fmt, np.array([36, 1, 17]))
+    assert packed.size == packed_bytes(37, 512, fmt)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(some, theirs[[36, 1, 17]])
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_layouts_one_weight_at_a_time(fmt: str) -> None:
+    """Every weight of a strip is where its naive twin finds it."""
+    known = FORMATS[fmt]
+    packed = pack(_random(16, 2 * known.unit_inputs), fmt)
+    assert known.unit_bytes == naive_formats.unit_bytes(fmt)
+    want = [
+        [naive_formats.weight(fmt, unit.tobytes(), row, k) for k in range(known.unit_inputs)]
+        for row in range(16)
+        for unit in packed.reshape(2, -1)
+    ]
+    got = unpack(packed, 16, 2 * known.unit_inputs, fmt)
+    np.testing.assert_allclose(got, np.reshape(want, got.shape), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_bytes_of_zero_are_weights_of_zero(fmt: str) -> None:
+    """What padding and whoever fills a block up relies on."""
+    empty = np.zeros(packed_bytes(16, 256, fmt), np.uint8)
+    assert not unpack(empty, 16, 256, fmt).any()
+    assert not unpack(pack(np.zeros((16, 256), np.float32), fmt), 16, 256, fmt).any()
+
+
+@pytest.mark.parametrize(
+    ("fmt", "most"),
+    [
+        ("q4_0", 0.0875), ("q4_1", 0.073), ("q4_k", 0.074), ("iq4_nl", 0.079), ("iq4_xs", 0.08),
+        ("mxfp4", 0.115), ("nvfp4", 0.092), ("q5_0", 0.042), ("q5_1", 0.0355), ("q5_k", 0.0375),
+        ("q6_k", 0.0185), ("q3_k", 0.157), ("q2_k", 0.29), ("q8_0", 0.0056),
+    ],
+)  # fmt: skip
+def test_error_of_normal_weights(fmt: str, most: float) -> None:
+    """Root mean square, relative to the weights': searching for scales keeps what it gains."""
+    w = _random(64, 512)
+    error = unpack(pack(w, fmt), 64, 512, fmt) - w
+    assert np.sqrt(np.mean(error**2) / np.mean(w**2)) < most
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_what_a_format_holds_is_packed_without_loss_of_scale(fmt: str) -> None:
+    """Weights of all sizes that half precision knows keep their relative error."""
+    w = _random(16, 256)
+    for size in (1e-3, 30.0):
+        small, one = (unpack(pack(v, fmt), 16, 256, fmt) for v in (w * np.float32(size), w))
+        assert np.abs(small / size - one).max() < 0.35 * np.abs(w).max()
+
+
+def test_nvfp4_with_a_factor_of_the_matrix() -> None:
+    """As NVIDIA's checkpoints have it: every weight is float8 times the factor, times float4."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (21, 96), np.uint8)
+    scales, factor = rng.integers(0, 127, (21, 6), np.uint8), np.float32(0.0123)
+    got = unpack(nvfp4.pack_codes(codes, scales, factor), 21, 96, "nvfp4")
+    for row, k in [(0, 0), (20, 95), (7, 33), (11, 64)]:
+        want = np.float32(naive_formats.float8(int(scales[row, k // 16]))) * factor
+        assert got[row, k] == want * np.float32(naive_formats.float4(codes[row, k]))
+    with pytest.raises(ShapeError, match=r"codes \[21, 96\] take scales \[21, 6\], got \[21, 5\]"):
+        nvfp4.pack_codes(codes, scales[:, :5], factor)
+
+
+@pytest.mark.parametrize("fmt", LEGACY)
 def test_values_equal_gguf_bit_for_bit(fmt: str) -> None:
     """Packing and unpacking gives exactly what ggml's quantizer gives, zero groups included."""
     w = _random(48, 320)
@@ -45,28 +123,19 @@ def test_values_equal_gguf_bit_for_bit(fmt: str) -> None:
     np.testing.assert_array_equal(unpack(pack(w, fmt), 48, 320, fmt), theirs)
 
 
-@pytest.mark.parametrize("fmt", GGUF)
+@pytest.mark.parametrize("fmt", LEGACY)
 @given(w=matrices)
 @settings(max_examples=60, deadline=None)
 def test_codes_equal_naive(fmt: str, w: np.ndarray) -> None:
     """The vectorised quantizers agree with loops over single values."""
     ours, one = QUANTIZERS[fmt]
-    codes, scales = ours(w)
+    found = ours(w.reshape(len(w), -1, 1, 32))
+    codes = found.codes.view(np.int8)[:, :, 0]
     for row in range(w.shape[0]):
         for g in range(w.shape[1] // 32):
             want, d = one(w[row, 32 * g : 32 * g + 32])
-            assert list(codes[row, 32 * g : 32 * g + 32]) == want
-            assert scales[row, g] == d
-
-
-def test_q4_0_layout_byte_by_byte() -> None:
-    """A strip's blocks are laid out as the module's table says."""
-    w = _random(16, 64)
-    codes, scales = q4_0.quantize(w)
-    want = b"".join(
-        naive.strip_bytes_q4_0(codes[:, 32 * g : 32 * g + 32], scales[:, g]) for g in range(2)
-    )
-    assert pack(w, "q4_0").tobytes() == want
+            assert list(codes[row, g]) == want
+            assert found.scales[0][row, g] == d
 
 
 @pytest.mark.parametrize(("fmt", "bound"), [("q4_0", 1 / 8), ("q8_0", 0.5 / 127), ("bf16", 2**-8)])
@@ -85,7 +154,7 @@ def test_ragged_sizes_round_trip(fmt: str, rows: int, cols: int) -> None:
     w = _random(rows, cols)
     buf = pack(w, fmt)
     assert buf.size == packed_bytes(rows, cols, fmt)
-    padded = np.zeros((rows, -(-cols // 32) * 32), np.float32)
+    padded = np.zeros((rows, -(-cols // 256) * 256), np.float32)
     padded[:, :cols] = w
     want = unpack(pack(padded, fmt), rows, padded.shape[1], fmt)[:, :cols]
     np.testing.assert_array_equal(unpack(buf, rows, cols, fmt), want)
@@ -141,8 +210,8 @@ def test_expert_block_round_trip(gated: bool, bias: bool) -> None:
 
 def test_errors_name_the_thing_and_both_values() -> None:
     """Unknown formats, wrong shapes and values without a scale are refused, each by name."""
-    with pytest.raises(FormatError, match="'q5_1'") as caught:
-        format_of("q5_1")
+    with pytest.raises(FormatError, match="'q5_9'") as caught:
+        format_of("q5_9")
     assert "q4_0" in str(caught.value.hint)
     with pytest.raises(ShapeError, match="float64"):
         pack(np.zeros((16, 32)), "q4_0")
@@ -152,6 +221,8 @@ def test_errors_name_the_thing_and_both_values() -> None:
         pack(np.where(np.arange(512) == 7, np.float32(np.inf), 1).reshape(16, 32), "q8_0")
     with pytest.raises(FormatError, match=r"weights up to 1e\+09 have no fp16 scale in q8_0"):
         pack(np.full((16, 32), 1e9, np.float32), "q8_0")
+    with pytest.raises(ShapeError, match=r"multiple of 144\], got uint8 \[2, 145\]"):
+        from_gguf(np.zeros((2, 145), np.uint8), "q4_k")
     shape = Block(hidden=32, intermediate=32, format="q4_0")
     with pytest.raises(ShapeError, match=r"up is float32 \[32, 64\]"):
         pack_expert(shape, gate=_random(32, 32), up=_random(32, 64), down=_random(32, 32))
