@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hybrid.anatomy.experts import ExpertsSpec, find_experts, offer_experts_function
 from hybrid.anatomy.text_part import leave_towers_out
-from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
+from hybrid.ask.formats import QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
 from hybrid.grafts import remove_parameters, set_runner, set_store
@@ -66,8 +66,11 @@ class HybridQuantizer(HfQuantizer):
             self._moved = _moved(index.layers[0].module, specs[0].path)
         places = {path: self._place(model, path) for path in index.dense}
         self._elsewhere = {path: place for path, place in places.items() if not self._in_text(path)}
-        dense = {places[path]: shape for path, shape in index.dense.items()}
-        install_dense(model, dense, index.dense_format)
+        dense = {
+            places[path]: (*shape, index.format_of_dense(path))
+            for path, shape in index.dense.items()
+        }
+        install_dense(model, dense)
 
     def _in_text(self, path: str) -> bool:
         """Whether a module of the store lies where the experts do, as far as there are any."""
@@ -96,7 +99,6 @@ class HybridQuantizer(HfQuantizer):
         from hybrid.weights.cache import converted_copy
 
         config = self.quantization_config
-        config.experts = config.experts or DEFAULT_EXPERTS
         directory, store_id = converted_copy(source, config.experts, config.dense, config.cache_dir)
         config.store = store_id
         return directory

@@ -56,6 +56,11 @@ class GgufTensor:
     offset: int
 
     @property
+    def key(self) -> str:
+        """Its name, as tensors of other files call that."""
+        return self.name
+
+    @property
     def rows(self) -> int:
         """Rows of the matrix that it is, all dimensions but the last taken together."""
         return math.prod(self.shape[:-1])

@@ -11,9 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +120,7 @@ class ExpertTensors:
 
 
 class WeightFile:
-    """The weights of a model's files, mapped.
+    """The weights of a model's files; what is read is read when it is asked for, nothing mapped.
 
     Parameters
     ----------
@@ -131,11 +130,6 @@ class WeightFile:
         Theirs.
     config
         The ``config.json`` that they stand for.
-
-    Raises
-    ------
-    CheckpointError
-        When a file cannot be read.
     """
 
     def __init__(
@@ -145,16 +139,13 @@ class WeightFile:
         self._architecture = architecture
         self._config = config
         self._taken: set[str] = set(_COMPUTED)
+        self._open: dict[Path, IO[bytes]] = {}
 
-    @cached_property
-    def _mapped(self) -> dict[Path, U8]:
-        try:
-            return {path: np.memmap(path, np.uint8, "r") for path in self.header.files}
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot read {self.header.path}: {error.strerror or error}",
-                hint="check that it exists and that you may read it",
-            ) from error
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     # -- which tensors make what ------------------------------------------------------------
 
@@ -273,7 +264,7 @@ class WeightFile:
         return Weight(name, shape, sources, undo=lambda *values: join(values))
 
     def _join_kv(self, values: Sequence[F32]) -> F32:
-        """``[heads, rank, nope]`` and ``[heads, value, rank]`` to ``[heads (nope + value), rank]``."""
+        """Join ``[heads, rank, nope]`` and ``[heads, value, rank]`` to rows of ``rank`` inputs."""
         keys, own = values
         joined = np.concatenate((keys.swapaxes(1, 2), own), axis=1)
         return joined.reshape(-1, joined.shape[-1])
@@ -304,18 +295,18 @@ class WeightFile:
         """Return the same rows as the blocks of the file, ``[rows, bytes]``."""
         source = weight.sources[0]
         if weight.order is not None:
-            return self._matrix(source)[weight.order[start:stop]]
-        whole = self._matrix(source)
+            order = weight.order[start:stop]
+            first = int(order.min())
+            return self._read(source, first, int(order.max()) + 1)[order - first]
         if source.shape[-1] != weight.shape[-1]:  # such as a vector that the model has as a row
-            return whole.reshape(int(np.prod(weight.shape[:-1])), -1)[start:stop]
-        return whole[start:stop]
+            return self._read(source).reshape(int(np.prod(weight.shape[:-1])), -1)[start:stop]
+        return self._read(source, start, stop)
 
     def whole(self, weight: Weight) -> F32:
         """Return a tensor that has to be computed."""
         assert weight.undo is not None
         sources = [
-            widened(source, self._matrix(source)).reshape(source.shape)
-            for source in weight.sources
+            widened(source, self._read(source)).reshape(source.shape) for source in weight.sources
         ]
         made: F32 = np.ascontiguousarray(weight.undo(*sources), np.float32)
         return made.reshape(weight.shape)
@@ -323,16 +314,35 @@ class WeightFile:
     def expert_blocks(self, tensor: GgufTensor, expert: int, start: int, stop: int) -> U8:
         """Return rows of one expert's matrix, of a tensor ``[E, rows, cols]``, as blocks."""
         first = expert * tensor.shape[-2]
-        return self._matrix(tensor)[first + start : first + stop]
+        return self._read(tensor, first + start, first + stop)
 
     def expert_bias(self, tensor: GgufTensor, expert: int) -> F32:
         """Return one expert's bias, of a tensor ``[E, rows]``."""
-        return widened(tensor, self._matrix(tensor)[expert : expert + 1])[0]
+        values: F32 = widened(tensor, self._read(tensor, expert, expert + 1))[0]
+        return values
 
-    def _matrix(self, tensor: GgufTensor) -> U8:
-        """Return a tensor's blocks, ``[rows, bytes]``, as a view of the file."""
-        data = self._mapped[tensor.path][tensor.offset : tensor.offset + tensor.nbytes]
-        return data.reshape(tensor.rows, tensor.row_bytes)
+    def _read(self, tensor: GgufTensor, start: int = 0, stop: int | None = None) -> U8:
+        """Read rows ``start:stop`` of a tensor's blocks, ``[rows, bytes]``; all by default."""
+        stop = tensor.rows if stop is None else stop
+        size = (stop - start) * tensor.row_bytes
+        try:
+            if tensor.path not in self._open:
+                self._open[tensor.path] = tensor.path.open("rb", buffering=0)
+            file = self._open[tensor.path]
+            file.seek(tensor.offset + start * tensor.row_bytes)
+            data = np.fromfile(file, np.uint8, size)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {tensor.path}: {error.strerror or error}",
+                hint="check that it exists and that you may read it",
+            ) from error
+        if data.size != size:
+            raise CheckpointError(
+                f"{tensor.path} is cut short: {size} bytes of {tensor.name} are wanted, "
+                f"{data.size} are there",
+                hint="download the file again, or copy it again from where it came",
+            )
+        return data.reshape(stop - start, tensor.row_bytes)
 
 
 def decoded(tensor: GgufTensor, blocks: U8) -> NDArray[Any]:

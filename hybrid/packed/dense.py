@@ -16,7 +16,6 @@ from hybrid.anatomy.names import MLP_PROJECTIONS
 from hybrid.errors import UnsupportedModelError, UsageError
 from hybrid.formats.block import Block, unpack_expert
 from hybrid.formats.matrix import packed_bytes, unpack, unpack_rows
-from hybrid.formats.registry import packs_dense
 from hybrid.formats.strips import GROUP, TILE
 from hybrid.grafts import (
     bring_back,
@@ -308,11 +307,11 @@ def pack_mlp(mlp: Any) -> PackedMlp | None:
     return PackedMlp(block, known)
 
 
-def install_dense(model: Any, matrices: Mapping[str, tuple[int, int]], fmt: str | None) -> None:
-    """Replace the modules that a store's index lists by quantized ones."""
-    if fmt is None or not packs_dense(fmt):
+def install_dense(model: Any, matrices: Mapping[str, tuple[int, int, str]]) -> None:
+    """Replace the modules that a store's index lists by quantized ones: rows, columns, format."""
+    if not matrices:
         return
-    for path, (rows, cols) in matrices.items():
+    for path, (rows, cols, fmt) in matrices.items():
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         old = getattr(parent, name)
@@ -329,6 +328,6 @@ def install_dense(model: Any, matrices: Mapping[str, tuple[int, int]], fmt: str 
     set_tied_weights(model, tied)
 
 
-def _packed_name(name: str, matrices: Mapping[str, tuple[int, int]]) -> str:
+def _packed_name(name: str, matrices: Mapping[str, Any]) -> str:
     path = name.removesuffix(".weight")
     return f"{path}.packed" if path in matrices else name

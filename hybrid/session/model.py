@@ -37,6 +37,7 @@ from hybrid.session.spine import Session, generate, open_session, report
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
 from hybrid.transformers_api import cache_argument
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
 from hybrid.weights.tokenizer import load_tokenizer
 from planner.decide.policies import DEFAULT_POLICY
 from planner.decide.popularity import Popularity
@@ -180,8 +181,12 @@ class HybridModel:
         called = "demo" if path is None else str(path)
         directory = model_directory(demo_path() if called == "demo" else called)
         # First of all, so that a model without one is refused before it is converted.
-        tokenizer = load_tokenizer(directory) if directory.is_dir() else None
-        return cls(open_session(directory, options, name or called), tokenizer)
+        own = not isinstance(checkpoint_at(directory), GgufCheckpoint)
+        tokenizer = load_tokenizer(directory) if own and directory.is_dir() else None
+        session = open_session(directory, options, name or called)
+        if not own:  # a GGUF file's is made when that is converted
+            tokenizer = load_tokenizer(session.model.directory)
+        return cls(session, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy generates by itself, and has nothing to report yet."""

@@ -23,8 +23,7 @@ from transformers import AutoConfig
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.anatomy.text_part import leave_towers_out
-from hybrid.ask.formats import DEFAULT_EXPERTS, check_formats
-from hybrid.ask.names import directory_name
+from hybrid.ask.formats import check_formats
 from hybrid.errors import (
     CheckpointError,
     UnsupportedModelError,
@@ -34,17 +33,18 @@ from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
 from hybrid.paths import require_room
 from hybrid.transformers_api import auto_class
-from hybrid.weights.checks import CHECKS, Checkpoint, check_directory, check_files, findings
+from hybrid.weights.checks import Checkpoint, check_files, findings
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import check_finite, write_experts
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
 from hybrid.weights.partial import Partial, destination
-from hybrid.weights.side_files import copy_side_files
-from hybrid.weights.source_formats import source_quantizer
+from hybrid.weights.side_files import write_side_files
+from hybrid.weights.sources import chosen_formats, opened_weights
 from hybrid.weights.store import INDEX_NAME, PAGE_BYTES, ExpertStore, LayerRecord, StoreIndex
-from hybrid.weights.tensor_files import TensorReader, check_digests, identity
+from hybrid.weights.tensor_files import check_digests
 from hybrid.weights.tokenizer import check_tokenizer
-from hybrid.weights.weight_map import WeightMap, left_out
+from hybrid.weights.weight_map import Weights, left_out
 
 #: Families that transformers has as decoders, too, which their checkpoints seldom are.
 _ENCODERS = (
@@ -96,18 +96,18 @@ def convert(
     src: Path | str,
     dst: Path | str,
     *,
-    experts: str = DEFAULT_EXPERTS,
+    experts: str | None = None,
     dense: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> ConvertResult:
-    """Convert a Mixture-of-Experts checkpoint directory.
+    """Convert a checkpoint.
 
     Parameters
     ----------
     src
-        A Hugging Face directory with safetensors weights.
+        A Hugging Face directory with safetensors weights, or a GGUF file.
     dst
         The directory to make; must not exist (an empty one will do).
     experts, dense
@@ -125,10 +125,10 @@ def convert(
     UsageError
         On an unknown format, or when ``dst`` exists or cannot be made.
     CheckpointError
-        When ``src`` is missing, unreadable, damaged, incomplete or has no experts, or its
-        tokenizer cannot be loaded.
+        When ``src`` is missing, unreadable, damaged or incomplete, or its tokenizer cannot be
+        loaded.
     UnsupportedModelError
-        When its experts cannot run from a store.
+        When it writes no text, or its experts cannot run from a store.
     DiskSpaceError
         When ``dst`` has too little room; what was written is kept for the next run.
 
@@ -159,9 +159,9 @@ def convert(
         with partial.reporting_full_disk():
             index, resumed = write_experts(partial, ready.weights, ready.specs, index, told.advance)
             plan.write(partial, told.advance)
-            copy_side_files(src, partial.path)
+            write_side_files(ready.source.checkpoint, partial.path)
             (partial.path / INDEX_NAME).write_text(index.to_json())
-            config = converted_config(ready.source.raw_config, index, experts, dense)
+            config = converted_config(ready.source.raw_config, index, dense)
             (partial.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if verify:
                 ExpertStore.open(partial.path, verify=True)
@@ -184,39 +184,44 @@ class _Ready:
 
     source: Source
     specs: list[ExpertsSpec]
-    weights: WeightMap
+    weights: Weights
     index: StoreIndex
     plan: DensePlan
     notes: list[str]
 
 
 @contextmanager
-def _ready(src: Path, experts: str, dense: str | None, *, verify: bool) -> Iterator[_Ready]:
+def _ready(src: Path, experts: str | None, dense: str | None, *, verify: bool) -> Iterator[_Ready]:
     """Check all that can be known before work starts, cheapest first; nothing is written."""
-    checkpoint = Checkpoint(src)
+    checkpoint = checkpoint_at(src)
     notes = check_files(checkpoint)
     source = Source.of(checkpoint)
-    notes += check_tokenizer(src, getattr(source.config.get_text_config(), "vocab_size", None))
+    rows = getattr(source.config.get_text_config(), "vocab_size", None)
+    notes += check_tokenizer(checkpoint, rows)
     if verify:
         check_digests(source.files)
-    with TensorReader(checkpoint.tensors) as reader:
-        model = source.empty_model()
-        leave_towers_out(model)
-        if source.config.get_text_config() is not source.config:
-            kind = source.config.model_type
-            notes.append(f"{source.name} ({kind}) is for more than text: its text is converted")
-        specs = find_experts(model)
-        matrices = dense_matrices(model, specs)
-        weights = WeightMap(model, reader, specs, source_quantizer(source.config))
+    model = source.empty_model()
+    leave_towers_out(model)
+    if source.config.get_text_config() is not source.config:
+        kind = source.config.model_type
+        notes.append(f"{source.name} ({kind}) is for more than text: its text is converted")
+    specs = find_experts(model)
+    matrices = dense_matrices(model, specs)
+    with opened_weights(checkpoint, source.config, model, specs) as weights:
+        chosen = chosen_formats(checkpoint, weights, matrices, experts, dense)
+        notes += chosen.notes
+        packed = {path: fmt for path, fmt in chosen.dense.items() if packs_dense(fmt)}
         index = StoreIndex(
             source={"name": source.name, "identity": source.identity()},
-            format=experts,
-            layers=layout(specs, experts),
+            format=chosen.experts,
+            layers=layout(specs, chosen.experts),
             dense_format=dense,
-            dense=matrices if packs_dense(dense) else {},
+            dense={path: matrices[path] for path in packed},
+            dense_formats={path: fmt for path, fmt in packed.items() if fmt != dense},
         )
         notes += left_out(weights)
-        yield _Ready(source, specs, weights, index, DensePlan(weights, matrices, dense), notes)
+        plan = DensePlan(weights, matrices, chosen.dense)
+        yield _Ready(source, specs, weights, index, plan, notes)
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ class CheckResult:
 def check(
     src: Path | str,
     *,
-    experts: str = DEFAULT_EXPERTS,
+    experts: str | None = None,
     dense: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
@@ -261,7 +266,11 @@ def check(
     """
     src = Path(src).expanduser()
     check_formats(experts, dense)
-    errors, notes = findings(Checkpoint(src), CHECKS)
+    try:
+        checkpoint = checkpoint_at(src)
+        errors, notes = findings(checkpoint, checkpoint.checks)
+    except HybridError as error:
+        return CheckResult([error], [])
     if errors:
         return CheckResult(errors, notes)
     try:
@@ -286,47 +295,57 @@ def check(
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint directory whose config could be read."""
+    """A checkpoint whose config could be read."""
 
-    path: Path
+    checkpoint: Checkpoint
     raw_config: dict[str, Any]
     config: Any
     files: list[Path]
 
     @classmethod
     def open(cls, path: Path) -> Source:
-        """Read a directory's config and list its weights.
+        """Read a checkpoint's config and list its weights.
 
         Raises
         ------
         CheckpointError
             When it is missing, empty, unreadable, of an unknown kind, or converted already.
         """
-        return cls.of(Checkpoint(path))
+        return cls.of(checkpoint_at(path))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
-        """Read the config of a directory of which some was read before, as :meth:`open` does."""
-        list(check_directory(checkpoint))
+        """Read the config of a checkpoint of which some was read before, as :meth:`open` does."""
+        list(checkpoint.checks[0](checkpoint))
         path, raw, files = checkpoint.path, checkpoint.config, checkpoint.files
+        made = isinstance(checkpoint, GgufCheckpoint)
         try:
-            config = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
+            config = (
+                AutoConfig.for_model(**raw)
+                if made
+                else AutoConfig.from_pretrained(
+                    path, local_files_only=True, trust_remote_code=False
+                )
             )
         except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
-                f"transformers {transformers.__version__} cannot use {path / 'config.json'}: "
+                f"transformers {transformers.__version__} cannot use "
+                f"{f'the metadata of {path}' if made else path / 'config.json'}: "
                 f"{first_line(error)}",
                 hint="a newer transformers may know this model",
             ) from error
-        return cls(path, raw, config, files)
+        return cls(checkpoint, raw, config, files)
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
 
     @property
     def name(self) -> str:
-        return directory_name(self.path)
+        return self.checkpoint.name
 
     def identity(self) -> str:
-        return identity(self.path / "config.json", self.files)
+        return self.checkpoint.identity()
 
     def empty_model(self) -> Any:
         """Build the model without memory for its weights."""
@@ -344,8 +363,8 @@ class Source:
                 return kind.from_config(copy.deepcopy(self.config))
         except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
-                f"transformers {transformers.__version__} cannot make a model of "
-                f"{self.path / 'config.json'}: {first_line(error)}",
+                f"transformers {transformers.__version__} cannot make a model of what {self.path} "
+                f"says it is: {first_line(error)}",
                 hint="compare with the publisher's own, complete config.json",
             ) from error
 
@@ -394,9 +413,7 @@ def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
     return tuple(records)
 
 
-def converted_config(
-    raw: dict[str, Any], index: StoreIndex, experts: str, dense: str | None
-) -> dict[str, Any]:
+def converted_config(raw: dict[str, Any], index: StoreIndex, dense: str | None) -> dict[str, Any]:
     """The source's config with our quantization in place of its own."""
     config = dict(raw)
     for key, value in raw.items():
@@ -405,6 +422,6 @@ def converted_config(
     if dense is not None and not packs_dense(dense):
         config.pop("torch_dtype", None)
         config["dtype"] = format_of(dense).tensor
-    settings = HybridConfig(experts, dense, store=index.id)
+    settings = HybridConfig(index.format, dense, store=index.id)
     config["quantization_config"] = settings.to_dict()
     return config

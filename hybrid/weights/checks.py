@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.ask.formats import QUANT_METHOD
+from hybrid.ask.names import directory_name
 from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.formats.errors import HybridError
 from hybrid.weights.declared_formats import check_format
@@ -28,6 +29,7 @@ from hybrid.weights.source_files import (
     TensorInfo,
     check_index,
     few,
+    identity,
     read_header,
     read_object,
     weight_files,
@@ -86,6 +88,20 @@ class Checkpoint:
                     )
                 found[key] = info
         return found
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return directory_name(self.path)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What can be known of it before work starts."""
+        return CHECKS
+
+    def identity(self) -> str:
+        """Return a digest that tells its weights from others."""
+        return identity(self.path / "config.json", self.files)
 
     @property
     def has_weights(self) -> bool:
@@ -218,7 +234,7 @@ def check_files(checkpoint: Checkpoint) -> list[str]:
     CheckpointError, UnsupportedModelError
         The first thing that hinders a conversion.
     """
-    return [note for check in CHECKS for note in check(checkpoint)]
+    return [note for check in checkpoint.checks for note in check(checkpoint)]
 
 
 def all_findings(checkpoint: Checkpoint) -> tuple[list[HybridError], list[str]]:
@@ -229,7 +245,7 @@ def all_findings(checkpoint: Checkpoint) -> tuple[list[HybridError], list[str]]:
     with suppress(HybridError):
         if is_converted(checkpoint.config):
             return findings(checkpoint, CONVERTED_CHECKS)
-    return findings(checkpoint, CHECKS)
+    return findings(checkpoint, checkpoint.checks)
 
 
 def findings(

@@ -100,6 +100,8 @@ class StoreIndex:
         What dense weights were asked for in; None leaves them as the checkpoint has them.
     dense
         Quantized dense modules: path to ``[rows, cols]``.
+    dense_formats
+        Formats of those that are in another one than ``dense_format``, by path.
     """
 
     source: dict[str, str]
@@ -107,15 +109,22 @@ class StoreIndex:
     layers: tuple[LayerRecord, ...]
     dense_format: str | None = None
     dense: dict[str, tuple[int, int]] = field(default_factory=dict)
+    dense_formats: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
         """What makes this store this store: everything but the checksums."""
         plan = asdict(self)
+        if not self.dense_formats:  # nor had stores the field when all had one format
+            del plan["dense_formats"]
         for layer in plan["layers"]:
             del layer["checksums"]
         canonical = json.dumps(plan, sort_keys=True).encode()
         return hashlib.sha256(canonical).hexdigest()[:32]
+
+    def format_of_dense(self, path: str) -> str:
+        """Return the format of a quantized dense module."""
+        return self.dense_formats.get(path) or str(self.dense_format)
 
     @property
     def nbytes(self) -> int:
@@ -156,6 +165,7 @@ class StoreIndex:
                 ),
                 dense_format=body["dense_format"],
                 dense={name: (int(n), int(k)) for name, (n, k) in body["dense"].items()},
+                dense_formats=dict(body.get("dense_formats", {})),
             )
             intact = index.id == body["id"] and index.nbytes == body["bytes"]
         except (KeyError, TypeError, ValueError, AttributeError, HybridError) as error:
