@@ -92,9 +92,10 @@ class Weight:
     sources
         The file's.
     order
-        Rows of the one source in the order that the model has them; None is as they are.
+        Rows of the sources, counted through all of them, in the order that the model has them;
+        None is as they are.
     undo
-        Makes the tensor of the values of all sources; None where its rows are the source's.
+        Makes the tensor of the values of all sources; None where its rows are rows of theirs.
     """
 
     name: str
@@ -220,12 +221,14 @@ class WeightFile:
             return self._plain(name, shape, (block + _WHOLE[part],))
         owner, _, ending = part.rpartition(".")
         if owner == "self_attn.kv_b_proj" and f"{block}attn_k_b.weight" in self.header.tensors:
-            return self._merged(name, shape, block, ("attn_k_b", "attn_v_b"), self._join_kv)
+            sources = self._sources(block, ("attn_k_b", "attn_v_b"))
+            return Weight(name, shape, sources, undo=_join_kv)
         if owner == "shared_mlp.input_linear":
-            sides = ("ffn_gate_shexp", "ffn_up_shexp")
-            return self._merged(name, shape, block, sides, np.concatenate)
+            sources = self._sources(block, ("ffn_gate_shexp", "ffn_up_shexp"))
+            return _stacked(name, shape, sources, np.arange(shape[0]))
         if owner == "linear_attn.in_proj_qkvz":
-            return self._merged(name, shape, block, ("attn_qkv", "attn_gate"), self._join_qkvz)
+            sources = self._sources(block, ("attn_qkv", "attn_gate"))
+            return _stacked(name, shape, sources, self._by_head(shape[0]))
         known = tuple(f"{block}{each}.{ending}" for each in _PARTS.get(owner, ()))
         return self._plain(name, shape, known)
 
@@ -253,30 +256,24 @@ class WeightFile:
             and not (known.unshifted and name.endswith(known.unshifted))
         )
 
-    def _merged(
-        self, name: str, shape: tuple[int, ...], block: str, parts: Sequence[str], join: Made
-    ) -> Weight:
+    def _sources(self, block: str, parts: Sequence[str]) -> tuple[GgufTensor, ...]:
+        """Return several tensors of a layer."""
         names = [f"{block}{part}.weight" for part in parts]
         missing = next((one for one in names if one not in self.header.tensors), None)
         if missing is not None:
             raise self._missing(missing)
-        sources = tuple(self.header.tensors[one] for one in names)
-        return Weight(name, shape, sources, undo=lambda *values: join(values))
+        return tuple(self.header.tensors[one] for one in names)
 
-    def _join_kv(self, values: Sequence[F32]) -> F32:
-        """Join ``[heads, rank, nope]`` and ``[heads, value, rank]`` to rows of ``rank`` inputs."""
-        keys, own = values
-        joined = np.concatenate((keys.swapaxes(1, 2), own), axis=1)
-        return joined.reshape(-1, joined.shape[-1])
+    def _by_head(self, rows: int) -> I64:
+        """Return where queries, keys, values and gates of every head of keys lie.
 
-    def _join_qkvz(self, values: Sequence[F32]) -> F32:
-        """Queries, keys, values and gates, each of all heads, to those of every head of keys."""
+        The file has queries of all heads, keys of all heads, and so on.
+        """
         heads = int(self._config["linear_num_key_heads"])
         keys = heads * int(self._config["linear_key_head_dim"])
-        mixed, gates = values
-        parts = (*np.split(mixed, (keys, 2 * keys)), gates)
-        by_head = [part.reshape(heads, -1, part.shape[-1]) for part in parts]
-        return np.concatenate(by_head, axis=1).reshape(-1, mixed.shape[-1])
+        values = (rows - 2 * keys) // 2
+        parts = np.split(np.arange(rows), np.cumsum((keys, keys, values)))
+        return np.concatenate([part.reshape(heads, -1) for part in parts], axis=1).reshape(-1)
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -287,20 +284,30 @@ class WeightFile:
         """
         if weight.undo is not None:
             return self.whole(weight).reshape(-1, weight.shape[-1])[start:stop]
-        return decoded(weight.sources[0], self.blocks(weight, start, stop)).reshape(
-            stop - start, -1
-        )
+        blocks = self.blocks(weight, start, stop)
+        return decoded(weight.sources[0], blocks).reshape(stop - start, -1)
 
     def blocks(self, weight: Weight, start: int, stop: int) -> U8:
         """Return the same rows as the blocks of the file, ``[rows, bytes]``."""
         source = weight.sources[0]
         if weight.order is not None:
-            order = weight.order[start:stop]
-            first = int(order.min())
-            return self._read(source, first, int(order.max()) + 1)[order - first]
+            return self._gathered(weight.sources, weight.order[start:stop])
         if source.shape[-1] != weight.shape[-1]:  # such as a vector that the model has as a row
             return self._read(source).reshape(int(np.prod(weight.shape[:-1])), -1)[start:stop]
         return self._read(source, start, stop)
+
+    def _gathered(self, sources: Sequence[GgufTensor], order: I64) -> U8:
+        """Read single rows of several tensors of one type, counted through all of them."""
+        found = np.empty((len(order), sources[0].row_bytes), np.uint8)
+        before = 0
+        for source in sources:
+            here = (order >= before) & (order < before + source.rows)
+            if here.any():
+                rows = order[here] - before
+                first = int(rows.min())
+                found[here] = self._read(source, first, int(rows.max()) + 1)[rows - first]
+            before += source.rows
+        return found
 
     def whole(self, weight: Weight) -> F32:
         """Return a tensor that has to be computed."""
@@ -377,6 +384,21 @@ def widened(tensor: GgufTensor, blocks: U8) -> F32:
             hint="upgrade the gguf package, or download the file in another format",
         ) from error
     return values
+
+
+def _stacked(
+    name: str, shape: tuple[int, ...], sources: tuple[GgufTensor, ...], order: I64
+) -> Weight:
+    """A tensor of rows of several: rows as they are, where all are of one type."""
+    if len({source.type for source in sources}) == 1:
+        return Weight(name, shape, sources, order)
+    return Weight(name, shape, sources, undo=lambda *values: np.concatenate(values)[order])
+
+
+def _join_kv(keys: F32, values: F32) -> F32:
+    """Join ``[heads, rank, nope]`` and ``[heads, value, rank]`` to rows of ``rank`` inputs."""
+    joined = np.concatenate((keys.swapaxes(1, 2), values), axis=1)
+    return joined.reshape(-1, joined.shape[-1])
 
 
 def _halves_first(rows: int, heads: int) -> I64:

@@ -186,7 +186,7 @@ def dense_formats(weights: GgufWeights, matrices: Mapping[str, tuple[int, int]])
     for path in matrices:
         weight = weights.weights.get(weights.shared.get(f"{path}.weight", f"{path}.weight"))
         if weight is not None and (fmt := stored_as(weight.sources[0].type)) is not None:
-            found[path] = fmt
+            found[path] = fmt if weight.exact_type else _LARGER
     return found
 
 
@@ -208,10 +208,11 @@ def requantized(
     for path, fmt in dense.items():
         weight = weights.weights.get(f"{path}.weight")
         if weight is not None and weight.exact_type != fmt:
-            changed[weight.sources[0].type.name, fmt] = None
+            old = weight.sources[0].type.name + ("" if weight.exact_type else ", transposed,")
+            changed[old, fmt] = None
     if changed:
         listed = ", ".join(f"{old} to {new}" for old, new in changed)
-        yield f"quantized anew, for there are no kernels for what the file has: {listed}"
+        yield f"quantized anew, for no kernels take what the file has: {listed}"
 
 
 def _float_format(kind: BlockType) -> str:
