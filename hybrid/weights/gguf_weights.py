@@ -6,7 +6,6 @@ What a format of ours holds exactly is copied block by block; other types are qu
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +17,13 @@ from torch import Tensor
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.errors import CheckpointError
 from hybrid.gguf.header import GgufHeader, GgufTensor
+from hybrid.gguf.stored import LARGER, PLAIN, stored_as
 from hybrid.gguf.tensors import ExpertTensors, Weight, WeightFile
-from hybrid.gguf.types import BlockType
 from hybrid.weights.blocks import Blocks, Rows
 from hybrid.weights.weight_map import PIECE_BYTES, PIECE_ROWS, Target
 
-#: Formats that kernels compute with.
-_RUNNING = ("q4_0", "q8_0", "bf16", "f32")
-#: Types of single values, which are tensors of torch.
-PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-#: Other types of more bits than this are quantized anew to the larger of the two formats.
-_FEW_BITS = 4.5
-_LARGER, _SMALLER = "q8_0", "q4_0"
-
-
-def stored_as(kind: BlockType) -> str | None:
-    """Return the format that a type's weights are kept in; None where they are plain tensors."""
-    if kind.name in PLAIN:
-        return None
-    if kind.name in _RUNNING:
-        return kind.name
-    return _LARGER if kind.bits >= _FEW_BITS else _SMALLER
+#: Types of single values, as torch has them.
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -171,22 +156,13 @@ class GgufWeights:
         return Blocks(tensor, self.file.expert_blocks(tensor, expert, start, stop))
 
 
-def expert_format(header: GgufHeader) -> str | None:
-    """Return the format that keeps most of a file's experts as they are; None without experts."""
-    sizes: Counter[str] = Counter()
-    for tensor in header.tensors.values():
-        if tensor.name.endswith("_exps.weight"):
-            sizes[stored_as(tensor.type) or _float_format(tensor.type)] += tensor.nbytes
-    return sizes.most_common(1)[0][0] if sizes else None
-
-
 def dense_formats(weights: GgufWeights, matrices: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     """Return the format of each of a model's matrices that has blocks in the file."""
     found = {}
     for path in matrices:
         weight = weights.weights.get(weights.shared.get(f"{path}.weight", f"{path}.weight"))
         if weight is not None and (fmt := stored_as(weight.sources[0].type)) is not None:
-            found[path] = fmt if weight.exact_type else _LARGER
+            found[path] = fmt if weight.exact_type else LARGER
     return found
 
 
@@ -215,12 +191,8 @@ def requantized(
         yield f"quantized anew, for no kernels take what the file has: {listed}"
 
 
-def _float_format(kind: BlockType) -> str:
-    return "bf16" if kind.name == "bf16" else "f32"
-
-
 def _info(weight: Weight) -> GgufInfo:
-    plain = PLAIN.get(weight.exact_type or "", torch.float32)
+    plain = _DTYPES.get(weight.exact_type or "", torch.float32)
     nbytes = sum(source.nbytes for source in weight.sources)
     return GgufInfo(weight.name, weight.sources[0].path, plain, weight.shape, nbytes)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.ask.formats import DEFAULT_EXPERTS
+from hybrid.gguf.stored import stored
 from hybrid.gguf.tensors import WeightFile
 from hybrid.weights.checks import Checkpoint
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
-from hybrid.weights.gguf_weights import GgufWeights, dense_formats, expert_format, requantized
+from hybrid.weights.gguf_weights import GgufWeights, dense_formats, requantized
 from hybrid.weights.source_formats import source_quantizer
 from hybrid.weights.tensor_files import TensorReader
 from hybrid.weights.weight_map import WeightMap, Weights
@@ -79,5 +80,5 @@ def chosen_formats(
 def default_experts(checkpoint: Checkpoint) -> str:
     """Return the format that a checkpoint's experts are converted to where none is asked for."""
     if isinstance(checkpoint, GgufCheckpoint):
-        return expert_format(checkpoint.header) or DEFAULT_EXPERTS
+        return stored(checkpoint.header).experts or DEFAULT_EXPERTS
     return DEFAULT_EXPERTS

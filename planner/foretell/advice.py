@@ -120,7 +120,7 @@ def variants(request: Request) -> Iterator[tuple[str, bool, Request]]:
         if smaller and request.model.moe_layers:
             yield f"experts in {fmt}", True, replace(request, experts=fmt)
         if fmt in _smaller_dense(request):
-            yield f"dense weights in {fmt}", True, replace(request, dense=fmt)
+            yield f"dense weights in {fmt}", True, replace(request, dense=fmt, dense_bytes=None)
     half = max(request.prompt, request.context // 2)
     if half < request.context:
         yield f"context {half}", False, replace(request, context=half)
@@ -152,7 +152,7 @@ def remedies(request: Request) -> Iterator[str]:
             yield f"--context {context}"
             break
     for fmt in formats:
-        if replace(request, dense=fmt).fit().fits:
+        if replace(request, dense=fmt, dense_bytes=None).fit().fits:
             found = True
             yield f"--dense {fmt} (changes the output slightly)"
             break

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hybrid.formats.registry import weight_bytes
 from planner.cost.cost import CostModel
 from planner.decide.capacity import equal_capacities
 from planner.decide.popularity import Popularity
@@ -177,7 +176,7 @@ def fit(
             hint=f"use --context {model.context} or less",
         )
     experts = model.experts
-    dense = weight_bytes(model.dense_params, cost.dense_format)
+    dense = cost.dense_bytes
     cache = model.cached_numbers(context) * cost.kv_bytes * batch
     at_once = context if hardware.gpu else min(context, PIECE)
     workspace = workspace_bytes(cost, at_once * batch)
