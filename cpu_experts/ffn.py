@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cpu_experts.checks import check_matrix, check_packed
 from cpu_experts.jit.workers import LOCK, used_threads
 from cpu_experts.kernels import experts as kernels
-from cpu_experts.kernels.micro import code_offset
+from cpu_experts.kernels.dots import dot_table
 from cpu_experts.kernels.records import EXPERTS, Experts, fill_record
 from hybrid.formats.activations import activation_bytes
 from hybrid.formats.block import Block, separate
@@ -113,7 +113,7 @@ def _activations(x: F32, fmt: str, threads: int) -> tuple[U8, int, int]:
     stride = activation_bytes(cols)
     act = _WORKSPACE.get("activations", tokens * stride, np.uint8)
     scratch = _WORKSPACE.scratch(threads)
-    kernels.quantize_rows(x, np.int32(code_offset(fmt)), scratch, act, stride, threads)
+    kernels.quantize_rows(x, dot_table(fmt), scratch, act, stride, threads)
     return act, stride, packing.units(cols)
 
 
@@ -194,8 +194,9 @@ def run_experts(
 
     Notes
     -----
-    Reads each active expert's block once, however many tokens it has. q4_0 and q8_0 see
-    ``x`` and the intermediate activations as int8 in groups of 32, bf16 and f32 as float32;
+    Reads each active expert's block once, however many tokens it has. Quantized
+    formats see ``x`` and the intermediate activations as int8 in groups of 32, bf16 and f32 as
+    float32;
     sums are float32. A result does not depend on the number of threads.
     """
     check_matrix("x", x, (None, shape.hidden))
@@ -238,7 +239,7 @@ def _project(
         rows = targets if rows_are_pairs else targets // np.int32(expert_ids.shape[1])
         strips = pad(out.shape[1], TILE) // TILE
         kernels.project_pairs(
-            format_of(fmt).number,
+            dot_table(fmt),
             flat,
             stride,
             section,
@@ -327,7 +328,7 @@ def project_down(h: F32, expert_ids: Ids, blocks: U8, shape: Block) -> F32:
         _read_only(Experts(blocks=blocks, shape=shape).blocks),
         blocks.shape[0],
         blocks.shape[1],
-        shape.format,
+        shape.formats[1],
         shape.down_offset,
         shape.down_bias_offset if shape.bias else -1,
         True,

@@ -154,14 +154,14 @@ def gated(layout: Block, y: Tensor) -> Tensor:
 
 def expert(layout: Block, block: Tensor, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
-    d, packing = layout.hidden, layout.packing
-    y = _multiply(x, block[: layout.up_bytes], d, packing)
+    d = layout.hidden
+    y = _multiply(x, block[: layout.up_bytes], d, layout.packing)
     floats = block[layout.bias_offset :].view(torch.float32) if layout.bias else None
     if floats is not None:
         y = y + floats[: layout.up_rows]
     h = gated(layout, y)
     packed = block[layout.down_offset : layout.down_offset + layout.down_bytes]
-    y = _multiply(h, packed, layout.intermediate, packing)[:, :d]
+    y = _multiply(h, packed, layout.intermediate, layout.down_packing)[:, :d]
     return y if floats is None else y + floats[layout.up_rows : layout.up_rows + d]
 
 

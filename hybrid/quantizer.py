@@ -66,11 +66,9 @@ class HybridQuantizer(HfQuantizer):
             self._moved = _moved(index.layers[0].module, specs[0].path)
         places = {path: self._place(model, path) for path in index.dense}
         self._elsewhere = {path: place for path, place in places.items() if not self._in_text(path)}
-        dense = {
-            places[path]: (*shape, index.format_of_dense(path))
-            for path, shape in index.dense.items()
-        }
-        install_dense(model, dense)
+        dense = {places[path]: shape for path, shape in index.dense.items()}
+        formats = {place: index.format_of(path) for path, place in places.items()}
+        install_dense(model, dense, formats)
 
     def _in_text(self, path: str) -> bool:
         """Whether a module of the store lies where the experts do, as far as there are any."""

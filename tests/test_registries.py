@@ -73,7 +73,6 @@ def register_f8() -> None:
     register(
         Format(
             name="f8",
-            number=7,
             unit_bytes=TILE,
             unit_inputs=1,
             pack=pack,
@@ -155,14 +154,20 @@ def test_a_format_is_one_file_and_its_loop(tiny_model: Path, tmp_path: Path) -> 
 
 
 def run_without_loop() -> None:
-    """Put kernels together that cannot read a registered format; print what is said."""
+    """Use a registered format that the kernels cannot read; print what is said."""
     register_f8()
     from cpu_experts.errors import BackendError
     from cpu_experts.kernels import scalar
 
     del scalar.LOOPS["f8"]
+    import numpy as np
+
+    from cpu_experts.ffn import linear
+    from hybrid.formats.matrix import pack
+
+    weight, out = pack(np.zeros((16, 4), np.float32), "f8"), np.zeros((1, 16), np.float32)
     try:
-        import cpu_experts.ffn  # noqa: F401
+        linear(np.zeros((1, 4), np.float32), weight, "f8", None, out)
     except BackendError as error:
         print(error)
 

@@ -85,7 +85,7 @@ def _up(experts, counter, act, work, ids, active, h, buf):
         counter, experts["format"], blocks, experts["stride"], experts["up_strip"],
         experts["up_inner"], act, _ZERO, experts["kind"], experts["alpha"], experts["limit"],
         experts["up_offset"], experts["gated"], experts["up_bias"], experts["intermediate"],
-        experts["offset"], active, ids, work.firsts, work.zeros, h, experts["h_stride"], buf,
+        experts["down_format"], active, ids, work.firsts, work.zeros, h, experts["h_stride"], buf,
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _down(experts, counter, work, ids, active, weights, h, buf):
     blocks = bytes_at(experts["at"], experts["count"] * experts["stride"])
     step = experts["strips"]
     down_items(
-        counter, experts["format"], blocks, experts["stride"], experts["section"],
+        counter, experts["down_format"], blocks, experts["stride"], experts["section"],
         experts["down_strip"], experts["down_inner"], h, experts["h_stride"],
         experts["down_bias"], active, ids, work.firsts, work.rows, work.rows, active, weights,
         step, work.x_row, buf,
@@ -112,7 +112,7 @@ def _compressed_queries(layer, state, counter, cos, sin, paired, work, w):
     q_b, queries = latent["q_b"], work.qkv
     if q_b["rows"]:
         normalize(latent["q_norm"], work.qkv, normed)
-        act = activate(q_b["format"], q_b["offset"], normed, q_b["cols"], memory)
+        act = activate(q_b["format"], normed, q_b["cols"], memory)
         queries = work.queries
         items = multiply_items(
             counter, QUERY, q_b, act, work.rows, buf, np.float32(1), False, queries
@@ -129,10 +129,9 @@ def _compressed_queries(layer, state, counter, cos, sin, paired, work, w):
 def _attention(layer, state, counter, cos, sin, paired, work, w):
     one = np.float32(1)
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
-    q, o = layer["q"], layer["o"]
+    o = layer["o"]
     normalize(layer["norm"], work.x, normed)
-    act = activate(q["format"], q["offset"], normed, q["cols"], memory)
-    items = project_items(counter, PROJECT, layer, act, work.rows, buf, work.qkv)
+    items = project_items(counter, PROJECT, layer, normed, memory, work.rows, buf, work.qkv)
     wait_for(counter, PROJECT + 1, items)
     compressed = layer["latent"]["rank"] > 0
     if compressed:
@@ -152,7 +151,7 @@ def _attention(layer, state, counter, cos, sin, paired, work, w):
         wait_for(counter, EXPAND + 1, items)
     for i in range(o["cols"]):
         normed[i] = found[i]
-    act = activate(o["format"], o["offset"], normed, o["cols"], memory)
+    act = activate(o["format"], normed, o["cols"], memory)
     scale = layer["residual"] * one
     items = multiply_items(counter, OUTPUT, o, act, work.rows, buf, scale, True, work.x)
     wait_for(counter, OUTPUT + 1, items)
@@ -174,7 +173,7 @@ def _feed_forward(layer, counter, spent, since, work, w):
     top_k = router["top_k"]
     if top_k:
         matrix = router["matrix"]
-        act = activate(matrix["format"], matrix["offset"], normed, matrix["cols"], memory)
+        act = activate(matrix["format"], normed, matrix["cols"], memory)
         items = multiply_items(counter, ROUTE, matrix, act, work.rows, buf, one, False, work.scores)
         wait_for(counter, ROUTE + 1, items)
         choice = work.my_choice[w]
@@ -185,11 +184,11 @@ def _feed_forward(layer, counter, spent, since, work, w):
         if router["gated_shared"]:
             share = layer["residual"] / (one + np.exp(-work.scores[count]))
         since = _spend(spent, ATTENTION, since, w)
-        act = activate(experts["format"], experts["offset"], normed, work.x.size, memory)
+        act = activate(experts["format"], normed, work.x.size, memory)
         _up(experts, counter[EXPERTS:], act, work, ids, top_k, work.h, buf)
         since = _spend(spent, ROUTED, since, w)
     if shared["count"]:
-        act = activate(shared["format"], shared["offset"], normed, work.x.size, memory)
+        act = activate(shared["format"], normed, work.x.size, memory)
         _up(shared, counter[SHARED:], act, work, work.firsts, _ONE, work.h_shared, buf)
         since = _spend(spent, DENSE, since, w)
     if top_k:
@@ -224,7 +223,7 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
     last, normed = head[0], work.my_normed[w]
     matrix = last["matrix"]
     normalize(last["norm"], work.x, normed)
-    act = activate(matrix["format"], matrix["offset"], normed, matrix["cols"], work.my_act[w])
+    act = activate(matrix["format"], normed, matrix["cols"], work.my_act[w])
     scale = last["scale"] * np.float32(1)
     multiply_items(
         work.counters[layers.size], OUTPUT, matrix, act, work.rows, work.my_buf[w], scale,

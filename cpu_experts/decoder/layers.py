@@ -8,7 +8,7 @@ from typing import Any
 
 from cpu_experts.checks import check_floats, check_packed
 from cpu_experts.decoder.records import SOFTMAX, SPARSEMIXER
-from cpu_experts.kernels.micro import code_offset
+from cpu_experts.kernels.dots import dot_table
 from cpu_experts.kernels.records import Experts, address, fill_record
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.matrix import packed_bytes
@@ -48,11 +48,10 @@ class Matrix:
             "bias": address(self.bias),
             "rows": self.rows,
             "cols": self.cols,
-            "format": packing.number,
+            "format": dot_table(self.format),
             "strip_bytes": strip,
             "inner": packing.units(self.cols),
             "strips": max(1, _ITEM_BYTES // strip),
-            "offset": code_offset(self.format),
         }
 
 
@@ -238,7 +237,7 @@ class Layer:
     norm, ffn_norm
         Before attention and before the experts, ``[D]``.
     q, k, v, o
-        Projections; the first three in one format.
+        Projections, each of its own format.
     heads, kv_heads, head_dim
         Of attention. With a compressed cache all heads see one key of ``head_dim``, and
         ``kv_heads`` are the groups of heads that threads take.
@@ -290,8 +289,6 @@ class Layer:
             raise ShapeError(f"projections have {found} rows, the heads take {wanted}")
         if self.heads % self.kv_heads:
             raise ShapeError(f"{self.heads} heads do not share {self.kv_heads}")
-        if len({matrix.format for matrix in self.projections}) > 1:
-            raise ShapeError("q, k and v must have one format")
         check_floats("sinks", self.sinks, self.heads)
         if (self.router is None) != (self.experts is None):
             raise ShapeError("a layer has a router and experts, or neither")

@@ -71,7 +71,7 @@ def query_items(
             source, out = queries[head * (nope + rope) :], wide[head * dim :]
             for i in range(nope):
                 normed[i] = source[i]
-            act = activate(absorb["format"], absorb["offset"], normed, nope, memory)
+            act = activate(absorb["format"], normed, nope, memory)
             first = head * strips
             multiply_strips(
                 absorb, first, first + strips, first, act, rows, buf, scaling, False, out,
@@ -100,7 +100,7 @@ def value_items(counter, at, layer, attended, normed, memory, rows, buf, out):
         source = attended[head * dim + latent["rope"] :]
         for i in range(rank):
             normed[i] = source[i]
-        act = activate(matrix["format"], matrix["offset"], normed, rank, memory)
+        act = activate(matrix["format"], normed, rank, memory)
         first = (head * (nope + value) + nope) // TILE
         multiply_strips(
             matrix, first, first + value // TILE, first, act, rows, buf, np.float32(1), False,

@@ -17,10 +17,12 @@ import numpy as np
 from cpu_experts.decoder.records import SIGMOID, SOFTMAX_OF_CHOSEN, SPARSEMIXER
 from cpu_experts.jit.addresses import bytes_at, floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.experts import dot_rows, is_quantized
+from cpu_experts.kernels.dots import is_quantized, sums_for
+from cpu_experts.kernels.experts import dot_rows
 from cpu_experts.kernels.micro import fetch_add, quantize_group
 from hybrid.formats.activations import ACT_GROUP
-from hybrid.formats.strips import GROUP, TILE
+from hybrid.formats.groups import GROUPS
+from hybrid.formats.strips import GROUP, SUPER, TILE
 
 #: Arguments of one type: numba compiles a function anew for every number written out in a call.
 _ZERO, _ONE = np.int64(0), np.int64(1)
@@ -50,17 +52,20 @@ def normalize(norm, x, out):
 
 
 @kernel()
-def activate(fmt, offset, x, cols, act):
+def activate(fmt, x, cols, act):
     """Return ``x[:cols]`` as the micro-kernels of a format take it, quantized into ``act``.
 
-    ``x`` has room for whole groups; what is behind ``cols`` becomes zero.
+    ``x`` has room for whole groups, ``act`` for whole super-blocks; what is behind ``cols`` becomes
+    zero.
     """
     if not is_quantized(fmt):
         return x.view(np.uint8)
     groups = -(-cols // GROUP)
     x[cols : groups * GROUP] = 0
+    sums = sums_for(fmt)
     for g in range(groups):
-        quantize_group(x, g * GROUP, offset, act, g * ACT_GROUP)
+        quantize_group(x, g * GROUP, sums, act, g * ACT_GROUP)
+    act[groups * ACT_GROUP : -(-cols // SUPER) * GROUPS * ACT_GROUP] = 0
     return act
 
 
@@ -121,24 +126,37 @@ def multiply_items(counter, at, matrix, act, rows, buf, scale, add, out):
 
 
 @kernel()
-def project_items(counter, at, layer, act, rows, buf, qkv):
-    """Take items of the three projections in front of attention; return how many there are."""
+def project_items(counter, at, layer, normed, memory, rows, buf, qkv):
+    """Take items of the three projections in front of attention; return how many there are.
+
+    Each finds ``normed`` as its format takes it, in ``memory``, made anew where that changes.
+    """
     q, k, v = layer["q"], layer["k"], layer["v"]
     in_q, in_k, in_v = -(-q["rows"] // TILE), -(-k["rows"] // TILE), -(-v["rows"] // TILE)
     strips, step = in_q + in_k + in_v, q["strips"]
-    one = np.float32(1)
+    one, made = np.float32(1), q["format"]
+    act = activate(made, normed, q["cols"], memory)
     while True:
         first = fetch_add(counter, at) * step
         if first >= strips:
             break
         last = min(first + step, strips)
         here = min(last, in_q)
+        if here > first and made != q["format"]:
+            made = q["format"]
+            act = activate(made, normed, q["cols"], memory)
         multiply_strips(q, first, here, first, act, rows, buf, one, False, qkv, _ZERO)
         first, last = max(first - in_q, 0), last - in_q
         here, behind = min(last, in_k), q["rows"]
+        if here > first and made != k["format"]:
+            made = k["format"]
+            act = activate(made, normed, k["cols"], memory)
         multiply_strips(k, first, here, first, act, rows, buf, one, False, qkv, behind)
         first, last = max(first - in_k, 0), last - in_k
         behind += k["rows"]
+        if last > first and made != v["format"]:
+            made = v["format"]
+            act = activate(made, normed, v["cols"], memory)
         multiply_strips(v, first, last, first, act, rows, buf, one, False, qkv, behind)
         fetch_add(counter, at + 1)
     return -(-strips // step)

@@ -10,7 +10,8 @@ import numpy as np
 
 from cpu_experts.kernels.records import EXPERTS
 
-#: A packed matrix ``[rows, cols]``: ``inner`` steps of a strip, ``strips`` that one item takes.
+#: A packed matrix ``[rows, cols]``: ``format`` is its table's address, ``inner`` are the units of a
+#: strip, ``strips`` those that one item takes.
 MATRIX = np.dtype(
     [
         ("at", "i8"),
@@ -21,7 +22,6 @@ MATRIX = np.dtype(
         ("strip_bytes", "i8"),
         ("inner", "i8"),
         ("strips", "i8"),
-        ("offset", "i4"),
     ],
     align=True,
 )

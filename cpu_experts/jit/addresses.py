@@ -44,9 +44,15 @@ if config.DISABLE_JIT:
         pointer = ctypes.cast(int(address), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(pointer, (int(size),))
 
+    def words_at(address: Any, size: Any) -> Any:
+        """Return the int64 array ``[size]`` at an address."""
+        pointer = ctypes.cast(int(address), ctypes.POINTER(ctypes.c_int64))
+        return np.ctypeslib.as_array(pointer, (int(size),))
+
 else:
     _byte_pointer = _pointer_to(types.uint8, ir.IntType(8))
     _float_pointer = _pointer_to(types.float32, ir.FloatType())
+    _word_pointer = _pointer_to(types.int64, ir.IntType(64))
 
     @njit(nogil=True)
     def bytes_at(address: Any, size: Any) -> Any:
@@ -57,3 +63,8 @@ else:
     def floats_at(address: Any, size: Any) -> Any:
         """Return the float32 array ``[size]`` at an address."""
         return carray(_float_pointer(address), (size,))
+
+    @njit(nogil=True)
+    def words_at(address: Any, size: Any) -> Any:
+        """Return the int64 array ``[size]`` at an address."""
+        return carray(_word_pointer(address), (size,))

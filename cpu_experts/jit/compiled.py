@@ -55,7 +55,7 @@ _SOURCES = (Path(__file__).parents[1], Path(registry.__file__).parent)
 def _salt() -> str:
     parts = [numba.__version__, llvmlite.__version__, LEVEL, str(EMULATED)]
     parts += [get_host_cpu_name(), *sorted(host_features())]
-    parts += [f"{known.name} {known.number}" for known in registry.FORMATS.values()]
+    parts += list(registry.FORMATS)
     digest = hashlib.sha256("\n".join(parts).encode())
     for folder in _SOURCES:
         for source in sorted(folder.rglob("*.py")):

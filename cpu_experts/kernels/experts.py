@@ -21,8 +21,9 @@ import math
 import numpy as np
 from numba import prange
 
-from cpu_experts.jit.addresses import bytes_at, floats_at
+from cpu_experts.jit.addresses import bytes_at, floats_at, words_at
 from cpu_experts.jit.compiled import kernel
+from cpu_experts.kernels.dots import SIZE, dot, is_quantized, sums_for
 from cpu_experts.kernels.micro import (
     ROW_BLOCKS,
     add_strip,
@@ -31,19 +32,15 @@ from cpu_experts.kernels.micro import (
     multiply_strip,
     quantize_group,
     silu_strip,
-    strip_dot_of_any,
     wait_for,
 )
 from hybrid.formats.activations import ACT_GROUP
 from hybrid.formats.block import ACTIVATIONS
-from hybrid.formats.registry import FORMATS
 from hybrid.formats.strips import GROUP, TILE
 
 SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID = (
     ACTIVATIONS.index(name) for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
 )
-#: A bit for the number of every quantized format.
-_QUANTIZED = sum(1 << known.number for known in FORMATS.values() if known.quantized)
 WIDE, MIDDLE, _ = ROW_BLOCKS
 #: Activation rows that meet a strip before the next strip does: a strip stays in the nearest
 #: cache meanwhile, the rows in the one behind it. A multiple of every ``WIDE``.
@@ -55,33 +52,27 @@ SCRATCH_WIDTH = SCRATCH + 16
 #: What :func:`run_routed` works in, in the order of their addresses.
 BUFFERS = ("activations", "experts", "first", "pairs", "rows", "order", "h", "counter", "scratch")
 
-_wide, _middle, _one = (strip_dot_of_any(n) for n in ROW_BLOCKS)
-
-
-@kernel()
-def is_quantized(fmt):
-    """Whether the format of this number has groups, and so takes int8 activations."""
-    return (_QUANTIZED >> fmt) & 1 == 1
-
 
 @kernel()
 def dot_rows(fmt, w, w_at, then_at, act, stride, rows, first, count, inner, out, out_at):
     """Multiply one strip with ``count`` activation rows into ``out`` ``[count, 16]``.
 
-    The strip that is read next begins at byte ``then_at``.
+    ``fmt`` is the address of the format's table (:mod:`cpu_experts.kernels.dots`). The strip that
+    is read next begins at byte ``then_at``.
     """
+    table = words_at(fmt, SIZE)
     t = np.int64(0)
     while t < count:
         o = out_at + TILE * t
         r = first + t
         if count - t >= WIDE:
-            _wide(fmt, w, w_at, then_at, act, stride, rows, r, inner, out, o)
+            dot(table[0], w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += WIDE
         elif count - t >= MIDDLE:
-            _middle(fmt, w, w_at, then_at, act, stride, rows, r, inner, out, o)
+            dot(table[1], w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += MIDDLE
         else:
-            _one(fmt, w, w_at, then_at, act, stride, rows, r, inner, out, o)
+            dot(table[2], w, w_at, then_at, act, stride, rows, r, inner, out, o)
             t += 1
 
 
@@ -116,31 +107,37 @@ def sort_pairs(ids, num_experts, experts, first, pairs):
 
 
 @kernel()
-def _quantize_row(x, row, cols, offset, tail, act, stride):
-    """Quantize ``x[row, :cols]`` into activation row ``row``; ``tail`` is 32 floats of scratch."""
+def _quantize_row(x, row, cols, sums, tail, act, stride):
+    """Quantize ``x[row, :cols]`` into activation row ``row``; ``tail`` is 32 floats of scratch.
+
+    What is behind them becomes zero, up to a whole super-block.
+    """
     flat = x.reshape(-1)
     whole = cols // GROUP
     for g in range(whole):
-        quantize_group(flat, row * cols + g * GROUP, offset, act, row * stride + g * ACT_GROUP)
+        quantize_group(flat, row * cols + g * GROUP, sums, act, row * stride + g * ACT_GROUP)
     if whole * GROUP < cols:
         tail[:GROUP] = 0
         rest = x[row, whole * GROUP :]
         for k in range(cols - whole * GROUP):
             tail[k] = rest[k]
-        quantize_group(tail, 0, offset, act, row * stride + whole * ACT_GROUP)
+        quantize_group(tail, 0, sums, act, row * stride + whole * ACT_GROUP)
+        whole += 1
+    act[row * stride + whole * ACT_GROUP : (row + 1) * stride] = 0
 
 
 @kernel(parallel=True)
-def quantize_rows(x, offset, scratch, act, stride, threads):
+def quantize_rows(x, fmt, scratch, act, stride, threads):
     """Quantize the rows of ``x`` ``[T, K]`` into activation rows of ``stride`` bytes."""
     tokens, cols = x.shape
+    sums = sums_for(fmt)
     if tokens * cols < 65536:
         for t in range(tokens):
-            _quantize_row(x, t, cols, offset, scratch[0], act, stride)
+            _quantize_row(x, t, cols, sums, scratch[0], act, stride)
     else:
         for w in prange(threads):
             for t in range(w * tokens // threads, (w + 1) * tokens // threads):
-                _quantize_row(x, t, cols, offset, scratch[w], act, stride)
+                _quantize_row(x, t, cols, sums, scratch[w], act, stride)
 
 
 @kernel()
@@ -182,10 +179,11 @@ def _activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at)
 @kernel()
 def up_items(
     counter, fmt, blocks, block_stride, strip, inner, act, act_stride,
-    kind, alpha, limit, up_offset, gated, bias_at, intermediate, offset,
+    kind, alpha, limit, up_offset, gated, bias_at, intermediate, down_fmt,
     active, experts, first, rows, h, h_stride, buf,
 ):  # fmt: skip
-    """Take (expert, 32 rows of h) items: gate and up, activation, quantize h."""
+    """Take (expert, 32 rows of h) items: gate and up, activation, quantize h for ``down_fmt``."""
+    sums, quantized = sums_for(down_fmt), is_quantized(down_fmt)
     sides = 2 if gated else 1
     per_expert = -(-intermediate // GROUP)
     flat_h = h.view(np.float32)
@@ -220,11 +218,13 @@ def up_items(
                     _activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
                 own = h_at + t * GROUP
                 width = min(GROUP, intermediate - group * GROUP)
-                if is_quantized(fmt):
+                if quantized:
                     if width < GROUP:
                         buf[own + width : own + GROUP] = 0
                     at = (p + t) * h_stride + group * ACT_GROUP
-                    quantize_group(buf, own, offset, h, at)
+                    quantize_group(buf, own, sums, h, at)
+                    if group + 1 == per_expert:
+                        h[at + ACT_GROUP : (p + t + 1) * h_stride] = 0
                 else:
                     at = (p + t) * intermediate + group * GROUP
                     source, target = buf[own:], flat_h[at:]
@@ -284,7 +284,7 @@ def down_items(
 def run_pairs(
     fmt, blocks, block_stride, up_strip, up_inner, section, down_strip, down_inner,
     act, act_stride, kind, alpha, limit, up_offset, gated, up_bias, down_bias, intermediate,
-    offset, active, experts, first, pairs, rows, order, top_k, weights, h, h_stride,
+    down_fmt, active, experts, first, pairs, rows, order, top_k, weights, h, h_stride,
     strips_an_item, counter, scratch, threads, out,
 ):  # fmt: skip
     """Add every pair's weighted expert output to ``out``: one region, up then down."""
@@ -295,11 +295,11 @@ def run_pairs(
     for w in prange(threads):
         up_items(
             counter, fmt, blocks, block_stride, up_strip, up_inner, act, act_stride,
-            kind, alpha, limit, up_offset, gated, up_bias, intermediate, offset,
+            kind, alpha, limit, up_offset, gated, up_bias, intermediate, down_fmt,
             active, experts, first, rows, h, h_stride, scratch[w],
         )  # fmt: skip
         down_items(
-            counter, fmt, blocks, block_stride, section, down_strip, down_inner, h, h_stride,
+            counter, down_fmt, blocks, block_stride, section, down_strip, down_inner, h, h_stride,
             down_bias, active, experts, first, order, pairs, top_k, weights, strips_an_item,
             out, scratch[w],
         )  # fmt: skip
@@ -329,15 +329,15 @@ def run_routed(table, x, ids, weights, work, act_stride, out, threads):
     scratch = floats_at(work[8], threads * SCRATCH_WIDTH).reshape(threads, SCRATCH_WIDTH)
     if is_quantized(e["format"]):
         act, stride = bytes_at(work[0], tokens * act_stride), act_stride
-        quantize_rows(x, e["offset"], scratch, act, stride, threads)
+        quantize_rows(x, e["format"], scratch, act, stride, threads)
     else:
         act, stride = x.reshape(-1).view(np.uint8), 4 * x.shape[1]
     run_pairs(
         e["format"], blocks, e["stride"], e["up_strip"], e["up_inner"], e["section"],
         e["down_strip"], e["down_inner"], act, stride, e["kind"], e["alpha"], e["limit"],
-        e["up_offset"], e["gated"], e["up_bias"], e["down_bias"], e["intermediate"], e["offset"],
-        active, experts, first, pairs, rows, order, top_k, weights.reshape(-1), h, e["h_stride"],
-        e["strips"], counter, scratch, threads, out,
+        e["up_offset"], e["gated"], e["up_bias"], e["down_bias"], e["intermediate"],
+        e["down_format"], active, experts, first, pairs, rows, order, top_k, weights.reshape(-1),
+        h, e["h_stride"], e["strips"], counter, scratch, threads, out,
     )  # fmt: skip
 
 

@@ -12,20 +12,20 @@ if SCALAR or TYPE_CHECKING:  # both have the same names, and the scalar ones hav
         READ_WORDS,
         ROW_BLOCKS,
         add_strip,
-        code_offset,
         copy_strip,
         exp_all,
         largest_of,
+        micro_kernel,
         multiply_strip,
         quantize_group,
         silu_strip,
         strip_dot,
-        strip_dot_of_any,
         sum_words,
+        sums_of,
         to_half,
     )
 else:
-    from cpu_experts.kernels.simd import quantize_group, strip_dot, strip_dot_of_any
+    from cpu_experts.kernels.simd import micro_kernel, quantize_group, strip_dot
     from cpu_experts.kernels.simd_dense import (
         READ_WORDS,
         add_strip,
@@ -37,23 +37,23 @@ else:
         sum_words,
         to_half,
     )
-    from cpu_experts.kernels.simd_loops import ROW_BLOCKS, code_offset
+    from cpu_experts.kernels.simd_loops import ROW_BLOCKS, sums_of
 
 __all__ = [
     "READ_WORDS",
     "ROW_BLOCKS",
     "add_strip",
-    "code_offset",
     "copy_strip",
     "exp_all",
     "fetch_add",
     "largest_of",
+    "micro_kernel",
     "multiply_strip",
     "quantize_group",
     "silu_strip",
     "strip_dot",
-    "strip_dot_of_any",
     "sum_words",
+    "sums_of",
     "ticks",
     "to_half",
     "wait_for",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_experts.kernels.micro import code_offset
+from cpu_experts.kernels.dots import dot_table
 from hybrid.formats.activations import activation_bytes
 from hybrid.formats.block import ACTIVATIONS, Block
 from hybrid.formats.errors import ShapeError
@@ -51,7 +51,7 @@ class Experts:
     @property
     def h_stride(self) -> int:
         """Bytes of the intermediate activations of one expert."""
-        if self.shape.quantized:
+        if self.shape.down_packing.quantized:
             return activation_bytes(self.shape.intermediate)
         return 4 * self.shape.intermediate
 
@@ -71,12 +71,13 @@ _EXPERTS: dict[str, tuple[str, Callable[[Experts, int], Any]]] = {
     "at": ("i8", lambda e, _: address(e.blocks)),
     "count": ("i8", lambda e, _: e.blocks.shape[0]),
     "stride": ("i8", lambda e, _: e.blocks.shape[1]),
-    "format": ("i8", lambda e, _: e.shape.packing.number),
+    "format": ("i8", lambda e, _: dot_table(e.shape.format)),
+    "down_format": ("i8", lambda e, _: dot_table(e.shape.formats[1])),
     "up_strip": ("i8", lambda e, _: e.shape.up_strip_bytes),
     "up_inner": ("i8", lambda e, _: e.shape.packing.units(e.shape.hidden)),
     "section": ("i8", lambda e, _: e.shape.down_offset),
     "down_strip": ("i8", lambda e, _: e.shape.down_strip_bytes),
-    "down_inner": ("i8", lambda e, _: e.shape.packing.units(e.shape.intermediate)),
+    "down_inner": ("i8", lambda e, _: e.shape.down_packing.units(e.shape.intermediate)),
     "kind": ("i8", lambda e, _: ACTIVATIONS.index(e.shape.activation)),
     "gated": ("i8", lambda e, _: e.shape.gated),
     "up_bias": ("i8", lambda e, _: e.shape.bias_offset if e.shape.bias else -1),
@@ -90,7 +91,6 @@ _EXPERTS: dict[str, tuple[str, Callable[[Experts, int], Any]]] = {
     "alpha": ("f4", lambda e, _: e.shape.alpha),
     "limit": ("f4", lambda e, _: e.shape.limit),
     "up_offset": ("f4", lambda e, _: e.shape.up_offset),
-    "offset": ("i4", lambda e, _: code_offset(e.shape.format)),
 }
 
 #: Experts in blocks; ``count`` 0: there are none.

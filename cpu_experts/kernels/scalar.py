@@ -14,27 +14,21 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import config, njit
+from llvmlite import ir
+from numba import config, njit, types
 
 from cpu_experts.errors import BackendError
+from cpu_experts.jit.addresses import bytes_at, floats_at
+from cpu_experts.kernels import scalar_groups
+from cpu_experts.kernels.calling import declare
+from cpu_experts.kernels.scalar_groups import half
 from hybrid.formats.activations import ACT_GROUP
 from hybrid.formats.groups import TINY
-from hybrid.formats.registry import FORMATS
+from hybrid.formats.registry import format_of
 from hybrid.formats.strips import GROUP, TILE
 
 ROW_BLOCKS = (4, 2, 1)
 READ_WORDS = 64
-
-
-@njit(nogil=True)
-def _half(bits: Any) -> Any:
-    """The value of an fp16 given as 16 bits."""
-    size = np.uint32(np.uint32(bits & 0x7FFF) << np.uint32(13))
-    if size >= 0x0F800000:  # infinite or NaN
-        value = np.uint32(size | np.uint32(0x7F800000)).view(np.float32)
-    else:  # the exponents' biases are 112 apart; this widens subnormal numbers too
-        value = np.uint32(size).view(np.float32) * np.float32(2.0**112)
-    return -value if bits >> 15 else value
 
 
 @njit(nogil=True)
@@ -70,7 +64,7 @@ def _q4_0(w: Any, w_at: Any, act: Any, act_at: Any, groups: Any, out: Any, out_a
                     k = 4 * chunk + byte
                     total += (np.int32(both & 15) - 8) * np.int32(x[k])
                     total += (np.int32(both >> 4) - 8) * np.int32(x[16 + k])
-            out[out_at + row] += np.float32(total) * (_half(scales[row]) * scale[0])
+            out[out_at + row] += np.float32(total) * (half(scales[row]) * scale[0])
 
 
 @njit(nogil=True)
@@ -87,7 +81,7 @@ def _q8_0(w: Any, w_at: Any, act: Any, act_at: Any, groups: Any, out: Any, out_a
                     total += np.int32(block[64 * chunk + 4 * row + byte]) * np.int32(
                         x[4 * chunk + byte]
                     )
-            out[out_at + row] += np.float32(total) * (_half(scales[row]) * scale[0])
+            out[out_at + row] += np.float32(total) * (half(scales[row]) * scale[0])
 
 
 @njit(nogil=True)
@@ -96,7 +90,7 @@ def _f16(w: Any, w_at: Any, act: Any, act_at: Any, cols: Any, out: Any, out_at: 
     bits = w[w_at : w_at + 2 * TILE * cols].view(np.uint16)
     for k in range(cols):
         for row in range(TILE):
-            out[out_at + row] += _half(bits[TILE * k + row]) * x[k]
+            out[out_at + row] += half(bits[TILE * k + row]) * x[k]
 
 
 @njit(nogil=True)
@@ -125,11 +119,17 @@ LOOPS: dict[str, Callable[..., None]] = {
     "f16": _f16,
     "bf16": _bf16,
     "f32": _f32,
-}
+} | scalar_groups.LOOPS
 
 
-def code_offset(fmt: str) -> int:
-    """See :func:`cpu_experts.kernels.simd_loops.code_offset`; these kernels shift nothing."""
+def sums_of(fmt: str) -> int:
+    """See :func:`cpu_experts.kernels.simd_loops.sums_of`; these kernels need no sums.
+
+    Raises
+    ------
+    BackendError
+        When there is no loop of this format.
+    """
     if fmt not in LOOPS:
         raise BackendError(f"the scalar kernels do not know the weight format {fmt!r}")
     return 0
@@ -149,46 +149,33 @@ def strip_dot(fmt: str, n: int) -> Any:
     return dot
 
 
-def strip_dot_of_any(n: int) -> Any:
-    """See :func:`cpu_experts.kernels.simd.strip_dot_of_any`."""
-    one = _any_row()
+def micro_kernel(context: Any, b: Any, fmt: str, n: int) -> Any:
+    """See :func:`cpu_experts.kernels.simd.micro_kernel`: the loop behind plain addresses."""
+    name = f"strip_dot_{fmt}_{n}"
+    if name in b.module.globals:
+        return b.module.globals[name]
+    known, one, pointer = format_of(fmt), LOOPS[fmt], types.int64
+    unit = np.int64(known.unit_bytes)
+    x_bytes = np.int64(known.unit_inputs // GROUP * ACT_GROUP if known.quantized else 4)
 
-    @njit(nogil=True)
-    def dot(fmt, w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
+    def dot(w, act, stride, rows, inner, out):
+        strip, index = bytes_at(w, inner * unit), bytes_at(rows, 4 * n).view(np.int32)
+        sums = floats_at(out, TILE * n)
+        sums[:] = 0
         for t in range(n):
-            at = out_at + TILE * t
-            out[at : at + TILE] = 0
-            one(fmt, w, w_at, act, rows[rows_at + t] * stride, inner, out, at)
+            x = bytes_at(act + index[t] * stride, inner * x_bytes)
+            one(strip, 0, x, 0, inner, sums, TILE * t)
 
-    return dot
-
-
-def _any_row() -> Any:
-    """A strip times one activation row, the format's number in front."""
-    *others, last = (known for known in FORMATS.values() if known.name in LOOPS)
-    chain = _last(LOOPS[last.name])
-    for known in reversed(others):
-        chain = _either(known.number, LOOPS[known.name], chain)
-    return chain
-
-
-def _last(one: Any) -> Any:
-    @njit(nogil=True)
-    def chain(fmt, w, w_at, act, act_at, inner, out, out_at):
-        one(w, w_at, act, act_at, inner, out, out_at)
-
-    return chain
-
-
-def _either(number: int, one: Any, others: Any) -> Any:
-    @njit(nogil=True)
-    def chain(fmt, w, w_at, act, act_at, inner, out, out_at):
-        if fmt == number:
-            one(w, w_at, act, act_at, inner, out, out_at)
-        else:
-            others(fmt, w, w_at, act, act_at, inner, out, out_at)
-
-    return chain
+    function = declare(b.module, name)
+    own = ir.IRBuilder(function.append_basic_block())
+    w, _, act, stride, rows, inner, out = function.args
+    w, act, rows, out = (own.ptrtoint(at, ir.IntType(64)) for at in (w, act, rows, out))
+    signature = types.void(*[pointer] * 6)
+    compiled = context.compile_subroutine(own, dot, signature)
+    args = [w, act, stride, rows, inner, out]
+    context.call_internal_no_propagate(own, compiled.fndesc, signature, args)
+    own.ret_void()
+    return function
 
 
 @njit(nogil=True)
@@ -221,8 +208,8 @@ def copy_strip(x: Any, at: Any, out: Any, out_at: Any) -> None:
 
 
 @njit(nogil=True)
-def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
-    """See :func:`cpu_experts.kernels.simd.quantize_group`; these kernels need no start value."""
+def quantize_group(x: Any, at: Any, sums: Any, act: Any, act_at: Any) -> None:
+    """See :func:`cpu_experts.kernels.simd.quantize_group`; these kernels need no sums."""
     top = np.float32(0)
     for i in range(GROUP):
         size = abs(x[at + i])
@@ -232,7 +219,8 @@ def quantize_group(x: Any, at: Any, offset: Any, act: Any, act_at: Any) -> None:
                 break
     codes = act[act_at : act_at + GROUP].view(np.int8)
     tail = act[act_at + GROUP : act_at + ACT_GROUP].view(np.float32)
-    tail[0], tail[1] = top / np.float32(127), 0
+    tail[:] = 0
+    tail[0] = top / np.float32(127)
     finite = top > TINY and top < np.inf
     inverse = np.float32(127) / top if finite else np.float32(0)
     for i in range(GROUP):

@@ -4,9 +4,9 @@ One micro-kernel does all the arithmetic: a strip of 16 weight rows times ``n`` 
 (:func:`strip_dot`). It is emitted once per format, level and ``n``, around the loops of
 :mod:`cpu_experts.kernels.simd_loops`.
 
-Activation rows for the quantized formats are ``ACT_GROUP`` = 40 bytes a group of 32: 32 int8
-codes, a float32 scale, and a start value that folds the weights' offset (-8 times the sum of
-the codes for q4_0) into the accumulator.
+Activation rows for the quantized formats are ``ACT_GROUP`` = 44 bytes a group of 32: 32 int8
+codes, a float32 scale, and two words of sums of the codes, by which a format makes up for what its
+own codes are shifted by, or multiplies its minima (:func:`quantize_group`).
 """
 
 # numba calls the intrinsics with its own types and compiler state.
@@ -36,10 +36,10 @@ from cpu_experts.jit.ir import (
     splat,
     store,
 )
-from cpu_experts.jit.simd_level import LEVEL
-from cpu_experts.kernels.simd_loops import LANES, LOOPS, PARTS, loop_of
+from cpu_experts.kernels.calling import declare, operands
+from cpu_experts.kernels.simd_loops import AS_FLOATS, BY_HALVES, SCALE_AT, SUMS_AT, loop_of
+from cpu_experts.kernels.vectors import LANES, PARTS
 from hybrid.formats.groups import TINY
-from hybrid.formats.registry import FORMATS
 from hybrid.formats.strips import GROUP, TILE
 
 #: Added to a float32 below 2^22 in size, leaves it rounded (halves to even) in the last bits.
@@ -51,7 +51,7 @@ def strip_dot(fmt: str, n: int) -> Any:
 
     ``dot(w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at)`` multiplies the strip
     that starts at byte ``w_at`` of ``w`` with the activation rows ``rows[rows_at : rows_at + n]``,
-    each ``stride`` bytes in ``act``, over ``inner`` groups (inputs for floats), and writes float32
+    each ``stride`` bytes in ``act``, over ``inner`` units, and writes float32
     ``[n, 16]`` at ``out[out_at:]``. ``inner`` is at least 1. What is read next begins at byte
     ``then_at``: quantized weights are prefetched across that seam, since a strip of 7 KB is over
     before prefetching has paid.
@@ -60,8 +60,8 @@ def strip_dot(fmt: str, n: int) -> Any:
     @intrinsic
     def dot(typingctx, w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
         def codegen(context, b, signature, args):
-            operands = _operands(context, b, signature.args, args)
-            b.call(_micro_kernel(b.module, fmt, n), operands)
+            found = micro_kernel(context, b, fmt, n)
+            b.call(found, operands(context, b, signature.args, args))
             return context.get_dummy_value()
 
         i64 = types.int64
@@ -70,60 +70,12 @@ def strip_dot(fmt: str, n: int) -> Any:
     return dot
 
 
-def strip_dot_of_any(n: int) -> Any:
-    """Return what :func:`strip_dot` does, with the number of a registered format in front."""
-
-    @intrinsic
-    def dot(typingctx, fmt, w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
-        def codegen(context, b, signature, args):
-            operands = _operands(context, b, signature.args[1:], args[1:])
-            done = b.append_basic_block("done")
-            *others, last = (known for known in FORMATS.values() if known.name in LOOPS)
-            for known in others:
-                here, following = b.append_basic_block(known.name), b.append_basic_block("or")
-                same = b.icmp_signed("==", args[0], ir.Constant(I64, known.number))
-                b.cbranch(same, here, following)
-                b.position_at_end(here)
-                b.call(_micro_kernel(b.module, known.name, n), operands)
-                b.branch(done)
-                b.position_at_end(following)
-            b.call(_micro_kernel(b.module, last.name, n), operands)
-            b.branch(done)
-            b.position_at_end(done)
-            return context.get_dummy_value()
-
-        i64 = types.int64
-        return types.void(i64, w, i64, i64, act, i64, rows, i64, i64, out, i64), codegen
-
-    return dot
-
-
-def _operands(context: Any, b: Builder, kinds: Any, args: Any) -> list[Value]:
-    """What a micro-kernel takes, of the arguments of :func:`strip_dot`."""
-    return [
-        gep(b, data(context, b, kinds[0], args[0]), args[1]),
-        gep(b, data(context, b, kinds[0], args[0]), args[2]),
-        data(context, b, kinds[3], args[3]),
-        args[4],
-        floats_at(context, b, kinds[5], args[5], args[6]),
-        args[7],
-        floats_at(context, b, kinds[8], args[8], args[9]),
-    ]
-
-
-def _micro_kernel(module: Any, fmt: str, n: int) -> Any:
-    """Emit the micro-kernel into a module once, as a function that stays one.
-
-    Copies of it at every call would make the compiler's work several times longer.
-    """
-    name = f"strip_dot_{fmt}_{n}"
+def micro_kernel(context: Any, b: Builder, fmt: str, n: int) -> Any:
+    """Emit a format's micro-kernel for ``n`` rows into the module that ``b`` writes, once."""
+    name, module = f"strip_dot_{fmt}_{n}", b.module
     if name in module.globals:
         return module.globals[name]
-    pointer = I8.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, pointer, I64, pointer, I64, pointer])
-    function = ir.Function(module, kind, name)
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
+    function = declare(module, name)
     weights, then, base, stride, index, inner, target = function.args
     b = ir.IRBuilder(function.append_basic_block())
     acts = []
@@ -139,11 +91,13 @@ def _micro_kernel(module: Any, fmt: str, n: int) -> Any:
 
 
 @intrinsic
-def quantize_group(typingctx, x, at, offset, act, act_at):
+def quantize_group(typingctx, x, at, sums, act, act_at):
     """Quantize the 32 float32 at ``x[at:]`` into the activation group at byte ``act_at``.
 
-    ``offset`` is what the weights' codes are shifted by (8, 128 or 0). Infinite and NaN
-    inputs make the scale infinite or NaN, and so the result NaN.
+    ``sums`` says what the two words behind the scale are: less the sum of all codes times a number
+    below 256, as int32; with ``BY_HALVES`` that of each half; with ``AS_FLOATS`` instead the sums
+    themselves times the scale, in float32. Infinite and NaN inputs make the scale infinite or NaN,
+    and so the result NaN.
     """
 
     def codegen(context, b, signature, args):
@@ -161,22 +115,32 @@ def quantize_group(typingctx, x, at, offset, act, act_at):
         codes = b.sub(shifted, const(ints, _ROUNDER_BITS))
         target = gep(b, data(context, b, kinds[3], args[3]), args[4])
         store(b, b.trunc(codes, ir.VectorType(I8, GROUP)), target, 0)
-        store(b, b.fdiv(top, ir.Constant(F32, 127.0)), target, GROUP)
-        half = ir.VectorType(I32, GROUP // 2)
-        sums = []
-        for first in (0, 2):  # the two int16 lanes of a row add up inputs 0, 1 and 2, 3 of 4
-            at = [4 * i + first + j for i in range(GROUP // 4) for j in range(2)]
-            mask = ir.Constant(half, at)
-            picked = b.shuffle_vector(codes, ir.Constant(ints, ir.Undefined), mask)
-            total = call(b, f"llvm.vector.reduce.add.v{GROUP // 2}i32", I32, [picked])
-            sums.append(b.mul(total, b.neg(args[2])))
-        if LEVEL == "avx2":
-            low = b.and_(sums[0], ir.Constant(I32, 0xFFFF))
-            start = b.or_(low, b.shl(sums[1], ir.Constant(I32, 16)))
-        else:
-            start = b.add(*sums)
-        store(b, start, target, GROUP + 4)
+        scale = b.fdiv(top, ir.Constant(F32, 127.0))
+        store(b, scale, target, SCALE_AT)
+        for word, value in enumerate(_sums(b, codes, scale, args[2])):
+            store(b, value, target, SUMS_AT + 4 * word)
         return context.get_dummy_value()
 
     i64 = types.int64
     return types.void(x, i64, types.int32, act, i64), codegen
+
+
+def _sums(b: Builder, codes: Value, scale: Value, sums: Value) -> list[Value]:
+    """The two words of an activation group."""
+    half, zero = ir.VectorType(I32, GROUP // 2), ir.Constant(I32, 0)
+    found = []
+    for first in (0, GROUP // 2):
+        mask = ir.Constant(half, list(range(first, first + GROUP // 2)))
+        picked = b.shuffle_vector(codes, ir.Constant(codes.type, ir.Undefined), mask)
+        found.append(call(b, f"llvm.vector.reduce.add.v{GROUP // 2}i32", I32, [picked]))
+
+    def flag(bit: int) -> Value:
+        return b.icmp_signed("!=", b.and_(sums, ir.Constant(I32, bit)), zero)
+
+    halves, factor = flag(BY_HALVES), b.neg(b.and_(sums, ir.Constant(I32, BY_HALVES - 1)))
+    totals = (b.select(halves, found[0], b.add(*found)), b.select(halves, found[1], zero))
+    words = []
+    for total in totals:
+        as_float = b.bitcast(b.fmul(b.sitofp(total, F32), scale), I32)
+        words.append(b.select(flag(AS_FLOATS), as_float, b.mul(total, factor)))
+    return words

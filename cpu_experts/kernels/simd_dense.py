@@ -33,7 +33,7 @@ from cpu_experts.jit.ir import (
     store,
 )
 from cpu_experts.kernels.simd import ROUNDER
-from cpu_experts.kernels.simd_loops import BITS
+from cpu_experts.kernels.vectors import BITS
 from hybrid.formats.strips import TILE
 
 #: Words (uint64) that :func:`sum_words` takes at a time, and sums that it keeps of them.

@@ -1,35 +1,28 @@
 """The innermost loops as vector code: a strip of 16 weight rows times some activation rows.
 
-A format is an entry of :data:`LOOPS`. A level is a vector width and a way to add up products of 4
-neighbouring bytes:
-
-* ``avx512vnni``, ``avxvnni``: ``vpdpbusd`` into int32 lanes, one a row.
-* ``avx2``: ``vpmaddubsw`` into int16 lanes, two a row. A group of 32 q4_0 codes cannot
-  overflow them (8 steps of at most 2 * 15 * 127, and the start value's wrap-around cancels),
-  so one widening a group is enough; q8_0 widens at every step.
-
-``LEVEL-emulated`` is a level's code with its dot product spelled out in ordinary
-instructions: slow, and there to check a level on a machine that lacks it.
+A format is an entry of :data:`LOOPS`: how its codes are read (:mod:`.simd_codes`) and its scales
+(:mod:`.simd_scales`). The activations' bytes have signs and the weights' have none, so what codes
+are shifted by is made up for by the sum of the activations, which their group carries: in the
+accumulator's start where the shift is a whole number, in a product of its own where it is a
+minimum.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 
 from llvmlite import ir
 
 from cpu_experts.errors import BackendError
 from cpu_experts.jit.ir import (
-    F16,
     F32,
-    I8,
     I16,
     I32,
     I64,
     Builder,
     Value,
-    call,
     const,
     gep,
     load,
@@ -37,45 +30,49 @@ from cpu_experts.jit.ir import (
     prefetch,
     splat,
 )
-from cpu_experts.jit.simd_level import EMULATED, LEVEL
+from cpu_experts.jit.simd_level import LEVEL
+from cpu_experts.kernels.simd_codes import Codes, Sum
+from cpu_experts.kernels.simd_scales import (
+    Bytes,
+    Exponents,
+    Factors,
+    Floats8,
+    Nibbles,
+    Plain,
+    Scales,
+)
+from cpu_experts.kernels.vectors import (
+    BITS,
+    FLOATS,
+    HALVES,
+    INTS,
+    LANES,
+    PARTS,
+    REGISTERS,
+    fma,
+)
 from hybrid.formats.activations import ACT_GROUP
 from hybrid.formats.registry import FORMATS
-from hybrid.formats.strips import GROUP, TILE
+from hybrid.formats.strips import GROUP, TILE, Layout
+from hybrid.formats.tables import FP4, IQ4
 
 PREFETCH_BYTES = 2048
+#: Where an activation group has its scale and its two words of sums.
+SCALE_AT, SUMS_AT = GROUP, GROUP + 4
+#: Flags of what :func:`cpu_experts.kernels.simd.quantize_group` makes of the sums of codes, beside
+#: the number (below 256) that they are multiplied with: those of each half, and in float32.
+BY_HALVES, AS_FLOATS = 256, 512
 
 #: How many activation rows the micro-kernel takes at once: by the wide, the middle and the
 #: one-row variant.
 ROW_BLOCKS = {"avx512vnni": (12, 4, 1)}.get(LEVEL, (4, 2, 1))
 
-BITS = 512 if LEVEL == "avx512vnni" else 256
-LANES = BITS // 32
-PARTS = TILE // LANES
-_REGISTERS = 32 if BITS == 512 else 16
-_BYTES = ir.VectorType(I8, 4 * LANES)
-_WORDS = ir.VectorType(I16, 2 * LANES)
-_INTS = ir.VectorType(I32, LANES)
-_FLOATS = ir.VectorType(F32, LANES)
-_HALVES = ir.VectorType(F16, LANES)
-
-
-def _fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
-    return call(b, f"llvm.fma.v{LANES}f32", _FLOATS, [x, y, z])
-
-
-def _pin(b: Builder, value: Value) -> Value:
-    """Fix the order of what comes before and after: an empty instruction LLVM cannot see into."""
-    if EMULATED:  # the vector may be wider than this processor's registers
-        return value
-    fn_type = ir.FunctionType(value.type, [value.type])
-    return b.asm(fn_type, "", "=x,0", [value], side_effect=True)
-
 
 class Loop(ABC):
     """The innermost loop of a format: a strip times some activation rows."""
 
-    #: What the weights' codes are shifted by; activations carry its product.
-    offset = 0
+    #: What an activation group carries: a number below 256 and flags.
+    sums = 0
 
     @abstractmethod
     def emit(
@@ -84,164 +81,115 @@ class Loop(ABC):
         """Emit the loop over ``inner`` units; return the sums ``[n][parts]`` as float vectors."""
 
 
-class _Quantized(Loop):
-    """Groups of int8 products, 4 neighbouring ones added up at a time, a lane a row."""
+class _Grouped(Loop):
+    """Groups of int8 products, 4 neighbouring ones added up at a time, a lane a row.
 
-    #: Whether weight bytes are signed, which vpdpbusd's first operand is not.
-    signed = False
-    #: Whether two int16 lanes a row can hold the sum of a group.
-    pairs = False
+    A group is one run of eight steps, or of two of four where its halves have their own scales.
+    """
 
-    def __init__(self, name: str) -> None:
-        self.size = FORMATS[name].unit_bytes
+    def __init__(self, name: str, codes: Codes, scales: Scales) -> None:
+        layout = FORMATS[name].layout
+        assert layout is not None
+        assert layout.planes == codes.planes
+        self._layout: Layout = layout
+        self._codes, self._scales = codes, scales
+        self.sums = codes.zero
+        if scales.runs == 2:
+            self.sums |= BY_HALVES
+        if scales.minimum:
+            self.sums = self.sums | AS_FLOATS
 
-    @abstractmethod
-    def codes(self, b: Builder, base: Value, step: int) -> list[Value]:
-        """Weight bytes of 4 inputs."""
+    def _run(self, b: Builder, group: Value, rows: list[Value], run: int) -> list[list[Value]]:
+        """A run's products with every row, added up: float vectors ``[n][parts]``."""
+        steps = range(run, 8, self._scales.runs)
+        shifted = self._codes.zero > 0
+        sums = [
+            [Sum(b, self._codes, _start(b, row, run) if shifted else None) for _ in range(PARTS)]
+            for row in rows
+        ]
+        for step in steps:
+            # Step by step, so that two vectors of codes at a time take registers.
+            codes = self._codes.read(b, group, step)
+            for row, own in zip(rows, sums, strict=True):
+                x = splat(b, load(b, row, self._codes.inputs(step), I32), INTS)
+                for part, code in zip(own, codes, strict=True):
+                    part.add(code, x)
+            for own in sums:
+                for part in own:
+                    part.pin()
+        return [[b.sitofp(part.total(), FLOATS) for part in own] for own in sums]
 
-    @abstractmethod
-    def inputs(self, step: int) -> int:
-        """Where the 4 activation bytes of a step lie in the group."""
-
-    def start(self, b: Builder, packed: Value) -> Value:
-        """Accumulator from the activation group's start value."""
-        lanes = splat(b, packed, _INTS)
-        return b.bitcast(lanes, _WORDS) if self.pairs else lanes
-
-    def step(self, b: Builder, acc: Value, w: Value, x: Value) -> Value:
-        """Add one chunk: ``w`` bytes, ``x`` the same 4 activation bytes in every lane."""
-        if EMULATED:
-            return self._emulated(b, acc, w, b.bitcast(x, _BYTES))
-        if LEVEL != "avx2":
-            return call(
-                b,
-                f"llvm.x86.avx512.vpdpbusd.{BITS}",
-                _INTS,
-                [acc, b.bitcast(w, _INTS), x],
-            )
-        if self.pairs:
-            return b.add(acc, _madd_bytes(b, w, b.bitcast(x, _BYTES)))
-        no_poison = ir.Constant(ir.IntType(1), 0)
-        size = call(b, "llvm.abs.v32i8", _BYTES, [w, no_poison])
-        signed = call(b, "llvm.x86.avx2.psign.b", _BYTES, [b.bitcast(x, _BYTES), w])
-        return b.add(acc, _madd_words(b, _madd_bytes(b, size, signed)))
-
-    def total(self, b: Builder, acc: Value) -> Value:
-        """The accumulator as float32, one lane a row."""
-        if self.pairs:
-            if EMULATED:
-                low = b.ashr(b.shl(b.bitcast(acc, _INTS), const(_INTS, 16)), const(_INTS, 16))
-                acc = b.add(low, b.ashr(b.bitcast(acc, _INTS), const(_INTS, 16)))
-            else:
-                acc = _madd_words(b, acc)
-        return b.sitofp(acc, _FLOATS)
-
-    def _emulated(self, b: Builder, acc: Value, w: Value, x: Value) -> Value:
-        lane, extend = (I16, 2) if self.pairs else (I32, 4)
-        wide = ir.VectorType(lane, 4 * LANES)
-        products = b.mul(b.sext(w, wide) if self.signed else b.zext(w, wide), b.sext(x, wide))
-        for at in range(extend):
-            picks = ir.Constant(
-                ir.VectorType(I32, 4 * LANES // extend),
-                [extend * i + at for i in range(4 * LANES // extend)],
-            )
-            acc = b.add(acc, b.shuffle_vector(products, ir.Constant(wide, ir.Undefined), picks))
-        return acc
+    def _group(
+        self, b: Builder, unit: Value, here: Value, rows: list[Value]
+    ) -> tuple[list[list[Value]], list[list[Value]], Factors]:
+        """A group's products ``[n][parts]``, what multiplies them, and its numbers."""
+        layout = self._layout
+        group = gep(b, unit, b.mul(here, ir.Constant(I64, layout.group_bytes)))
+        found = self._run(b, group, rows, 0)
+        factors = self._scales.factors(b, layout, unit, here)
+        if self._scales.runs == 2:
+            first, other = factors.scales
+            found = [[b.fmul(v, f) for v, f in zip(own, first, strict=True)] for own in found]
+            for own, more in zip(found, self._run(b, group, rows, 1), strict=True):
+                own[:] = [fma(b, v, f, s) for v, f, s in zip(more, other, own, strict=True)]
+        scales = [splat(b, load(b, row, SCALE_AT, F32), FLOATS) for row in rows]
+        if self._scales.runs == 2:
+            return found, [[scale] * PARTS for scale in scales], factors
+        return found, [[b.fmul(scale, f) for f in factors.scales[0]] for scale in scales], factors
 
     def emit(
         self, b: Builder, w: Value, then: Value, acts: list[Value], inner: Value
     ) -> list[list[Value]]:
-        n, size = len(acts), self.size
+        layout, n = self._layout, len(acts)
+        size = layout.unit_bytes // layout.groups
+        count = b.mul(inner, ir.Constant(I64, layout.groups))
         # What is read next lies behind this strip or elsewhere: that is where prefetching goes on.
-        whole = b.mul(inner, ir.Constant(I64, size))
+        whole = b.mul(count, ir.Constant(I64, size))
         end, early = gep(b, w, whole), ir.Constant(I64, -(-PREFETCH_BYTES // size) * size)
         short = b.icmp_signed("<", early, whole)
         begin = b.select(short, gep(b, w, early), gep(b, then, b.sub(early, whole)))
         # Where accumulators and sums together are more than registers, the sums lie in memory:
         # they are needed once a group.
-        kept = _Kept(b, n * PARTS) if 2 * n * PARTS + 4 > _REGISTERS else None
+        vectors = (1 + self._scales.runs) * n * PARTS
+        kept = _Kept(b, n * PARTS) if vectors + 4 > REGISTERS else None
 
         def body(g: Value, early: Value, *sums: Value) -> list[Value]:
-            base = gep(b, w, b.mul(g, ir.Constant(I64, size)))
+            here = b.and_(g, ir.Constant(I64, layout.groups - 1))
+            unit = gep(b, w, b.mul(b.sub(g, here), ir.Constant(I64, size)))
             rows = [gep(b, act, b.mul(g, ir.Constant(I64, ACT_GROUP))) for act in acts]
             for line in range(0, size, 64):
                 prefetch(b, early, line)
             early = gep(b, early, size)
             early = b.select(b.icmp_unsigned("==", early, end), then, early)
-            accs = [[self.start(b, load(b, row, GROUP + 4, I32))] * PARTS for row in rows]
-            for step in range(GROUP // 4):
-                # Step by step, so that two vectors of codes at a time take registers.
-                codes = self.codes(b, base, step)
-                for t in range(n):
-                    x = splat(b, load(b, rows[t], self.inputs(step), I32), _INTS)
-                    for p in range(PARTS):
-                        accs[t][p] = self.step(b, accs[t][p], codes[p], x)
-                accs = [[_pin(b, acc) for acc in row] for row in accs]
-            scales = [
-                b.fpext(load(b, base, size - 2 * TILE + 2 * LANES * p, _HALVES), _FLOATS)
-                for p in range(PARTS)
-            ]
+            left, right, factors = self._group(b, unit, here, rows)
             out = [early]
             for t in range(n):
-                scale = splat(b, load(b, rows[t], GROUP, F32), _FLOATS)
+                own = [
+                    splat(b, load(b, rows[t], SUMS_AT + 4 * run, F32), FLOATS)
+                    for run in range(len(factors.shifts))
+                ]
                 for p in range(PARTS):
                     at = t * PARTS + p
-                    factor, total = b.fmul(scale, scales[p]), self.total(b, accs[t][p])
+                    total = sums[at] if kept is None else kept.get(at)
+                    total = fma(b, left[t][p], right[t][p], total)
+                    for shift, of_codes in zip(factors.shifts, own, strict=True):
+                        total = fma(b, shift[p], of_codes, total)
                     if kept is None:
-                        out.append(_fma(b, total, factor, sums[at]))
+                        out.append(total)
                     else:
-                        kept.set(at, _fma(b, total, factor, kept.get(at)))
+                        kept.set(at, total)
             return out
 
-        zeros = [const(_FLOATS, 0.0)] * (n * PARTS)
-        sums = loop(b, inner, [begin, *(zeros if kept is None else [])], body)[1:]
+        zeros = [const(FLOATS, 0.0)] * (n * PARTS)
+        sums = loop(b, count, [begin, *(zeros if kept is None else [])], body)[1:]
         if kept is not None:
             sums = [kept.get(at) for at in range(n * PARTS)]
         return [sums[t * PARTS : (t + 1) * PARTS] for t in range(n)]
 
 
-def _chunk(b: Builder, base: Value, chunk: int) -> list[Value]:
-    """The bytes of a chunk of 64."""
-    return [load(b, base, 64 * chunk + p * BITS // 8, _BYTES) for p in range(PARTS)]
-
-
-def _madd_bytes(b: Builder, unsigned: Value, signed: Value) -> Value:
-    return call(b, "llvm.x86.avx2.pmadd.ub.sw", _WORDS, [unsigned, signed])
-
-
-def _madd_words(b: Builder, words: Value) -> Value:
-    return call(b, "llvm.x86.avx2.pmadd.wd", _INTS, [words, const(_WORDS, 1)])
-
-
-class _Q4(_Quantized):
-    """q4_0: of a chunk the low nibbles, then the high ones."""
-
-    offset = 8
-    pairs = LEVEL == "avx2"
-
-    def codes(self, b: Builder, base: Value, step: int) -> list[Value]:
-        raw = _chunk(b, base, step // 2)
-        if step % 2:
-            four = const(_WORDS, 4)
-            raw = [b.bitcast(b.lshr(b.bitcast(v, _WORDS), four), _BYTES) for v in raw]
-        return [b.and_(v, const(_BYTES, 15)) for v in raw]
-
-    def inputs(self, step: int) -> int:
-        return 4 * (step // 2) + 16 * (step % 2)
-
-
-class _Q8(_Quantized):
-    """q8_0: bytes as they are on AVX2, shifted by 128 to be unsigned elsewhere."""
-
-    offset = 0 if LEVEL == "avx2" else 128
-    signed = LEVEL == "avx2"
-
-    def codes(self, b: Builder, base: Value, step: int) -> list[Value]:
-        raw = _chunk(b, base, step)
-        return raw if self.signed else [b.xor(v, const(_BYTES, 0x80)) for v in raw]
-
-    def inputs(self, step: int) -> int:
-        return 4 * step
+def _start(b: Builder, row: Value, run: int) -> Callable[[], Value]:
+    """What makes up for shifted codes: a word of the activation group."""
+    return lambda: splat(b, load(b, row, SUMS_AT + 4 * run, I32), INTS)
 
 
 class _Floats(Loop):
@@ -259,35 +207,54 @@ class _Floats(Loop):
             weights = [self._widen(b, base, self._size * LANES * p) for p in range(PARTS)]
             out = []
             for t, act in enumerate(acts):
-                x = splat(b, load(b, act, b.mul(k, ir.Constant(I64, 4)), F32), _FLOATS)
+                x = splat(b, load(b, act, b.mul(k, ir.Constant(I64, 4)), F32), FLOATS)
                 for p in range(PARTS):
-                    out.append(_fma(b, weights[p], x, sums[t * PARTS + p]))
+                    out.append(fma(b, weights[p], x, sums[t * PARTS + p]))
             return out
 
-        sums = loop(b, inner, [const(_FLOATS, 0.0)] * (len(acts) * PARTS), body)
+        sums = loop(b, inner, [const(FLOATS, 0.0)] * (len(acts) * PARTS), body)
         return [sums[t * PARTS : (t + 1) * PARTS] for t in range(len(acts))]
 
 
 def _widen_bf16(b: Builder, base: Value, at: int) -> Value:
-    bits = b.zext(load(b, base, at, ir.VectorType(I16, LANES)), _INTS)
-    return b.bitcast(b.shl(bits, const(_INTS, 16)), _FLOATS)
+    bits = b.zext(load(b, base, at, ir.VectorType(I16, LANES)), INTS)
+    return b.bitcast(b.shl(bits, const(INTS, 16)), FLOATS)
 
 
 def _widen_f16(b: Builder, base: Value, at: int) -> Value:
-    return b.fpext(load(b, base, at, _HALVES), _FLOATS)
+    return b.fpext(load(b, base, at, HALVES), FLOATS)
 
 
 def _widen_f32(b: Builder, base: Value, at: int) -> Value:
-    return load(b, base, at, _FLOATS)
+    return load(b, base, at, FLOATS)
 
 
-#: The loop of every weight format, and of ``f16``, laid out as ``bf16``, for keys and values.
-LOOPS: dict[str, Loop] = {
-    "q4_0": _Q4("q4_0"),
-    "q8_0": _Q8("q8_0"),
-    "bf16": _Floats(2, _widen_bf16),
-    "f16": _Floats(2, _widen_f16),
-    "f32": _Floats(4, _widen_f32),
+def _grouped(codes: Codes, scales: Scales) -> Callable[[str], Loop]:
+    return lambda name: _Grouped(name, codes, scales)
+
+
+_IQ4, _FP4 = (tuple(int(number) for number in table) for table in (IQ4, FP4))
+
+#: What makes the loop of every weight format, and of ``f16``, laid out as ``bf16``, for keys and
+#: values.
+LOOPS: dict[str, Callable[[str], Loop]] = {
+    "q4_0": _grouped(Codes((4,), middle=8), Plain()),
+    "q4_1": _grouped(Codes((4,)), Plain(minimum=True)),
+    "q5_0": _grouped(Codes((4, 1), middle=16), Plain()),
+    "q5_1": _grouped(Codes((4, 1)), Plain(minimum=True)),
+    "q8_0": _grouped(Codes((8,), middle=128), Plain()),
+    "q2_k": _grouped(Codes((2,)), Nibbles(runs=2, minimum=True)),
+    "q3_k": _grouped(Codes((2, 1), middle=4), Bytes(runs=2)),
+    "q4_k": _grouped(Codes((4,)), Bytes(minimum=True)),
+    "q5_k": _grouped(Codes((4, 1)), Bytes(minimum=True)),
+    "q6_k": _grouped(Codes((4, 2), middle=32), Bytes(runs=2)),
+    "iq4_nl": _grouped(Codes((4,), numbers=_IQ4), Plain()),
+    "iq4_xs": _grouped(Codes((4,), numbers=_IQ4), Bytes()),
+    "mxfp4": _grouped(Codes((4,), numbers=_FP4), Exponents()),
+    "nvfp4": _grouped(Codes((4,), numbers=_FP4), Floats8(runs=2)),
+    "bf16": lambda _: _Floats(2, _widen_bf16),
+    "f16": lambda _: _Floats(2, _widen_f16),
+    "f32": lambda _: _Floats(4, _widen_f32),
 }
 
 
@@ -296,26 +263,34 @@ class _Kept:
 
     def __init__(self, b: Builder, count: int) -> None:
         self._builder = b
-        self._slots = [b.alloca(_FLOATS) for _ in range(count)]
-        shown = ir.FunctionType(ir.VoidType(), [_FLOATS.as_pointer()])
+        self._slots = [b.alloca(FLOATS) for _ in range(count)]
+        shown = ir.FunctionType(ir.VoidType(), [FLOATS.as_pointer()])
         for at, slot in enumerate(self._slots):
             slot.align = BITS // 8
-            self.set(at, const(_FLOATS, 0.0))
+            self.set(at, const(FLOATS, 0.0))
             b.asm(shown, "", "r,~{memory}", [slot], side_effect=True)
 
     def get(self, at: int) -> Value:
-        return self._builder.load(self._slots[at], typ=_FLOATS)
+        return self._builder.load(self._slots[at], typ=FLOATS)
 
     def set(self, at: int, value: Value) -> None:
         self._builder.store(value, self._slots[at])
 
 
-def code_offset(fmt: str) -> int:
-    """What the micro-kernel shifts a format's codes by; activations carry its product."""
-    return loop_of(fmt).offset
-
-
+@cache
 def loop_of(fmt: str) -> Loop:
+    """The loop of a format.
+
+    Raises
+    ------
+    BackendError
+        When there is none.
+    """
     if fmt not in LOOPS:
         raise BackendError(f"the kernels of {LEVEL} do not know the weight format {fmt!r}")
-    return LOOPS[fmt]
+    return LOOPS[fmt](fmt)
+
+
+def sums_of(fmt: str) -> int:
+    """What the activations of a format carry, see :data:`BY_HALVES`."""
+    return loop_of(fmt).sums

@@ -64,9 +64,10 @@ def has_triton() -> bool:
 
 def choose(layout: Block) -> tuple[Implementation, Note | None]:
     """What runs experts of this layout on a GPU, and what to say when it is the slow way."""
-    if layout.format not in FORMATS:
+    if layout.format not in FORMATS or layout.down_format:
         remedy = f"convert the model to {' or '.join(FORMATS)} for the device kernels"
-        reason = f"the device kernels read {' and '.join(FORMATS)}, the experts are {layout.format}"
+        found = f"the experts are {layout.format_name}"
+        reason = f"the device kernels read {' and '.join(FORMATS)}, {found}"
         return "torch", Note("experts on the GPU in plain torch", reason, remedy)
     if not has_triton():
         remedy = "install triton (on Windows triton-windows)"
@@ -139,14 +140,14 @@ def _sample_block(layout: Block) -> NDArray[np.uint8]:
     draw = np.random.default_rng(0)
     block = np.zeros(layout.stride, np.uint8)
     sides = (
-        (0, layout.up_rows, layout.hidden),
-        (layout.down_offset, layout.hidden, layout.intermediate),
+        (0, layout.up_rows, layout.hidden, layout.format),
+        (layout.down_offset, layout.hidden, layout.intermediate, layout.formats[1]),
     )
-    for start, rows, cols in sides:
+    for start, rows, cols, fmt in sides:
         strips = pad(rows, TILE) // TILE
         few = min(strips, _SAMPLED_STRIPS)
         w = draw.standard_normal((few * TILE, cols), np.float32) / np.float32(cols**0.5)
-        packed = pack(w, layout.format).reshape(few, -1)
+        packed = pack(w, fmt).reshape(few, -1)
         place = block[start : start + strips * packed.shape[1]].reshape(strips, -1)
         place[:] = packed[np.concatenate((np.arange(few), draw.integers(0, few, strips - few)))]
     if layout.bias:

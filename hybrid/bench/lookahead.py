@@ -78,7 +78,7 @@ def run(
     about = provenance("hybrid bench lookahead", threads) | {
         "model": "demo" if model is None else model,
         "family": type(loaded).__name__,
-        "experts_format": Model(loaded).index.format,
+        "experts_format": Model(loaded).index.experts_format,
     }
     result: dict[str, Any] = {}
     try:

@@ -210,7 +210,7 @@ def _measure(
     origin = shape | provenance("hybrid bench model", threads)
     origin |= {
         "family": type(model).__name__,
-        "experts": loaded.index.format,
+        "experts": loaded.index.experts_format,
         "dense": loaded.index.dense_format or "as in the checkpoint",
         "dtype": str(model.dtype).removeprefix("torch."),
         "decode_path": str(loaded.fast.path),

@@ -183,7 +183,7 @@ def _of_checkpoint(
         "family": type(network).__name__,
         "layers": sizes.num_hidden_layers,
         "vocabulary": sizes.vocab_size,
-        "format": store.format,
+        "format": store.experts_format,
         "dense": store.dense_format or "as in the checkpoint",
         "dtype": str(network.dtype).removeprefix("torch."),
         "decode_path": str(Model(network).fast.path),

@@ -1,7 +1,7 @@
 """Activations as the kernels of quantized formats see them: int8 in groups of 32.
 
-A group of activations is ``ACT_GROUP`` bytes: 32 codes, a float32 scale, and a start value that
-a kernel may fold its weights' offset into.
+A group of activations is ``ACT_GROUP`` bytes: 32 codes, a float32 scale, and two words for what a
+kernel needs of the codes' sums. Rows have room for whole super-blocks.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.groups import TINY
-from hybrid.formats.strips import F32, GROUP, I8, pad
+from hybrid.formats.strips import F32, GROUP, I8, SUPER, pad
 
-ACT_GROUP = GROUP + 8
+ACT_GROUP = GROUP + 12
 
 
 def activation_bytes(cols: int) -> int:
     """Bytes of a row of ``cols`` quantized activations."""
-    return pad(cols, GROUP) // GROUP * ACT_GROUP
+    return pad(cols, SUPER) // GROUP * ACT_GROUP
 
 
 def quantize_activations(x: F32) -> tuple[I8, F32]:

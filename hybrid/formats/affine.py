@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import half, in_order, nibbles
-from hybrid.formats.groups import Fields, Half, Layout, grouped, half_scales, inverse, no_subs
+from hybrid.formats.groups import Fields, grouped, half_scales, inverse, no_subs
 from hybrid.formats.search import affine, importance
-from hybrid.formats.strips import F32, U8, Format
+from hybrid.formats.strips import F32, U8, Format, Half, Layout
 
 
-def affine_format(name: str, number: int, bits: int) -> Format:
+def affine_format(name: str, bits: int) -> Format:
     """Return the format of codes of 4 or 5 ``bits``."""
     top = 2**bits - 1
 
@@ -38,7 +38,6 @@ def affine_format(name: str, number: int, bits: int) -> Format:
     layout = Layout((4, 1)[: bits - 3], scales=(Half, Half))
     return grouped(
         name,
-        number,
         layout,
         quantize=quantize,
         values=values,

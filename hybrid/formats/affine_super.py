@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import fields, half
-from hybrid.formats.groups import GROUPS, Fields, Half, Layout, grouped, half_scales, inverse
+from hybrid.formats.groups import GROUPS, Fields, grouped, half_scales, inverse
 from hybrid.formats.search import affine, importance
-from hybrid.formats.strips import F32, GROUP, SUPER, U8, Format
+from hybrid.formats.strips import F32, GROUP, SUPER, U8, Format, Half, Layout
 
 _MOST = 63
 
 
-def affine_super(name: str, number: int, bits: int) -> Format:
+def affine_super(name: str, bits: int) -> Format:
     """Return the format of codes of 4 or 5 ``bits``."""
     top = 2**bits - 1
 
@@ -52,7 +52,6 @@ def affine_super(name: str, number: int, bits: int) -> Format:
 
     return grouped(
         name,
-        number,
         Layout((4, 1)[: bits - 3], groups=GROUPS, subs=2, scales=(Half, Half)),
         quantize=quantize,
         values=values,

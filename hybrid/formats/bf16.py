@@ -38,7 +38,6 @@ def _repack(raw: U8) -> U8:
 
 FORMAT = Format(
     name="bf16",
-    number=2,
     unit_bytes=2 * TILE,
     unit_inputs=1,
     pack=_pack,

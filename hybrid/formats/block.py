@@ -38,7 +38,9 @@ class Block:
     hidden, intermediate
         D and F.
     format
-        Name of a weight format (:mod:`hybrid.formats.registry`).
+        Name of the weight format (:mod:`hybrid.formats.registry`) of gate and up.
+    down_format
+        That of down; empty where it is the same.
     gated
         Whether there is a gate projection beside up.
     activation
@@ -73,9 +75,13 @@ class Block:
     up_offset: float = 0.0
     bias: bool = False
     stride: int = 0
+    down_format: str = ""
 
     def __post_init__(self) -> None:
-        format_of(self.format)
+        for name in self.formats:
+            format_of(name)
+        if self.down_format == self.format:
+            object.__setattr__(self, "down_format", "")
         if self.hidden < 1 or self.intermediate < 1:
             raise ShapeError(f"an expert of {self.hidden} x {self.intermediate} has no weights")
         if self.activation not in ACTIVATIONS:
@@ -96,15 +102,25 @@ class Block:
         """Return the same expert where a store or slots have it ``stride`` bytes apart."""
         return replace(self, stride=stride)
 
-    @cached_property
-    def packing(self) -> Format:
-        """The weight format."""
-        return format_of(self.format)
+    @property
+    def formats(self) -> tuple[str, str]:
+        """The weight formats of gate and up, and of down."""
+        return self.format, self.down_format or self.format
 
     @property
-    def quantized(self) -> bool:
-        """Whether the weights have groups and scales."""
-        return self.packing.quantized
+    def format_name(self) -> str:
+        """Both formats as one word, for reports and tables of measured times."""
+        return "+".join(dict.fromkeys(self.formats))
+
+    @cached_property
+    def packing(self) -> Format:
+        """The weight format of gate and up."""
+        return format_of(self.format)
+
+    @cached_property
+    def down_packing(self) -> Format:
+        """The weight format of down."""
+        return format_of(self.formats[1])
 
     @property
     def parameters(self) -> int:
@@ -129,7 +145,7 @@ class Block:
     @cached_property
     def down_strip_bytes(self) -> int:
         """Bytes of one strip of down."""
-        return self.packing.strip_bytes(self.intermediate)
+        return self.down_packing.strip_bytes(self.intermediate)
 
     @cached_property
     def up_bytes(self) -> int:
@@ -139,7 +155,7 @@ class Block:
     @cached_property
     def down_bytes(self) -> int:
         """Bytes of packed down."""
-        return packed_bytes(self.hidden, self.intermediate, self.format)
+        return packed_bytes(self.hidden, self.intermediate, self.formats[1])
 
     @cached_property
     def down_offset(self) -> int:
@@ -236,7 +252,7 @@ def pack_expert(
     pack(interleave(shape, gate, up), shape.format, out[: shape.up_bytes])
     out[shape.up_bytes : shape.down_offset] = 0
     down_end = shape.down_offset + shape.down_bytes
-    pack(down, shape.format, out[shape.down_offset : down_end])
+    pack(down, shape.formats[1], out[shape.down_offset : down_end])
     out[down_end:] = 0
     if up_bias is not None and down_bias is not None:
         floats = out[shape.bias_offset :].view(np.float32)
@@ -257,7 +273,7 @@ def unpack_expert(shape: Block, packed: U8) -> ExpertWeights:
     d, f = shape.hidden, shape.intermediate
     gate, up = separate(shape, unpack(packed[: shape.up_bytes], shape.up_rows, d, shape.format))
     down_end = shape.down_offset + shape.down_bytes
-    down = unpack(packed[shape.down_offset : down_end], d, f, shape.format)
+    down = unpack(packed[shape.down_offset : down_end], d, f, shape.formats[1])
     if not shape.bias:
         return ExpertWeights(gate, up, down)
     floats = packed[shape.bias_offset :].view(np.float32)

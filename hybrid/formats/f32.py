@@ -26,7 +26,6 @@ def _repack(raw: U8) -> U8:
 
 FORMAT = Format(
     name="f32",
-    number=3,
     unit_bytes=4 * TILE,
     unit_inputs=1,
     pack=_pack,

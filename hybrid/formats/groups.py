@@ -16,15 +16,13 @@ All of a unit's bytes 0 are weights of 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.formats.errors import FormatError
-from hybrid.formats.strips import F32, GROUP, I64, SUPER, TILE, U8, Format
+from hybrid.formats.strips import F32, GROUP, I64, SUPER, TILE, U8, Format, Layout
 
 #: Groups of no larger magnitude count as zero: the inverse of their scale would overflow.
 TINY = 1e-30
@@ -32,7 +30,6 @@ TINY = 1e-30
 GROUPS = SUPER // GROUP
 
 F16 = NDArray[np.float16]
-Half = np.dtype("<f2")
 _FOURS = GROUP // 4
 #: Weights that are quantized at once: what lies between float32 and codes stays in the caches.
 _AT_ONCE = 1 << 17
@@ -50,102 +47,60 @@ class Fields(NamedTuple):
     scales: tuple[NDArray[Any], ...]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How fields lie in a unit.
+def store(layout: Layout, fields: Fields) -> U8:
+    """Lay out whole strips: uint8 ``[N / 16, U, unit_bytes]``."""
+    rows, units = fields.codes.shape[:2]
+    strips = rows // TILE
+    out = np.empty((strips, units, layout.unit_bytes), np.uint8)
+    codes = fields.codes.reshape(strips, TILE, units, layout.groups, _FOURS, 4)
+    chunks = [
+        _store_plane(codes >> np.uint8(shift), bits)
+        for shift, bits in zip(layout.shifts, layout.planes, strict=True)
+    ]
+    parts = [np.concatenate(chunks, axis=4).transpose(0, 2, 3, 4, 1, 5)]
+    subs = fields.subs.reshape(strips, TILE, units, layout.groups, layout.subs)
+    parts.append(subs.transpose(0, 2, 3, 4, 1))
+    for kind, scales in zip(layout.scales, fields.scales, strict=True):
+        own = scales.astype(kind, copy=False).reshape(strips, TILE, units, 1)
+        parts.append(own.view(np.uint8).reshape(strips, TILE, units, -1).swapaxes(1, 2))
+    at = 0
+    for part in parts:
+        flat = np.ascontiguousarray(part).reshape(strips, units, -1)
+        out[..., at : at + flat.shape[2]] = flat
+        at += flat.shape[2]
+    return out
 
-    Parameters
-    ----------
-    planes
-        Bits of each plane, lowest first.
-    groups
-        G: 1, or 8 for super-blocks.
-    subs
-        B: bytes of sub-scales of a row and a group.
-    scales
-        The types of the rows' numbers.
-    """
 
-    planes: tuple[int, ...]
-    groups: int = 1
-    subs: int = 0
-    scales: tuple[np.dtype[Any], ...] = (Half,)
+def load(layout: Layout, units: U8) -> Fields:
+    """Inverse of :func:`store`."""
+    return _load(layout, units, lambda part: part.reshape(len(part) * TILE, *part.shape[2:]))
 
-    @cached_property
-    def group_bytes(self) -> int:
-        """Bytes of a group's codes, 16 rows."""
-        return sum(self.planes) * GROUP * TILE // 8
 
-    @cached_property
-    def subs_at(self) -> int:
-        """Where the sub-scales begin: of a group 16 first bytes, then 16 second ones."""
-        return self.groups * self.group_bytes
+def load_rows(layout: Layout, units: U8, rows: I64) -> Fields:
+    """Fields of one row a strip: units ``[n, U, unit_bytes]``, rows ``[n]``."""
+    at = np.arange(len(rows))
+    return _load(layout, units, lambda part: part[at, rows])
 
-    @cached_property
-    def scales_at(self) -> int:
-        """Where the rows' numbers begin, 16 of each kind side by side."""
-        return self.subs_at + self.groups * self.subs * TILE
 
-    @cached_property
-    def unit_bytes(self) -> int:
-        """Bytes of a unit."""
-        return self.scales_at + TILE * sum(kind.itemsize for kind in self.scales)
-
-    def store(self, fields: Fields) -> U8:
-        """Lay out whole strips: uint8 ``[N / 16, U, unit_bytes]``."""
-        rows, units = fields.codes.shape[:2]
-        strips = rows // TILE
-        out = np.empty((strips, units, self.unit_bytes), np.uint8)
-        codes = fields.codes.reshape(strips, TILE, units, self.groups, _FOURS, 4)
-        chunks = [
-            _store_plane(codes >> np.uint8(shift), bits)
-            for shift, bits in zip(self._shifts, self.planes, strict=True)
-        ]
-        parts = [np.concatenate(chunks, axis=4).transpose(0, 2, 3, 4, 1, 5)]
-        subs = fields.subs.reshape(strips, TILE, units, self.groups, self.subs)
-        parts.append(subs.transpose(0, 2, 3, 4, 1))
-        for kind, scales in zip(self.scales, fields.scales, strict=True):
-            own = scales.astype(kind, copy=False).reshape(strips, TILE, units, 1)
-            parts.append(own.view(np.uint8).reshape(strips, TILE, units, -1).swapaxes(1, 2))
-        at = 0
-        for part in parts:
-            flat = np.ascontiguousarray(part).reshape(strips, units, -1)
-            out[..., at : at + flat.shape[2]] = flat
-            at += flat.shape[2]
-        return out
-
-    def load(self, units: U8) -> Fields:
-        """Inverse of :meth:`store`."""
-        return self._load(units, lambda part: part.reshape(len(part) * TILE, *part.shape[2:]))
-
-    def load_rows(self, units: U8, rows: I64) -> Fields:
-        """Fields of one row a strip: units ``[n, U, unit_bytes]``, rows ``[n]``."""
-        at = np.arange(len(rows))
-        return self._load(units, lambda part: part[at, rows])
-
-    @property
-    def _shifts(self) -> list[int]:
-        return [sum(self.planes[:at]) for at in range(len(self.planes))]
-
-    def _load(self, units: U8, pick: Callable[[NDArray[Any]], NDArray[Any]]) -> Fields:
-        """Fields of the rows that ``pick`` takes of ``[S, 16, ...]``."""
-        strips, count = units.shape[:2]
-        raw = units[..., : self.subs_at].reshape(strips, count, self.groups, -1, TILE, 4)
-        chunks = pick(raw.transpose(0, 4, 1, 2, 3, 5))
-        codes, at = np.zeros((*chunks.shape[:3], _FOURS, 4), np.uint8), 0
-        for shift, bits in zip(self._shifts, self.planes, strict=True):
-            codes |= _load_plane(chunks[..., at : at + bits, :], bits) << np.uint8(shift)
-            at += bits
-        raw = units[..., self.subs_at : self.scales_at]
-        subs = pick(
-            raw.reshape(strips, count, self.groups, self.subs, TILE).transpose(0, 4, 1, 2, 3)
-        )
-        scales, at = [], self.scales_at
-        for kind in self.scales:
-            raw = np.ascontiguousarray(units[..., at : at + TILE * kind.itemsize])
-            scales.append(pick(raw.view(kind).swapaxes(1, 2)))
-            at += TILE * kind.itemsize
-        return Fields(codes.reshape(*codes.shape[:3], GROUP), subs, tuple(scales))
+def _load(layout: Layout, units: U8, pick: Callable[[NDArray[Any]], NDArray[Any]]) -> Fields:
+    """Fields of the rows that ``pick`` takes of ``[S, 16, ...]``."""
+    strips, count = units.shape[:2]
+    raw = units[..., : layout.subs_at].reshape(strips, count, layout.groups, -1, TILE, 4)
+    chunks = pick(raw.transpose(0, 4, 1, 2, 3, 5))
+    codes, at = np.zeros((*chunks.shape[:3], _FOURS, 4), np.uint8), 0
+    for shift, bits in zip(layout.shifts, layout.planes, strict=True):
+        codes |= _load_plane(chunks[..., at : at + bits, :], bits) << np.uint8(shift)
+        at += bits
+    raw = units[..., layout.subs_at : layout.scales_at]
+    subs = pick(
+        raw.reshape(strips, count, layout.groups, layout.subs, TILE).transpose(0, 4, 1, 2, 3)
+    )
+    scales, at = [], layout.scales_at
+    for kind in layout.scales:
+        raw = np.ascontiguousarray(units[..., at : at + TILE * kind.itemsize])
+        scales.append(pick(raw.view(kind).swapaxes(1, 2)))
+        at += TILE * kind.itemsize
+    return Fields(codes.reshape(*codes.shape[:3], GROUP), subs, tuple(scales))
 
 
 def _store_plane(fours: U8, bits: int) -> U8:
@@ -176,7 +131,6 @@ def _order(bits: int) -> list[int]:
 
 def grouped(
     name: str,
-    number: int,
     layout: Layout,
     *,
     quantize: Callable[[F32], Fields],
@@ -208,28 +162,28 @@ def grouped(
         for at in range(0, strips, step):
             rows = w[at : at + step].reshape(-1, cols)
             fields = quantize(rows.reshape(len(rows), -1, layout.groups, GROUP))
-            units[at : at + step] = layout.store(fields)
+            units[at : at + step] = store(layout, fields)
         return units
 
     def unpack(units: U8) -> F32:
-        return values(layout.load(units)).reshape(len(units), TILE, -1)
+        return values(load(layout, units)).reshape(len(units), TILE, -1)
 
     def unpack_rows(units: U8, rows: I64) -> F32:
-        return values(layout.load_rows(units, rows)).reshape(len(units), -1)
+        return values(load_rows(layout, units, rows)).reshape(len(units), -1)
 
     def repack(raw: U8) -> U8:
         fields = blocks(raw.reshape(-1, raw.shape[2] // block_bytes, block_bytes))
-        return layout.store(fields)
+        return store(layout, fields)
 
     return Format(
         name=name,
-        number=number,
         unit_bytes=layout.unit_bytes,
         unit_inputs=inputs,
         pack=pack,
         unpack=unpack,
         unpack_rows=unpack_rows,
         repack=repack,
+        layout=layout,
         block_bytes=block_bytes,
         block_inputs=block_inputs or inputs,
         dense=True,

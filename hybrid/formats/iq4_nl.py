@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import half, nibbles
-from hybrid.formats.groups import Fields, Layout, grouped, half_scales, inverse, no_subs
+from hybrid.formats.groups import Fields, grouped, half_scales, inverse, no_subs
 from hybrid.formats.search import importance, nearest, symmetric
-from hybrid.formats.strips import F32, U8
+from hybrid.formats.strips import F32, U8, Layout
 from hybrid.formats.tables import IQ4, iq4_numbers
 
 NAME = "iq4_nl"
@@ -36,5 +36,5 @@ def _blocks(raw: U8) -> Fields:
 
 
 FORMAT = grouped(
-    NAME, 18, Layout((4,)), quantize=_quantize, values=_values, blocks=_blocks, block_bytes=18
+    NAME, Layout((4,)), quantize=_quantize, values=_values, blocks=_blocks, block_bytes=18
 )

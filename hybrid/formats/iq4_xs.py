@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import half, in_order, nibbles
-from hybrid.formats.groups import GROUPS, Fields, Layout, grouped, half_scales, inverse
+from hybrid.formats.groups import GROUPS, Fields, grouped, half_scales, inverse
 from hybrid.formats.search import importance, nearest, symmetric
-from hybrid.formats.strips import F32, GROUP, U8
+from hybrid.formats.strips import F32, GROUP, U8, Layout
 from hybrid.formats.tables import IQ4, iq4_numbers
 
 NAME = "iq4_xs"
@@ -44,7 +44,6 @@ def _blocks(raw: U8) -> Fields:
 
 FORMAT = grouped(
     NAME,
-    19,
     Layout((4,), groups=GROUPS, subs=1),
     quantize=_quantize,
     values=_values,

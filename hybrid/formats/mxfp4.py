@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import nibbles
-from hybrid.formats.groups import Fields, Layout, grouped, inverse, no_subs
-from hybrid.formats.strips import F32, U8
+from hybrid.formats.groups import Fields, grouped, inverse, no_subs
+from hybrid.formats.strips import F32, U8, Layout
 from hybrid.formats.tables import FP4, fp4_codes
 
 
@@ -57,7 +57,6 @@ def _blocks(raw: U8) -> Fields:
 
 FORMAT = grouped(
     "mxfp4",
-    20,
     Layout((4,), scales=(np.dtype(np.uint8),)),
     quantize=_quantize,
     values=_values,

@@ -12,8 +12,8 @@ import numpy as np
 
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.gguf_bits import fields
-from hybrid.formats.groups import GROUPS, Fields, Layout, grouped, inverse
-from hybrid.formats.strips import F32, GROUP, SUPER, TILE, U8, pad
+from hybrid.formats.groups import GROUPS, Fields, grouped, inverse, store
+from hybrid.formats.strips import F32, GROUP, SUPER, TILE, U8, Layout, pad
 from hybrid.formats.tables import FP4, fp4_codes
 
 _LAYOUT = Layout((4,), groups=GROUPS, subs=2, scales=(np.dtype("<f4"),))
@@ -58,7 +58,7 @@ def pack_codes(codes: U8, scales: U8, factor: float) -> U8:
             f"nvfp4 codes {list(codes.shape)} take scales [{rows}, {cols / _HALF:g}], got"
             f" {list(scales.shape)}"
         )
-    return _LAYOUT.store(_fields(codes, scales, factor)).reshape(-1)
+    return store(_LAYOUT, _fields(codes, scales, factor)).reshape(-1)
 
 
 def _fields(codes: U8, scales: U8, factor: float) -> Fields:
@@ -125,7 +125,6 @@ def _blocks(raw: U8) -> Fields:
 
 FORMAT = grouped(
     "nvfp4",
-    21,
     _LAYOUT,
     quantize=_quantize,
     values=_values,

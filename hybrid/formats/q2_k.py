@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import fields, half
-from hybrid.formats.groups import F16, GROUPS, Fields, Half, Layout, grouped, half_scales, inverse
+from hybrid.formats.groups import F16, GROUPS, Fields, grouped, half_scales, inverse
 from hybrid.formats.search import affine, importance
-from hybrid.formats.strips import F32, GROUP, U8
+from hybrid.formats.strips import F32, GROUP, U8, Half, Layout
 
 NAME = "q2_k"
 _TOP, _MOST = 3, 15
@@ -56,7 +56,6 @@ def _blocks(raw: U8) -> Fields:
 
 FORMAT = grouped(
     NAME,
-    17,
     Layout((2,), groups=GROUPS, subs=2, scales=(Half, Half)),
     quantize=_quantize,
     values=_values,

@@ -20,4 +20,4 @@ def _blocks(raw: U8) -> Fields:
     )
 
 
-FORMAT = signed_super("q3_k", 16, (2, 1), -32, blocks=_blocks, block_bytes=110)
+FORMAT = signed_super("q3_k", (2, 1), -32, blocks=_blocks, block_bytes=110)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import half, nibbles
-from hybrid.formats.groups import Fields, Layout, grouped, half_scales, inverse, no_subs
-from hybrid.formats.strips import F32, U8
+from hybrid.formats.groups import Fields, grouped, half_scales, inverse, no_subs
+from hybrid.formats.strips import F32, U8, Layout
 
 NAME = "q4_0"
 
@@ -40,5 +40,5 @@ def _blocks(raw: U8) -> Fields:
 
 
 FORMAT = grouped(
-    NAME, 0, Layout((4,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=18
+    NAME, Layout((4,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=18
 )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from hybrid.formats.affine import affine_format
 
-FORMAT = affine_format("q4_1", 10, 4)
+FORMAT = affine_format("q4_1", 4)

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from hybrid.formats.affine_super import affine_super
 
-FORMAT = affine_super("q4_k", 13, 4)
+FORMAT = affine_super("q4_k", 4)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import half, in_order, nibbles
-from hybrid.formats.groups import Fields, Layout, grouped, half_scales, inverse, no_subs
+from hybrid.formats.groups import Fields, grouped, half_scales, inverse, no_subs
 from hybrid.formats.search import between, importance, symmetric
-from hybrid.formats.strips import F32, U8
+from hybrid.formats.strips import F32, U8, Layout
 
 NAME = "q5_0"
 
@@ -35,5 +35,5 @@ def _blocks(raw: U8) -> Fields:
 
 
 FORMAT = grouped(
-    NAME, 12, Layout((4, 1)), quantize=_quantize, values=_values, blocks=_blocks, block_bytes=22
+    NAME, Layout((4, 1)), quantize=_quantize, values=_values, blocks=_blocks, block_bytes=22
 )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from hybrid.formats.affine import affine_format
 
-FORMAT = affine_format("q5_1", 11, 5)
+FORMAT = affine_format("q5_1", 5)

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from hybrid.formats.affine_super import affine_super
 
-FORMAT = affine_super("q5_k", 14, 5)
+FORMAT = affine_super("q5_k", 5)

@@ -17,4 +17,4 @@ def _blocks(raw: U8) -> Fields:
     return Fields(codes.reshape(*shape, GROUPS, GROUP), subs, (half(raw, 208),))
 
 
-FORMAT = signed_super("q6_k", 15, (4, 2), -128, blocks=_blocks, block_bytes=210)
+FORMAT = signed_super("q6_k", (4, 2), -128, blocks=_blocks, block_bytes=210)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid.formats.gguf_bits import half
-from hybrid.formats.groups import Fields, Layout, grouped, half_scales, inverse, no_subs
-from hybrid.formats.strips import F32, U8
+from hybrid.formats.groups import Fields, grouped, half_scales, inverse, no_subs
+from hybrid.formats.strips import F32, U8, Layout
 
 NAME = "q8_0"
 
@@ -42,5 +42,5 @@ def _blocks(raw: U8) -> Fields:
 
 
 FORMAT = grouped(
-    NAME, 1, Layout((8,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=34
+    NAME, Layout((8,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=34
 )

@@ -30,19 +30,15 @@ FORMATS: dict[str, Format] = {}
 
 
 def register(new: Format) -> Format:
-    """Make a format known; comes before the kernels are imported, which compile for all of them.
+    """Make a format known; comes before its first use.
 
     Raises
     ------
     FormatError
-        When its name or number is taken.
+        When its name is taken.
     """
-    for known in FORMATS.values():
-        if new.name == known.name or new.number == known.number:
-            raise FormatError(
-                f"format {new.name!r} of number {new.number} is taken by {known.name!r} of number"
-                f" {known.number}"
-            )
+    if new.name in FORMATS:
+        raise FormatError(f"there is a weight format {new.name!r} already")
     FORMATS[new.name] = new
     return new
 
@@ -97,8 +93,20 @@ def _by_bits(formats: list[Format]) -> list[str]:
 
 
 def bits_per_weight(name: str) -> float:
-    """Bits that a weight of the format takes, its share of a scale included."""
-    return format_of(name).bits_per_weight
+    """Bits that a weight of the format takes, its share of a scale included.
+
+    Of two formats, ``UP+DOWN``, those of an expert whose gate and up have the one and down the
+    other (:attr:`hybrid.formats.block.Block.format_name`).
+    """
+    up, _, down = name.partition("+")
+    bits = format_of(up).bits_per_weight
+    return (2 * bits + format_of(down).bits_per_weight) / 3 if down else bits
+
+
+def is_format(name: str) -> bool:
+    """Whether experts may have this format: a known one, or two of them as ``UP+DOWN``."""
+    up, plus, down = name.partition("+")
+    return up in FORMATS and (down in FORMATS if plus else True)
 
 
 def weight_bytes(params: float, name: str) -> int:

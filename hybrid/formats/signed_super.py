@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hybrid.formats.groups import GROUPS, Fields, Layout, grouped, half_scales, inverse
+from hybrid.formats.groups import GROUPS, Fields, grouped, half_scales, inverse
 from hybrid.formats.search import between, symmetric
-from hybrid.formats.strips import F32, GROUP, U8, Format
+from hybrid.formats.strips import F32, GROUP, U8, Format, Layout
 
 
 def signed_super(
-    name: str, number: int, planes: tuple[int, ...], least: int, *, blocks: Callable[[U8], Fields],
+    name: str, planes: tuple[int, ...], least: int, *, blocks: Callable[[U8], Fields],
     block_bytes: int,
 ) -> Format:  # fmt: skip
     """Return the format of codes in ``planes`` whose sub-scales are at least ``least``."""
@@ -44,7 +44,6 @@ def signed_super(
 
     return grouped(
         name,
-        number,
         Layout(planes, groups=GROUPS, subs=2),
         quantize=quantize,
         values=values,

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +27,59 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 I8 = NDArray[np.int8]
 I64 = NDArray[np.int64]
+Half = np.dtype("<f2")
 
 
 def pad(n: int, multiple: int) -> int:
     """Round ``n`` up to a multiple."""
     return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How codes and scales lie in a unit of groups, see :mod:`hybrid.formats.groups`.
+
+    Parameters
+    ----------
+    planes
+        Bits of each plane, lowest first.
+    groups
+        G: 1, or 8 for super-blocks.
+    subs
+        B: bytes of sub-scales of a row and a group.
+    scales
+        The types of the rows' numbers.
+    """
+
+    planes: tuple[int, ...]
+    groups: int = 1
+    subs: int = 0
+    scales: tuple[np.dtype[Any], ...] = (Half,)
+
+    @cached_property
+    def group_bytes(self) -> int:
+        """Bytes of a group's codes, 16 rows."""
+        return sum(self.planes) * GROUP * TILE // 8
+
+    @cached_property
+    def subs_at(self) -> int:
+        """Where the sub-scales begin: of a group 16 first bytes, then 16 second ones."""
+        return self.groups * self.group_bytes
+
+    @cached_property
+    def scales_at(self) -> int:
+        """Where the rows' numbers begin, 16 of each kind side by side."""
+        return self.subs_at + self.groups * self.subs * TILE
+
+    @cached_property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit."""
+        return self.scales_at + TILE * sum(kind.itemsize for kind in self.scales)
+
+    @property
+    def shifts(self) -> list[int]:
+        """Where the planes' bits begin in a code."""
+        return [sum(self.planes[:at]) for at in range(len(self.planes))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +92,6 @@ class Format:
     ----------
     name
         What it is called in options, indices and calibrations.
-    number
-        What compiled kernels know it by; never that of another format.
     unit_bytes, unit_inputs
         Bytes of a unit, 16 rows together, and how many inputs it holds: 1, or ``GROUP`` or
         ``SUPER`` for a quantized format, whose kernels take int8 activations.
@@ -58,6 +106,8 @@ class Format:
     repack
         Turns rows as a GGUF file holds them under this name, uint8 ``[S, 16, B * block_bytes]``,
         into the uint8 ``[S, U, unit_bytes]`` of the same numbers; None where GGUF has no such type.
+    layout
+        How a unit's parts lie; None for single inputs.
     block_bytes, block_inputs
         Bytes of a block of a row in GGUF, and how many inputs it holds.
     dense
@@ -67,13 +117,13 @@ class Format:
     """
 
     name: str
-    number: int
     unit_bytes: int
     unit_inputs: int
     pack: Callable[[F32], U8]
     unpack: Callable[[U8], F32]
     unpack_rows: Callable[[U8, I64], F32]
     repack: Callable[[U8], U8] | None = None
+    layout: Layout | None = None
     block_bytes: int = 0
     block_inputs: int = 0
     dense: bool = False

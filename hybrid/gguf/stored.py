@@ -7,27 +7,22 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from hybrid.formats.registry import weight_bytes
+from hybrid.formats.registry import FORMATS, weight_bytes
 from hybrid.gguf.config import layers_of
 from hybrid.gguf.header import GgufHeader, GgufTensor
 from hybrid.gguf.types import BlockType
 
 #: Types of single values, which are tensors of torch, and the formats of their experts.
 PLAIN = {"f32": "f32", "f16": "f32", "bf16": "bf16"}
-#: Formats that kernels compute with.
-RUNNING = ("q4_0", "q8_0", "bf16", "f32")
-#: Other types of so many bits or more are quantized anew to the larger of these.
-_FEW_BITS = 4.5
-LARGER, SMALLER = "q8_0", "q4_0"
+#: What matrices are quantized anew to that have to be computed, and types without kernels.
+LARGER, SMALLER = "q8_0", "q4_k"
 
 
 def stored_as(kind: BlockType) -> str | None:
     """Return the format that a type's weights are kept in; None where they are plain tensors."""
     if kind.name in PLAIN:
         return None
-    if kind.name in RUNNING:
-        return kind.name
-    return LARGER if kind.bits >= _FEW_BITS else SMALLER
+    return kind.name if kind.name in FORMATS else SMALLER
 
 
 @dataclass(frozen=True)
@@ -37,37 +32,51 @@ class Stored:
     Attributes
     ----------
     experts
-        The format that keeps most experts as they are; None where there are none.
+        The formats of most layers' experts, as one word (``Block.format_name``); None without.
     dense
         The format of most other weights.
-    expert_bytes
-        Of all experts.
     dense_bytes
-        Of everything else.
+        Of all of those.
     """
 
     experts: str | None
     dense: str
-    expert_bytes: int
     dense_bytes: int
 
 
 def stored(header: GgufHeader) -> Stored:
     """Return what a file's weights are kept as, of its header alone."""
-    experts: Counter[str] = Counter()
     dense: Counter[str] = Counter()
+    experts: Counter[str] = Counter()
     for tensor in header.tensors.values():
-        fmt = stored_as(tensor.type) or PLAIN[tensor.type.name]
-        counted = experts if is_experts(tensor) else dense
-        if in_model(header, tensor):
-            counted[fmt] += math.prod(tensor.shape)
-    kept = experts.most_common(1)[0][0] if experts else None
+        if in_model(header, tensor) and not is_experts(tensor):
+            dense[stored_as(tensor.type) or PLAIN[tensor.type.name]] += math.prod(tensor.shape)
+    for layer in range(layers_of(header)):
+        found = experts_of(header, layer)
+        if found is not None:
+            experts["+".join(dict.fromkeys(found))] += 1
     return Stored(
-        experts=kept,
+        experts=experts.most_common(1)[0][0] if experts else None,
         dense=dense.most_common(1)[0][0] if dense else "f32",
-        expert_bytes=weight_bytes(experts.total(), kept) if kept else 0,
         dense_bytes=sum(weight_bytes(count, fmt) for fmt, count in dense.items()),
     )
+
+
+def experts_of(header: GgufHeader, layer: int) -> tuple[str, str] | None:
+    """Return the formats of a layer's experts, of gate and up and of down; None without experts.
+
+    Gate and up share one.
+    """
+    names = (f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))
+    gate, up, down = (header.tensors.get(name) for name in names)
+    if up is None or down is None:
+        return None
+    above = (_as_experts(up), _as_experts(gate or up))
+    return above[0] if above[0] == above[1] else LARGER, _as_experts(down)
+
+
+def _as_experts(tensor: GgufTensor) -> str:
+    return stored_as(tensor.type) or PLAIN[tensor.type.name]
 
 
 def is_experts(tensor: GgufTensor) -> bool:

@@ -210,6 +210,22 @@ class WeightFile:
             hint="download the file again, or one that another publisher made",
         )
 
+    def check_scales(self) -> None:
+        """Refuse files whose weights have scales of their own beside them.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Naming one.
+        """
+        tensors = self.header.tensors
+        for name in tensors:
+            if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in tensors:
+                raise UnsupportedModelError(
+                    f"{self.header.path} has {name}, a scale of a whole matrix, which is not read",
+                    hint="download the model in another type, such as Q4_K_M",
+                )
+
     def _found(self, name: str, shape: tuple[int, ...]) -> Weight | None:
         if name in _OUTSIDE:
             return self._plain(name, shape, _OUTSIDE[name])

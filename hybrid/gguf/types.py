@@ -54,4 +54,6 @@ TYPES = {
     34: BlockType("tq1_0", 256, 54),
     35: BlockType("tq2_0", 256, 66),
     39: BlockType("mxfp4", 32, 17),
+    40: BlockType("nvfp4", 64, 36),
+    41: BlockType("q1_0", 128, 18),
 }

@@ -210,8 +210,8 @@ def calibrating(
     """
     index = loaded.index
     words = ["hybrid calibrate", *([name] if index.layers else [])]
-    if index.layers and index.format != DEFAULT_EXPERTS:
-        words += ["--experts", index.format]
+    if index.layers and index.experts_format != DEFAULT_EXPERTS:
+        words += ["--experts", index.experts_format]
     if index.layers and index.dense_format is not None:
         words += ["--dense", index.dense_format]
     if not device and first_there() is not None:

@@ -179,8 +179,8 @@ def _cpu(
 def _expert(shape: Block) -> tuple[int, int, str]:
     """Weights of one expert, their bytes, and what such experts are called."""
     params = _matrices(shape) * shape.hidden * shape.intermediate
-    name = f"experts of {shape.hidden} x {shape.intermediate} in {shape.format}"
-    return params, weight_bytes(params, shape.format), name
+    name = f"experts of {shape.hidden} x {shape.intermediate} in {shape.format_name}"
+    return params, weight_bytes(params, shape.format_name), name
 
 
 def _matrices(shape: Block) -> int:
@@ -240,7 +240,7 @@ def _cpu_points(times: ExpertTimes) -> Iterator[Point]:
                 lane=lane,
                 hidden=times.shape.hidden,
                 intermediate=times.shape.intermediate,
-                format=times.shape.format,
+                format=times.shape.format_name,
                 load=load,
                 seconds=typical(samples),
                 error=_spread(samples),

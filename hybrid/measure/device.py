@@ -70,7 +70,7 @@ class DeviceTimes:
     def gpu(self, command: str) -> Gpu:
         """Describe the device: rates are what its kernels reach, so efficiencies are 1."""
         params = (3 if self.shape.gated else 2) * self.shape.hidden * self.shape.intermediate
-        size, most = weight_bytes(params, self.shape.format), max(self.loads)
+        size, most = weight_bytes(params, self.shape.format_name), max(self.loads)
         reached = Quantity(1.0, Source.MEASURED, f"{command}: the rate is what kernels reach", 0.0)
         gpu = Gpu(
             name=self.name,
@@ -120,7 +120,7 @@ class DeviceTimes:
                 lane=lane,
                 hidden=self.shape.hidden,
                 intermediate=self.shape.intermediate,
-                format=self.shape.format,
+                format=self.shape.format_name,
                 load=load,
                 seconds=float(median(samples)),
                 error=float(pstdev(samples)) if len(samples) > 1 else None,

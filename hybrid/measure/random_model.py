@@ -57,7 +57,7 @@ def write_random_model(
     )
     with (directory / DATA_NAME).open("wb", buffering=0) as raw:
         file = AlignedWriter(raw)
-        file.write(header_page(index.id))
+        file.write(header_page(index))
         layers = []
         for record in index.layers:
             shape = record.shape(experts)

@@ -36,7 +36,7 @@ _TOKENS = 512
 
 def offered(shape: Block) -> bool:
     """Whether it is worth measuring for experts of this shape."""
-    return has_native_bf16() and shape.format in WIDENED
+    return has_native_bf16() and all(fmt in WIDENED for fmt in shape.formats)
 
 
 def panels_from(shape: Block, hardware: HardwareSpec | None = None) -> int | None:
@@ -59,7 +59,7 @@ def panels_from(shape: Block, hardware: HardwareSpec | None = None) -> int | Non
 
 def faster_from(spec: HardwareSpec, shape: Block) -> int | None:
     """Return :func:`least_load` of what a calibration measured."""
-    wanted = (shape.hidden, shape.intermediate, shape.format)
+    wanted = (shape.hidden, shape.intermediate, shape.format_name)
     points = [p for p in spec.points if (p.hidden, p.intermediate, p.format) == wanted]
     kernels, panels = (
         {p.load: p.seconds for p in points if p.lane == lane} for lane in ("cpu", PANELS)
@@ -156,14 +156,14 @@ def run_panels(
 
 def _expert(shape: Block, block: U8, x: Tensor) -> Tensor:
     """One expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
-    d, f, fmt = shape.hidden, shape.intermediate, shape.format
-    y = _multiply(x, block, shape.up_rows, d, fmt)
+    d, f = shape.hidden, shape.intermediate
+    y = _multiply(x, block, shape.up_rows, d, shape.format)
     floats = None
     if shape.bias:
         floats = torch.from_numpy(block[shape.bias_offset :].view(np.float32).copy())
         y += floats[: shape.up_rows]
     h = gated(shape, y)
-    y = _multiply(h, block[shape.down_offset :], d, f, fmt)
+    y = _multiply(h, block[shape.down_offset :], d, f, shape.formats[1])
     return y if floats is None else y + floats[shape.up_rows : shape.up_rows + d]
 
 

@@ -16,6 +16,7 @@ from hybrid.anatomy.names import MLP_PROJECTIONS
 from hybrid.errors import UnsupportedModelError, UsageError
 from hybrid.formats.block import Block, unpack_expert
 from hybrid.formats.matrix import packed_bytes, unpack, unpack_rows
+from hybrid.formats.registry import packs_dense
 from hybrid.formats.strips import GROUP, TILE
 from hybrid.grafts import (
     bring_back,
@@ -275,9 +276,15 @@ def pack_mlp(mlp: Any) -> PackedMlp | None:
         parts.append(module)
     gate, up, down = parts
     biases = [part.bias is not None for part in parts]
-    if len({part.weight_format for part in parts}) > 1 or any(biases) != all(biases):
+    if gate.weight_format != up.weight_format or any(biases) != all(biases):
         return None
-    shape = Block(hidden=up.cols, intermediate=up.rows, format=up.weight_format, bias=all(biases))
+    shape = Block(
+        hidden=up.cols,
+        intermediate=up.rows,
+        format=up.weight_format,
+        down_format=down.weight_format,
+        bias=all(biases),
+    )
     spec = ExpertsSpec(
         path="",
         module=mlp,
@@ -307,11 +314,15 @@ def pack_mlp(mlp: Any) -> PackedMlp | None:
     return PackedMlp(block, known)
 
 
-def install_dense(model: Any, matrices: Mapping[str, tuple[int, int, str]]) -> None:
-    """Replace the modules that a store's index lists by quantized ones: rows, columns, format."""
-    if not matrices:
+def install_dense(
+    model: Any, matrices: Mapping[str, tuple[int, int]], formats: Mapping[str, str | None]
+) -> None:
+    """Replace the modules that a store's index lists by quantized ones, each of its format."""
+    packed = {path: fmt for path, fmt in formats.items() if fmt is not None and packs_dense(fmt)}
+    if not packed:
         return
-    for path, (rows, cols, fmt) in matrices.items():
+    for path, fmt in packed.items():
+        rows, cols = matrices[path]
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         old = getattr(parent, name)
@@ -322,12 +333,12 @@ def install_dense(model: Any, matrices: Mapping[str, tuple[int, int, str]]) -> N
             new = QuantizedLinear(rows, cols, fmt, old.bias)
         put_module(parent, name, new)
     tied = {
-        _packed_name(target, matrices): _packed_name(source, matrices)
+        _packed_name(target, packed): _packed_name(source, packed)
         for target, source in model.all_tied_weights_keys.items()
     }
     set_tied_weights(model, tied)
 
 
-def _packed_name(name: str, matrices: Mapping[str, Any]) -> str:
+def _packed_name(name: str, packed: Mapping[str, str]) -> str:
     path = name.removesuffix(".weight")
-    return f"{path}.packed" if path in matrices else name
+    return f"{path}.packed" if path in packed else name

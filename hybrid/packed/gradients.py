@@ -99,7 +99,7 @@ def run_expert(block: U8, x: Tensor, shape: Block, gate: Gate) -> Tensor:
         biases = whole[: shape.up_rows], whole[shape.up_rows :]
         up = up + biases[0]
     down = block[shape.down_offset : shape.down_offset + shape.down_bytes]
-    out = product(gate(up), down, d, shape.format)
+    out = product(gate(up), down, d, shape.formats[1])
     return out if biases is None else out + biases[1][:d]
 
 

@@ -73,7 +73,7 @@ def run_report(
     return RunReport(
         model=name,
         family=type(network).__name__,
-        experts_format=index.format if index.layers else "none to share",
+        experts_format=index.experts_format if index.layers else "none to share",
         dense_format=model.dense_format,
         compute_dtype=_computed_in(model),
         decode_path=str(model.fast.path),

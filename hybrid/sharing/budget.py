@@ -84,7 +84,7 @@ def cost_of(model: Model, hardware: HardwareSpec, where: torch.device) -> CostMo
         return CostModel(own.spec, hardware, index.format, own.dense, dense_bytes=own.dense_bytes)
     if dense is None or not packs_dense(dense) or where.type != "cpu":
         dense = "f32" if model.network.dtype == torch.float32 else "bf16"
-    return CostModel(model.spec, hardware, index.format, dense)
+    return CostModel(model.spec, hardware, index.experts_format, dense)
 
 
 def fitted_alone(model: Model, ram_bytes: int, context: int) -> Fit:

@@ -326,6 +326,9 @@ def unfit(layers: list[LayerExperts], spec: ModelSpec) -> str | None:
     """Why a device cannot run these experts; None when it can."""
     if any(experts.own_gating for experts in layers):
         return "the kernels have no parameters for this family's activation"
+    formats = sorted({experts.shape.format_name for experts in layers})
+    if len(formats) > 1:
+        return f"its layers have experts of different formats: {', '.join(formats)}"
     if len({(experts.shape, experts.blocks.shape) for experts in layers}) > 1:
         return "its layers have experts of different shapes"
     if len(layers) != spec.moe_layers:

@@ -17,12 +17,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.paths import cache_dir, make_cache_folder, make_folder, write_whole
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.side_files import refresh_side_files
-from hybrid.weights.sources import default_experts
 from hybrid.weights.store import INDEX_NAME, StoreIndex
 
 
@@ -47,13 +47,14 @@ def converted_copy(
     template and generation settings are those that the checkpoint has now.
     """
     checkpoint = Source.open(source)
-    experts = experts or default_experts(checkpoint.checkpoint)
+    own = isinstance(checkpoint.checkpoint, GgufCheckpoint)
+    experts = experts or (None if own else DEFAULT_EXPERTS)
     times = [path.stat().st_mtime_ns for path in checkpoint.files]
     key = json.dumps([checkpoint.identity(), times, experts, dense]).encode()
     home = cache_dir() / "converted" if folder is None else Path(folder).expanduser()
     copy = home / f"{checkpoint.name}-{hashlib.sha256(key).hexdigest()[:16]}"
     if copy.exists():  # a cache that is only read, such as one that many share, will do
-        if source.is_dir() and not isinstance(checkpoint.checkpoint, GgufCheckpoint):
+        if not own:
             refresh_side_files(source, copy)
         return copy, StoreIndex.read(copy / INDEX_NAME).id
     if folder is None:

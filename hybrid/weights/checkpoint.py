@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +214,7 @@ def _ready(src: Path, experts: str | None, dense: str | None, *, verify: bool) -
         index = StoreIndex(
             source={"name": source.name, "identity": source.identity()},
             format=chosen.experts,
-            layers=layout(specs, chosen.experts),
+            layers=layout(specs, chosen.experts, chosen.layers),
             dense_format=dense,
             dense={path: matrices[path] for path in packed},
             dense_formats={path: fmt for path, fmt in packed.items() if fmt != dense},
@@ -394,11 +394,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
-    """Place the layers one after the other behind the header page."""
+def layout(
+    specs: list[ExpertsSpec], fmt: str, formats: Sequence[tuple[str, str]] = ()
+) -> tuple[LayerRecord, ...]:
+    """Place the layers one after the other behind the header page.
+
+    Parameters
+    ----------
+    formats
+        Of each layer, where they differ from ``fmt``: of gate and up, and of down.
+    """
     records: list[LayerRecord] = []
     offset = PAGE_BYTES
-    for spec in specs:
+    for spec, (above, below) in zip(specs, formats or [(fmt, fmt)] * len(specs), strict=True):
         record = LayerRecord(
             module=spec.path,
             experts=spec.experts,
@@ -407,6 +415,8 @@ def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
             gated=spec.gated,
             bias=spec.bias,
             offset=offset,
+            format="" if above == fmt else above,
+            down_format="" if below == above else below,
         )
         records.append(record)
         offset += record.nbytes(fmt)

@@ -46,7 +46,7 @@ def write_experts(
     resumed = 0
     path = partial.path / DATA_NAME
     with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
-        file.write(header_page(index.id))
+        file.write(header_page(index))
         file.truncate(index.nbytes)
         writer = AlignedWriter(file)
         for layer, (spec, record) in enumerate(zip(specs, index.layers, strict=True)):
@@ -170,7 +170,7 @@ def _write_expert(
     block.pad_to(shape.down_offset)
     for down in weights.read_down(spec, expert):
         for (rows,) in _chunks([down]):
-            block.write(packed(rows, shape.format))
+            block.write(packed(rows, shape.formats[1]))
     block.pad_to(shape.bias_offset)
     if spec.bias:
         sides, down_bias = weights.read_biases(spec, expert)

@@ -6,6 +6,7 @@ What a format of ours holds exactly is copied block by block; other types are qu
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.errors import CheckpointError
 from hybrid.gguf.header import GgufHeader, GgufTensor
-from hybrid.gguf.stored import LARGER, PLAIN, stored_as
+from hybrid.gguf.stored import LARGER, PLAIN, experts_of, stored_as
 from hybrid.gguf.tensors import ExpertTensors, Weight, WeightFile
 from hybrid.weights.blocks import Blocks, Rows
 from hybrid.weights.weight_map import PIECE_BYTES, PIECE_ROWS, Target
@@ -85,6 +86,8 @@ class GgufWeights:
         What is not experts', by name.
     shared
         Tensors that are others' under a second name, and those.
+    expert_formats
+        What the experts of each layer with some are kept in, gate and up and down.
     left_out
         Tensors of the file that the model does not take.
 
@@ -96,6 +99,7 @@ class GgufWeights:
 
     def __init__(self, file: WeightFile, model: Any, specs: list[ExpertsSpec]) -> None:
         self.file = file
+        file.check_scales()
         owned = tuple(f"{spec.path}." for spec in specs)
         wanted = {
             name: tensor
@@ -121,6 +125,8 @@ class GgufWeights:
         }
         for spec in specs:
             _check_experts(self.experts[spec.path], spec, file.header)
+        formats = (experts_of(file.header, _layer(spec.path)) for spec in specs)
+        self.expert_formats = tuple(each for each in formats if each is not None)
         self.left_out = file.left_out()
 
     def names(self) -> Iterable[str]:
@@ -166,21 +172,26 @@ def dense_formats(weights: GgufWeights, matrices: Mapping[str, tuple[int, int]])
     return found
 
 
+def most_common(layers: Iterable[tuple[str, str]]) -> str:
+    """Return the format that most layers' gate and up have."""
+    return Counter(up for up, _ in layers).most_common(1)[0][0]
+
+
 def requantized(
-    weights: GgufWeights, experts: str | None, dense: Mapping[str, str]
+    weights: GgufWeights, layers: Iterable[tuple[str, str]], dense: Mapping[str, str]
 ) -> Iterator[str]:
     """Say in one line which weights are not kept as they are; of what nobody asked for.
 
     Parameters
     ----------
-    experts, dense
-        Formats that were chosen; None, or none of a path, where a user chose.
+    layers, dense
+        Formats that were chosen; none where a user chose.
     """
     changed: dict[tuple[str, str], None] = {}
-    for layer in weights.experts.values() if experts else ():
-        for tensor in (layer.gate, layer.up, layer.down):
-            if tensor is not None and tensor.type.name not in (experts, *PLAIN):
-                changed[tensor.type.name, str(experts)] = None
+    for tensors, (above, below) in zip(weights.experts.values(), layers, strict=False):
+        for tensor, fmt in ((tensors.gate, above), (tensors.up, above), (tensors.down, below)):
+            if tensor is not None and tensor.type.name not in (fmt, *PLAIN):
+                changed[tensor.type.name, fmt] = None
     for path, fmt in dense.items():
         weight = weights.weights.get(f"{path}.weight")
         if weight is not None and weight.exact_type != fmt:

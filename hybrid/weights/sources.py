@@ -9,11 +9,15 @@ from typing import Any
 
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.ask.formats import DEFAULT_EXPERTS
-from hybrid.gguf.stored import stored
 from hybrid.gguf.tensors import WeightFile
 from hybrid.weights.checks import Checkpoint
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
-from hybrid.weights.gguf_weights import GgufWeights, dense_formats, requantized
+from hybrid.weights.gguf_weights import (
+    GgufWeights,
+    dense_formats,
+    most_common,
+    requantized,
+)
 from hybrid.weights.source_formats import source_quantizer
 from hybrid.weights.tensor_files import TensorReader
 from hybrid.weights.weight_map import WeightMap, Weights
@@ -42,7 +46,9 @@ class Formats:
     Attributes
     ----------
     experts
-        Format of all experts.
+        Format of all experts that have none of their own.
+    layers
+        Formats of the experts of the layers, gate's and down's; empty where all have the one.
     dense
         Formats of the other matrices that do not stay as they are, by their modules' paths.
     notes
@@ -50,6 +56,7 @@ class Formats:
     """
 
     experts: str
+    layers: tuple[tuple[str, str], ...] = ()
     dense: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -70,15 +77,9 @@ def chosen_formats(
     """
     asked = {} if dense is None else dict.fromkeys(matrices, dense)
     if not isinstance(weights, GgufWeights):
-        return Formats(experts or DEFAULT_EXPERTS, asked)
+        return Formats(experts or DEFAULT_EXPERTS, dense=asked)
     own = asked or dense_formats(weights, matrices)
-    kept = experts or default_experts(checkpoint)
-    changed = requantized(weights, None if experts else kept, {} if asked else own)
-    return Formats(kept, own, tuple(changed))
-
-
-def default_experts(checkpoint: Checkpoint) -> str:
-    """Return the format that a checkpoint's experts are converted to where none is asked for."""
-    if isinstance(checkpoint, GgufCheckpoint):
-        return stored(checkpoint.header).experts or DEFAULT_EXPERTS
-    return DEFAULT_EXPERTS
+    layers = () if experts else weights.expert_formats
+    kept = experts or (most_common(layers) if layers else DEFAULT_EXPERTS)
+    changed = requantized(weights, layers, {} if asked else own)
+    return Formats(kept, layers, own, tuple(changed))

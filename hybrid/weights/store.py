@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from hybrid.weights.huge_pages import ask_for_large_pages
 
 DATA_NAME = "experts.bin"
 INDEX_NAME = "experts.json"
-VERSION = 1
+VERSION = 2
 PAGE_BYTES = 4096
 
 _MAGIC = b"HYBRIDEX"
@@ -55,6 +56,9 @@ class LayerRecord:
         As in :class:`hybrid.formats.block.Block`.
     offset
         First byte in ``experts.bin``.
+    format, down_format
+        Weight formats of this layer's gate and up, and of its down; empty where they are the
+        store's (:attr:`StoreIndex.format`) and the same as gate's.
     checksums
         CRC-32 of each expert's block; empty while the layer is being written.
     """
@@ -67,13 +71,19 @@ class LayerRecord:
     bias: bool
     offset: int
     checksums: tuple[int, ...] = ()
+    format: str = ""
+    down_format: str = ""
 
     def shape(self, fmt: str) -> Block:
-        """Return the layout of the experts, on whole pages; their arithmetic is the model's."""
+        """Return the layout of the experts, on whole pages; their arithmetic is the model's.
+
+        ``fmt`` is the store's format.
+        """
         block = Block(
             hidden=self.hidden,
             intermediate=self.intermediate,
-            format=fmt,
+            format=self.format or fmt,
+            down_format=self.down_format,
             gated=self.gated,
             bias=self.bias,
         )
@@ -93,7 +103,7 @@ class StoreIndex:
     source
         ``name`` and ``identity`` of the checkpoint that the store was made from.
     format
-        Weight format of every expert.
+        Weight format of the experts, but for layers that have their own.
     layers
         In file order.
     dense_format
@@ -101,7 +111,7 @@ class StoreIndex:
     dense
         Quantized dense modules: path to ``[rows, cols]``.
     dense_formats
-        Formats of those that are in another one than ``dense_format``, by path.
+        Formats of those that have another than ``dense_format``, by path.
     """
 
     source: dict[str, str]
@@ -112,19 +122,29 @@ class StoreIndex:
     dense_formats: dict[str, str] = field(default_factory=dict)
 
     @property
+    def version(self) -> int:
+        """The oldest version that says all of this: one format for everything is version 1."""
+        own = any(layer.format or layer.down_format for layer in self.layers)
+        return 2 if own or self.dense_formats else 1
+
+    @property
+    def experts_format(self) -> str:
+        """The formats that most layers' experts have, as one word (``Block.format_name``)."""
+        names = [layer.shape(self.format).format_name for layer in self.layers]
+        return Counter(names).most_common(1)[0][0] if names else self.format
+
+    def format_of(self, path: str) -> str | None:
+        """The format of a dense module."""
+        return self.dense_formats.get(path, self.dense_format)
+
+    @property
     def id(self) -> str:
         """What makes this store this store: everything but the checksums."""
-        plan = asdict(self)
-        if not self.dense_formats:  # nor had stores the field when all had one format
-            del plan["dense_formats"]
+        plan = self._plan()
         for layer in plan["layers"]:
             del layer["checksums"]
         canonical = json.dumps(plan, sort_keys=True).encode()
         return hashlib.sha256(canonical).hexdigest()[:32]
-
-    def format_of_dense(self, path: str) -> str:
-        """Return the format of a quantized dense module."""
-        return self.dense_formats.get(path) or str(self.dense_format)
 
     @property
     def nbytes(self) -> int:
@@ -132,8 +152,17 @@ class StoreIndex:
         return PAGE_BYTES + sum(layer.nbytes(self.format) for layer in self.layers)
 
     def to_json(self) -> str:
-        body = {"kind": _KIND, "version": VERSION, "id": self.id, "page_bytes": PAGE_BYTES}
-        return json.dumps(body | {"bytes": self.nbytes} | asdict(self), indent=1) + "\n"
+        body = {"kind": _KIND, "version": self.version, "id": self.id, "page_bytes": PAGE_BYTES}
+        return json.dumps(body | {"bytes": self.nbytes} | self._plan(), indent=1) + "\n"
+
+    def _plan(self) -> dict[str, Any]:
+        """All values, but for formats that version 1 does not know."""
+        plan = asdict(self)
+        if self.version == 1:
+            del plan["dense_formats"]
+            for layer in plan["layers"]:
+                del layer["format"], layer["down_format"]
+        return plan
 
     @classmethod
     def read(cls, path: Path) -> StoreIndex:
@@ -190,9 +219,10 @@ def _check_version(path: Path, version: Any) -> None:
         )
 
 
-def header_page(store_id: str) -> bytes:
+def header_page(index: StoreIndex) -> bytes:
     """Return the first page of ``experts.bin``."""
-    return (_MAGIC + struct.pack("<I", VERSION) + store_id.encode()).ljust(PAGE_BYTES, b"\0")
+    head = _MAGIC + struct.pack("<I", index.version) + index.id.encode()
+    return head.ljust(PAGE_BYTES, b"\0")
 
 
 class ExpertStore:
@@ -241,7 +271,7 @@ class ExpertStore:
                 if not head.startswith(_MAGIC) or len(head) < PAGE_BYTES:
                     raise StoreError(f"{file_path} is not an expert store", hint=_REMAKE)
                 _check_version(file_path, struct.unpack_from("<I", head, len(_MAGIC))[0])
-                if head != header_page(index.id):
+                if head != header_page(index):
                     other = head[len(_MAGIC) + 4 :].rstrip(b"\0").decode(errors="replace")
                     raise StoreError(
                         f"{file_path} belongs to another model: it is store {other}, "

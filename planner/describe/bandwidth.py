@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from hybrid.formats.registry import FORMATS, weight_bytes
+from hybrid.formats.registry import is_format, weight_bytes
 from planner.errors import SpecError
 
 TOLERANCE = 0.02
@@ -69,7 +69,7 @@ def _readers(spec: _Measured) -> Iterator[_Reader]:
 
 
 def _bytes(point: Any) -> int:
-    if point.format not in FORMATS:
+    if not is_format(point.format):
         return 0
     return weight_bytes(point.matrices * point.hidden * point.intermediate, point.format)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hybrid.formats.registry import FORMATS
+from hybrid.formats.registry import FORMATS, is_format
 from planner.cost.cost import CostModel
 from planner.decide import policies
 from planner.decide.popularity import Popularity, read_popularity
@@ -87,7 +87,7 @@ class Request:
             )
         for name in ("experts", "dense"):
             value = getattr(self, name)
-            if value not in FORMATS:
+            if not is_format(value) or (name == "dense" and "+" in value):
                 raise SpecError(
                     f"--{name} {value!r} is not a weight format",
                     hint=f"use one of {', '.join(FORMATS)}",

@@ -14,7 +14,10 @@ from pathlib import Path
 import numba
 import pytest
 
+from hybrid.formats.registry import quantized_formats
+
 HERE = Path(__file__).parent
+QUANTIZED = quantized_formats()
 CPUS = ("znver4", "sapphirerapids")
 #: Instructions that collect numbers from anywhere, or spread them.
 _ANYWHERE = re.compile(r"^\s+(vp?(?:gather|scatter)\w+)", re.MULTILINE)
@@ -64,5 +67,6 @@ def test_loops_read_side_by_side(cpu: str, assembly: Callable[[str], dict[str, s
     used = {name: dict(Counter(_ANYWHERE.findall(text))) for name, text in found.items()}
     assert used.pop(_CONTROL)
     assert not {name: counts for name, counts in used.items() if counts}
-    assert "vpdpbusd" in found["cpu_experts.kernels.experts.run_routed"]
+    for fmt in QUANTIZED:
+        assert "vpdpbusd" in found[f"cpu_experts.kernels.dots.micro_kernels_{fmt}"]
     assert re.search(r"vpaddq\s.*%zmm", found["cpu_experts.kernels.reading._read"])

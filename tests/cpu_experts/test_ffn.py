@@ -19,9 +19,11 @@ from hybrid.formats.activations import round_activations
 from hybrid.formats.block import ACTIVATIONS, Block
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.matrix import pack, unpack
-from hybrid.formats.registry import FORMATS, is_quantized
+from hybrid.formats.registry import is_quantized
 from random_experts import random_experts, random_routing
 
+#: Every kind of layout, codes and scales; all formats are in ``test_strips.py``.
+SOME = ("q4_0", "q8_0", "q4_k", "q6_k", "q2_k", "mxfp4", "bf16", "f32")
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 # Sums of up to a hundred float32 products of order one.
 TOLERANCE = 2e-6
@@ -50,7 +52,7 @@ def _close(out: np.ndarray, want: np.ndarray) -> None:
     assert error.max() <= 0.01 * size
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", SOME)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 def test_equals_naive_at_every_load(fmt: str, tokens: int) -> None:
     """One token, a few, and more than the widest micro-kernel takes at once."""
@@ -59,7 +61,22 @@ def test_equals_naive_at_every_load(fmt: str, tokens: int) -> None:
     _check(Block(hidden=64, intermediate=96, format=fmt), tokens)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    ("up", "down"), [("q4_k", "q6_k"), ("q8_0", "f32"), ("bf16", "q5_1"), ("q6_k", "q8_0")]
+)
+def test_down_in_another_format(up: str, down: str) -> None:
+    """Each side reads what its own format makes of its activations; by itself, too."""
+    shape = Block(hidden=64, intermediate=96, format=up, down_format=down, bias=True)
+    _check(shape, 3)
+    blocks, weights = random_experts(shape, 1)
+    h = np.random.default_rng(0).standard_normal((2, 96)).astype(np.float32)
+    seen = round_activations(h) if is_quantized(down) else h
+    found = project_down(h, np.zeros((2, 1), np.int64), blocks, shape)
+    want = seen.astype(np.float64) @ weights[0].down.T + weights[0].down_bias
+    np.testing.assert_allclose(found, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("fmt", SOME)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(1, 1), (33, 31), (100, 40)])
 def test_ragged_sizes(fmt: str, hidden: int, intermediate: int) -> None:
     """Sizes that fill neither strips of 16 nor groups of 32, with biases."""
@@ -114,7 +131,7 @@ def test_zero_tokens() -> None:
 
 
 @pytest.mark.skipif(UNCOMPILED, reason="hundreds of tokens need compiled loops")
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", SOME)
 def test_hundreds_of_tokens_and_thread_counts(fmt: str) -> None:
     """Uneven loads over many tokens; one thread and all threads give the same bits."""
     shape = Block(hidden=96, intermediate=64, format=fmt)
@@ -195,7 +212,7 @@ def test_the_level_is_chosen_once(fmt: str, monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_array_equal(outs[0], outs[2])
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", SOME)
 @pytest.mark.parametrize("gated", [True, False])
 def test_projections_alone(fmt: str, gated: bool) -> None:
     """project_up and project_down give raw, biased products pair by pair."""
@@ -221,7 +238,7 @@ def test_projections_alone(fmt: str, gated: bool) -> None:
         np.testing.assert_allclose(down[pair], w.down @ h_seen[pair] + w.down_bias, atol=2e-5)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", SOME)
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 def test_linear_equals_naive(fmt: str, tokens: int) -> None:
     """A dense layer is one expert that every token goes to, ragged sizes and bias included."""

@@ -34,7 +34,9 @@ def _kernels() -> Iterator[Any]:
     """All kernels there are."""
     import cpu_experts
     from cpu_experts.jit.linking import Kernel
+    from cpu_experts.kernels import dots
 
+    yield from dots.MADE
     for module in pkgutil.walk_packages(cpu_experts.__path__, "cpu_experts."):
         for value in vars(import_module(module.name)).values():
             if isinstance(value, Kernel) and value.py_func.__module__ == module.name:
@@ -45,10 +47,12 @@ def _call_all() -> None:
     """Call all that is called from Python, with arguments of the right types."""
     from cpu_experts.decoder.decoder import Decoder
     from cpu_experts.ffn import linear, run_experts
+    from cpu_experts.kernels.dots import dot_table
     from cpu_experts.kernels.reading import read_words
     from cpu_experts.kernels.widen import widen
     from decoder_layers import DIM, PAIRS, D, make_experts, make_layer, make_matrix, make_norm
     from hybrid.formats.matrix import pack
+    from hybrid.formats.registry import FORMATS
 
     def zeros(*size: int) -> Any:
         return np.zeros(size, np.float32)
@@ -69,6 +73,8 @@ def _call_all() -> None:
     linear(zeros(2, 64), packed, "q4_0", None, zeros(2, 32))
     widen(packed, 32, 64, "q4_0", zeros(32, 64))
     read_words(np.zeros(1000, np.uint64), 1)
+    for fmt in FORMATS:
+        dot_table(fmt)
 
 
 def _gathering(x, at, out):  # numba infers the types
@@ -92,7 +98,7 @@ def main(cpu: str, folder: Path) -> None:
     control = kernel()(_gathering)
     control(np.zeros(9, np.float32), 3, np.zeros(3, np.float32))
     for one in (*_kernels(), control):
-        name = f"{one.py_func.__module__}.{one.py_func.__name__}"
+        name = f"{one.py_func.__module__}.{one.py_func.__qualname__}"
         # What only other kernels call is a part of theirs.
         assert one.signatures or one._part.signatures, f"nothing here calls {name}"
         if one.signatures:

@@ -33,8 +33,8 @@ def make_norm(size: int, **changes: Any) -> Norm:
     return Norm(weight=1 + draw(size), eps=1e-5, **changes)
 
 
-def make_experts(count: int, fmt: str, intermediate: int = 40) -> Experts:
-    shape = Block(hidden=D, intermediate=intermediate, format=fmt)
+def make_experts(count: int, fmt: str, intermediate: int = 40, down_format: str = "") -> Experts:
+    shape = Block(hidden=D, intermediate=intermediate, format=fmt, down_format=down_format)
     blocks = np.stack(
         [
             pack_expert(

@@ -71,7 +71,7 @@ def expert(shape: Block, weights: ExpertWeights, x: NDArray[np.float32]) -> NDAr
         gate = np.minimum(project(weights.gate, weights.gate_bias, seen), shape.limit)
         h = np.array([activation(shape.activation, shape.alpha, v) for v in gate])
         h = h * (up + shape.up_offset)
-    if is_quantized(shape.format):
+    if is_quantized(shape.formats[1]):
         h = round_activations(h.astype(np.float32)[None])[0]
     return project(weights.down, weights.down_bias, h)
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid.formats.block import Block, pack_expert
+from hybrid.formats.block import Block, pack_expert, unpack_expert
 from hybrid.formats.errors import FormatError, HybridError, ShapeError
-from hybrid.formats.matrix import packed_bytes
-from hybrid.formats.registry import FORMATS
+from hybrid.formats.matrix import pack, packed_bytes, unpack
+from hybrid.formats.registry import FORMATS, bits_per_weight
 from hybrid.formats.strips import pad
 
 shapes = st.builds(
@@ -23,6 +23,7 @@ shapes = st.builds(
     hidden=st.integers(1, 200),
     intermediate=st.integers(1, 200),
     format=st.sampled_from(list(FORMATS)),
+    down_format=st.sampled_from(["", *FORMATS]),
     gated=st.booleans(),
     bias=st.booleans(),
 )
@@ -59,6 +60,19 @@ def test_a_stride_says_where_experts_lie_and_not_how() -> None:
     np.testing.assert_array_equal(pack_expert(shape, **parts), pack_expert(stored, **parts))
 
 
+def test_down_may_have_a_format_of_its_own() -> None:
+    """Named only where it differs: the same experts are equal however they were asked for."""
+    shape = Block(hidden=256, intermediate=256, format="q4_k", down_format="q6_k")
+    assert (shape.formats, shape.format_name) == (("q4_k", "q6_k"), "q4_k+q6_k")
+    assert shape.down_bytes == packed_bytes(256, 256, "q6_k")
+    assert replace(shape, down_format="q4_k") == replace(shape, down_format="")
+    draw = np.random.default_rng(0).standard_normal((3, 256, 256)).astype(np.float32)
+    found = unpack_expert(shape, pack_expert(shape, gate=draw[0], up=draw[1], down=draw[2]))
+    for got, w, fmt in zip(found[:3], draw, ("q4_k", "q4_k", "q6_k"), strict=True):
+        np.testing.assert_array_equal(got, unpack(pack(w, fmt), 256, 256, fmt))
+    assert bits_per_weight("q4_k+q6_k") == pytest.approx((2 * 4.625 + 6.5625) / 3)
+
+
 @pytest.mark.parametrize("fmt", list(FORMATS))
 def test_a_block_that_was_used_can_be_copied(fmt: str) -> None:
     """Its format's functions may be no module's: a pickle names the format."""
@@ -73,6 +87,7 @@ def test_a_block_that_was_used_can_be_copied(fmt: str) -> None:
     ("change", "error", "message"),
     [
         ({"format": "q5_9"}, FormatError, "unknown weight format 'q5_9'"),
+        ({"down_format": "q9"}, FormatError, "unknown weight format 'q9'"),
         ({"activation": "swish"}, ShapeError, "unknown activation 'swish'"),
         ({"hidden": 0}, ShapeError, "an expert of 0 x 32 has no weights"),
         ({"stride": 4100}, ShapeError, "stride is 4100, not a multiple of 16"),

@@ -40,6 +40,61 @@ def test_index_round_trip(converted: Path) -> None:
     assert replace(index, format="q4_0").id != index.id
 
 
+#: An index that was written before layers could have formats of their own.
+VERSION_1 = {
+    "kind": "hybrid expert store", "version": 1, "id": "dfc5109d5b2b267d2776ef8948bc794f",
+    "page_bytes": 4096,
+    "bytes": 12288, "source": {"name": "old"}, "format": "q4_0",
+    "layers": [
+        {
+            "module": "layers.0.experts", "experts": 2, "hidden": 64, "intermediate": 32,
+            "gated": True, "bias": False, "offset": 4096, "checksums": [1, 2],
+        }
+    ],
+    "dense_format": "q8_0", "dense": {"lm_head": [50, 64]},
+}  # fmt: skip
+
+
+def test_version_1_opens_as_it_was(tmp_path: Path) -> None:
+    """What older programs wrote reads as ever, and what they can read is written as they did."""
+    path = tmp_path / INDEX_NAME
+    path.write_text(json.dumps(VERSION_1))
+    index = StoreIndex.read(path)
+    assert index.layers[0].shape(index.format).formats == ("q4_0", "q4_0")
+    assert index.format_of("lm_head") == "q8_0"
+    assert json.loads(index.to_json()) == VERSION_1
+    (tmp_path / DATA_NAME).write_bytes(header_page(index).ljust(index.nbytes, b"\0"))
+    assert header_page(index)[8:12] == b"\1\0\0\0"
+    assert ExpertStore.open(tmp_path).index == index
+
+
+def test_formats_of_every_layer_and_matrix(tmp_path: Path) -> None:
+    """Layers and dense modules of several formats: version 2, read back as it was written."""
+    first = LayerRecord(
+        module="layers.0.experts", experts=2, hidden=64, intermediate=32, gated=True, bias=False,
+        offset=PAGE_BYTES, format="q4_k", down_format="q6_k",
+    )  # fmt: skip
+    offset = PAGE_BYTES + first.nbytes("q4_0")
+    other = replace(first, module="layers.1.experts", offset=offset, format="", down_format="")
+    more = replace(first, module="layers.2.experts", offset=offset + other.nbytes("q4_0"))
+    index = StoreIndex(
+        source={"name": "mixed"}, format="q4_0", layers=(first, other, more), dense_format="q8_0",
+        dense={"lm_head": (50, 64), "embed": (50, 64)}, dense_formats={"embed": "q6_k"},
+    )  # fmt: skip
+    assert index.version == VERSION == 2
+    assert index.experts_format == "q4_k+q6_k"
+    assert [index.format_of(path) for path in index.dense] == ["q8_0", "q6_k"]
+    assert replace(index, dense_formats={"embed": "q5_k"}).id != index.id
+    (tmp_path / INDEX_NAME).write_text(index.to_json())
+    (tmp_path / DATA_NAME).write_bytes(header_page(index).ljust(index.nbytes, b"\0"))
+    store = ExpertStore.open(tmp_path)
+    assert store.index == index
+    for layer, fmt in zip(index.layers, ("q4_k+q6_k", "q4_0", "q4_k+q6_k"), strict=True):
+        shape = layer.shape(index.format)
+        assert shape.format_name == fmt
+        assert store.blocks(layer).shape == (2, shape.stride)
+
+
 def test_blocks_are_page_aligned_views(converted: Path) -> None:
     """Every expert starts on a page, and its bytes are the mapped file's, not a copy."""
     store = ExpertStore.open(converted, verify=True)
@@ -67,7 +122,7 @@ def test_opening_reads_nothing(tmp_path: Path) -> None:
     index = StoreIndex(source={"name": "hole"}, format="q4_0", layers=(record,))
     (tmp_path / INDEX_NAME).write_text(index.to_json())
     with (tmp_path / DATA_NAME).open("wb") as file:
-        file.write(header_page(index.id))
+        file.write(header_page(index))
         file.truncate(index.nbytes)
     store = ExpertStore.open(tmp_path)
     assert store.blocks(record).nbytes > 500 * 2**30
