@@ -179,7 +179,7 @@ def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str, S
     path = path / "config.json" if path.is_dir() else path
     if is_gguf(path):
         header = read_gguf(path)
-        return config_of_gguf(header), path.stem, stored_weights(header)
+        return config_of_gguf(header), header.name, stored_weights(header)
     if path.is_file():
         called = directory_name(path.parent) if path.name == "config.json" else path.stem
         data = read_table(path, "model description")

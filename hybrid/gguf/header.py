@@ -103,6 +103,11 @@ class GgufHeader:
         """What it calls its architecture; empty if nothing."""
         return str(self.metadata.get("general.architecture") or "")
 
+    @property
+    def name(self) -> str:
+        """What the model is called: its file, without the number of a part."""
+        return re.sub(r"-\d{5}-of-\d{5}$", "", self.path.stem)
+
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the architecture's own, without its name before the key."""
         return self.metadata.get(f"{self.architecture}.{key}", default)

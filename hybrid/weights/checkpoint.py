@@ -74,6 +74,8 @@ class ConvertResult:
         Id of its expert store.
     layers, experts
         Layers that have experts, and experts in all.
+    format
+        Of most experts.
     expert_bytes, dense_bytes
         Sizes of the two kinds of weights.
     resumed_layers
@@ -86,6 +88,7 @@ class ConvertResult:
     store: str
     layers: int
     experts: int
+    format: str
     expert_bytes: int
     dense_bytes: int
     resumed_layers: int
@@ -171,6 +174,7 @@ def convert(
         store=index.id,
         layers=len(index.layers),
         experts=sum(layer.experts for layer in index.layers),
+        format=index.experts_format,
         expert_bytes=index.nbytes,
         dense_bytes=plan.nbytes,
         resumed_layers=resumed,
@@ -234,7 +238,7 @@ class CheckResult:
         What hinders a conversion; empty where nothing does.
     notes
         What is odd, or not taken.
-    layers, experts, expert_bytes, dense_bytes
+    layers, experts, format, expert_bytes, dense_bytes
         As in :class:`ConvertResult`, of what a conversion would make; 0 where it cannot.
     """
 
@@ -242,6 +246,7 @@ class CheckResult:
     notes: list[str]
     layers: int = 0
     experts: int = 0
+    format: str = ""
     expert_bytes: int = 0
     dense_bytes: int = 0
 
@@ -288,6 +293,7 @@ def check(
         notes=ready.notes,
         layers=len(layers),
         experts=sum(layer.experts for layer in layers),
+        format=index.experts_format,
         expert_bytes=index.nbytes,
         dense_bytes=plan.nbytes,
     )

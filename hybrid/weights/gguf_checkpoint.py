@@ -6,7 +6,6 @@ Loads neither torch nor transformers.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +54,7 @@ class GgufCheckpoint(Checkpoint):
     @property
     def name(self) -> str:
         """What it is called: the file, without the number of the part."""
-        return re.sub(r"-\d{5}-of-\d{5}$", "", self.header.path.stem)
+        return self.header.name
 
     @property
     def has_weights(self) -> bool:
