@@ -20,7 +20,7 @@ from hybrid.gguf.config import config_of as config_of_gguf
 from hybrid.gguf.header import is_gguf, read_gguf
 from hybrid.gguf.stored import Stored
 from hybrid.gguf.stored import stored as stored_weights
-from hybrid.hub import HubName, config_of, hub_name
+from hybrid.hub import HubName, config_of, header_of, hub_name
 from planner.describe.checked_table import read_table
 from planner.describe.families import from_hf_config, from_table, settings_of
 from planner.describe.model import ModelSpec
@@ -174,7 +174,10 @@ def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str, S
     The third is what a GGUF file's weights are kept as.
     """
     if isinstance(model, HubName):
-        return config_of(model), model.repo.rpartition("/")[2], None
+        if model.quant is None:
+            return config_of(model), model.repo.rpartition("/")[2], None
+        header = header_of(model)
+        return config_of_gguf(header), header.name, stored_weights(header)
     path = demo_path() if model == "demo" else Path(model)
     path = path / "config.json" if path.is_dir() else path
     if is_gguf(path):

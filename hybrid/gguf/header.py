@@ -11,9 +11,10 @@ import math
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +155,38 @@ def read_gguf(path: Path) -> GgufHeader:
     count = int(one.metadata.get("split.count") or 1)
     if count <= 1:
         return one
-    parts = [one if part == path else _read_file(part) for part in _parts(path, count)]
+    return joined([one if part == path else _read_file(part) for part in _parts(path, count)])
+
+
+def read_head(path: Path, size: int, fetch: Callable[[int], bytes]) -> GgufHeader:
+    """Read the header of a file that lies elsewhere.
+
+    Parameters
+    ----------
+    path
+        What it is called.
+    size
+        Its bytes.
+    fetch
+        Returns so many of its first bytes, or all if there are fewer.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        As :func:`read_gguf`.
+    """
+    return _grown(path, size, fetch)
+
+
+def joined(parts: list[GgufHeader]) -> GgufHeader:
+    """Return what the headers of all files of a split model say together.
+
+    Raises
+    ------
+    CheckpointError
+        When they are not of one model.
+    """
+    path, count = parts[0].path, len(parts)
     tensors: dict[str, GgufTensor] = {}
     for part in parts:
         if part.metadata.get("split.count") != count:
@@ -261,8 +293,12 @@ def _read_file(path: Path) -> GgufHeader:
     """Read one file's header."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return _grown(path, file, size)
+
+            def fetch(size: int) -> bytes:
+                file.seek(0)
+                return file.read(size)
+
+            return _grown(path, os.fstat(file.fileno()).st_size, fetch)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}",
@@ -270,9 +306,9 @@ def _read_file(path: Path) -> GgufHeader:
         ) from error
 
 
-def _grown(path: Path, file: IO[bytes], size: int) -> GgufHeader:
+def _grown(path: Path, size: int, fetch: Callable[[int], bytes]) -> GgufHeader:
     """Read more and more of a file, until its header is whole."""
-    data = file.read(_FIRST_BYTES)
+    data = fetch(_FIRST_BYTES)
     _check_beginning(path, data, size)
     while True:
         try:
@@ -282,7 +318,7 @@ def _grown(path: Path, file: IO[bytes], size: int) -> GgufHeader:
                 raise CheckpointError(
                     f"{path} is cut short: it ends in its header, after {size} bytes", hint=_AGAIN
                 ) from None
-            data += file.read(3 * len(data))
+            data = fetch(4 * len(data))
         except (ValueError, KeyError, struct.error, MemoryError, OverflowError) as error:
             raise CheckpointError(
                 f"{path} has a damaged GGUF header ({type(error).__name__}: {error})", hint=_AGAIN

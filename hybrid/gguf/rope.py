@@ -32,9 +32,12 @@ def rope_parameters(header: GgufHeader, head_dim: int) -> dict[str, Any]:
     if turned < head_dim:
         found["partial_rotary_factor"] = turned / head_dim
     kind = str(header.get("rope.scaling.type", "none"))
-    if _LONG in header.tensors:
+    small = header.tensors.keys() & {_LONG, _FREQUENCIES}
+    if small and not header.path.is_file():
+        return found  # of a file that lies elsewhere: a plan does not ask what positions turn by
+    if _LONG in small:
         return found | _longrope(header)
-    if _FREQUENCIES in header.tensors:
+    if _FREQUENCIES in small:
         return found | _llama3(header.read_floats(_FREQUENCIES), base, turned)
     factor = float(header.get("rope.scaling.factor", 1.0))
     if kind in ("none", "longrope") or factor <= 1.0:
