@@ -23,7 +23,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         show_default=False,
-        help="A converted directory, any Hugging Face MoE directory, or ORG/NAME of the hub "
+        help="A converted directory, any Hugging Face directory, a GGUF file, or ORG/NAME of the hub "
         "(@REVISION), which is converted into the cache first. Without it: the small model that "
         "ships with this program.",
     ),
