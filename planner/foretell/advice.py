@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hybrid.formats.registry import bits_per_weight, quantized_formats
+from hybrid.formats.registry import advised_formats, bits_per_weight
 from planner.cost.cost import CostModel
 from planner.describe.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER
 from planner.foretell.run import Run
@@ -115,7 +115,7 @@ def explain(run: Run, cost: CostModel) -> Iterator[str]:
 def variants(request: Request) -> Iterator[tuple[str, bool, Request]]:
     """Yield changes worth trying: what, whether it changes the output, and the new request."""
     hardware = request.hardware
-    for fmt in quantized_formats():
+    for fmt in advised_formats():
         smaller = bits_per_weight(fmt) < bits_per_weight(request.experts)
         if smaller and request.model.moe_layers:
             yield f"experts in {fmt}", True, replace(request, experts=fmt)
@@ -176,4 +176,4 @@ def _smaller_dense(request: Request) -> list[str]:
     if request.widens:
         return []
     most = bits_per_weight(request.dense)
-    return [fmt for fmt in quantized_formats() if bits_per_weight(fmt) < most]
+    return [fmt for fmt in advised_formats() if bits_per_weight(fmt) < most]

@@ -243,7 +243,7 @@ def test_damaged_json(src: Path) -> None:
     refused(src, CheckpointError, "config.json is not valid JSON")
 
 
-@pytest.mark.parametrize("options", [{"experts": "q5_k"}, {"dense": "int3"}])
+@pytest.mark.parametrize("options", [{"experts": "q5_x"}, {"dense": "int3"}])
 def test_unknown_format(src: Path, options: dict[str, str]) -> None:
     """An unknown format is refused with the list of known ones."""
     (name,) = options.values()
