@@ -15,6 +15,7 @@ from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.ask.names import directory_name, resolve, routing_laws
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
+from hybrid.formats.errors import FormatError
 from hybrid.formats.registry import weight_bytes
 from hybrid.gguf.config import config_of as config_of_gguf
 from hybrid.gguf.header import is_gguf, read_gguf
@@ -25,6 +26,7 @@ from planner.describe.checked_table import read_table
 from planner.describe.families import from_hf_config, from_table, settings_of
 from planner.describe.model import ModelSpec
 from planner.describe.routing_law import law_of
+from planner.errors import SpecError
 
 _FLOATS = {"bfloat16": "bf16", "float16": "f32", "float32": "f32"}
 """What the kernels keep weights of a checkpoint's type as, which has to hold each of them."""
@@ -142,6 +144,8 @@ def find_model(
 def _mixed(index: Path, params: int, plain: str) -> tuple[str, int] | None:
     """Return the format of most dense weights of a store, and their bytes; None if all are plain.
 
+    Raises SpecError when its index is damaged.
+
     Parameters
     ----------
     params
@@ -156,10 +160,16 @@ def _mixed(index: Path, params: int, plain: str) -> tuple[str, int] | None:
     if not isinstance(formats, dict) or not formats or not isinstance(shapes, dict):
         return None
     counts: Counter[str] = Counter()
-    for path, fmt in formats.items():
-        counts[fmt] += math.prod(shapes[path])
-    counts[plain] += max(0, params - counts.total())
-    return counts.most_common(1)[0][0], sum(weight_bytes(n, fmt) for fmt, n in counts.items())
+    try:
+        for path, fmt in formats.items():
+            counts[fmt] += math.prod(shapes[path])
+        counts[plain] += max(0, params - counts.total())
+        return counts.most_common(1)[0][0], sum(weight_bytes(n, fmt) for fmt, n in counts.items())
+    except (KeyError, TypeError, ValueError, FormatError) as error:
+        raise SpecError(
+            f"{index} is damaged ({type(error).__name__}: {error})",
+            hint="convert the model again with 'hybrid convert'",
+        ) from error
 
 
 def _directory(model: str | Path | HubName) -> Path | None:

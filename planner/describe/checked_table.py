@@ -57,7 +57,7 @@ def parse_table(text: str, where: str, what: str | None = None) -> dict[str, Any
     """
     try:
         data = tomllib.loads(text) if where.endswith(".toml") else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise _unfit(where, what, error) from error
     if not isinstance(data, dict):
         raise SpecError(
