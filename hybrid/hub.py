@@ -6,16 +6,18 @@ Everything goes through ``huggingface_hub``: its cache, its token, proxies, ``HF
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import CheckpointError, UsageError, first_line
+from hybrid.errors import CheckpointError, first_line
+from hybrid.gguf.header import ENDING, GgufHeader, joined, read_head
 from hybrid.paths import require_room
 
 CONFIG = "config.json"
@@ -30,6 +32,12 @@ _NAME = re.compile(
     (?::(?P<quant>\w+))?/?""",
     re.VERBOSE,
 )
+#: What GGUF files of the same repository are that are no model of text.
+_BESIDE_GGUF = re.compile(r"(?i)mmproj|imatrix|^mtp-")
+_PART = re.compile(r"-\d{5}-of-(\d{5})$")
+_QUANT = re.compile(r"(?i)(?:^|[-._])((?:UD-)?I?Q\d\w*|TQ\d\w*|BF16|FP?16|FP?32|MXFP4\w*|NVFP4)")
+_USUAL = "Q4_K_M"
+"""Of several files the one that is taken unless another is asked for, as llama.cpp does."""
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 
@@ -39,9 +47,12 @@ class HubName:
 
     repo: str
     revision: str | None = None
+    quant: str | None = None
+    """Which of its GGUF files, as in ``Q4_K_M``; None is safetensors, or the one that suits."""
 
     def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+        at = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo}{at}" + ("" if self.quant is None else f":{self.quant}")
 
 
 @dataclass(frozen=True)
@@ -71,14 +82,9 @@ class Manifest:
 
 
 def hub_name(text: str | os.PathLike[str]) -> HubName | None:
-    """Read ``ORG/NAME``, ``ORG/NAME@revision`` or an address of the hub.
+    """Read ``ORG/NAME``, ``ORG/NAME@revision``, ``ORG/NAME:Q4_K_M`` or an address of the hub.
 
     None where it is a place on this machine, or no such name.
-
-    Raises
-    ------
-    UsageError
-        When a GGUF file of a repository is meant.
     """
     text = os.fspath(text)
     if text.startswith((".", "~", os.sep)) or _exists(Path(text)):
@@ -86,12 +92,7 @@ def hub_name(text: str | os.PathLike[str]) -> HubName | None:
     found = _NAME.fullmatch(text)
     if found is None or (found["host"] is not None and found["host"] not in _hosts()):
         return None
-    if found["quant"] is not None:
-        raise UsageError(
-            f"{text} names a GGUF file ({found['quant']}), which cannot be read",
-            hint=f"name a repository with safetensors weights, such as {found['repo']}",
-        )
-    return HubName(found["repo"], found["revision"] or found["tree"])
+    return HubName(found["repo"], found["revision"] or found["tree"], found["quant"])
 
 
 def config_of(name: HubName) -> dict[str, Any]:
@@ -135,9 +136,13 @@ def manifest(name: HubName) -> Manifest:
         info = _state(name, files_metadata=True)
         commit = str(info.sha)
         there = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
-        wanted = [file for file in there if "/" not in file and file.endswith(_BESIDE)]
-        wanted += [file for file in there if file.startswith("additional_chat_templates/")]
-        wanted += _weights(name, commit, there)
+        name, gguf = _chosen(name, there)
+        if gguf:
+            wanted = gguf
+        else:
+            wanted = [file for file in there if "/" not in file and file.endswith(_BESIDE)]
+            wanted += [file for file in there if file.startswith("additional_chat_templates/")]
+            wanted += _weights(name, commit, there)
         have = [
             file
             for file in wanted
@@ -145,7 +150,7 @@ def manifest(name: HubName) -> Manifest:
                 huggingface_hub.try_to_load_from_cache(name.repo, file, revision=commit), str
             )
         ]
-    files = {file: there[file] for file in sorted(wanted)}
+    files = {file: there[file] for file in (wanted if gguf else sorted(wanted))}
     return Manifest(name, commit, files, sum(files.values()) - sum(there[file] for file in have))
 
 
@@ -170,7 +175,7 @@ def download(wanted: Manifest) -> Path:
     with _in_our_words(wanted.name, "its files"):
         import huggingface_hub
 
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
                 wanted.name.repo,
                 revision=wanted.name.revision,  # by its name, which is found offline, too
@@ -178,6 +183,46 @@ def download(wanted: Manifest) -> Path:
                 endpoint=_endpoint(),
             )
         )
+        return folder if wanted.name.quant is None else folder / next(iter(wanted.files))
+
+
+def header_of(name: HubName) -> GgufHeader:
+    """Fetch the beginnings of a repository's GGUF files, as far as their headers reach.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        When there is no such repository or file, nobody may read it, or it is damaged.
+    """
+    with _in_our_words(name, "its files"):
+        info = _state(name, files_metadata=True)
+        there = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+        name, files = _chosen(name, there)
+        if not files:
+            raise CheckpointError(
+                f"{name} has no GGUF files", hint="name the repository without what follows :"
+            )
+        parts = []
+        for file in files:
+            fetch = functools.partial(_first_bytes, name, str(info.sha), file)
+            parts.append(read_head(Path(name.repo) / file, there[file], fetch))
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def _first_bytes(name: HubName, commit: str, file: str, size: int) -> bytes:
+    """Fetch so many first bytes of a file."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    url = hf_hub_url(name.repo, file, revision=commit, endpoint=_endpoint())
+    asked = {**build_hf_headers(), "Range": f"bytes=0-{size - 1}"}
+    answer = get_session().get(url, headers=asked, follow_redirects=True)
+    hf_raise_for_status(answer)
+    return bytes(answer.content[:size])
 
 
 def directory_of(name: HubName) -> Path:
@@ -204,7 +249,69 @@ def kept_copy(name: HubName) -> Path | None:
     import huggingface_hub
 
     found = huggingface_hub.try_to_load_from_cache(name.repo, CONFIG, revision=name.revision)
-    return Path(found).parent if isinstance(found, str) else None
+    if name.quant is None and isinstance(found, str):
+        return Path(found).parent
+    return _kept_gguf(name)
+
+
+def _kept_gguf(name: HubName) -> Path | None:
+    """Return the first GGUF file that an earlier download left of a name, if all are there."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HUB_CACHE) / f"models--{name.repo.replace('/', '--')}"
+    reference = home / "refs" / (name.revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else str(name.revision)
+    folder = home / "snapshots" / commit
+    there = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob(f"*{ENDING}")}
+    try:
+        _, files = _chosen(name, there)
+    except CheckpointError:
+        return None
+    return folder / files[0] if files else None
+
+
+def _chosen(name: HubName, there: dict[str, int]) -> tuple[HubName, list[str]]:
+    """Return the GGUF files that a name means, and the name that says so; none for safetensors.
+
+    Raises
+    ------
+    CheckpointError
+        When it could be none or several.
+    """
+    models: dict[str, list[str]] = {}
+    for file in sorted(there):
+        stem = Path(file).name.removesuffix(ENDING)
+        if file.endswith(ENDING) and not _BESIDE_GGUF.search(stem):
+            models.setdefault(_PART.sub("", stem), []).append(file)
+    safetensors = any(file.endswith(".safetensors") for file in there)
+    if name.quant is None and (safetensors or not models):
+        return name, []
+    quants = {_quant(stem): files for stem, files in models.items()}
+    if name.quant is not None:
+        wanted = name.quant
+    else:
+        wanted = _USUAL if _USUAL in quants else next(iter(quants)) if len(quants) == 1 else ""
+    files = next((files for quant, files in quants.items() if quant == wanted.upper()), [])
+    count = _PART.search(Path(files[0]).stem) if files else None
+    if count is not None and len(files) != int(count[1]):
+        raise CheckpointError(
+            f"{name} has {len(files)} of the {int(count[1])} files of {wanted}",
+            hint="ask its publisher, or choose another",
+        )
+    if not files:
+        raise CheckpointError(
+            f"{name} has no GGUF file of " + (wanted or "a usual size"),
+            hint=f"choose one of: {', '.join(f'{name.repo}:{quant}' for quant in sorted(quants))}"
+            if quants
+            else "name a repository of GGUF files, or leave out what follows :",
+        )
+    return replace(name, quant=wanted.upper()), files
+
+
+def _quant(stem: str) -> str:
+    """Return what a file's name says its weights are: the last part that looks like a type."""
+    found: list[str] = _QUANT.findall(stem)
+    return found[-1].upper() if found else stem
 
 
 class UnreachableError(CheckpointError):

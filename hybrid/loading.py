@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cpu_experts.jit.workers import use_threads
 from hybrid.ask.asked_model import find_model
 from hybrid.ask.dtypes import DTYPES, check_dtype
-from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.formats.errors import HybridError
 from hybrid.grafts import fast_path_of
@@ -28,6 +27,7 @@ from hybrid.transformers_api import auto_class
 from hybrid.weights.cache import converted_copy
 from hybrid.weights.checks import Checkpoint, check_converted
 from hybrid.weights.config import HybridConfig
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
 from hybrid.weights.source_files import few
 from planner.errors import PlannerError
 
@@ -53,12 +53,12 @@ def load_fast_model(
     """
     directory = model_directory(path)
     config = HybridConfig(experts, dense, verify=verify, fast=fast)
-    if directory.is_dir():
+    if directory.is_dir() and not isinstance(checkpoint_at(directory), GgufCheckpoint):
         config = config.for_loading(
             directory, experts=experts, dense=dense, verify=verify, fast=fast
         )
     if config.store is None:
-        directory, config.store = converted_copy(directory, experts or DEFAULT_EXPERTS, dense)
+        directory, config.store = converted_copy(directory, experts, dense)
     model = _load_model(directory, config, _compute_dtype(dtype, directory))
     fast_path = fast_path_of(model)
     fast_path.replace = True

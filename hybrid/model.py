@@ -83,7 +83,9 @@ class Model:
     def dense_format(self) -> str:
         """Weight format of its dense layers, in a user's words."""
         config = self.network.hf_quantizer.quantization_config
-        return config.dense or "as in the checkpoint"
+        packed = sorted(set(self.index.dense_formats.values()))
+        kept = f" ({', '.join(packed)})" if packed else ""
+        return config.dense or f"as in the checkpoint{kept}"
 
     @property
     def weights(self) -> str:

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hybrid.anatomy.experts import ExpertsSpec, find_experts, offer_experts_function
 from hybrid.anatomy.text_part import leave_towers_out
-from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD
+from hybrid.ask.formats import QUANT_METHOD
 from hybrid.errors import CheckpointError, StoreError
 from hybrid.formats.block import Block
 from hybrid.grafts import CORRECTIONS, remove_parameters, set_runner, set_store
@@ -67,19 +67,22 @@ class HybridQuantizer(HfQuantizer):
             remove_parameters(model, spec.path, spec.parameters)
         self._specs = specs
         index = self._store.index
-        self._moved = _moved(index.layers[0].module, specs[0].path)
+        if specs:
+            self._moved = _moved(index.layers[0].module, specs[0].path)
         places = {path: self._place(model, path) for path in index.dense}
-        self._elsewhere = {
-            path: place for path, place in places.items() if not path.startswith(self._moved[0])
-        }
+        self._elsewhere = {path: place for path, place in places.items() if not self._in_text(path)}
         dense = {places[path]: shape for path, shape in index.dense.items()}
         formats = {place: index.format_of(path) for path, place in places.items()}
         install_dense(model, dense, formats)
 
+    def _in_text(self, path: str) -> bool:
+        """Whether a module of the store lies where the experts do, as far as there are any."""
+        return bool(self._specs) and path.startswith(self._moved[0])
+
     def _place(self, model: Any, path: str) -> str:
         """Return where a module of the store is in a model that may be wrapped differently."""
         old, new = self._moved
-        if path.startswith(old):
+        if self._in_text(path):
             return f"{new}{path.removeprefix(old)}"
         names = [name for name, _ in model.named_modules()]
         alike = [name for name in names if f".{name}".endswith(f".{path}")]
@@ -99,7 +102,6 @@ class HybridQuantizer(HfQuantizer):
         from hybrid.weights.cache import converted_copy
 
         config = self.quantization_config
-        config.experts = config.experts or DEFAULT_EXPERTS
         directory, store_id = converted_copy(source, config.experts, config.dense, config.cache_dir)
         config.store = store_id
         return directory
@@ -152,9 +154,10 @@ def _match(
         by_path = {_tail(layer.module): layer for layer in layers}
         paths = [_tail(path) for path in paths]
     if len(layers) != len(paths) or by_path.keys() != set(paths):
+        there, wanted = (f" ({names[0]} ...)" if names else "" for names in (list(by_path), paths))
         raise StoreError(
-            f"{where} has experts for {len(layers)} layers ({layers[0].module} ...), "
-            f"the model has {len(paths)} ({paths[0]} ...)",
+            f"{where} has experts for {len(layers)} layers{there}, "
+            f"the model has {len(paths)}{wanted}",
             hint="config.json and the store must come from one conversion; convert again",
         )
     records = [by_path[path] for path in paths]

@@ -38,12 +38,9 @@ from cpu_experts.jit.ir import (
 )
 from cpu_experts.kernels.calling import declare, operands
 from cpu_experts.kernels.simd_loops import AS_FLOATS, BY_HALVES, SCALE_AT, SUMS_AT, loop_of
-from cpu_experts.kernels.vectors import LANES, PARTS
+from cpu_experts.kernels.vectors import LANES, PARTS, SHIFT, SHIFT_BITS
 from hybrid.formats.groups import TINY
 from hybrid.formats.strips import GROUP, TILE
-
-#: Added to a float32 below 2^22 in size, leaves it rounded (halves to even) in the last bits.
-ROUNDER, _ROUNDER_BITS = 1.5 * 2.0**23, 0x4B400000
 
 
 def strip_dot(fmt: str, n: int) -> Any:
@@ -94,10 +91,10 @@ def micro_kernel(context: Any, b: Builder, fmt: str, n: int) -> Any:
 def quantize_group(typingctx, x, at, sums, act, act_at):
     """Quantize the 32 float32 at ``x[at:]`` into the activation group at byte ``act_at``.
 
-    ``sums`` says what the two words behind the scale are: less the sum of all codes times a number
-    below 256, as int32; with ``BY_HALVES`` that of each half; with ``AS_FLOATS`` instead the sums
-    themselves times the scale, in float32. Infinite and NaN inputs make the scale infinite or NaN,
-    and so the result NaN.
+    ``sums`` says what the two words behind the scale are: ``SHIFT_BITS`` less the sum of all codes
+    times a number below 256, as int32, and ``SHIFT_BITS``; with ``BY_HALVES`` the former of each
+    half; with ``AS_FLOATS`` the sums themselves times the scale, in float32, take their place.
+    Infinite and NaN inputs make the scale infinite or NaN, and so the result NaN.
     """
 
     def codegen(context, b, signature, args):
@@ -111,8 +108,9 @@ def quantize_group(typingctx, x, at, sums, act, act_at):
         inverse = b.fdiv(ir.Constant(F32, 127.0), top)
         inverse = b.select(some, inverse, ir.Constant(F32, 0.0))
         scaled = b.fmul(v, splat(b, inverse, floats))
-        shifted = b.bitcast(b.fadd(scaled, const(floats, ROUNDER)), ints)
-        codes = b.sub(shifted, const(ints, _ROUNDER_BITS))
+        # A float below 2^22 in size, rounded (halves to even) in the last bits.
+        shifted = b.bitcast(b.fadd(scaled, const(floats, SHIFT)), ints)
+        codes = b.sub(shifted, const(ints, SHIFT_BITS))
         target = gep(b, data(context, b, kinds[3], args[3]), args[4])
         store(b, b.trunc(codes, ir.VectorType(I8, GROUP)), target, 0)
         scale = b.fdiv(top, ir.Constant(F32, 127.0))
@@ -138,9 +136,12 @@ def _sums(b: Builder, codes: Value, scale: Value, sums: Value) -> list[Value]:
         return b.icmp_signed("!=", b.and_(sums, ir.Constant(I32, bit)), zero)
 
     halves, factor = flag(BY_HALVES), b.neg(b.and_(sums, ir.Constant(I32, BY_HALVES - 1)))
-    totals = (b.select(halves, found[0], b.add(*found)), b.select(halves, found[1], zero))
+    floats = flag(AS_FLOATS)
+    first = b.select(halves, found[0], b.add(*found))
+    second = b.select(halves, found[1], zero)
     words = []
-    for total in totals:
-        as_float = b.bitcast(b.fmul(b.sitofp(total, F32), scale), I32)
-        words.append(b.select(flag(AS_FLOATS), as_float, b.mul(total, factor)))
+    for total, as_float in ((first, floats), (second, b.and_(floats, halves))):
+        scaled = b.bitcast(b.fmul(b.sitofp(total, F32), scale), I32)
+        whole = b.add(b.mul(total, factor), ir.Constant(I32, SHIFT_BITS))
+        words.append(b.select(as_float, scaled, whole))
     return words

@@ -107,16 +107,16 @@ class Sum:
     Parameters
     ----------
     start
-        Gives what the sum begins with, as int32 lanes; None for 0.
+        Gives what the sum begins with, as int32 lanes.
     """
 
-    def __init__(self, b: Builder, codes: Codes, start: Callable[[], Value] | None) -> None:
+    def __init__(self, b: Builder, codes: Codes, start: Callable[[], Value]) -> None:
         self._builder, self._codes, self._start = b, codes, start
         self._words: Value = None
         self._total: Value = None
         self._steps = 0
         if DOT or codes.signed:
-            self._total = const(INTS, 0) if start is None else start()
+            self._total = start()
 
     def add(self, w: Value, x: Value) -> None:
         """Add a step: ``w`` bytes, ``x`` the same 4 activation bytes in every lane."""
@@ -155,8 +155,7 @@ class Sum:
         """The sum as int32 lanes, one a row."""
         if self._words is not None:
             self._fold()
-            if self._start is not None:
-                self._total = self._builder.add(self._total, self._start())
+            self._total = self._builder.add(self._total, self._start())
         return self._total
 
 

@@ -32,8 +32,7 @@ from cpu_experts.jit.ir import (
     splat,
     store,
 )
-from cpu_experts.kernels.simd import ROUNDER
-from cpu_experts.kernels.vectors import BITS
+from cpu_experts.kernels.vectors import BITS, SHIFT
 from hybrid.formats.strips import TILE
 
 #: Words (uint64) that :func:`sum_words` takes at a time, and sums that it keeps of them.
@@ -52,8 +51,8 @@ def _exp(b: Builder, x: Value) -> Value:
         y, z = (const(kind, v) if isinstance(v, float) else v for v in (y, z))
         return call(b, f"llvm.fma.v{kind.count}f32", kind, [x, y, z])
 
-    shifted = fma(x, 1.4426950408889634, ROUNDER)
-    n = b.fsub(shifted, const(kind, ROUNDER))
+    shifted = fma(x, 1.4426950408889634, SHIFT)
+    n = b.fsub(shifted, const(kind, SHIFT))
     r = fma(n, 2.12194440e-4, fma(n, -0.693359375, x))
     poly = const(kind, 1.9875691500e-4)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):

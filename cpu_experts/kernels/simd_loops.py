@@ -49,6 +49,8 @@ from cpu_experts.kernels.vectors import (
     LANES,
     PARTS,
     REGISTERS,
+    SHIFT,
+    SHIFT_BITS,
     fma,
 )
 from hybrid.formats.activations import ACT_GROUP
@@ -100,14 +102,11 @@ class Grouped(Loop):
             self.sums = self.sums | AS_FLOATS
 
     def _run(self, b: Builder, group: Value, rows: list[Value], run: int) -> list[list[Value]]:
-        """A run's products with every row, added up: float vectors ``[n][parts]``."""
-        steps = range(run, 8, self.scales.runs)
-        shifted = self.codes.zero > 0
+        """A run's products with every row, added up: floats larger by SHIFT, ``[n][parts]``."""
         sums = [
-            [Sum(b, self.codes, _start(b, row, run) if shifted else None) for _ in range(PARTS)]
-            for row in rows
+            [Sum(b, self.codes, self._start(b, row, run)) for _ in range(PARTS)] for row in rows
         ]
-        for step in steps:
+        for step in range(run, 8, self.scales.runs):
             # Step by step, so that two vectors of codes at a time take registers.
             codes = self.codes.read(b, group, step)
             for row, own in zip(rows, sums, strict=True):
@@ -117,25 +116,44 @@ class Grouped(Loop):
             for own in sums:
                 for part in own:
                     part.pin()
-        return [[b.sitofp(part.total(), FLOATS) for part in own] for own in sums]
+        return [[b.bitcast(part.total(), FLOATS) for part in own] for own in sums]
+
+    def _start(self, b: Builder, row: Value, run: int) -> Callable[[], Value]:
+        """What a sum begins with: SHIFT less what shifted codes make it too large by.
+
+        A word of the activation group, even where that is SHIFT alone: a constant would take a
+        register.
+        """
+        word = run if self.codes.zero else 1
+        if self.scales.runs == 2 and not self.codes.zero:
+            return lambda: const(INTS, SHIFT_BITS)
+        return lambda: splat(b, load(b, row, SUMS_AT + 4 * word, I32), INTS)
+
+    def _scaled(self, b: Builder, values: list[list[Value]], scales: list[Value]) -> None:
+        """Take SHIFT off ``values`` ``[n][parts]`` and multiply them by scales ``[parts]``."""
+        less = const(FLOATS, -SHIFT)
+        shifts = [b.fmul(scale, less) for scale in scales]
+        for own in values:
+            if self.scales.short:  # exact: there is one rounding, of the product
+                own[:] = [fma(b, *of) for of in zip(own, scales, shifts, strict=True)]
+            else:
+                own[:] = [b.fmul(b.fadd(v, less), f) for v, f in zip(own, scales, strict=True)]
 
     def _group(
         self, b: Builder, unit: Value, here: Value, rows: list[Value]
-    ) -> tuple[list[list[Value]], list[list[Value]], Factors]:
-        """A group's products ``[n][parts]``, what multiplies them, and its numbers."""
+    ) -> tuple[list[list[Value]], Factors]:
+        """A group's weighted products ``[n][parts]``, and its numbers."""
         layout = self.layout
         group = gep(b, unit, b.mul(here, ir.Constant(I64, layout.group_bytes)))
         found = self._run(b, group, rows, 0)
         factors = self.scales.factors(b, layout, unit, here)
+        self._scaled(b, found, factors.scales[0])
         if self.scales.runs == 2:
-            first, other = factors.scales
-            found = [[b.fmul(v, f) for v, f in zip(own, first, strict=True)] for own in found]
-            for own, more in zip(found, self._run(b, group, rows, 1), strict=True):
-                own[:] = [fma(b, v, f, s) for v, f, s in zip(more, other, own, strict=True)]
-        scales = [splat(b, load(b, row, SCALE_AT, F32), FLOATS) for row in rows]
-        if self.scales.runs == 2:
-            return found, [[scale] * PARTS for scale in scales], factors
-        return found, [[b.fmul(scale, f) for f in factors.scales[0]] for scale in scales], factors
+            others = self._run(b, group, rows, 1)
+            self._scaled(b, others, factors.scales[1])
+            for own, more in zip(found, others, strict=True):
+                own[:] = [b.fadd(*both) for both in zip(own, more, strict=True)]
+        return found, factors
 
     def emit(
         self, b: Builder, w: Value, then: Value, acts: list[Value], inner: Value
@@ -161,9 +179,10 @@ class Grouped(Loop):
                 prefetch(b, early, line)
             early = gep(b, early, size)
             early = b.select(b.icmp_unsigned("==", early, end), then, early)
-            left, right, factors = self._group(b, unit, here, rows)
+            found, factors = self._group(b, unit, here, rows)
             out = [early]
             for t in range(n):
+                scale = splat(b, load(b, rows[t], SCALE_AT, F32), FLOATS)
                 own = [
                     splat(b, load(b, rows[t], SUMS_AT + 4 * run, F32), FLOATS)
                     for run in range(len(factors.shifts))
@@ -171,7 +190,7 @@ class Grouped(Loop):
                 for p in range(PARTS):
                     at = t * PARTS + p
                     total = sums[at] if kept is None else kept.get(at)
-                    total = fma(b, left[t][p], right[t][p], total)
+                    total = fma(b, found[t][p], scale, total)
                     for shift, of_codes in zip(factors.shifts, own, strict=True):
                         total = fma(b, shift[p], of_codes, total)
                     if kept is None:
@@ -185,11 +204,6 @@ class Grouped(Loop):
         if kept is not None:
             sums = [kept.get(at) for at in range(n * PARTS)]
         return [sums[t * PARTS : (t + 1) * PARTS] for t in range(n)]
-
-
-def _start(b: Builder, row: Value, run: int) -> Callable[[], Value]:
-    """What makes up for shifted codes: a word of the activation group."""
-    return lambda: splat(b, load(b, row, SUMS_AT + 4 * run, I32), INTS)
 
 
 class _Floats(Loop):

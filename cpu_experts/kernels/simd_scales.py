@@ -33,6 +33,9 @@ class Scales(ABC):
         Whether there is a lowest value beside the scale.
     """
 
+    #: Whether ``SHIFT`` times a scale is a float32 exactly: scales of 22 bits at most.
+    short = True
+
     def __init__(self, *, runs: int = 1, minimum: bool = False) -> None:
         self.runs, self.minimum = runs, minimum
 
@@ -90,6 +93,8 @@ class Nibbles(Scales):
 class Exponents(Scales):
     """A byte of the row: 2^(e - 128), which in float32 is subnormal for 0 and 1."""
 
+    short = False  # they may be too large
+
     def factors(self, b: Builder, layout: Layout, unit: Value, group: Value) -> Factors:
         scales = []
         for raw in read(b, unit, layout.scales_at, SUBS, 1):
@@ -106,6 +111,8 @@ class Floats8(Scales):
 
     Its bits are those of a float32 shifted by 20, but for the exponents' biases, 120 apart.
     """
+
+    short = False
 
     def factors(self, b: Builder, layout: Layout, unit: Value, group: Value) -> Factors:
         d = read(b, unit, layout.scales_at, FLOATS, 4)

@@ -16,6 +16,10 @@ REGISTERS = 32 if BITS == 512 else 16
 #: Whether four products at a time are added up to int32, of bytes without a sign and with one.
 DOT = LEVEL != "avx2" or EMULATED
 
+#: 1.5 * 2^23 and its bits: the last bits of floats near it count in ones, so that a whole number
+#: below 2^22 in size that is added to these bits is a float, which is larger by this much.
+SHIFT, SHIFT_BITS = 1.5 * 2.0**23, 0x4B400000
+
 BYTES = ir.VectorType(I8, 4 * LANES)
 WORDS = ir.VectorType(I16, 2 * LANES)
 INTS = ir.VectorType(I32, LANES)
@@ -35,7 +39,7 @@ def pin(b: Builder, value: Value) -> Value:
     if EMULATED:  # the vector may be wider than this processor's registers
         return value
     fn_type = ir.FunctionType(value.type, [value.type])
-    return b.asm(fn_type, "", "=x,0", [value], side_effect=True)
+    return b.asm(fn_type, "", "=v,0", [value], side_effect=True)
 
 
 def read(b: Builder, base: Value, at: int, kind: ir.VectorType, width: int) -> list[Value]:

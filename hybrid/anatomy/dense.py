@@ -25,7 +25,7 @@ def dense_matrices(model: Any, specs: Iterable[ExpertsSpec]) -> dict[str, tuple[
     found = {
         path: (module.weight.shape[0], module.weight.shape[1])
         for path, module in model.named_modules()
-        if (type(module) is nn.Linear or (type(module) is nn.Embedding and module in embeddings))
+        if (type(module) is nn.Linear or (is_lookup(module) and module in embeddings))
         and id(module) in text
         and min(module.weight.shape) >= GROUP
         and not f"{path}.".startswith(kept)
@@ -36,6 +36,13 @@ def dense_matrices(model: Any, specs: Iterable[ExpertsSpec]) -> dict[str, tuple[
             for path in paths:
                 found.pop(path, None)
     return found
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module looks rows up, and at most scales all of them by the same number."""
+    return type(module) is nn.Embedding or (
+        isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")
+    )
 
 
 def _router_prefixes(model: nn.Module, spec: ExpertsSpec) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.errors import CheckpointError, UnsupportedModelError
+from hybrid.errors import UnsupportedModelError
 from hybrid.formats.block import Block
 from hybrid.grafts import (
     call_experts_function,
@@ -220,23 +220,14 @@ def _unsupported(path: str, module: nn.Module, why: str) -> UnsupportedModelErro
 
 
 def find_experts(model: nn.Module) -> list[ExpertsSpec]:
-    """List the layers of ``model`` that have experts, in order.
+    """List the layers of ``model`` that have experts, in order; there may be none.
 
     Raises
     ------
     UnsupportedModelError
         When some experts are of a kind that cannot run from a store.
-    CheckpointError
-        When there are none at all.
     """
-    specs = list(_describe_all(model))
-    if not specs:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise CheckpointError(
-            f"not a Mixture-of-Experts model: {kind} ({type(model).__name__}) has no experts",
-            hint="dense models need no expert store; load this one with transformers alone",
-        )
-    return specs
+    return list(_describe_all(model))
 
 
 def _describe_all(model: nn.Module) -> Iterator[ExpertsSpec]:

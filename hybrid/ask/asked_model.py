@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -13,11 +15,18 @@ from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.ask.names import directory_name, resolve, routing_laws
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
-from hybrid.hub import HubName, config_of, hub_name
+from hybrid.formats.errors import FormatError
+from hybrid.formats.registry import weight_bytes
+from hybrid.gguf.config import config_of as config_of_gguf
+from hybrid.gguf.header import is_gguf, read_gguf
+from hybrid.gguf.stored import Stored
+from hybrid.gguf.stored import stored as stored_weights
+from hybrid.hub import HubName, config_of, header_of, hub_name
 from planner.describe.checked_table import read_table
 from planner.describe.families import from_hf_config, from_table, settings_of
 from planner.describe.model import ModelSpec
 from planner.describe.routing_law import law_of
+from planner.errors import SpecError
 
 _FLOATS = {"bfloat16": "bf16", "float16": "f32", "float32": "f32"}
 """What the kernels keep weights of a checkpoint's type as, which has to hold each of them."""
@@ -35,6 +44,8 @@ class AskedModel:
         Weight formats.
     directory
         Where it lies; None where it was named otherwise.
+    dense_bytes
+        Of its dense weights, where several formats make them up.
     """
 
     spec: ModelSpec
@@ -42,13 +53,16 @@ class AskedModel:
     experts: str = DEFAULT_EXPERTS
     dense: str = "bf16"
     directory: Path | None = None
+    dense_bytes: int | None = None
 
     def in_formats(self, experts: str | None, dense: str | None) -> AskedModel:
         """Return it with its own formats, but for those that are given."""
+        own_bytes = None if dense else self.dense_bytes
         return replace(
             self,
             experts=self.experts if experts is None else experts,
             dense=self.dense if dense is None else dense,
+            dense_bytes=own_bytes,
         )
 
     def weights(self) -> str | None:
@@ -93,7 +107,7 @@ def find_model(
             f"model is {model!r}, neither a name nor a file nor a description",
             hint='give a name such as Qwen3-30B-A3B, a directory, or "demo"',
         )
-    data, called = _description(model)
+    data, called, file = _description(model)
     described = isinstance(data.get("config"), Mapping)
     config = settings_of(data) if described else dict(data)
     called = str(data.get("name") or config.get("_name_or_path") or called)
@@ -110,13 +124,19 @@ def find_model(
                 f"{model} is converted with {what} {stored.get(what)}, not {asked}",
                 hint="leave the format out, or name the original checkpoint",
             )
-    own = stored or {}
+    own, directory = stored or {}, _directory(model)
+    plain = float_format(config.get("dtype") or config.get("torch_dtype"))
+    mixed = None if file is None else (file.dense, file.dense_bytes)
+    if stored is not None and directory is not None and own.get("dense") is None:
+        mixed = _mixed(directory / "experts.json", spec.dense_params, plain)
+    packed, nbytes = mixed or (None, None)
     found = AskedModel(
         spec=spec,
         config=config,
-        experts=own.get("experts") or DEFAULT_EXPERTS,
-        dense=own.get("dense") or float_format(config.get("dtype") or config.get("torch_dtype")),
-        directory=_directory(model),
+        experts=own.get("experts") or (file and file.experts) or DEFAULT_EXPERTS,
+        dense=packed or own.get("dense") or plain,
+        directory=directory,
+        dense_bytes=nbytes,
     )
     return found if stored is not None else found.in_formats(experts, dense)
 
@@ -132,26 +152,66 @@ def spec_of(config: Mapping[str, Any], called: str | None = None) -> ModelSpec:
     return from_hf_config(as_read(config), called)
 
 
+def _mixed(index: Path, params: int, plain: str) -> tuple[str, int] | None:
+    """Return the format of most dense weights of a store, and their bytes; None if all are plain.
+
+    Raises SpecError when its index is damaged.
+
+    Parameters
+    ----------
+    params
+        Of all dense weights.
+    plain
+        The format of those that are not packed.
+    """
+    if not index.is_file():
+        return None
+    table = read_table(index)
+    formats, shapes = table.get("dense_formats"), table.get("dense")
+    if not isinstance(formats, dict) or not formats or not isinstance(shapes, dict):
+        return None
+    counts: Counter[str] = Counter()
+    try:
+        for path, fmt in formats.items():
+            counts[fmt] += math.prod(shapes[path])
+        counts[plain] += max(0, params - counts.total())
+        return counts.most_common(1)[0][0], sum(weight_bytes(n, fmt) for fmt, n in counts.items())
+    except (KeyError, TypeError, ValueError, FormatError) as error:
+        raise SpecError(
+            f"{index} is damaged ({type(error).__name__}: {error})",
+            hint="convert the model again with 'hybrid convert'",
+        ) from error
+
+
 def _directory(model: str | Path | HubName) -> Path | None:
     if isinstance(model, HubName) or model == "demo" or not Path(model).is_dir():
         return None
     return Path(model)
 
 
-def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str]:
-    """Read the file that describes a model; also return what it is called unless it says so."""
+def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str, Stored | None]:
+    """Read the file that describes a model; also return what it is called unless it says so.
+
+    The third is what a GGUF file's weights are kept as.
+    """
     if isinstance(model, HubName):
-        return config_of(model), model.repo.rpartition("/")[2]
+        if model.quant is None:
+            return config_of(model), model.repo.rpartition("/")[2], None
+        header = header_of(model)
+        return config_of_gguf(header), header.name, stored_weights(header)
     path = demo_path() if model == "demo" else Path(model)
     path = path / "config.json" if path.is_dir() else path
+    if is_gguf(path):
+        header = read_gguf(path)
+        return config_of_gguf(header), header.name, stored_weights(header)
     if path.is_file():
         called = directory_name(path.parent) if path.name == "config.json" else path.stem
         data = read_table(path, "model description")
-        return data, "demo" if model == "demo" else called
+        return data, "demo" if model == "demo" else called, None
     if path.suffix in (".json", ".toml") or str(model).startswith(("/", "~", ".")):
         raise UsageError(f"there is no file {path}", hint="check the path")
     try:
-        return resolve(str(model), "models"), str(model)
+        return resolve(str(model), "models"), str(model), None
     except UsageError:
         published = hub_name(model)
         if published is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,17 +18,21 @@ from hybrid.errors import UsageError
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import FORMATS, dense_formats
 from hybrid.paths import check_temporary_folder, expanded
-from hybrid.weights.checks import CHECKS, Checkpoint, check_files, findings
+from hybrid.weights.checks import check_files, findings
+from hybrid.weights.gguf_checkpoint import checkpoint_at
 from hybrid.weights.partial import destination
 from hybrid.weights.progress import conversion_progress
 from planner.describe.words import in_words as size
+
+if TYPE_CHECKING:
+    from hybrid.weights.checkpoint import CheckResult, ConvertResult
 
 
 def convert(
     src: Annotated[
         str,
         typer.Argument(
-            help="A Hugging Face MoE directory with safetensors, or ORG/NAME of the hub."
+            help="A Hugging Face directory with safetensors, a GGUF file, or ORG/NAME of the hub."
         ),
     ],
     dst: Annotated[
@@ -36,8 +40,12 @@ def convert(
         typer.Argument(help="The directory to make.", show_default="none, with --check"),
     ] = None,
     experts: Annotated[
-        str, typer.Option(help=f"Format of the experts: {in_words(FORMATS)}.")
-    ] = DEFAULT_EXPERTS,
+        str | None,
+        typer.Option(
+            help=f"Format of the experts: {in_words(FORMATS)}. "
+            f"[default: {DEFAULT_EXPERTS}; those of a GGUF file]"
+        ),
+    ] = None,
     dense: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +69,7 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """Convert a Mixture-of-Experts checkpoint.
+    """Convert a checkpoint.
 
     DST is an ordinary Hugging Face directory plus experts.bin, ready for 'hybrid run DST'. A
     conversion that was interrupted goes on where it stopped when it is started again.
@@ -76,7 +84,7 @@ def convert(
     if dst is None or check:
         _check(source, experts, dense, verify)
         return
-    check_files(Checkpoint(source))  # before torch, which takes seconds, is imported
+    check_files(checkpoint_at(source))  # before torch, which takes seconds, is imported
     from hybrid.weights import checkpoint
 
     with conversion_progress(f"Converting {directory_name(source)}") as progress:
@@ -85,15 +93,25 @@ def convert(
         )
     kept = f", {result.resumed_layers} layers from an earlier run" if result.resumed_layers else ""
     _say(
-        f"{result.path}: {result.experts} experts in {result.layers} layers{kept}, "
-        f"{size(result.expert_bytes)} as {experts}, "
+        f"{result.path}: {_experts(result)}{kept}, "
         f"dense weights {size(result.dense_bytes)}, {result.elapsed_s:.0f} s"
     )
 
 
-def _check(src: Path, experts: str, dense: str | None, verify: bool) -> None:
+def _experts(made: ConvertResult | CheckResult) -> str:
+    """Say how many experts there are, how large and in which format."""
+    if not made.layers:
+        return "no experts to share"
+    return (
+        f"{made.experts} experts in {made.layers} layers, "
+        f"{size(made.expert_bytes)} as {made.format}"
+    )
+
+
+def _check(src: Path, experts: str | None, dense: str | None, verify: bool) -> None:
     """Tell all that was found; the exit code is that of an error where something hinders."""
-    errors, notes = findings(Checkpoint(src), CHECKS)  # before torch is imported
+    checkpoint_there = checkpoint_at(src)
+    errors, notes = findings(checkpoint_there, checkpoint_there.checks)  # before torch is imported
     if errors:
         _tell(errors, notes)
     from hybrid.weights import checkpoint
@@ -103,10 +121,7 @@ def _check(src: Path, experts: str, dense: str | None, verify: bool) -> None:
             src, experts=experts, dense=dense, verify=verify, progress=progress
         )
     _tell(found.errors, found.notes)
-    _say(
-        f"{src} can be converted: {found.experts} experts in {found.layers} layers, "
-        f"{size(found.expert_bytes)} as {experts}, dense weights {size(found.dense_bytes)}"
-    )
+    _say(f"{src} can be converted: {_experts(found)}, dense weights {size(found.dense_bytes)}")
 
 
 def _tell(errors: Sequence[HybridError], notes: Sequence[str]) -> None:

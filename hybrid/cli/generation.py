@@ -119,8 +119,10 @@ def require_sharing(model: HybridModel, **files: Path | None) -> None:
     """
     given = [f"--{name}" for name, file in files.items() if file is not None]
     if given and (model.placement is None or model.placement.executor is None):
+        layers = model.loaded.layers
+        why = "all experts of this model run on the CPU" if layers else "this model has no experts"
         raise UsageError(
-            f"{given[0]}: all experts of this model run on the CPU, nothing is written to it",
+            f"{given[0]}: {why}, nothing is written to it",
             hint=f"leave {' and '.join(given)} out",
         )
 

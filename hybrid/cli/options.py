@@ -23,9 +23,9 @@ Model = Annotated[
     str | None,
     typer.Argument(
         show_default=False,
-        help="A converted directory, any Hugging Face MoE directory, or ORG/NAME of the hub "
-        "(@REVISION), which is converted into the cache first. Without it: the small model that "
-        "ships with this program.",
+        help="A converted directory, any Hugging Face directory, a GGUF file, or ORG/NAME of the "
+        "hub (@REVISION, :Q4_K_M), which is converted into the cache first. Without it: the small "
+        "model that ships with this program.",
     ),
 ]
 Yes = Annotated[

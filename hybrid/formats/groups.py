@@ -138,6 +138,7 @@ def grouped(
     blocks: Callable[[U8], Fields],
     block_bytes: int,
     block_inputs: int = 0,
+    advised: bool = False,
 ) -> Format:
     """Return a format of groups.
 
@@ -187,6 +188,7 @@ def grouped(
         block_bytes=block_bytes,
         block_inputs=block_inputs or inputs,
         dense=True,
+        advised=advised,
     )
 
 

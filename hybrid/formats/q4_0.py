@@ -40,5 +40,11 @@ def _blocks(raw: U8) -> Fields:
 
 
 FORMAT = grouped(
-    NAME, Layout((4,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=18
+    NAME,
+    Layout((4,)),
+    quantize=quantize,
+    values=_values,
+    blocks=_blocks,
+    block_bytes=18,
+    advised=True,
 )

@@ -42,5 +42,11 @@ def _blocks(raw: U8) -> Fields:
 
 
 FORMAT = grouped(
-    NAME, Layout((8,)), quantize=quantize, values=_values, blocks=_blocks, block_bytes=34
+    NAME,
+    Layout((8,)),
+    quantize=quantize,
+    values=_values,
+    blocks=_blocks,
+    block_bytes=34,
+    advised=True,
 )

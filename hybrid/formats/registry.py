@@ -83,6 +83,11 @@ def quantized_formats() -> list[str]:
     return _by_bits([known for known in FORMATS.values() if known.quantized])
 
 
+def advised_formats() -> list[str]:
+    """Return what plans propose where weights take too much, those of most bits first."""
+    return _by_bits([known for known in FORMATS.values() if known.advised])
+
+
 def dense_formats() -> list[str]:
     """Return what weights outside the experts can be asked for in, formats of most bits first."""
     return _by_bits([known for known in FORMATS.values() if known.dense])

@@ -112,6 +112,8 @@ class Format:
         Bytes of a block of a row in GGUF, and how many inputs it holds.
     dense
         Whether weights outside the experts can be asked for in this format.
+    advised
+        Whether plans propose it where weights take too much.
     tensor
         The dtype of ordinary tensors that hold the same numbers; empty where none does.
     """
@@ -127,6 +129,7 @@ class Format:
     block_bytes: int = 0
     block_inputs: int = 0
     dense: bool = False
+    advised: bool = False
     tensor: str = ""
 
     def __post_init__(self) -> None:

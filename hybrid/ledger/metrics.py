@@ -188,7 +188,7 @@ class RunReport:
     simd_level, threads
         What the kernels run on.
     many_tokens
-        Which products the experts of many tokens take.
+        Which products the experts of many tokens take; None where there are no experts.
     figures
         Every number, by name.
     placement
@@ -213,7 +213,7 @@ class RunReport:
     decode_path: str
     simd_level: str
     threads: str
-    many_tokens: str
+    many_tokens: str | None
     placement: str | None = None
     chosen: str | None = None
     figures: dict[str, Figure]
@@ -241,7 +241,8 @@ class RunReport:
         yield "single tokens", self.decode_path
         yield "SIMD level", self.simd_level
         yield "threads", self.threads
-        yield "experts in prompts", self.many_tokens
+        if self.many_tokens is not None:
+            yield "experts in prompts", self.many_tokens
         if self.placement is not None:
             yield "device", self.placement
         if self.chosen is not None:

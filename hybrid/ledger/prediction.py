@@ -205,13 +205,14 @@ def calibrating(
 ) -> str:
     """Return the command that measures this machine with a loaded model, called ``name``.
 
-    ``threads`` and ``device`` are named where they are not what the command takes by itself.
+    ``threads`` and ``device`` are named where they are not what the command takes by itself, and
+    no model where it has no experts to measure.
     """
     index = loaded.index
-    words = ["hybrid calibrate", name]
-    if index.experts_format != DEFAULT_EXPERTS:
+    words = ["hybrid calibrate", *([name] if index.layers else [])]
+    if index.layers and index.experts_format != DEFAULT_EXPERTS:
         words += ["--experts", index.experts_format]
-    if index.dense_format is not None:
+    if index.layers and index.dense_format is not None:
         words += ["--dense", index.dense_format]
     if not device and first_there() is not None:
         device = "cpu"

@@ -107,6 +107,11 @@ def calibrate(
         When the model is unknown or its code cannot be run, or a value cannot be used.
     """
     wanted = find_model(STANDARD if model is None else model, experts, dense)
+    if not wanted.spec.moe_layers:
+        raise UsageError(
+            f"{wanted.spec.name} has no experts, whose speed is what is measured",
+            hint="name a model that has some, or none for a standard one",
+        )
     threads = host.default_threads() if threads is None else threads
     set_threads(threads)
     home = make_cache_folder()

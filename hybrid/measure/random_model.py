@@ -91,7 +91,7 @@ def write_random_model(
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     raw = json.loads(config.to_json_string(use_diff=False))
     raw["dtype"] = str(dtype).removeprefix("torch.")
-    converted = converted_config(raw, index, experts, stored)
+    converted = converted_config(raw, index, stored)
     (directory / "config.json").write_text(json.dumps(converted, indent=2))
 
 

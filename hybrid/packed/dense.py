@@ -133,11 +133,20 @@ class QuantizedLinear(_Packed):
 
 
 class QuantizedEmbedding(_Packed):
-    """``nn.Embedding`` whose rows are dequantized when they are looked up."""
+    """``nn.Embedding`` whose rows are dequantized when they are looked up.
 
-    def __init__(self, rows: int, cols: int, fmt: str, dtype: torch.dtype) -> None:
+    Parameters
+    ----------
+    scale
+        Multiplies every row; families that have one round it to ``dtype``, as is done here.
+    """
+
+    def __init__(
+        self, rows: int, cols: int, fmt: str, dtype: torch.dtype, scale: float = 1.0
+    ) -> None:
         super().__init__(rows, cols, fmt)
         self.num_embeddings, self.embedding_dim, self.dtype = rows, cols, dtype
+        self.scale = scale
 
     def ordinary(self, weight: nn.Parameter) -> nn.Embedding:
         """Return an embedding of torch's own with this one's weights, widened."""
@@ -150,7 +159,8 @@ class QuantizedEmbedding(_Packed):
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.rows:
             raise IndexError(f"token ids must be in [0, {self.rows}), got {wanted.tolist()}")
         chosen = unpack_rows(self._bytes(), self.cols, self.weight_format, wanted)
-        return torch.from_numpy(chosen).to(self.dtype).view(*ids.shape, self.cols)
+        found = torch.from_numpy(chosen).to(self.dtype).view(*ids.shape, self.cols)
+        return found if self.scale == 1.0 else found * torch.tensor(self.scale).to(self.dtype)
 
 
 class PackedMlp(nn.Module):
@@ -344,7 +354,8 @@ def install_dense(
         old = getattr(parent, name)
         new: nn.Module
         if isinstance(old, nn.Embedding):
-            new = QuantizedEmbedding(rows, cols, fmt, old.weight.dtype)
+            scale = float(getattr(old, "scalar_embed_scale", 1.0))
+            new = QuantizedEmbedding(rows, cols, fmt, old.weight.dtype, scale)
         else:
             new = QuantizedLinear(rows, cols, fmt, old.bias)
         put_module(parent, name, new)

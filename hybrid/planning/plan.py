@@ -174,6 +174,7 @@ def plan_on(
         hardware=machine.spec,
         experts=asked.experts,
         dense=_dense(asked, machine),
+        dense_bytes=asked.dense_bytes,
         emulated=machine.emulated,
         context=context,
         prompt=min(Request.prompt, max(1, context)) if prompt is None else prompt,

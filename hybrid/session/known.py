@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpu_experts.device import Device
 from hybrid.ask.asked_model import find_model
+from hybrid.errors import UsageError
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.machines import Machine
@@ -20,7 +21,8 @@ def machine_with(device: Device, directory: Path, threads: int) -> Machine:
 
     A real device is measured with the model's shape when it is used for the first time, or what
     was measured is damaged, which takes about a minute; what other programs disturbed is taken as
-    it is, until ``hybrid calibrate`` measures it again. So may an emulated one be, by ``hybrid
+    it is, until ``hybrid calibrate`` measures it again. For a model without experts, whose shape
+    decides nothing, any calibration will do. So may an emulated one be, by ``hybrid
     calibrate``; else it is taken for that of ``EMULATED_AS``, beside this machine's CPU where that
     was calibrated.
 
@@ -35,7 +37,7 @@ def machine_with(device: Device, directory: Path, threads: int) -> Machine:
     if damaged is not None:
         _say(f"{damaged.reason}: measuring anew")
     spec = hardware_for(
-        directory,
+        directory if find_model(directory).spec.moe_layers else None,
         force=damaged is not None,
         calmer=False,
         device=device,
@@ -60,6 +62,11 @@ def known_uses(file: Path | None, name: str, model: Model) -> Popularity | None:
     """
     if file is None:
         return None
+    if not model.layers:
+        raise UsageError(
+            f"{name} has no experts, {file} counts how often some were used",
+            hint="leave the popularity file out",
+        )
     if file.suffix == ".npz":
         return Popularity.of_trace(file, name, len(model.layers[0].blocks))
     uses = read_popularity(file)

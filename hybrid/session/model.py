@@ -40,6 +40,7 @@ from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
 from hybrid.transformers_api import cache_argument
 from hybrid.weights.checks import check_before_loading
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
 from hybrid.weights.tokenizer import load_tokenizer
 from planner.decide.policies import DEFAULT_POLICY
 from planner.decide.popularity import Popularity
@@ -182,11 +183,14 @@ class HybridModel:
         """
         called = "demo" if path is None else str(path)
         directory = model_directory(demo_path() if called == "demo" else called)
-        tokenizer = None
-        if directory.is_dir():  # first of all, so that nothing is converted before it is refused
+        own, tokenizer = not isinstance(checkpoint_at(directory), GgufCheckpoint), None
+        if own and directory.is_dir():  # first of all, so that what is refused is not converted
             check_before_loading(directory)
             tokenizer = load_tokenizer(directory)
-        return cls(open_session(directory, options, name or called), tokenizer)
+        session = open_session(directory, options, name or called)
+        if not own:  # a GGUF file's is made when that is converted
+            tokenizer = load_tokenizer(session.model.directory)
+        return cls(session, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy generates by itself, and has nothing to report yet."""

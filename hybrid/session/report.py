@@ -52,10 +52,10 @@ def run_report(
         What was found to be slower or smaller than it could be then.
     """
     index, network = model.index, model.network
-    figures = {
-        "store_bytes": Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped"),
-        "load_s": Figure(load_s, "s", "measured"),
-    }
+    figures = {"load_s": Figure(load_s, "s", "measured")}
+    if index.layers:
+        stored = Figure(index.nbytes, "bytes", "size of experts.bin, memory-mapped")
+        figures = {"store_bytes": stored, **figures}
     terms: tuple[Term, ...] = ()
     layers: tuple[Term, ...] = ()
     predictions = None
@@ -74,14 +74,14 @@ def run_report(
     return RunReport(
         model=name,
         family=type(network).__name__,
-        experts_format=index.experts_format,
+        experts_format=index.experts_format if index.layers else "none to share",
         dense_format=model.dense_format,
         compute_dtype=_computed_in(model),
         decode_path=str(model.fast.path),
         simd_level=simd_level.LEVEL,
         threads=f"{threads} (torch and kernels)",
         chosen=chosen,
-        many_tokens=many_tokens(model, shared=placement is not None),
+        many_tokens=many_tokens(model, shared=placement is not None) if index.layers else None,
         placement=None if placement is None else str(placement),
         figures=figures,
         terms=terms,

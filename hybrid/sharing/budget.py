@@ -63,12 +63,12 @@ def fitted(
         budget.vram_bytes, budget.ram_bytes, (device.name, device.memory())
     )
     cost = cost_of(model, machine.spec, device.torch_device)
-    stride = model.layers[0].blocks.shape[1]
+    layers = model.layers
     return cost, fit(
         cost,
         context=budget.context,
         batch=Request.batch,
-        slot_bytes=stride,
+        slot_bytes=layers[0].blocks.shape[1] if layers else None,
         staging=STAGING,
         popularity=budget.popularity,
         dense_stored=model.dense_bytes,
@@ -80,6 +80,9 @@ def cost_of(model: Model, hardware: HardwareSpec, where: torch.device) -> CostMo
     index = model.index
     dense = index.dense_format
     # Quantized matrices are widened on a GPU, and what is not quantized is torch's anywhere.
+    if dense is None and index.dense and where.type == "cpu":
+        own = model.asked
+        return CostModel(own.spec, hardware, index.format, own.dense, dense_bytes=own.dense_bytes)
     if dense is None or not packs_dense(dense) or where.type != "cpu":
         dense = "f32" if model.network.dtype == torch.float32 else "bf16"
     return CostModel(model.spec, hardware, index.experts_format, dense)
@@ -99,6 +102,7 @@ def fitted_alone(model: Model, ram_bytes: int, context: int) -> Fit:
         hardware=hardware,
         experts=model.asked.experts,
         dense=model.asked.dense,
+        dense_bytes=model.asked.dense_bytes,
         context=context,
         prompt=min(Request.prompt, context),
     ).fit()

@@ -79,7 +79,7 @@ class Placement:
     cost
         What was placed, and on what: predictions come from it.
     executor
-        Runs the experts; None when the device cannot run this model's.
+        Runs the experts; None when there are none, or the device cannot run this model's.
     notes
         What is slower or smaller than it could be.
     popularity
@@ -174,6 +174,10 @@ class Placement:
     def decision(self) -> tuple[str, str]:
         """What lies where: on the device, and in this machine's memory."""
         executor, placed = self.executor, self.fit
+        if not self.spec.moe_layers:
+            there = f"{in_words(placed.vram_bytes)}: {placed.items_told('vram')}"
+            here = f"{in_words(placed.ram_bytes)}: {placed.items_told('ram')}"
+            return f"{self.device}, {there}; no experts to share", f"RAM, {here}"
         if executor is not None and executor.device is None:
             first = f"{self.device}, given up: all experts run on the CPU"
         else:
@@ -239,7 +243,7 @@ def place_model(
     if reason is not None:
         remedy = "none yet: attention and dense layers run on the device"
         notes.append(Note("all experts on the CPU", reason, remedy))
-    else:
+    elif layers:
         with memory_told(device):
             executor, shared = _share_experts(
                 model, device, cost, placed, budget, threads, timeline

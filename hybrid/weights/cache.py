@@ -17,24 +17,26 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.paths import cache_dir, expanded, make_cache_folder, make_folder, write_whole
 from hybrid.weights.checkpoint import Source, convert
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.side_files import refresh_side_files
 from hybrid.weights.store import INDEX_NAME, StoreIndex
 
 
 def converted_copy(
-    source: Path, experts: str, dense: str | None, folder: Path | str | None = None
+    source: Path, experts: str | None, dense: str | None, folder: Path | str | None = None
 ) -> tuple[Path, str]:
     """Return the converted copy of a checkpoint, made on the first call.
 
     Parameters
     ----------
     source
-        The checkpoint directory.
+        The checkpoint: a directory, or a GGUF file.
     experts, dense
-        Formats to convert to.
+        Formats to convert to; None are those that suit the checkpoint.
     folder
         Where copies are kept; the cache folder by default.
 
@@ -45,12 +47,15 @@ def converted_copy(
     template and generation settings are those that the checkpoint has now.
     """
     checkpoint = Source.open(source)
+    own = isinstance(checkpoint.checkpoint, GgufCheckpoint)
+    experts = experts or (None if own else DEFAULT_EXPERTS)
     times = [path.stat().st_mtime_ns for path in checkpoint.files]
     key = json.dumps([checkpoint.identity(), times, experts, dense]).encode()
     home = cache_dir() / "converted" if folder is None else expanded(folder)
     copy = home / f"{checkpoint.name}-{hashlib.sha256(key).hexdigest()[:16]}"
     if copy.exists():  # a cache that is only read, such as one that many share, will do
-        refresh_side_files(source, copy)
+        if not own:
+            refresh_side_files(source, copy)
         return copy, StoreIndex.read(copy / INDEX_NAME).id
     if folder is None:
         make_cache_folder(home.name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,7 @@ import transformers
 from hybrid.anatomy.dense import dense_matrices
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.anatomy.text_part import leave_towers_out
-from hybrid.ask.formats import DEFAULT_EXPERTS, check_formats
-from hybrid.ask.names import directory_name
+from hybrid.ask.formats import check_formats
 from hybrid.errors import (
     CheckpointError,
     UnsupportedModelError,
@@ -34,18 +33,31 @@ from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
 from hybrid.paths import expanded, require_room
 from hybrid.transformers_api import auto_class
-from hybrid.weights.checks import CHECKS, Checkpoint, check_directory, check_files, findings
+from hybrid.weights.checks import Checkpoint, check_files, findings
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import check_finite, write_experts
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
 from hybrid.weights.partial import Partial, destination
-from hybrid.weights.side_files import copy_side_files
+from hybrid.weights.side_files import write_side_files
 from hybrid.weights.source_config import read_config, with_kinds
-from hybrid.weights.source_formats import source_quantizer
+from hybrid.weights.sources import chosen_formats, opened_weights
 from hybrid.weights.store import INDEX_NAME, ExpertStore, LayerRecord, StoreIndex
-from hybrid.weights.tensor_files import TensorReader, check_digests, identity
+from hybrid.weights.tensor_files import check_digests
 from hybrid.weights.tokenizer import check_tokenizer
-from hybrid.weights.weight_map import WeightMap, left_out
+from hybrid.weights.weight_map import Weights, left_out
+
+#: Families that transformers has as decoders, too, which their checkpoints seldom are.
+_ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "ernie",
+    "rembert",
+    "big_bird",
+)
 
 #: Called with bytes written so far, bytes in all, and what is being written.
 Progress = Callable[[int, int, str], None]
@@ -63,6 +75,8 @@ class ConvertResult:
         Id of its expert store.
     layers, experts
         Layers that have experts, and experts in all.
+    format
+        Of most experts.
     expert_bytes, dense_bytes
         Sizes of the files that hold the two kinds of weights.
     resumed_layers
@@ -75,6 +89,7 @@ class ConvertResult:
     store: str
     layers: int
     experts: int
+    format: str
     expert_bytes: int
     dense_bytes: int
     resumed_layers: int
@@ -85,18 +100,18 @@ def convert(
     src: Path | str,
     dst: Path | str,
     *,
-    experts: str = DEFAULT_EXPERTS,
+    experts: str | None = None,
     dense: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> ConvertResult:
-    """Convert a Mixture-of-Experts checkpoint directory.
+    """Convert a checkpoint.
 
     Parameters
     ----------
     src
-        A Hugging Face directory with safetensors weights.
+        A Hugging Face directory with safetensors weights, or a GGUF file.
     dst
         The directory to make; must not exist (an empty one will do).
     experts, dense
@@ -114,10 +129,10 @@ def convert(
     UsageError
         On an unknown format, or when ``dst`` exists or cannot be made.
     CheckpointError
-        When ``src`` is missing, unreadable, damaged, incomplete or has no experts, or its
-        tokenizer cannot be loaded.
+        When ``src`` is missing, unreadable, damaged or incomplete, or its tokenizer cannot be
+        loaded.
     UnsupportedModelError
-        When its experts cannot run from a store.
+        When it writes no text, or its experts cannot run from a store.
     DiskSpaceError
         When ``dst`` has too little room; what was written is kept for the next run.
 
@@ -148,9 +163,9 @@ def convert(
         with partial.reporting_full_disk():
             index, resumed = write_experts(partial, ready.weights, ready.specs, index, told.advance)
             plan.write(partial, told.advance)
-            copy_side_files(src, partial.path)
+            write_side_files(ready.source.checkpoint, partial.path)
             (partial.path / INDEX_NAME).write_text(index.to_json())
-            config = converted_config(ready.source.raw_config, index, experts, dense)
+            config = converted_config(ready.source.raw_config, index, dense)
             (partial.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if verify:
                 ExpertStore.open(partial.path, verify=True)
@@ -160,6 +175,7 @@ def convert(
         store=index.id,
         layers=len(index.layers),
         experts=sum(layer.experts for layer in index.layers),
+        format=index.experts_format,
         expert_bytes=index.nbytes,
         dense_bytes=plan.file_bytes,
         resumed_layers=resumed,
@@ -173,39 +189,44 @@ class _Ready:
 
     source: Source
     specs: list[ExpertsSpec]
-    weights: WeightMap
+    weights: Weights
     index: StoreIndex
     plan: DensePlan
     notes: list[str]
 
 
 @contextmanager
-def _ready(src: Path, experts: str, dense: str | None, *, verify: bool) -> Iterator[_Ready]:
+def _ready(src: Path, experts: str | None, dense: str | None, *, verify: bool) -> Iterator[_Ready]:
     """Check all that can be known before work starts, cheapest first; nothing is written."""
-    checkpoint = Checkpoint(src)
+    checkpoint = checkpoint_at(src)
     notes = check_files(checkpoint)
     source = Source.of(checkpoint)
-    notes += check_tokenizer(src, getattr(source.config.get_text_config(), "vocab_size", None))
+    rows = getattr(source.config.get_text_config(), "vocab_size", None)
+    notes += check_tokenizer(checkpoint, rows)
     if verify:
         check_digests(source.files)
-    with TensorReader(checkpoint.tensors) as reader:
-        model = source.empty_model()
-        leave_towers_out(model)
-        if source.config.get_text_config() is not source.config:
-            kind = source.config.model_type
-            notes.append(f"{source.name} ({kind}) is for more than text: its text is converted")
-        specs = find_experts(model)
-        matrices = dense_matrices(model, specs)
-        weights = WeightMap(model, reader, specs, source_quantizer(source.config))
+    model = source.empty_model()
+    leave_towers_out(model)
+    if source.config.get_text_config() is not source.config:
+        kind = source.config.model_type
+        notes.append(f"{source.name} ({kind}) is for more than text: its text is converted")
+    specs = find_experts(model)
+    matrices = dense_matrices(model, specs)
+    with opened_weights(checkpoint, source.config, model, specs) as weights:
+        chosen = chosen_formats(checkpoint, weights, matrices, experts, dense)
+        notes += chosen.notes
+        packed = {path: fmt for path, fmt in chosen.dense.items() if packs_dense(fmt)}
         index = StoreIndex(
             source={"name": source.name, "identity": source.identity()},
-            format=experts,
-            layers=layout(specs, experts),
+            format=chosen.experts,
+            layers=layout(specs, chosen.experts, chosen.layers),
             dense_format=dense,
-            dense=matrices if packs_dense(dense) else {},
+            dense={path: matrices[path] for path in packed},
+            dense_formats={path: fmt for path, fmt in packed.items() if fmt != dense},
         )
         notes += left_out(weights)
-        yield _Ready(source, specs, weights, index, DensePlan(weights, matrices, dense), notes)
+        plan = DensePlan(weights, matrices, chosen.dense)
+        yield _Ready(source, specs, weights, index, plan, notes)
 
 
 @dataclass(frozen=True)
@@ -218,7 +239,7 @@ class CheckResult:
         What hinders a conversion; empty where nothing does.
     notes
         What is odd, or not taken.
-    layers, experts, expert_bytes, dense_bytes
+    layers, experts, format, expert_bytes, dense_bytes
         As in :class:`ConvertResult`, of what a conversion would make; 0 where it cannot.
     """
 
@@ -226,6 +247,7 @@ class CheckResult:
     notes: list[str]
     layers: int = 0
     experts: int = 0
+    format: str = ""
     expert_bytes: int = 0
     dense_bytes: int = 0
 
@@ -233,7 +255,7 @@ class CheckResult:
 def check(
     src: Path | str,
     *,
-    experts: str = DEFAULT_EXPERTS,
+    experts: str | None = None,
     dense: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
@@ -250,7 +272,11 @@ def check(
     """
     src = expanded(src)
     check_formats(experts, dense)
-    errors, notes = findings(Checkpoint(src), CHECKS)
+    try:
+        checkpoint = checkpoint_at(src)
+        errors, notes = findings(checkpoint, checkpoint.checks)
+    except HybridError as error:
+        return CheckResult([error], [])
     if errors:
         return CheckResult(errors, notes)
     try:
@@ -268,6 +294,7 @@ def check(
         notes=ready.notes,
         layers=len(layers),
         experts=sum(layer.experts for layer in layers),
+        format=index.experts_format,
         expert_bytes=index.nbytes,
         dense_bytes=plan.file_bytes,
     )
@@ -275,52 +302,58 @@ def check(
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint directory whose config could be read."""
+    """A checkpoint whose config could be read."""
 
-    path: Path
+    checkpoint: Checkpoint
     raw_config: dict[str, Any]
     config: Any
     files: list[Path]
 
     @classmethod
     def open(cls, path: Path) -> Source:
-        """Read a directory's config and list its weights.
+        """Read a checkpoint's config and list its weights.
 
         Raises
         ------
         CheckpointError
             When it is missing, empty, unreadable, of an unknown kind, or converted already.
         """
-        return cls.of(Checkpoint(path))
+        return cls.of(checkpoint_at(path))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
-        """Read the config of a directory of which some was read before, as :meth:`open` does."""
-        list(check_directory(checkpoint))
+        """Read the config of a checkpoint of which some was read before, as :meth:`open` does."""
+        list(checkpoint.checks[0](checkpoint))
         path, raw, files = checkpoint.path, checkpoint.config, checkpoint.files
+        made = isinstance(checkpoint, GgufCheckpoint)
         try:
-            config = read_config(path, raw)
+            config = transformers.AutoConfig.for_model(**raw) if made else read_config(path, raw)
         except HybridError:
             raise
         except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
-                f"transformers {transformers.__version__} cannot use {path / 'config.json'}: "
+                f"transformers {transformers.__version__} cannot use "
+                f"{f'the metadata of {path}' if made else path / 'config.json'}: "
                 f"{first_line(error)}",
                 hint="a newer transformers may know this model",
             ) from error
-        return cls(path, raw, config, files)
+        return cls(checkpoint, raw, config, files)
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
 
     @property
     def name(self) -> str:
-        return directory_name(self.path)
+        return self.checkpoint.name
 
     def identity(self) -> str:
-        return identity(self.path / "config.json", self.files)
+        return self.checkpoint.identity()
 
     def empty_model(self) -> Any:
         """Build the model without memory for its weights."""
         kind = auto_class(self.config)
-        if kind is None:
+        if kind is None or (self.config.model_type in _ENCODERS and not self.config.is_decoder):
             names = getattr(self.config, "architectures", None) or [self.config.model_type]
             raise UnsupportedModelError(
                 f"transformers {transformers.__version__} has no class that writes text for "
@@ -333,8 +366,8 @@ class Source:
                 return kind.from_config(copy.deepcopy(self.config))
         except Exception as error:  # whatever settings of any kind make of transformers' code
             raise CheckpointError(
-                f"transformers {transformers.__version__} cannot make a model of "
-                f"{self.path / 'config.json'}: {first_line(error)}",
+                f"transformers {transformers.__version__} cannot make a model of what {self.path} "
+                f"says it is: {first_line(error)}",
                 hint="compare with the publisher's own, complete config.json",
             ) from error
 
@@ -364,11 +397,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
-    """Place the layers one after the other behind the header page."""
+def layout(
+    specs: list[ExpertsSpec], fmt: str, formats: Sequence[tuple[str, str]] = ()
+) -> tuple[LayerRecord, ...]:
+    """Place the layers one after the other behind the header page.
+
+    Parameters
+    ----------
+    formats
+        Of each layer, where they differ from ``fmt``: of gate and up, and of down.
+    """
     records: list[LayerRecord] = []
     offset = PAGE_BYTES
-    for spec in specs:
+    for spec, (above, below) in zip(specs, formats or [(fmt, fmt)] * len(specs), strict=True):
         record = LayerRecord(
             module=spec.path,
             experts=spec.experts,
@@ -377,15 +418,15 @@ def layout(specs: list[ExpertsSpec], fmt: str) -> tuple[LayerRecord, ...]:
             gated=spec.gated,
             bias=spec.bias,
             offset=offset,
+            format="" if above == fmt else above,
+            down_format="" if below == above else below,
         )
         records.append(record)
         offset += record.nbytes(fmt)
     return tuple(records)
 
 
-def converted_config(
-    raw: dict[str, Any], index: StoreIndex, experts: str, dense: str | None
-) -> dict[str, Any]:
+def converted_config(raw: dict[str, Any], index: StoreIndex, dense: str | None) -> dict[str, Any]:
     """The source's config with our quantization in place of its own."""
     config = with_kinds(raw)
     for key, value in raw.items():
@@ -394,6 +435,6 @@ def converted_config(
     if dense is not None and not packs_dense(dense):
         config.pop("torch_dtype", None)
         config["dtype"] = format_of(dense).tensor
-    settings = HybridConfig(experts, dense, store=index.id)
+    settings = HybridConfig(index.format, dense, store=index.id)
     config["quantization_config"] = settings.to_dict()
     return config

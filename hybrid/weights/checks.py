@@ -12,6 +12,7 @@ Loads neither torch nor transformers.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.ask.formats import QUANT_METHOD
-from hybrid.errors import CheckpointError
+from hybrid.ask.names import directory_name
+from hybrid.errors import CheckpointError, UnsupportedModelError
 from hybrid.formats.errors import HybridError
 from hybrid.weights.declared_formats import check_format
 from hybrid.weights.sizes import check_layers_alike, check_stated_sizes
@@ -28,6 +30,7 @@ from hybrid.weights.source_files import (
     TensorInfo,
     check_index,
     few,
+    identity,
     read_header,
     read_object,
     weight_files,
@@ -43,6 +46,15 @@ VOCABULARIES = (
 SETTINGS = (
     *(TOKENIZER_SETTINGS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
     *("generation_config.json", "chat_template.json"),
+)
+#: Files of models that embed texts, and what they are.
+_BESIDE_TEXT = {
+    "config_sentence_transformers.json": "an embedding model",
+    "sentence_bert_config.json": "an embedding model",
+}
+#: How classes are called that are a model without its head, or with another one.
+_OTHER_HEADS = re.compile(
+    r"(?<!LMHead)Model$|Encoder$|MaskedLM$|Classification$|QuestionAnswering$|Embeddings?$"
 )
 #: Settings that other versions of transformers write as lists, where ours takes tables.
 _TABLES = ("added_tokens_decoder", "model_specific_special_tokens")
@@ -77,6 +89,20 @@ class Checkpoint:
                     )
                 found[key] = info
         return found
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return directory_name(self.path)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What can be known of it before work starts."""
+        return CHECKS
+
+    def identity(self) -> str:
+        """Return a digest that tells its weights from others."""
+        return identity(self.path / "config.json", self.files)
 
     @property
     def has_weights(self) -> bool:
@@ -120,6 +146,24 @@ def check_name(checkpoint: Checkpoint) -> Iterator[str]:
             if ours
             else "set PYTHONUTF8=1 or a UTF-8 locale, or rename that folder",
         ) from error
+    yield from ()
+
+
+def check_writes_text(checkpoint: Checkpoint) -> Iterator[str]:
+    """It is a model that writes text: no embedding model, no encoder, no tower alone."""
+    path, names = checkpoint.path, checkpoint.config.get("architectures")
+    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    what = next((told for name, told in _BESIDE_TEXT.items() if (path / name).is_file()), "")
+    if not what and named and all(_OTHER_HEADS.search(name) for name in named):
+        what = "without a head that writes text"
+    if not what and checkpoint.config.get("is_encoder_decoder") is True:
+        what = "an encoder with a decoder"
+    if what:
+        kind = checkpoint.config.get("model_type")
+        raise UnsupportedModelError(
+            f"{path} is {what} ({', '.join(named) or kind})",
+            hint="models that write text run here; run this one with transformers or what made it",
+        )
     yield from ()
 
 
@@ -195,6 +239,7 @@ Check = Callable[[Checkpoint], Iterator[str]]
 CHECKS: tuple[Check, ...] = (
     check_directory,
     check_name,
+    check_writes_text,
     check_declared_format,
     check_weight_files,
     check_format_of_tensors,
@@ -221,7 +266,7 @@ def check_files(checkpoint: Checkpoint) -> list[str]:
     CheckpointError, UnsupportedModelError
         The first thing that hinders a conversion.
     """
-    return [note for check in CHECKS for note in check(checkpoint)]
+    return [note for check in checkpoint.checks for note in check(checkpoint)]
 
 
 def findings(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from hybrid.errors import CheckpointError
-from hybrid.formats.matrix import pack, packed_bytes
+from hybrid.formats.matrix import packed_bytes
 from hybrid.formats.registry import format_of, packs_dense
 from hybrid.formats.strips import GROUP
+from hybrid.weights.blocks import Rows, packed
 from hybrid.weights.expert_writer import Advance
 from hybrid.weights.partial import Partial, sync
 from hybrid.weights.source_files import INDEX_NAME
@@ -27,7 +28,7 @@ from hybrid.weights.tensor_files import (
     shard_index,
     shard_names,
 )
-from hybrid.weights.weight_map import Target, WeightMap
+from hybrid.weights.weight_map import Target, Weights
 
 #: Bytes of float32 that are handled at a time, about: few enough to stay in the cache.
 _CHUNK_BYTES = 1 << 20
@@ -52,22 +53,27 @@ class DensePlan:
     weights
         The mapping from the checkpoint.
     matrices
-        The modules whose matrix ``fmt`` applies to: path to ``[rows, cols]``.
-    fmt
-        One of :func:`~hybrid.formats.registry.dense_formats`, or None.
+        The modules whose matrix has a format: path to ``[rows, cols]``.
+    formats
+        Theirs, each one of :func:`~hybrid.formats.registry.dense_formats`.
     """
 
     def __init__(
-        self, weights: WeightMap, matrices: Mapping[str, tuple[int, int]], fmt: str | None
+        self,
+        weights: Weights,
+        matrices: Mapping[str, tuple[int, int]],
+        formats: Mapping[str, str],
     ) -> None:
         self._weights = weights
+        self._matrices = matrices
         outputs: list[_Output] = []
         for target in weights.dense.values():
-            chosen = any(_path(name) in matrices for name in target.makes)
-            if fmt is None or not chosen:
+            paths = [_path(name) for name in target.makes]
+            fmt = next((formats[path] for path in paths if path in formats), None)
+            if fmt is None:
                 outputs += self._sources(target, None)
             elif packs_dense(fmt):
-                outputs += (self._made(target, name, matrices, fmt) for name in target.makes)
+                outputs += (self._made(target, name, formats) for name in target.makes)
             else:
                 outputs += self._sources(target, getattr(torch, format_of(fmt).tensor))
         plans = plan_shards([output.plan for output in outputs])
@@ -139,24 +145,31 @@ class DensePlan:
                 rows = partial(self._rows, target, key, scale, dtype)
                 yield _Output(TensorPlan(key, dtype, shape), rows)
 
-    def _made(
-        self, target: Target, name: str, matrices: Mapping[str, tuple[int, int]], fmt: str
-    ) -> _Output:
+    def _made(self, target: Target, name: str, formats: Mapping[str, str]) -> _Output:
         """One of the model tensors that a target makes, quantized if it is to be."""
         path, made = _path(name), target.makes[name]
-        if path not in matrices:
+        if path not in formats:
             plan = TensorPlan(name, made.dtype, tuple(made.shape))
             return _Output(plan, partial(self._made_rows, target, name))
-        size = packed_bytes(*matrices[path], fmt)
+        (height, cols), fmt = self._matrices[path], formats[path]
+        step = max(GROUP, _CHUNK_BYTES // (cols * 4) // GROUP * GROUP)
 
         def pieces() -> Iterator[Tensor]:
-            step = max(GROUP, _CHUNK_BYTES // (matrices[path][1] * 4) // GROUP * GROUP)
-            for rows in self._made_rows(target, name):
+            for rows in self._blocks(target, height, step) or self._made_rows(target, name):
                 for start in range(0, len(rows), step):
-                    chunk = rows[start : start + step].float().contiguous()
-                    yield torch.from_numpy(pack(chunk.numpy(), fmt))
+                    yield torch.from_numpy(packed(rows[start : start + step], fmt))
+
+        size = packed_bytes(height, cols, fmt)
 
         return _Output(TensorPlan(f"{path}.packed", torch.uint8, (size,)), pieces)
+
+    def _blocks(self, target: Target, rows: int, step: int) -> Iterator[Rows] | None:
+        """Yield a matrix as its checkpoint has it packed, in pieces; None where it has not."""
+        reader, (key, *others) = self._weights.reader, target.keys
+        if others or reader.read_blocks(key, 0, 1) is None:
+            return None
+        pieces = (reader.read_blocks(key, at, min(rows, at + step)) for at in range(0, rows, step))
+        return (piece for piece in pieces if piece is not None)
 
     def _made_rows(self, target: Target, name: str) -> Iterator[Tensor]:
         """Yield a model tensor in pieces: of whole groups of rows, or all of it at once.

@@ -5,26 +5,24 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import IO, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.errors import CheckpointError
 from hybrid.formats.block import Block
 from hybrid.formats.errors import FormatError
-from hybrid.formats.matrix import pack
-from hybrid.formats.strips import F32, GROUP, TILE
+from hybrid.formats.strips import F32, GROUP, TILE, pad
+from hybrid.weights.blocks import Rows, floats, packed, values_of
 from hybrid.weights.huge_pages import AlignedWriter
 from hybrid.weights.partial import Partial
 from hybrid.weights.source_files import few
 from hybrid.weights.store import DATA_NAME, LayerRecord, StoreIndex, header_page
-from hybrid.weights.weight_map import WeightMap
+from hybrid.weights.weight_map import Weights
 
 #: Values that are widened to float32 and quantized at a time: few enough to stay in the cache.
 _VALUES = 1 << 17
@@ -35,7 +33,7 @@ Advance = Callable[[int, str], None]
 
 def write_experts(
     partial: Partial,
-    weights: WeightMap,
+    weights: Weights,
     specs: list[ExpertsSpec],
     index: StoreIndex,
     advance: Advance,
@@ -80,7 +78,7 @@ class _NotWritableError(FormatError):
 
 
 def check_finite(
-    weights: WeightMap,
+    weights: Weights,
     specs: list[ExpertsSpec],
     index: StoreIndex,
     advance: Advance,
@@ -108,7 +106,7 @@ def check_finite(
         )
 
 
-def _not_finite(weights: WeightMap, spec: ExpertsSpec, expert: int) -> dict[str, int]:
+def _not_finite(weights: Weights, spec: ExpertsSpec, expert: int) -> dict[str, int]:
     """Return how many values of one expert are not finite, by matrix, where any are."""
     sides = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
     counts: Counter[str] = Counter()
@@ -124,8 +122,8 @@ def _not_finite(weights: WeightMap, spec: ExpertsSpec, expert: int) -> dict[str,
     return dict(+counts)
 
 
-def _count(values: Tensor) -> int:
-    return int((~torch.isfinite(values.float())).sum())
+def _count(rows: Rows) -> int:
+    return int((~np.isfinite(values_of(rows))).sum())
 
 
 def _intact(file: IO[bytes], record: LayerRecord, fmt: str, checksums: list[int]) -> bool:
@@ -138,7 +136,7 @@ def _intact(file: IO[bytes], record: LayerRecord, fmt: str, checksums: list[int]
 
 def _write_layer(
     file: AlignedWriter,
-    weights: WeightMap,
+    weights: Weights,
     spec: ExpertsSpec,
     record: LayerRecord,
     fmt: str,
@@ -161,45 +159,37 @@ def _write_layer(
 
 
 def _write_expert(
-    block: _Block, weights: WeightMap, spec: ExpertsSpec, shape: Block, expert: int
+    block: _Block, weights: Weights, spec: ExpertsSpec, shape: Block, expert: int
 ) -> None:
     """Write one expert as :func:`hybrid.formats.block.pack_expert` would, without holding it."""
     for sides in weights.read_up(spec, expert):
         for chunk in _chunks(sides):
-            packed = [pack(_whole_groups(side), shape.format) for side in chunk]
-            strips = len(_whole_groups(chunk[0])) // TILE
-            block.write(_alternate([side.reshape(strips, -1) for side in packed]))
+            strips = pad(len(chunk[0]), GROUP) // TILE
+            ready = [packed(side, shape.format, GROUP).reshape(strips, -1) for side in chunk]
+            block.write(_alternate(ready))
     block.pad_to(shape.down_offset)
     for down in weights.read_down(spec, expert):
         for (rows,) in _chunks([down]):
-            block.write(pack(rows, shape.formats[1]))
+            block.write(packed(rows, shape.formats[1]))
     block.pad_to(shape.bias_offset)
     if spec.bias:
         sides, down_bias = weights.read_biases(spec, expert)
-        block.write(_alternate([_whole_groups(_floats(side)).reshape(-1, TILE) for side in sides]))
-        block.write(_floats(down_bias))
+        block.write(_alternate([_whole_groups(floats(side)).reshape(-1, TILE) for side in sides]))
+        block.write(floats(down_bias))
     block.pad_to(shape.block_bytes)
 
 
-def _chunks(sides: list[Tensor]) -> Iterator[list[F32]]:
-    """Widen matrices to float32, some rows (whole groups of them) at a time."""
+def _chunks(sides: Sequence[Rows]) -> Iterator[list[Rows]]:
+    """Cut matrices into some rows (whole groups of them) at a time, to be packed."""
     rows, cols = sides[0].shape
     step = max(GROUP, _VALUES // cols // GROUP * GROUP)
     for start in range(0, rows, step):
-        yield [_floats(side[start : start + step]) for side in sides]
+        yield [side[start : start + step] for side in sides]
 
 
-def _floats(tensor: Tensor) -> F32:
-    values = tensor.to(torch.float32).contiguous().numpy()
-    if not np.isfinite(values).all():
-        raise FormatError("the weights hold inf or NaN", hint="the checkpoint is damaged")
-    return values
-
-
-def _whole_groups(rows: F32) -> F32:
-    """Append zero rows up to a multiple of 32."""
-    missing = -len(rows) % GROUP
-    return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
+def _whole_groups(bias: F32) -> F32:
+    """Append zeros up to a multiple of 32."""
+    return np.pad(bias, (0, -len(bias) % GROUP))
 
 
 def _alternate(sides: list[NDArray[Any]]) -> NDArray[Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from hybrid.errors import UsageError
+from hybrid.gguf.tokenizer import generation_settings, tokenizer_files
+from hybrid.weights.checks import Checkpoint
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.source_files import unreadable
 
 #: Files that are weights in some other form, or that a converted directory writes itself.
@@ -19,6 +23,24 @@ _NOT_COPIED = (
 #: What a converted directory has of its own under the name of a side file.
 _OWN = ("config.json", "experts.json", "conversion.jsonl")
 _TEMPLATES = "additional_chat_templates"
+
+
+def write_side_files(checkpoint: Checkpoint, dst: Path) -> None:
+    """Write all that a converted directory has beside weights: copies, or what metadata say.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        When something cannot be read.
+    """
+    if not isinstance(checkpoint, GgufCheckpoint):
+        copy_side_files(checkpoint.path, dst)
+        return
+    files = dict(tokenizer_files(checkpoint.header)) if checkpoint.has_tokenizer else {}
+    files["generation_config.json"] = generation_settings(checkpoint.header)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        (dst / name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def copy_side_files(src: Path, dst: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hybrid.errors import CheckpointError, first_line
+from hybrid.gguf.tokenizer import tokenizer_files
 from hybrid.weights.checks import Checkpoint, check_settings, check_tokenizer_files
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 
 _PUT_THERE = "put the model's tokenizer files there (tokenizer.json, tokenizer_config.json)"
 #: A token of a template's own, as most are written.
@@ -47,7 +51,30 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def check_tokenizer(directory: Path, rows: int | None) -> Iterator[str]:
+def made_tokenizer(checkpoint: GgufCheckpoint) -> Any:
+    """Make the tokenizer that a GGUF file's metadata describe.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        When they make none.
+    """
+    files = tokenizer_files(checkpoint.header)
+    try:
+        parsed = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    except Exception as error:  # whatever metadata of any kind make of its code
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer that can be made: {first_line(error)}",
+            hint="download the file again, or one that another publisher made",
+        ) from error
+    settings = files["tokenizer_config.json"]
+    special = {name: settings[name] for name in settings if name.endswith("_token")}
+    template = files.get("chat_template.jinja")
+    kind: Any = PreTrainedTokenizerFast
+    return kind(tokenizer_object=parsed, chat_template=template, **special)
+
+
+def check_tokenizer(checkpoint: Checkpoint, rows: int | None) -> Iterator[str]:
     """Load a tokenizer, compare it with the model, and yield what is odd about it.
 
     Parameters
@@ -60,10 +87,15 @@ def check_tokenizer(directory: Path, rows: int | None) -> Iterator[str]:
     CheckpointError
         As :func:`load_tokenizer`, and when its vocabulary is larger than the embedding.
     """
-    if not Checkpoint(directory).has_tokenizer:
+    directory = checkpoint.path
+    if not checkpoint.has_tokenizer:
         yield "there is no tokenizer: texts need one beside the weights, token ids do not"
         return
-    tokenizer = load_tokenizer(directory)
+    tokenizer = (
+        made_tokenizer(checkpoint)
+        if isinstance(checkpoint, GgufCheckpoint)
+        else load_tokenizer(directory)
+    )
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     if rows is not None:
         if tokenizer.vocab_size > rows:

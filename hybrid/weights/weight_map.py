@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.errors import CheckpointError, UnsupportedModelError
+from hybrid.weights.blocks import Blocks, Rows
 from hybrid.weights.source_files import few
 from hybrid.weights.source_formats import BlockDequantize
 from hybrid.weights.tensor_files import TensorReader
@@ -88,6 +89,59 @@ class Target:
             name: (value[0] if isinstance(value, list) else value).detach()
             for name, value in made.items()
         }
+
+
+class Weights(Protocol):
+    """A checkpoint's weights as the model takes them.
+
+    Attributes
+    ----------
+    dense
+        The targets that are not experts', by name.
+    reader
+        Of their sources.
+    left_out
+        What the model does not take: ``key`` and ``nbytes`` of each.
+    """
+
+    dense: dict[str, Target]
+    left_out: list[Any]
+
+    @property
+    def reader(self) -> Reader:
+        """Reads the sources of dense targets."""
+
+    def names(self) -> Iterable[str]:
+        """Return the names of all tensors that the checkpoint has."""
+
+    def read_dense(self, target: Target) -> dict[str, Tensor]:
+        """Return the model tensors that a dense target makes."""
+
+    def read_biases(self, spec: ExpertsSpec, expert: int) -> tuple[list[Tensor], Tensor]:
+        """Return one expert's biases: those of gate (if gated) and up, and that of down."""
+
+    def read_up(self, spec: ExpertsSpec, expert: int) -> Iterator[Sequence[Rows]]:
+        """Yield one expert's gate (if gated) and up, ``[n, D]`` each, some rows at a time."""
+
+    def read_down(self, spec: ExpertsSpec, expert: int) -> Iterator[Rows]:
+        """Yield one expert's down, ``[n, F]``, some rows at a time."""
+
+
+class Reader(Protocol):
+    """Reads tensors piece by piece."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """What is known of each: ``key``, ``path``, ``dtype``, ``shape``, ``nbytes``."""
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read ``start:stop`` of a tensor's first dimension (all by default)."""
+
+    def read_matrix_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Read rows ``start:stop`` of a tensor seen as a matrix of its last dimension."""
+
+    def read_blocks(self, key: str, start: int, stop: int) -> Blocks | None:
+        """Read the same as they are packed; None where they are not."""
 
 
 class WeightMap:
@@ -262,6 +316,10 @@ class WeightMap:
 
     # -- reading ----------------------------------------------------------------------------
 
+    def names(self) -> Iterable[str]:
+        """Return the names of all tensors that the checkpoint has."""
+        return self.reader.tensors.keys()
+
     def read_dense(self, target: Target) -> dict[str, Tensor]:
         """Return the model tensors that a dense target makes."""
         sources = {
@@ -365,7 +423,7 @@ class WeightMap:
         return sources
 
 
-def left_out(weights: WeightMap) -> Iterator[str]:
+def left_out(weights: Weights) -> Iterator[str]:
     """Say in one line which tensors of a checkpoint its model does not take, and their size.
 
     Each stands under the first part of its name that nothing which is taken begins with, such as
@@ -375,7 +433,7 @@ def left_out(weights: WeightMap) -> Iterator[str]:
     if not infos:
         return
     left = {info.key for info in weights.left_out}
-    known = {p for key in weights.reader.tensors if key not in left for p in _prefixes(key)}
+    known = {p for key in weights.names() if key not in left for p in _prefixes(key)}
     first = [next(p for p in _prefixes(info.key) if p not in known) for info in infos]
     alike = Counter(re.sub(r"\d+", "*", name) for name in dict.fromkeys(first))
     starred = [re.sub(r"\d+", "*", name) for name in first]

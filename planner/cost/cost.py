@@ -170,6 +170,8 @@ class CostModel:
         Weight formats (:mod:`hybrid.formats.registry`).
     kv_bytes
         Bytes of one cached number.
+    dense_bytes
+        Of all dense weights, where several formats make them up; ``dense_format`` tells by default.
     """
 
     def __init__(
@@ -179,12 +181,16 @@ class CostModel:
         expert_format: str = "q4_0",
         dense_format: str = "bf16",
         kv_bytes: int = 2,
+        dense_bytes: int | None = None,
     ) -> None:
         self.model = model
         self.hardware = hardware
         self.expert_format = expert_format
         self.dense_format = dense_format
         self.kv_bytes = kv_bytes
+        told = weight_bytes(model.dense_params, dense_format)
+        self.dense_bytes = told if dense_bytes is None else dense_bytes
+        self._share = self.dense_bytes / told
         self.experts = ExpertCost(model, hardware, expert_format)
         self._measured = MeasuredTerms(
             hardware.terms, model.family, "gpu" if hardware.gpu else "cpu"
@@ -358,7 +364,7 @@ class CostModel:
     ) -> Estimate:
         """Time of a product of ``tokens`` rows with dense weights, where those live."""
         side = self.hardware.gpu or self.hardware.cpu
-        read = weight_bytes(params, self.dense_format) + extra_bytes
+        read = weight_bytes(params, self.dense_format) * self._share + extra_bytes
         operations = 2 * params * tokens if flop is None else flop
         return larger(
             rate_time(read, side.memory_bytes_per_s, side.memory_efficiency),

@@ -77,7 +77,7 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
     Raises
     ------
     SpecError
-        When the model has no routed experts, lacks a field, or a value cannot be.
+        When it lacks a field, or a value cannot be.
     """
     text = _language_model(config)
     family = text["model_type"]
@@ -87,14 +87,11 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
     depth = len(blocks) if blocks else fields.count(*_LAYERS, most=_MOST_LAYERS)
     tables = layer_tables(fields, depth)
     switched_off = any(text.get(switch) is False for switch in ("is_moe", "enable_moe_block"))
-    if switched_off or not any(
+    routed = not switched_off and any(
         table.has(*_EXPERT_COUNT) and table.count(*_EXPERT_COUNT, least=0) > 1 for table in tables
-    ):
-        raise SpecError(
-            f"{name} ({family}) is not a Mixture-of-Experts model: its config has none of "
-            f"{', '.join(_EXPERT_COUNT[:3])} above 1",
-            hint="this software places routed experts; run a dense model with llama.cpp or vLLM",
-        )
+    )
+    if not switched_off:
+        _check_counted(tables, name)
     if family == "doge":
         raise SpecError(
             f"{name} (doge): its {fields.count(*_EXPERT_COUNT)} experts are rows of an embedding",
@@ -102,16 +99,16 @@ def from_hf_config(config: Mapping[str, Any], name: str | None = None) -> ModelS
         )
     hidden = fields.count(*_HIDDEN)
     mixers = layer_mixers(tables, fields, family, hidden, blocks)
-    sparse = sparse_layers(fields, family, depth, blocks)
-    made: dict[tuple[int, bool, str | None], tuple[Experts, int]] = {}
+    sparse = sparse_layers(fields, family, depth, blocks) if routed else [False] * depth
+    made: dict[tuple[int, bool, str | None], tuple[Experts | None, int]] = {}
     layers = []
     for index, (table, mixer, moe) in enumerate(zip(tables, mixers, sparse, strict=True)):
         key = (id(table), moe, blocks[index] if blocks else None)
         if key not in made:
-            experts = _experts(table, family, hidden)
-            made[key] = experts, _ffn_params(table, family, hidden, experts, *key[1:])
+            experts = _experts(table, family, hidden) if moe else None
+            made[key] = experts, _ffn_params(table, family, hidden, experts, key[2])
         experts, ffn_params = made[key]
-        layers.append(Layer(mixer=mixer, ffn_params=ffn_params, experts=experts if moe else None))
+        layers.append(Layer(mixer=mixer, ffn_params=ffn_params, experts=experts))
     tied = fields.flag("tie_word_embeddings", family in _TIED_BY_DEFAULT)
     return ModelSpec(
         name=name,
@@ -140,6 +137,17 @@ def stated_sizes(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         if known or (stated and size in _ALWAYS):
             found[size] = (known or stated)[0]
     return found
+
+
+def _check_counted(tables: list[Fields], name: str) -> None:
+    """Refuse a config that says how many experts a token uses, but not how many there are."""
+    for table in tables:
+        used = next((field for field in _TOP_K if table.has(field)), None)
+        if used is not None and not table.has(*_EXPERT_COUNT):
+            raise SpecError(
+                f"{name} has {used}, and none of {', '.join(_EXPERT_COUNT[:3])}",
+                hint="compare with the publisher's own, complete config.json",
+            )
 
 
 def from_table(data: Mapping[str, Any], where: str) -> ModelSpec:
@@ -188,33 +196,37 @@ def text_key(config: Mapping[str, Any]) -> str | None:
 def _experts(fields: Fields, family: str, hidden: int) -> Experts:
     """The routed experts of one layer."""
     own_width = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
-    gated = fields.get("mlp_hidden_act") not in _UNGATED
     return Experts(
         count=fields.count(*_EXPERT_COUNT, most=_MOST_EXPERTS),
         top_k=fields.count(*_TOP_K),
         identity=fields.count("zero_expert_num", default=0, least=0),
         hidden=fields.count("moe_latent_size", "moe_hidden_size", default=hidden),
         intermediate=fields.count(*own_width, "intermediate_size"),
-        matrices=3 if gated else 2,
+        matrices=_matrices(fields),
         bias=family == "gpt_oss",
     )
 
 
+def _matrices(fields: Fields) -> int:
+    """Matrices of an MLP or an expert: 3 when gated."""
+    return 2 if fields.get("mlp_hidden_act") in _UNGATED else 3
+
+
 def _ffn_params(
-    fields: Fields, family: str, hidden: int, experts: Experts, moe: bool, block: str | None
+    fields: Fields, family: str, hidden: int, experts: Experts | None, block: str | None
 ) -> int:
     """Weights of a layer besides its mixer and its routed experts."""
     norms = 2 * hidden
     if block not in (None, "moe", "mlp"):
         return hidden
-    if not moe:
+    if experts is None:
         width = (
             "intermediate_size_mlp",
             "dense_intermediate_size",
             "prefix_dense_intermediate_size",
         )
         dense = fields.count(*width, "intermediate_size", "ffn_hidden_size")
-        return experts.matrices * hidden * dense + norms
+        return _matrices(fields) * hidden * dense + norms
     router = hidden * (experts.count + experts.identity)
     projections = 2 * hidden * experts.hidden if experts.hidden != hidden else 0
     shared = experts.matrices * hidden * _shared_width(fields, family, experts)

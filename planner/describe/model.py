@@ -95,7 +95,7 @@ class Experts:
     @property
     def real_top_k(self) -> float:
         """Experts with weights a token reads on average, if the router were even-handed."""
-        return self.top_k * self.count / (self.count + self.identity)
+        return self.top_k * self.count / max(1, self.count + self.identity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """An MoE language model, as far as placing it on a machine needs to know.
+    """A language model, with experts or without, as far as placing it on a machine needs to know.
 
     Parameters
     ----------
@@ -147,11 +147,6 @@ class ModelSpec:
     unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not any(layer.moe for layer in self.layers):
-            raise SpecError(
-                f"{self.name}: none of its {len(self.layers)} layers has routed experts",
-                hint="this software places routed experts; a dense model runs in llama.cpp or vLLM",
-            )
         for experts in self.kinds_of_experts:
             if experts.top_k > experts.count + experts.identity:
                 raise SpecError(
@@ -167,7 +162,12 @@ class ModelSpec:
 
     @cached_property
     def experts(self) -> Experts:
-        """The routed experts of each MoE layer; where layers differ, the most and largest."""
+        """The routed experts of each MoE layer; where layers differ, the most and largest.
+
+        A model without experts has none of no width.
+        """
+        if not self.kinds_of_experts:
+            return Experts(count=0, top_k=0, hidden=self.hidden, intermediate=0)
         first, *others = self.kinds_of_experts
         if not others:
             return first

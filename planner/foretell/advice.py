@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hybrid.formats.registry import bits_per_weight, quantized_formats
+from hybrid.formats.registry import advised_formats, bits_per_weight
 from planner.cost.cost import CostModel
 from planner.describe.terms import CALL, CPU, DECIDING, DISK, GPU, HEAD, JOINING, LINK, MIXER
 from planner.foretell.run import Run
@@ -33,7 +33,7 @@ def binding_resource(cost: CostModel, terms: dict[str, float], tokens: int) -> s
         Tokens of the step.
     """
     shape = cost.model.experts
-    load = max(1, tokens * shape.top_k // shape.count)
+    load = max(1, tokens * shape.top_k // max(1, shape.count))
     term = max(terms, key=lambda name: terms[name])
     hardware, experts = cost.hardware, cost.experts
     if term == LINK:
@@ -74,6 +74,9 @@ def explain(run: Run, cost: CostModel) -> Iterator[str]:
 
     One layer speaks for all: the first, from the middle on, that uses the most lanes.
     """
+    if not cost.model.moe_layers:
+        yield "no experts to share: every token passes through all weights"
+        return
     if not cost.on_gpu:
         yield "every expert on the CPU: this machine has no GPU"
         return
@@ -112,11 +115,12 @@ def explain(run: Run, cost: CostModel) -> Iterator[str]:
 def variants(request: Request) -> Iterator[tuple[str, bool, Request]]:
     """Yield changes worth trying: what, whether it changes the output, and the new request."""
     hardware = request.hardware
-    for fmt in quantized_formats():
-        if bits_per_weight(fmt) < bits_per_weight(request.experts):
+    for fmt in advised_formats():
+        smaller = bits_per_weight(fmt) < bits_per_weight(request.experts)
+        if smaller and request.model.moe_layers:
             yield f"experts in {fmt}", True, replace(request, experts=fmt)
         if fmt in _smaller_dense(request):
-            yield f"dense weights in {fmt}", True, replace(request, dense=fmt)
+            yield f"dense weights in {fmt}", True, replace(request, dense=fmt, dense_bytes=None)
     half = max(request.prompt, request.context // 2)
     if half < request.context:
         yield f"context {half}", False, replace(request, context=half)
@@ -148,7 +152,7 @@ def remedies(request: Request) -> Iterator[str]:
             yield f"--context {context}"
             break
     for fmt in formats:
-        if replace(request, dense=fmt).fit().fits:
+        if replace(request, dense=fmt, dense_bytes=None).fit().fits:
             found = True
             yield f"--dense {fmt} (changes the output slightly)"
             break
@@ -172,4 +176,4 @@ def _smaller_dense(request: Request) -> list[str]:
     if request.widens:
         return []
     most = bits_per_weight(request.dense)
-    return [fmt for fmt in quantized_formats() if bits_per_weight(fmt) < most]
+    return [fmt for fmt in advised_formats() if bits_per_weight(fmt) < most]

@@ -79,7 +79,7 @@ class Rule:
         """Simulate ``request`` under this rule; slots start with what the policy values most."""
         cost = request.cost
         cache = None
-        if cost.on_gpu:
+        if cost.on_gpu and request.model.moe_layers:
             cache = ExpertCache(self.policy(request, routing), placed.slots)
             moe = [i for i, layer in enumerate(request.model.layers) if layer.moe]
             for number, index in enumerate(moe):
@@ -333,7 +333,8 @@ class _Comparison:
         One standard deviation, of the band between the laws that the model's may be.
         """
         request = self.request
-        if request.hardware.gpu is None or request.trace is not None:
+        nothing_drawn = request.trace is not None or not request.model.moe_layers
+        if request.hardware.gpu is None or nothing_drawn:
             return 0.0
         found = []
         for law in request.model.routing.between:
@@ -345,7 +346,7 @@ class _Comparison:
 
     def alternatives(self) -> Iterator[Alternative]:
         """Run the rules of other systems, and ours with a cache that knows the future."""
-        if self.request.hardware.gpu is None:
+        if self.request.hardware.gpu is None or not self.request.model.moe_layers:
             return
         for rule in RULES:
             if rule.policy is _hindsight and not _is_regular(self.request):

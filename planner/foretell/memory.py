@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from hybrid.formats.registry import weight_bytes
 from planner.cost.cost import CostModel
 from planner.decide.capacity import equal_capacities
 from planner.decide.popularity import Popularity
@@ -191,11 +190,10 @@ def fit(
             hint=f"use --context {model.context} or less",
         )
     experts = model.experts
-    dense = weight_bytes(model.dense_params, cost.dense_format)
+    dense = cost.dense_bytes
     cache = model.cached_numbers(context) * cost.kv_bytes * batch
     at_once = context if hardware.gpu else min(context, PIECE)
     workspace = workspace_bytes(cost, at_once * batch)
-    stored = model.store_bytes(cost.expert_format)
     home = "vram" if hardware.gpu else "ram"
     items = [
         Item(f"dense weights ({cost.dense_format})", home, dense),
@@ -205,11 +203,13 @@ def fit(
     ]
     vram = int(hardware.gpu.vram_bytes.value) if hardware.gpu else 0
     ram = int(hardware.cpu.ram_bytes.value)
-    slots = 0
-    slot_bytes = slot_bytes or cost.experts.bytes
+    if hardware.gpu and (reserve := int(hardware.gpu.reserve_bytes.value)):
+        items.append(Item("driver and kernels", "vram", reserve))
+    if not model.moe_layers:
+        return Fit(items=tuple(items), vram_bytes=vram, ram_bytes=ram, slots=(), in_ram=1.0)
+    slots, slot_bytes = 0, slot_bytes or cost.experts.bytes
+    stored = model.store_bytes(cost.expert_format)
     if hardware.gpu:
-        if reserve := int(hardware.gpu.reserve_bytes.value):
-            items.append(Item("driver and kernels", "vram", reserve))
         room = max(0, vram - _sum(items, "vram")) // slot_bytes
         staging = min(staging, room)
         slots = min(room - staging, model.expert_count)

@@ -92,19 +92,17 @@ def tables(result: PlanResult) -> list[Table]:
 
 def _summary(result: PlanResult) -> Table:
     request, model = result.request, result.request.model
-    experts = model.experts
     rows = [
         (
             "model",
             f"{model.name}: {_billions(model.total_params)} parameters, "
-            f"{_billions(model.active_params)} active; "
-            f"{model.moe_layers} MoE layers of {experts.count} experts, {experts.top_k} per token",
+            f"{_billions(model.active_params)} active; {_told_experts(model)}",
         ),
         *_doubts(model),
         ("hardware", f"{request.hardware.name}: {request.hardware.summary}"),
         (
             "request",
-            f"experts {request.experts}, dense {_dense(request)}, context {request.context}, "
+            f"{_formats(request)}, context {request.context}, "
             f"prompt {request.prompt}, batch {request.batch}",
         ),
     ]
@@ -115,7 +113,11 @@ def _summary(result: PlanResult) -> Table:
     rate = request.batch / prediction.tpot.value
     together = f" of all {request.batch} sequences" if request.batch > 1 else ""
     rows += [
-        ("routing", f"{prediction.routing_origin} ({prediction.routing_source})"),
+        *(
+            [("routing", f"{prediction.routing_origin} ({prediction.routing_source})")]
+            if model.moe_layers
+            else []
+        ),
         ("verdict", "fits" + _disk_note(result)),
         *_placement(result),
         ("time to first token", f"{_duration(prediction.ttft, 's')} for {request.prompt} tokens"),
@@ -124,9 +126,24 @@ def _summary(result: PlanResult) -> Table:
             f"{_duration(prediction.tpot, 'ms')}, that is {rate:.1f} tokens/s{together}",
         ),
         ("binding resource", prediction.binding),
-        ("hit rate", _hit_rate(result)),
     ]
+    if model.moe_layers:
+        rows.append(("hit rate", _hit_rate(result)))
     return Table("Plan", ("", ""), tuple(rows), prose=True)
+
+
+def _told_experts(model: ModelSpec) -> str:
+    """Say how many experts there are, and how many of them a token uses."""
+    if not model.moe_layers:
+        return f"{len(model.layers)} layers, no experts to share"
+    experts = model.experts
+    return f"{model.moe_layers} MoE layers of {experts.count} experts, {experts.top_k} per token"
+
+
+def _formats(request: Request) -> str:
+    """Say what weights are stored as."""
+    dense = f"dense {_dense(request)}"
+    return f"experts {request.experts}, {dense}" if request.model.moe_layers else dense
 
 
 def _doubts(model: ModelSpec) -> Iterator[tuple[str, str]]:
@@ -140,6 +157,8 @@ def _doubts(model: ModelSpec) -> Iterator[tuple[str, str]]:
 
 def _placement(result: PlanResult) -> Iterator[tuple[str, str]]:
     """What the runtime says when it places the model."""
+    if not result.request.model.moe_layers:
+        return
     if result.request.hardware.gpu is not None:
         yield "GPU", result.fit.slots_told(sum(result.fit.slots))
     yield "RAM", result.fit.host_told()
@@ -202,7 +221,7 @@ def _terms(prediction: Prediction) -> Table:
 
 def _layers(prediction: Prediction, slots: tuple[int, ...]) -> Table:
     run = prediction.run
-    band = -(-len(run.layers) // _BANDS)
+    band = max(1, -(-len(run.layers) // _BANDS))
     rows = []
     for first in range(0, len(run.layers), band):
         part = run.layers[first : first + band]

@@ -33,6 +33,8 @@ class Request:
         What runs, and where.
     experts, dense
         Weight formats, of what is stored: see ``dense_there``.
+    dense_bytes
+        Of all dense weights, where several formats make them up.
     emulated
         Whether the GPU is emulated, which computes with the CPU's dense weights as they are.
     context, prompt, tokens, batch
@@ -57,6 +59,7 @@ class Request:
     hardware: HardwareSpec
     experts: str = "q4_0"
     dense: str = "bf16"
+    dense_bytes: int | None = None
     emulated: bool = False
     context: int = 4096
     prompt: int = 512
@@ -105,7 +108,10 @@ class Request:
     @cached_property
     def cost(self) -> CostModel:
         """The cost model of this request."""
-        return CostModel(self.model, self.hardware, self.experts, self.dense_there)
+        several = self.dense_bytes if self.dense_there == self.dense else None
+        return CostModel(
+            self.model, self.hardware, self.experts, self.dense_there, dense_bytes=several
+        )
 
     def fit(self) -> Fit:
         """How it lies in memory."""

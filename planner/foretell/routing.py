@@ -184,6 +184,8 @@ def synthetic(model: ModelSpec, prompt: int, tokens: int, batch: int = 1, seed: 
     """Make up the routing of ``batch`` sequences: the same seed gives the same routing."""
     experts, law = model.experts, model.routing
     layers, choices = model.moe_layers, experts.count + experts.identity
+    if not layers:
+        return _nothing_routed(tokens, batch)
     rng = np.random.default_rng(seed)
     shape = (batch, layers, choices)
     popularity = np.float32(law.skew) * rng.standard_normal((layers, choices), dtype=np.float32)
@@ -213,6 +215,14 @@ def synthetic(model: ModelSpec, prompt: int, tokens: int, batch: int = 1, seed: 
     if sampled == prompt:
         return routing
     return replace(routing, prompt=np.rint(routing.prompt * (prompt / sampled)).astype(np.int64))
+
+
+def _nothing_routed(tokens: int, batch: int) -> Routing:
+    """The routing of a model without experts."""
+    ids = np.zeros((tokens, 0, batch, 0), np.int64)
+    weights, guess = ids.astype(np.float32), np.zeros((len(RECALL), *ids.shape), np.int64)
+    loads, shares = np.zeros((0, 0), np.int64), np.zeros((0, 0))
+    return Routing(loads, shares, ids, weights, guess, 0, Source.MEASURED, "no experts")
 
 
 def from_trace(

@@ -99,8 +99,8 @@ def test_missing_data_raises() -> None:
     for ask in (lambda: bare.gpu_s(1), bare.copy_s):
         with pytest.raises(CostError, match="neither rates nor calibration points"):
             ask()
-    with pytest.raises(FormatError, match="unknown weight format 'q5_1'"):
-        weight_bytes(1, "q5_1")
+    with pytest.raises(FormatError, match="unknown weight format 'q5_9'"):
+        weight_bytes(1, "q5_9")
 
 
 def test_dense_work_runs_where_its_weights_are() -> None:

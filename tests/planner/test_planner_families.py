@@ -71,10 +71,11 @@ def test_multimodal_configs_use_their_language_model() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "bamba", "granite"])
-def test_dense_families_are_refused(family: str) -> None:
-    """A dense model is told apart and the message says what to do instead."""
-    with pytest.raises(SpecError, match="not a Mixture-of-Experts model"):
-        from_hf_config(make_config(family).to_dict(), family)
+def test_dense_families_have_no_experts(family: str) -> None:
+    """A dense model is told apart, and all its weights are counted as every token's."""
+    spec = from_hf_config(make_config(family).to_dict(), family)
+    assert (spec.moe_layers, spec.experts.count, spec.expert_params) == (0, 0, 0)
+    assert spec.ffn_params > 0
 
 
 def test_experts_that_are_no_matrices_are_refused() -> None:

@@ -137,8 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.served.files[repo][name]
         if self.command == "GET":
             self.served.sent.append(name)
-        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        part = data[begin:]
+        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        begin, end = int(asked[0]), int(asked[1]) + 1 if asked[1] else len(data)
+        part = data[begin:end]
         headers = {
             "X-Repo-Commit": COMMIT,
             "ETag": f'"{_digest(data)}"',

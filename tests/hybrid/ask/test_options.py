@@ -184,7 +184,7 @@ def test_a_model_is_found_however_it_is_named(tmp_path: Path) -> None:
         find_model(described)
 
 
-@pytest.mark.parametrize("asked", [{"experts": "q5_k"}, {"dense": "int3"}])
+@pytest.mark.parametrize("asked", [{"experts": "q5_x"}, {"dense": "int3"}])
 def test_unknown_formats_are_refused_when_they_are_asked_for(asked):
     """Before anything is imported or loaded, with the known ones."""
     with pytest.raises(UsageError, match="unknown format") as caught:

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from gguf_files import recipe, write_gguf
 from hybrid import plan
+from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware
 from hybrid.ask.options import Options
 from hybrid.cli import main
 from hybrid.cli.download import obtain
-from hybrid.errors import CheckpointError, DiskSpaceError, HybridError, UsageError
+from hybrid.errors import CheckpointError, DiskSpaceError, HybridError
+from hybrid.gguf.header import read_gguf
 from hybrid.hub import (
     HubName,
     UnreachableError,
@@ -24,6 +27,7 @@ from hybrid.hub import (
     directory_of,
     download,
     hub_name,
+    kept_copy,
     manifest,
 )
 from hybrid.loading import load_fast_model
@@ -83,10 +87,57 @@ def test_a_directory_comes_before_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert hub_name("maker/other") is not None
 
 
-def test_a_gguf_of_a_repository_is_refused_by_name() -> None:
-    """Nothing is asked of the hub."""
-    with pytest.raises(UsageError, match="Q4_K_M"):
-        hub_name("maker/name-GGUF:Q4_K_M")
+@pytest.fixture
+def ggufs(hub: Hub, tmp_path: Path) -> Hub:
+    """A second repository: GGUF files of two sizes, one of them split, and a projector."""
+    made_by = recipe("qwen3moe")
+    names = list(made_by["tensors"])
+    whole = write_gguf(tmp_path / "whole.gguf", made_by, matrices="Q4_0").read_bytes()
+    files = {"tiny-Q4_0.gguf": whole, "mmproj-F16.gguf": b"other weights", "README.md": b""}
+    for part, some in enumerate((names[:20], names[20:])):
+        name = f"tiny-Q8_0-{part + 1:05d}-of-00002.gguf"
+        split = {"split__no": part, "split__count": 2, "split__tensors__count": len(names)}
+        tensors = {tensor: made_by["tensors"][tensor] for tensor in some}
+        file = tmp_path / name
+        write_gguf(file, made_by | {"tensors": tensors}, matrices="Q8_0", **split)
+        files[f"Q8_0/{name}"] = file.read_bytes()
+    hub.files["maker/tiny-GGUF"] = files
+    return hub
+
+
+def test_a_gguf_of_a_repository(ggufs: Hub) -> None:
+    """Only the files of the size that is asked for come, and a plan takes their headers alone."""
+    name = hub_name("maker/tiny-GGUF:q8_0")
+    assert name is not None
+    asked = find_model(name)
+    assert (asked.spec.moe_layers, asked.experts, asked.spec.name) == (3, "q8_0", "tiny-Q8_0")
+    ggufs.sent.clear()
+    wanted = manifest(name)
+    assert str(wanted.name) == "maker/tiny-GGUF:Q8_0"
+    first = download(wanted)
+    assert first.name == "tiny-Q8_0-00001-of-00002.gguf"
+    assert sorted(ggufs.sent) == sorted(f"Q8_0/{path.name}" for path in first.parent.iterdir())
+    assert len(read_gguf(first).files) == 2
+    assert kept_copy(name) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("maker/tiny-GGUF:Q5_K_M", "no GGUF file of Q5_K_M"),
+        ("maker/tiny-GGUF", "no GGUF file of a usual size"),
+    ],
+)
+def test_sizes_of_gguf_files_that_there_are(ggufs: Hub, text: str, message: str) -> None:
+    """What there is to choose from is named; one alone would have been taken."""
+    name = hub_name(text)
+    assert name is not None
+    with pytest.raises(CheckpointError, match=message) as caught:
+        manifest(name)
+    assert "maker/tiny-GGUF:Q4_0, maker/tiny-GGUF:Q8_0" in str(caught.value.hint)
+    ggufs.files["maker/tiny-GGUF"].pop("tiny-Q4_0.gguf")
+    if name.quant is None:
+        assert manifest(name).name.quant == "Q8_0"
 
 
 def test_only_what_is_needed_is_fetched_and_once(hub: Hub) -> None:
@@ -184,9 +235,9 @@ def test_what_the_hub_refuses_is_said_in_a_line(
 
 
 def test_weights_of_another_kind_are_named(hub: Hub) -> None:
-    """A repository of GGUF files alone cannot be run."""
-    del hub.files[NAME]["model.safetensors"]
-    with pytest.raises(CheckpointError, match=r"has no safetensors weights, it has \.bin, \.gguf"):
+    """A repository of weights for torch alone cannot be run."""
+    del hub.files[NAME]["model.safetensors"], hub.files[NAME]["tiny-Q4_K_M.gguf"]
+    with pytest.raises(CheckpointError, match=r"has no safetensors weights, it has \.bin"):
         directory_of(HubName(NAME))
 
 

@@ -110,7 +110,7 @@ def test_bad_experiments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("Mixtral", *LAPTOP, "--prompt", "5000"), "--prompt 5000 exceeds --context 4096"),
         (("Mixtral", *LAPTOP, "--batch", "-1"), "batch is -1, it must be a whole"),
         (("Mixtral", *LAPTOP, "--tokens", "9999999"), "exceeds 8192"),
-        (("Mixtral", *LAPTOP, "--experts", "q5_1"), "--experts 'q5_1' is not a weight format"),
+        (("Mixtral", *LAPTOP, "--experts", "q5_9"), "--experts 'q5_9' is not a weight format"),
         (("Mixtral", *LAPTOP, "--threads", "4"), "threads is 4, but the rates of rtx4060-laptop"),
         (("Mixtral", *LAPTOP, "--vram", "100GiB"), "vram is 100.00 GiB, NVIDIA GeForce RTX 4060"),
         (("Mixtral", *LAPTOP, "--trace", "none.npz"), "there is no file none.npz"),
@@ -181,7 +181,7 @@ def test_numbers_of_numpy_are_whole() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"num_experts": None}, "not a Mixture-of-Experts model"),
+        ({"num_experts": None}, "has num_experts_per_tok, and none of"),
         ({"num_experts": 10**14}, "num_experts is 1e+14"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1"),

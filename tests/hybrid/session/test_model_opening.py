@@ -130,8 +130,8 @@ def test_a_converted_directory_that_was_cut_short(
 
 def test_unknown_formats(tiny_model: Path) -> None:
     """The message lists the formats there are."""
-    for options in ({"experts": "q5_k"}, {"dense": "q5_k"}):
-        with pytest.raises(HybridError, match="q5_k") as caught:
+    for options in ({"experts": "q5_x"}, {"dense": "q5_x"}):
+        with pytest.raises(HybridError, match="q5_x") as caught:
             HybridModel.from_pretrained(tiny_model, **options)
         assert "q4_0" in str(caught.value.hint)
 

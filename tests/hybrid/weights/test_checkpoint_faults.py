@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from checkpoints import WEIGHTS, edit_config, read_weights, write_weights
 from hybrid import HybridConfig
@@ -87,11 +87,23 @@ def test_no_weights(src: Path) -> None:
     refused(src, CheckpointError, "holds no safetensors weights")
 
 
-def test_not_a_moe_model(tmp_path: Path) -> None:
-    """A dense model is told from a MoE model, before any tensor is read."""
-    config = Qwen3Config(vocab_size=32, hidden_size=32, num_hidden_layers=1, intermediate_size=32)
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "src")
-    refused(tmp_path / "src", CheckpointError, "not a Mixture-of-Experts model: qwen3")
+@pytest.mark.parametrize(
+    ("settings", "file", "message"),
+    [
+        ({"architectures": ["Qwen3Model"]}, None, r"without a head .*\(Qwen3Model\)"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, None, "without a head"),
+        ({}, "config_sentence_transformers.json", "is an embedding model"),
+        ({"model_type": "bert", "architectures": None}, None, "no class that writes text"),
+    ],
+)
+def test_models_that_write_no_text(
+    src: Path, settings: dict[str, Any], file: str | None, message: str
+) -> None:
+    """A model without a head, one that embeds texts and an encoder are refused by name."""
+    edit_config(src, **settings)
+    if file:
+        (src / file).write_text("{}")
+    refused(src, UnsupportedModelError, message)
 
 
 def test_unknown_architecture(src: Path) -> None:
@@ -231,7 +243,7 @@ def test_damaged_json(src: Path) -> None:
     refused(src, CheckpointError, "config.json is not valid JSON")
 
 
-@pytest.mark.parametrize("options", [{"experts": "q5_k"}, {"dense": "int3"}])
+@pytest.mark.parametrize("options", [{"experts": "q5_x"}, {"dense": "int3"}])
 def test_unknown_format(src: Path, options: dict[str, str]) -> None:
     """An unknown format is refused with the list of known ones."""
     (name,) = options.values()

@@ -50,21 +50,21 @@ def test_settings_of_another_version(src: Path, name: str) -> None:
 
 def test_tokenizer_and_embedding(src: Path) -> None:
     """A vocabulary beyond the embedding is of another model; an added token beyond it is told."""
-    assert list(check_tokenizer(src, 256)) == []
+    assert list(check_tokenizer(Checkpoint(src), 256)) == []
     with pytest.raises(CheckpointError, match="has 256 tokens, the model's embedding 200"):
-        list(check_tokenizer(src, 200))
+        list(check_tokenizer(Checkpoint(src), 200))
     edit_tokenizer(src, extra_special_tokens={"image_token": "<image>"})
-    (note,) = check_tokenizer(src, 256)
+    (note,) = check_tokenizer(Checkpoint(src), 256)
     assert note.startswith("the tokenizer gives <image> ids beyond the model's 256 tokens")
 
 
 def test_tokens_of_the_template(src: Path) -> None:
     """A template's own tokens are one token each, or that is told."""
     edit_tokenizer(src, chat_template="<|im_start|>{{ messages[0].content }}")
-    (note,) = check_tokenizer(src, 512)
+    (note,) = check_tokenizer(Checkpoint(src), 512)
     assert "the chat template writes <|im_start|>, which the tokenizer takes for 12 tokens" in note
     edit_tokenizer(src, extra_special_tokens={"start": "<|im_start|>"})
-    assert list(check_tokenizer(src, 512)) == []
+    assert list(check_tokenizer(Checkpoint(src), 512)) == []
 
 
 def test_no_tokenizer(src: Path, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""What differs between the kinds of checkpoints that are converted: their weights, and formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrid.anatomy.experts import ExpertsSpec
+from hybrid.ask.formats import DEFAULT_EXPERTS
+from hybrid.gguf.tensors import WeightFile
+from hybrid.weights.checks import Checkpoint
+from hybrid.weights.gguf_checkpoint import GgufCheckpoint
+from hybrid.weights.gguf_weights import (
+    GgufWeights,
+    dense_formats,
+    most_common,
+    requantized,
+)
+from hybrid.weights.source_formats import source_quantizer
+from hybrid.weights.tensor_files import TensorReader
+from hybrid.weights.weight_map import WeightMap, Weights
+
+
+@contextmanager
+def opened_weights(
+    checkpoint: Checkpoint, config: Any, model: Any, specs: list[ExpertsSpec]
+) -> Iterator[Weights]:
+    """Open a checkpoint's weights as those of ``model``, which is on the meta device."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        file = WeightFile(checkpoint.header, checkpoint.architecture, checkpoint.config)
+        try:
+            yield GgufWeights(file, model, specs)
+        finally:
+            file.close()
+        return
+    with TensorReader(checkpoint.tensors) as reader:
+        yield WeightMap(model, reader, specs, source_quantizer(config))
+
+
+@dataclass(frozen=True)
+class Formats:
+    """What a checkpoint's weights are converted to.
+
+    Attributes
+    ----------
+    experts
+        Format of all experts that have none of their own.
+    layers
+        Formats of the experts of the layers, gate's and down's; empty where all have the one.
+    dense
+        Formats of the other matrices that do not stay as they are, by their modules' paths.
+    notes
+        What is odd about that.
+    """
+
+    experts: str
+    layers: tuple[tuple[str, str], ...] = ()
+    dense: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def chosen_formats(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    matrices: Mapping[str, tuple[int, int]],
+    experts: str | None,
+    dense: str | None,
+) -> Formats:
+    """Return the formats that are asked for, and where none is, those that the checkpoint has.
+
+    Parameters
+    ----------
+    matrices
+        The modules outside the experts that may have a format.
+    """
+    asked = {} if dense is None else dict.fromkeys(matrices, dense)
+    if not isinstance(weights, GgufWeights):
+        return Formats(experts or DEFAULT_EXPERTS, dense=asked)
+    own = asked or dense_formats(weights, matrices)
+    layers = () if experts else weights.expert_formats
+    kept = experts or (most_common(layers) if layers else DEFAULT_EXPERTS)
+    changed = requantized(weights, layers, {} if asked else own)
+    return Formats(kept, layers, own, tuple(changed))
