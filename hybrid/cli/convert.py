@@ -34,7 +34,10 @@ def convert(
         typer.Argument(help="The directory to make.", show_default="none, with --check"),
     ] = None,
     experts: Annotated[
-        str, typer.Option(help=f"Format of the experts: {in_words(FORMATS)}.")
+        str,
+        typer.Option(
+            help=f"Format of the experts: {in_words(FORMATS)}; or two, UP+DOWN, one for down."
+        ),
     ] = DEFAULT_EXPERTS,
     dense: Annotated[
         str | None,
