@@ -325,6 +325,10 @@ def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     implementation, note = kernels.choose(wide)
     assert implementation == "torch"
     assert "bf16" in note.reason
+    mixed = Block(hidden=4, intermediate=4, format="q4_0", down_format="q6_k", stride=8192)
+    implementation, note = kernels.choose(mixed)
+    assert implementation == "torch"
+    assert "the experts are q4_0+q6_k" in note.reason
 
 
 @pytest.mark.skipif(INTERPRETED, reason="plain torch")
