@@ -42,7 +42,7 @@ def convert(
     experts: Annotated[
         str | None,
         typer.Option(
-            help=f"Format of the experts: {in_words(FORMATS)}. "
+            help=f"Format of the experts: {in_words(FORMATS)}; or two, UP+DOWN, one for down. "
             f"[default: {DEFAULT_EXPERTS}; those of a GGUF file]"
         ),
     ] = None,
@@ -110,8 +110,8 @@ def _experts(made: ConvertResult | CheckResult) -> str:
 
 def _check(src: Path, experts: str | None, dense: str | None, verify: bool) -> None:
     """Tell all that was found; the exit code is that of an error where something hinders."""
-    checkpoint_there = checkpoint_at(src)
-    errors, notes = findings(checkpoint_there, checkpoint_there.checks)  # before torch is imported
+    source = checkpoint_at(src)
+    errors, notes = findings(source, source.checks)  # before torch is imported
     if errors:
         _tell(errors, notes)
     from hybrid.weights import checkpoint
