@@ -83,11 +83,13 @@ class Experts:
         return self.matrices * self.hidden * self.intermediate + bias
 
     def block(self, fmt: str) -> Block:
-        """Return how a store has them in a format."""
+        """Return how a store has them in a format, or in two as ``UP+DOWN``."""
+        up, _, down = fmt.partition("+")
         return Block(
             hidden=self.hidden,
             intermediate=self.intermediate,
-            format=fmt,
+            format=up,
+            down_format=down,
             gated=self.matrices == 3,
             bias=self.bias,
         ).on_pages()

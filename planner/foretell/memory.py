@@ -206,7 +206,14 @@ def fit(
     if hardware.gpu and (reserve := int(hardware.gpu.reserve_bytes.value)):
         items.append(Item("driver and kernels", "vram", reserve))
     if not model.moe_layers:
-        return Fit(items=tuple(items), vram_bytes=vram, ram_bytes=ram, slots=(), in_ram=1.0)
+        return Fit(
+            items=tuple(items),
+            vram_bytes=vram,
+            ram_bytes=ram,
+            slots=(),
+            in_ram=1.0,
+            dense_stored=dense if dense_stored is None else dense_stored,
+        )
     slots, slot_bytes = 0, slot_bytes or cost.experts.bytes
     stored = model.store_bytes(cost.expert_format)
     if hardware.gpu:

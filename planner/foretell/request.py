@@ -115,14 +115,16 @@ class Request:
 
     def fit(self) -> Fit:
         """How it lies in memory."""
+        stored = weight_bytes(self.model.dense_params, self.dense)
+        experts = self.model.experts if self.model.moe_layers else None
         return fit(
             self.cost,
             context=self.context,
             batch=self.batch,
-            slot_bytes=self.model.experts.block(self.experts).stride,
+            slot_bytes=None if experts is None else experts.block(self.experts).stride,
             staging=STAGING,
             popularity=self.known,
-            dense_stored=weight_bytes(self.model.dense_params, self.dense),
+            dense_stored=stored if self.dense_bytes is None else self.dense_bytes,
         )
 
     @cached_property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numba
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware, resolve
@@ -26,6 +27,7 @@ from hybrid.machine.machines import Machine
 from hybrid.planning.plan import machine_for, plan
 from planner.foretell.report import SCHEMA, to_dict
 from planner_examples import LAPTOP, QUICK, hybrid_plan
+from tiny_model import byte_tokenizer
 
 
 def test_names_resolve_when_unique() -> None:
@@ -427,6 +429,26 @@ def test_a_plan_and_a_conversion_take_the_same(
         items = json.loads(hybrid_plan(*words, capsys=capsys)[1])["fit"]["items"]
         found = {item["name"]: item["bytes"] for item in items if item["place"] == "disk"}
         assert found == there
+
+
+def test_a_model_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Says so instead of what there is to share, and takes what its converted copy takes."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, eos_token_id=None, bos_token_id=None)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    copy = tmp_path / "copy"
+    assert main(["convert", str(tmp_path / "plain"), str(copy)]) == 0
+    assert "no experts to share" in capsys.readouterr().err
+    size = sum(file.stat().st_size for file in copy.glob("*.safetensors"))
+    for model in (tmp_path / "plain", copy):
+        words = (str(model), "-H", "rtx4060-laptop", *QUICK)
+        told = hybrid_plan(*words, capsys=capsys)[1]
+        assert "2 layers, no experts to share" in told
+        assert "hit rate  " not in told.partition("Beside other rules")[0]
+        items = json.loads(hybrid_plan(*words, "--json", capsys=capsys)[1])["fit"]["items"]
+        found = {item["name"]: item["bytes"] for item in items if item["place"] == "disk"}
+        assert found == {"dense weights": size}
 
 
 def test_tokens_a_second_of_several_sequences_say_so(
