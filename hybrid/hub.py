@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import CheckpointError, first_line
+from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.gguf.header import ENDING, GgufHeader, joined, read_head
 from hybrid.paths import require_room
 
@@ -223,6 +223,63 @@ def _first_bytes(name: HubName, commit: str, file: str, size: int) -> bytes:
     answer = get_session().get(url, headers=asked, follow_redirects=True)
     hf_raise_for_status(answer)
     return bytes(answer.content[:size])
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """A repository of models in the hub's cache, whoever downloaded it."""
+
+    repo: str
+    path: Path
+    nbytes: int
+    used_s: float
+
+
+def downloaded() -> list[Downloaded]:
+    """Return the repositories in the hub's cache that have weights, last used first."""
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.scan_cache_dir()
+    except huggingface_hub.CacheNotFound:
+        return []
+    found = [
+        Downloaded(repo.repo_id, repo.repo_path, repo.size_on_disk, repo.last_accessed)
+        for repo in info.repos
+        if repo.repo_type == "model"
+        and any(
+            file.file_name.endswith((".safetensors", ENDING))
+            for revision in repo.revisions
+            for file in revision.files
+        )
+    ]
+    return sorted(found, key=lambda each: -each.used_s)
+
+
+def remove_download(wanted: Downloaded) -> None:
+    """Remove a repository from the hub's cache.
+
+    Raises
+    ------
+    UsageError
+        When it cannot be removed.
+    """
+    import huggingface_hub
+
+    info = huggingface_hub.scan_cache_dir()
+    commits = [
+        revision.commit_hash
+        for repo in info.repos
+        if repo.repo_path == wanted.path
+        for revision in repo.revisions
+    ]
+    try:
+        info.delete_revisions(*commits).execute()
+    except OSError as error:
+        raise UsageError(
+            f"{wanted.path} cannot be removed: {error.strerror or error}",
+            hint="check who may write in that folder",
+        ) from error
 
 
 def directory_of(name: HubName) -> Path:

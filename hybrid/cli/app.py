@@ -44,6 +44,8 @@ COMMANDS = {
         "hybrid.cli.calibrate", "calibrate", "Measure this machine, for plans about it."
     ),
     "bench": _Mount("hybrid.cli.bench", "bench_app", "Measure this machine."),
+    "list": _Mount("hybrid.cli.list", "list_models", "List the models that were converted."),
+    "remove": _Mount("hybrid.cli.remove", "remove", "Remove converted copies of models."),
     "env": _Mount("hybrid.cli.env", "env", "Show what this machine and installation offer."),
 }
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from hybrid.ask.formats import DEFAULT_EXPERTS
-from hybrid.paths import cache_dir, expanded, make_cache_folder, make_folder, write_whole
+from hybrid.errors import UsageError
+from hybrid.paths import expanded, make_cache_folder, make_folder, write_whole
 from hybrid.weights.checkpoint import Source, convert
+from hybrid.weights.copies import beside, copies_folder, note_of, remove_copy, touch
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.side_files import refresh_side_files
@@ -51,52 +51,30 @@ def converted_copy(
     experts = experts or (None if own else DEFAULT_EXPERTS)
     times = [path.stat().st_mtime_ns for path in checkpoint.files]
     key = json.dumps([checkpoint.identity(), times, experts, dense]).encode()
-    home = cache_dir() / "converted" if folder is None else expanded(folder)
+    home = copies_folder() if folder is None else expanded(folder)
     copy = home / f"{checkpoint.name}-{hashlib.sha256(key).hexdigest()[:16]}"
     if copy.exists():  # a cache that is only read, such as one that many share, will do
         if not own:
             refresh_side_files(source, copy)
+        touch(copy)
         return copy, StoreIndex.read(copy / INDEX_NAME).id
     if folder is None:
         make_cache_folder(home.name)
     else:
         make_folder(home, hint="choose a cache_dir that can be written")
     made_from = {"source": str(source.resolve()), "experts": experts, "dense": dense}
-    with FileLock(str(_beside(copy, ".wait"))):
+    with FileLock(str(beside(copy, ".wait"))):
         if not copy.exists():
-            write_whole(_beside(copy, ".json"), json.dumps(made_from) + "\n")
+            write_whole(beside(copy, ".json"), json.dumps(made_from) + "\n")
             with conversion_progress(f"Converting {checkpoint.name}") as progress:
                 convert(source, copy, experts=experts, dense=dense, progress=progress, tell=_say)
         with suppress(OSError):  # who waited for it finds the copy; Windows keeps open files
-            _beside(copy, ".wait").unlink()
+            beside(copy, ".wait").unlink()
     for note in home.glob("*.json"):
-        if note.stem != copy.name and _note(note) == made_from:
-            _remove(home / note.stem)
+        if note.stem != copy.name and note_of(note) == made_from:
+            with suppress(UsageError):  # of a conversion that is under way, or of another user
+                remove_copy(home / note.stem)
     return copy, StoreIndex.read(copy / INDEX_NAME).id
-
-
-def _remove(old: Path) -> None:
-    """Remove a copy whose checkpoint has changed, unless a conversion is writing it."""
-    with suppress(Timeout, OSError), FileLock(str(_beside(old, ".wait")), blocking=False):
-        gone = _beside(old, ".removed")  # a half-removed one must not be taken for a copy
-        for left in (gone, _beside(old, ".partial")):
-            shutil.rmtree(left, ignore_errors=True)
-        if old.exists():
-            old.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-        for ending in (".json", ".lock", ".wait"):
-            _beside(old, ending).unlink(missing_ok=True)
-
-
-def _note(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def _beside(copy: Path, ending: str) -> Path:
-    return copy.with_name(copy.name + ending)
 
 
 def _say(note: str) -> None:
