@@ -332,7 +332,11 @@ def _check_beginning(path: Path, data: bytes, size: int) -> None:
             f"{path} is a Git LFS pointer to weights, not the weights",
             hint="fetch them with 'git lfs pull', or with 'hf download'",
         )
-    if data[:4] != MAGIC or size < 24:
+    if data[:4] == MAGIC and size < 24:
+        raise CheckpointError(
+            f"{path} is cut short: it ends in its header, after {size} bytes", hint=_AGAIN
+        )
+    if data[:4] != MAGIC:
         raise CheckpointError(
             f"{path} is no GGUF file: it has {size} bytes and begins with {data[:4]!r}, "
             f"not {MAGIC!r}",
