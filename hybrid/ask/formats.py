@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hybrid.errors import UsageError
-from hybrid.formats.registry import FORMATS, dense_formats
+from hybrid.formats.registry import FORMATS, dense_formats, is_format
 
 QUANT_METHOD = "hybrid"
 DEFAULT_EXPERTS = "q4_0"
@@ -28,9 +28,10 @@ def check_formats(experts: str | None, dense: str | None) -> None:
     UsageError
         Naming the known ones.
     """
-    if experts is not None and experts not in FORMATS:
+    if experts is not None and not is_format(experts):
         raise UsageError(
-            f"unknown format for experts: {experts!r}", hint=f"choose one of: {', '.join(FORMATS)}"
+            f"unknown format for experts: {experts!r}",
+            hint=f"choose one of: {', '.join(FORMATS)}, or two as UP+DOWN",
         )
     if dense is not None and dense not in dense_formats():
         raise UsageError(

@@ -40,7 +40,7 @@ def convert(
     experts: Annotated[
         str | None,
         typer.Option(
-            help=f"Format of the experts: {in_words(FORMATS)}. "
+            help=f"Format of the experts: {in_words(FORMATS)}; or two, UP+DOWN, one for down. "
             f"[default: {DEFAULT_EXPERTS}; those of a GGUF file]"
         ),
     ] = None,

@@ -173,8 +173,12 @@ def grouped(
         return values(load_rows(layout, units, rows)).reshape(len(units), -1)
 
     def repack(raw: U8) -> U8:
-        fields = blocks(raw.reshape(-1, raw.shape[2] // block_bytes, block_bytes))
-        return store(layout, fields)
+        step = max(1, _AT_ONCE // (TILE * raw.shape[2]))
+        found = []
+        for at in range(0, len(raw), step):
+            some = raw[at : at + step].reshape(-1, raw.shape[2] // block_bytes, block_bytes)
+            found.append(store(layout, blocks(some)))
+        return np.concatenate(found)
 
     return Format(
         name=name,

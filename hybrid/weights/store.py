@@ -79,11 +79,12 @@ class LayerRecord:
 
         ``fmt`` is the store's format.
         """
+        up, _, down = (self.format or fmt).partition("+")
         block = Block(
             hidden=self.hidden,
             intermediate=self.intermediate,
-            format=self.format or fmt,
-            down_format=self.down_format,
+            format=up,
+            down_format=self.down_format or down,
             gated=self.gated,
             bias=self.bias,
         )
@@ -103,7 +104,8 @@ class StoreIndex:
     source
         ``name`` and ``identity`` of the checkpoint that the store was made from.
     format
-        Weight format of the experts, but for layers that have their own.
+        Weight format of the experts, or two as ``UP+DOWN`` (``Block.format_name``), but for layers
+        that have their own.
     layers
         In file order.
     dense_format
@@ -125,7 +127,7 @@ class StoreIndex:
     def version(self) -> int:
         """The oldest version that says all of this: one format for everything is version 1."""
         own = any(layer.format or layer.down_format for layer in self.layers)
-        return 2 if own or self.dense_formats else 1
+        return 2 if own or self.dense_formats or "+" in self.format else 1
 
     @property
     def experts_format(self) -> str:

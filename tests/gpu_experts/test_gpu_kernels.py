@@ -254,10 +254,10 @@ def test_slots_beyond_four_gigabytes_are_reached(implementation, place) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="plain torch")
-@pytest.mark.parametrize("fmt", ["bf16", "f32"])
-def test_unquantized_experts_in_plain_torch(fmt: str) -> None:
-    """Experts that were kept as bf16 or float32 run from their slots too."""
-    shape = Block(hidden=33, intermediate=31, format=fmt, bias=True)
+@pytest.mark.parametrize(("fmt", "down"), [("bf16", ""), ("f32", ""), ("q4_k", "q6_k")])
+def test_other_experts_in_plain_torch(fmt: str, down: str) -> None:
+    """Experts that the device's kernels do not read run from their slots too."""
+    shape = Block(hidden=33, intermediate=31, format=fmt, down_format=down, bias=True)
     _compare(shape, 9, "torch", "cpu")
 
 
@@ -325,6 +325,10 @@ def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     implementation, note = kernels.choose(wide)
     assert implementation == "torch"
     assert "bf16" in note.reason
+    mixed = Block(hidden=4, intermediate=4, format="q4_0", down_format="q6_k", stride=8192)
+    implementation, note = kernels.choose(mixed)
+    assert implementation == "torch"
+    assert "the experts are q4_0+q6_k" in note.reason
 
 
 @pytest.mark.skipif(INTERPRETED, reason="plain torch")

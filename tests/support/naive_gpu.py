@@ -75,7 +75,9 @@ def experts(
     routing_weights: NDArray[np.float32],
 ) -> NDArray[np.float64]:
     """Every routed pair by itself in float64, activations not rounded to int8."""
-    return naive.experts(replace(shape, format="f32"), weights, x, ids, routing_weights)
+    return naive.experts(
+        replace(shape, format="f32", down_format=""), weights, x, ids, routing_weights
+    )
 
 
 def small_layout(stride: int = 4096) -> Block:
