@@ -141,6 +141,12 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == MAGIC
 
 
+def models_in(folder: Path) -> list[Path]:
+    """Return the GGUF files of a folder, of a split model the first, without projectors."""
+    found = sorted(path for path in folder.glob(f"*{ENDING}") if "mmproj" not in path.name.lower())
+    return [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]
+
+
 def read_gguf(path: Path) -> GgufHeader:
     """Read and check the headers of a model's files, of which one is named.
 
