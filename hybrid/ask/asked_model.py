@@ -18,7 +18,7 @@ from hybrid.errors import UsageError
 from hybrid.formats.errors import FormatError
 from hybrid.formats.registry import weight_bytes
 from hybrid.gguf.config import config_of as config_of_gguf
-from hybrid.gguf.header import is_gguf, read_gguf
+from hybrid.gguf.header import is_gguf, models_in, read_gguf
 from hybrid.gguf.stored import Stored
 from hybrid.gguf.stored import stored as stored_weights
 from hybrid.hub import HubName, config_of, header_of, hub_name
@@ -200,6 +200,8 @@ def _description(model: str | Path | HubName) -> tuple[Mapping[str, Any], str, S
         header = header_of(model)
         return config_of_gguf(header), header.name, stored_weights(header)
     path = demo_path() if model == "demo" else Path(model)
+    if path.is_dir() and not (path / "config.json").exists() and len(models_in(path)) == 1:
+        (path,) = models_in(path)
     path = path / "config.json" if path.is_dir() else path
     if is_gguf(path):
         header = read_gguf(path)

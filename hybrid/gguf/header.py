@@ -141,6 +141,12 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == MAGIC
 
 
+def models_in(folder: Path) -> list[Path]:
+    """Return the GGUF files of a folder, of a split model the first, without projectors."""
+    found = sorted(path for path in folder.glob(f"*{ENDING}") if "mmproj" not in path.name.lower())
+    return [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]
+
+
 def read_gguf(path: Path) -> GgufHeader:
     """Read and check the headers of a model's files, of which one is named.
 
@@ -332,7 +338,11 @@ def _check_beginning(path: Path, data: bytes, size: int) -> None:
             f"{path} is a Git LFS pointer to weights, not the weights",
             hint="fetch them with 'git lfs pull', or with 'hf download'",
         )
-    if data[:4] != MAGIC or size < 24:
+    if data[:4] == MAGIC and size < 24:
+        raise CheckpointError(
+            f"{path} is cut short: it ends in its header, after {size} bytes", hint=_AGAIN
+        )
+    if data[:4] != MAGIC:
         raise CheckpointError(
             f"{path} is no GGUF file: it has {size} bytes and begins with {data[:4]!r}, "
             f"not {MAGIC!r}",

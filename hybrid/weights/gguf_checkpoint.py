@@ -14,7 +14,7 @@ from typing import Any
 from hybrid.errors import CheckpointError
 from hybrid.gguf.architectures import Architecture
 from hybrid.gguf.config import check_kind, config_of
-from hybrid.gguf.header import ENDING, GgufHeader, is_gguf, read_gguf
+from hybrid.gguf.header import GgufHeader, is_gguf, models_in, read_gguf
 from hybrid.weights.checks import Check, Checkpoint
 from hybrid.weights.source_files import TensorInfo, few
 
@@ -103,7 +103,7 @@ def checkpoint_at(path: Path) -> Checkpoint:
     if is_gguf(path):
         return GgufCheckpoint(path)
     if path.is_dir() and not (path / "config.json").exists():
-        models = _models_in(path)
+        models = models_in(path)
         if len(models) > 1:
             raise CheckpointError(
                 f"{path} holds {len(models)} GGUF models: {few(one.name for one in models)}",
@@ -112,9 +112,3 @@ def checkpoint_at(path: Path) -> Checkpoint:
         if models:
             return GgufCheckpoint(models[0])
     return Checkpoint(path)
-
-
-def _models_in(folder: Path) -> list[Path]:
-    """Return the GGUF files of a folder, of a split model the first, without projectors."""
-    found = sorted(path for path in folder.glob(f"*{ENDING}") if "mmproj" not in path.name.lower())
-    return [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]

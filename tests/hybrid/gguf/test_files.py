@@ -219,6 +219,7 @@ def test_folder_of_one_file(whole: Path, tmp_path: Path) -> None:
     """A folder that holds one GGUF model is that model; of several one has to be named."""
     shutil.copy(whole, tmp_path / "a.gguf")
     assert check(tmp_path).layers == 3
+    assert plan(tmp_path, "cpu-only-laptop").request.model.name == "a"
     shutil.copy(whole, tmp_path / "b.gguf")
     (error,) = check(tmp_path).errors
     assert "holds 2 GGUF models: a.gguf, b.gguf" in error.message

@@ -201,7 +201,7 @@ def test_bad_config_json(
     assert "cut short" in err
 
 
-@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"GGUF\xff\xfe"])
+@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"\x89PNG\xff\xfe"])
 def test_any_other_file(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     """What is no description is told as that, not as a parser's or a decoder's complaint."""
     path = tmp_path / "passwd"
