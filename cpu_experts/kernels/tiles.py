@@ -57,7 +57,7 @@ _FILL = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I64, I64, I8.as_pointer
 
 _FILLERS: dict[str, int] = {}
 #: What holds the machine code of fillers, which stays where it is while this does.
-_MADE: list[Any] = []
+MADE: list[Any] = []
 _LOCK = Turn()
 
 
@@ -77,7 +77,7 @@ def filler(fmt: str) -> int:
             find.__qualname__ = f"fill_tiles_{fmt}"
             found = kernel()(find)
             found(place)
-            _MADE.append(found)
+            MADE.append(found)
             _FILLERS[fmt] = int(place[0])
         return _FILLERS[fmt]
 

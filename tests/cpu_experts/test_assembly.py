@@ -64,6 +64,7 @@ def assembly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 def test_loops_read_side_by_side(cpu: str, assembly: Callable[[str], dict[str, str]]) -> None:
     """No kernel gathers or scatters; one that is written so that it has to is found out."""
     found = assembly(cpu)
+    assert ("tdpbf16ps" in "".join(found.values())) == (cpu == "sapphirerapids")
     used = {name: dict(Counter(_ANYWHERE.findall(text))) for name, text in found.items()}
     assert used.pop(_CONTROL)
     assert not {name: counts for name, counts in used.items() if counts}

@@ -23,21 +23,33 @@ _FEATURES = (
 )
 
 
+#: And one with matrix units besides.
+_UNITS = ("avx512bf16", "avx512vbmi", "amx-tile", "amx-bf16")
+_WITH_UNITS = ("sapphirerapids",)
+
+
 def _pretend(cpu: str) -> None:
     """Let everything that asks for this processor see ``cpu``; comes before it asks."""
-    features = type(llvm.get_host_cpu_features())(dict.fromkeys(_FEATURES, True))
+    there = (*_FEATURES, *_UNITS) if cpu in _WITH_UNITS else _FEATURES
+    features = type(llvm.get_host_cpu_features())(dict.fromkeys(there, True))
     llvm.get_host_cpu_name = lambda: cpu
     llvm.get_host_cpu_features = lambda: features
 
 
-def _kernels() -> Iterator[Any]:
-    """All kernels there are."""
+def _kernels(cpu: str) -> Iterator[Any]:
+    """All kernels that there are for ``cpu``."""
     import cpu_experts
     from cpu_experts.jit.linking import Kernel
     from cpu_experts.kernels import dots
 
     yield from dots.MADE
+    if cpu in _WITH_UNITS:
+        from cpu_experts.kernels import tiles
+
+        yield from tiles.MADE
     for module in pkgutil.walk_packages(cpu_experts.__path__, "cpu_experts."):
+        if module.name.startswith("cpu_experts.kernels.tile") and cpu not in _WITH_UNITS:
+            continue
         for value in vars(import_module(module.name)).values():
             if isinstance(value, Kernel) and value.py_func.__module__ == module.name:
                 yield value
@@ -77,6 +89,27 @@ def _call_all() -> None:
         dot_table(fmt)
 
 
+def _call_tiles() -> None:
+    """The same of what only a processor with matrix units compiles."""
+    from cpu_experts import tiles
+    from cpu_experts.kernels.tiles import MADE, filler
+    from decoder_layers import D, make_experts
+    from hybrid.formats.matrix import pack
+    from hybrid.formats.registry import FORMATS
+
+    tiles._granted = lambda: True  # it is not asked for, nor used
+    experts = make_experts(4, "q4_0")
+    x, ids, out = np.zeros((3, D), np.float32), np.zeros((3, 2), np.int64), np.zeros((3, D))
+    weights = np.zeros((3, 2), np.float32)
+    tiles.run_experts(x, ids, weights, experts.blocks, experts.shape, out.astype(np.float32))
+    packed = pack(np.zeros((32, 64), np.float32), "q4_0")
+    tiles.linear(np.zeros((2, 64), np.float32), packed, "q4_0", None, np.zeros((2, 32), np.float32))
+    for fmt in FORMATS:
+        if fmt != "f32":
+            filler(fmt)
+    assert MADE
+
+
 def _gathering(x, at, out):  # numba infers the types
     """What a loop must not look like: its index may be negative."""
     for i in range(out.size):
@@ -95,9 +128,11 @@ def main(cpu: str, folder: Path) -> None:
 
     Kernel.__call__ = only_compile
     _call_all()
+    if cpu in _WITH_UNITS:
+        _call_tiles()
     control = kernel()(_gathering)
     control(np.zeros(9, np.float32), 3, np.zeros(3, np.float32))
-    for one in (*_kernels(), control):
+    for one in (*_kernels(cpu), control):
         name = f"{one.py_func.__module__}.{one.py_func.__qualname__}"
         # What only other kernels call is a part of theirs.
         assert one.signatures or one._part.signatures, f"nothing here calls {name}"

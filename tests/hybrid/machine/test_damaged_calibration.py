@@ -11,6 +11,7 @@ import pytest
 
 from gpu_experts.cuda import CUDA
 from hybrid.cli import main
+from hybrid.demo import demo_path
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
 from hybrid.session import known
@@ -87,7 +88,7 @@ def test_a_device_is_measured_anew(
     monkeypatch.setattr(known, "hardware_for", hardware_for)
     for name in (EMULATED, "another"):
         device: Any = SimpleNamespace(name=name, backend=CUDA)
-        assert known.machine_with(device, cut, 1).spec == bare_machine()
+        assert known.machine_with(device, demo_path(), 1).spec == bare_machine()
     assert [options["force"] for options in asked] == [True, False]
     assert capsys.readouterr().err.count("measuring anew") == 1
 
