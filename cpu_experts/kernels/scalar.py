@@ -139,14 +139,14 @@ def strip_dot(fmt: str, n: int) -> Any:
     """See :func:`cpu_experts.kernels.simd.strip_dot`."""
     one = LOOPS[fmt]
 
-    @njit(nogil=True)
     def dot(w, w_at, then_at, act, stride, rows, rows_at, inner, out, out_at):
         for t in range(n):
             at = out_at + TILE * t
             out[at : at + TILE] = 0
             one(w, w_at, act, rows[rows_at + t] * stride, inner, out, at)
 
-    return dot
+    dot.__qualname__ = f"strip_dot_{fmt}_{n}"  # see scalar_groups.of_its_own
+    return njit(nogil=True)(dot)
 
 
 def micro_kernel(context: Any, b: Any, fmt: str, n: int) -> Any:
@@ -166,6 +166,7 @@ def micro_kernel(context: Any, b: Any, fmt: str, n: int) -> Any:
             x = bytes_at(act + index[t] * stride, inner * x_bytes)
             one(strip, 0, x, 0, inner, sums, TILE * t)
 
+    dot.__qualname__ = f"micro_kernel_{fmt}_{n}"
     function = declare(b.module, name)
     own = ir.IRBuilder(function.append_basic_block())
     w, _, act, stride, rows, inner, out = function.args

@@ -9,6 +9,7 @@ by and shifted by; a run is a group, or half of one that has scales of its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,19 @@ from hybrid.formats.tables import FP4, IQ4
 
 #: Steps through a group's fours, in the order of the planes' fields.
 _STEPS = GROUP // 4
+
+
+_COUNT = itertools.count()
+
+
+def of_its_own(function: Callable[..., Any]) -> Any:
+    """Compile a function that is made several times under a name that no other has.
+
+    Machine code is found by name, and what another process left in the cache has names, too: they
+    have to be the same in every process, and those of different functions different.
+    """
+    function.__qualname__ += f"_{next(_COUNT)}"
+    return njit(nogil=True)(function)
 
 
 @njit(nogil=True)
@@ -63,12 +77,12 @@ def grouped(
     scale_of, shift_of = scale(layout), (shift or scale)(layout)
     length = GROUP // runs
 
-    @njit(nogil=True)
+    @of_its_own
     def field(unit, at, bits, step, place):
         per = 8 // bits
         return unit[at + 64 * (step // per) + place] >> (step % per * bits) & (2**bits - 1)
 
-    @njit(nogil=True)
+    @of_its_own
     def number(unit, at, row, k):
         four, place = k // 4, 4 * row + k % 4
         step = 2 * (four % 4) + four // 4
@@ -77,7 +91,7 @@ def grouped(
             code |= np.int32(field(unit, at + 64 * first, second, step, place)) << first
         return table[code] if looked_up else code - middle
 
-    @njit(nogil=True)
+    @of_its_own
     def loop(w, w_at, act, act_at, inner, out, out_at):
         for g in range(inner * groups):
             begin = w_at + g // groups * unit_bytes
@@ -106,7 +120,7 @@ def row_half(place: int) -> Callable[[Layout], Any]:
     def make(layout: Layout) -> Any:
         at = layout.scales_at + 2 * TILE * place
 
-        @njit(nogil=True)
+        @of_its_own
         def read(unit, group, run, row):
             return half(unit[at : at + 2 * TILE].view(np.uint16)[row])
 
@@ -121,7 +135,7 @@ def group_byte(place: int, sub: int, *, sign: int) -> Callable[[Layout], Any]:
     def make(layout: Layout) -> Any:
         d, at, size = row_half(place)(layout), layout.subs_at, layout.subs
 
-        @njit(nogil=True)
+        @of_its_own
         def read(unit, group, run, row):
             byte = (np.int32(unit[at + TILE * (group * size + sub + run) + row]) ^ 128) - 128
             return d(unit, group, run, row) * np.float32(sign * byte)
@@ -137,7 +151,7 @@ def group_nibble(place: int, *, sign: int) -> Callable[[Layout], Any]:
     def make(layout: Layout) -> Any:
         d, at, size = row_half(place)(layout), layout.subs_at, layout.subs
 
-        @njit(nogil=True)
+        @of_its_own
         def read(unit, group, run, row):
             byte = np.int32(unit[at + TILE * (group * size + run) + row])
             return d(unit, group, run, row) * np.float32(sign * (byte >> (4 * place) & 15))
@@ -151,7 +165,7 @@ def row_exponent(layout: Layout) -> Any:
     """2^(e - 128) of the row's byte."""
     at = layout.scales_at
 
-    @njit(nogil=True)
+    @of_its_own
     def read(unit, group, run, row):
         return np.float32(2.0 ** (np.float64(unit[at + row]) - 128))
 
@@ -162,7 +176,7 @@ def group_float8(layout: Layout) -> Any:
     """The row's float32 times half of what the run's byte stands for."""
     at, scales_at, size = layout.subs_at, layout.scales_at, layout.subs
 
-    @njit(nogil=True)
+    @of_its_own
     def read(unit, group, run, row):
         bits = np.uint32(np.uint32(unit[at + TILE * (group * size + run) + row]) << np.uint32(20))
         d = unit[scales_at : scales_at + 4 * TILE].view(np.float32)[row]

@@ -193,7 +193,19 @@ class HybridModel:
         return cls(session, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy generates by itself, and has nothing to report yet."""
+        """A copy generates by itself, and has nothing to report yet.
+
+        Raises
+        ------
+        UsageError
+            When a device has a part of the model, which is in no copy.
+        """
+        if self.placement is not None:
+            raise UsageError(
+                f"a part of this model lies on {self.placement.device}: it can neither be copied "
+                "nor pickled",
+                hint="load it where it is needed, or copy one that runs on the CPU alone (vram=0)",
+            )
         return vars(self) | {"_turn": None, "_writer": None, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

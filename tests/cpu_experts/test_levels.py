@@ -151,6 +151,14 @@ def test_every_level_that_this_processor_runs(level: str) -> None:
     _pytest(level, str(HERE / "test_ffn.py"), str(HERE / "test_strips.py"))
 
 
+def test_what_another_process_compiled_has_names_of_its_own(tmp_path: Path) -> None:
+    """Code from the cache beside code that is compiled now: none is taken for another's."""
+    _pytest(
+        "portable", str(HERE / "test_ffn.py"), "-k", "load and 1-", NUMBA_CACHE_DIR=str(tmp_path)
+    )
+    _pytest("portable", str(HERE / "test_strips.py"), NUMBA_CACHE_DIR=str(tmp_path))
+
+
 def test_uncompiled() -> None:
     """The same loops as plain Python: what they compute does not depend on the compiler."""
     _pytest("portable", str(HERE / "test_ffn.py"), NUMBA_DISABLE_JIT="1")

@@ -112,6 +112,12 @@ def write(model: Any, ids: torch.Tensor = PROMPT, **options: Any) -> torch.Tenso
     return found
 
 
+def written(model: Any, ids: list[list[int]]) -> list[list[int]]:
+    """The same for other processes, whom tensors reach less easily."""
+    found: list[list[int]] = write(model, torch.tensor(ids)).tolist()
+    return found
+
+
 class CountedTokens:
     """Counts the tokens that go through the fast path of a model."""
 

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cpu_experts.errors import BackendError
 from cpu_experts.ffn import linear
-from fast_models import converted, open_model, write
+from fast_models import converted, open_model, write, written
 from hybrid.session.model import HybridModel
 from hybrid.weights.checkpoint import convert
 
@@ -44,6 +44,13 @@ def test_saved_and_loaded_elsewhere(used: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-c", READ, str(tmp_path / "model.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(write(used, IDS, max_new_tokens=4).tolist())
+
+
+def test_sent_to_a_spawned_worker(used: Any) -> None:
+    """As an argument of a function that it calls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(written, (used, IDS.tolist()))
+    assert found == write(used, IDS).tolist()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")

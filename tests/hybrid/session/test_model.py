@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,6 +271,19 @@ def test_generating_from_a_callback_is_refused(model: HybridModel) -> None:
     with pytest.raises(UsageError, match="callback of its own generate"):
         model.generate("ab", max_new_tokens=4, on_text=again)
     assert model.generate("ab", max_new_tokens=2) is not None
+
+
+def test_no_copies_of_what_lies_on_a_device(tiny_model: Path) -> None:
+    """Said so in words; the model goes on."""
+    model = HybridModel.from_pretrained(
+        tiny_model, experts="f32", device="emulated", vram="700MiB", threads=1, dtype="float32"
+    )
+    wanted = model.generate("ab", max_new_tokens=3, do_sample=False)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(UsageError, match="can neither be copied nor pickled") as caught:
+            copied(model)
+        assert "vram=0" in str(caught.value.hint)
+    assert model.generate("ab", max_new_tokens=3, do_sample=False) == wanted
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
