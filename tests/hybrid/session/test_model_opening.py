@@ -68,10 +68,12 @@ def test_no_conversion_without_a_tokenizer(
 
 
 def test_converted_once_and_its_formats_stay(
-    model: HybridModel, tiny_model: Path, hybrid_cache: Path, tmp_path: Path
+    model: HybridModel, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An ordinary directory is converted into the cache once; a converted one loads as it is."""
-    copies = list((hybrid_cache / "converted").glob(f"tiny-{'?' * 16}/experts.bin"))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
+    HybridModel.from_pretrained(tiny_model)
+    copies = list((tmp_path / "cache" / "converted").glob(f"tiny-{'?' * 16}/experts.bin"))
     assert len(copies) == 1
     changed = copies[0].stat().st_mtime_ns
     HybridModel.from_pretrained(tiny_model)
