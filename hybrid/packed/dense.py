@@ -189,17 +189,17 @@ class PackedMlp(nn.Module):
         ids = torch.zeros(len(flat), 1, dtype=torch.int64)
         out = torch.zeros_like(flat)
         layer = BareLayer(self.block.numpy()[None], self.shape)
-        if _in_bf16(x, len(flat), self.shape.format):
+        if _in_bf16(x, len(flat), *self.shape.formats):
             layer = replace(layer, panels_from=1)
         add_on_cpu(flat.numpy(), ids.numpy(), torch.ones(ids.shape).numpy(), layer, out.numpy())
         return out.view(x.shape).to(x.dtype)
 
 
-def _in_bf16(x: Tensor, tokens: int, fmt: str) -> bool:
+def _in_bf16(x: Tensor, tokens: int, *formats: str) -> bool:
     """Whether products in bfloat16 are right and the faster ones for so many tokens."""
     if tokens < 2 or x.dtype != torch.bfloat16:
         return False
-    least = least_tokens(fmt)
+    least = least_tokens(*formats)
     return least is not None and tokens >= least
 
 

@@ -43,14 +43,16 @@ _TOKENS = (8, 16, 32, 64, 128, 256)
 _TURNS = 5
 
 
-def least_tokens(fmt: str) -> int | None:
-    """The number of tokens from which a matrix of a format is faster in bfloat16; None is never.
+def least_tokens(*formats: str) -> int | None:
+    """The tokens from which matrices of all formats are faster in bfloat16; None is never.
 
     Measures when nothing is known, and says so once.
     """
-    if not has_native_bf16() or not widens(fmt):
+    if not has_native_bf16() or not all(map(widens, formats)):
         return None
-    return _kept(fmt, torch.get_num_threads())
+    found = [_kept(fmt, torch.get_num_threads()) for fmt in dict.fromkeys(formats)]
+    known = [least for least in found if least is not None]
+    return max(known) if len(known) == len(found) else None
 
 
 def panels_of(shape: Block, dtype: torch.dtype) -> int | None:
@@ -61,10 +63,7 @@ def panels_of(shape: Block, dtype: torch.dtype) -> int | None:
     hardware = calibrations.alone(torch.get_num_threads())
     if dtype != torch.bfloat16 or (hardware is not None and measured(hardware, shape)):
         return panels_from(shape, hardware)
-    if not offered(shape):
-        return None
-    found = [least for fmt in shape.formats if (least := least_tokens(fmt)) is not None]
-    return max(found) if len(found) == len(shape.formats) else None
+    return least_tokens(*shape.formats) if offered(shape) else None
 
 
 @cache

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpu_experts import tiles
 from hybrid.formats.block import Block
 from hybrid.formats.matrix import pack
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
 from hybrid.packed import dense, first_measure
-from hybrid.packed.dense import QuantizedLinear
+from hybrid.packed.dense import PackedMlp, QuantizedLinear
 from hybrid.packed.first_measure import least_tokens, panels_of
 from planner.describe.hardware import PANELS, Point
 from planner_examples import bare_machine
+from random_experts import random_experts
 
 SHAPE = Block(hidden=64, intermediate=32, format="q4_0")
 
@@ -142,6 +144,26 @@ def test_dense_layers_take_them(
         assert calls == [32, 40]
         layer(x)
     assert len(calls) == 2, "activations in float32 are not rounded"
+
+
+def test_both_sides_of_a_gated_mlp_count(
+    machine: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose down side is in a format that is not widened here stays with the kernels."""
+    monkeypatch.setattr(tiles, "available", lambda: False)
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    outputs = []
+    for down in ("q6_k", "bf16"):
+        shape = Block(hidden=64, intermediate=32, format="q4_0", down_format=down)
+        blocks, _ = random_experts(shape, 1)
+        block = torch.from_numpy(blocks[0, : shape.block_bytes].copy())
+        with torch.no_grad():
+            outputs.append(PackedMlp(block, shape).eval()(x).float())
+    error = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
+    assert error < 0.05
+    assert least_tokens("q4_0", "q6_k") is None
+    assert least_tokens("q4_0", "bf16") == 32
+    assert machine == ["q4_0", "bf16"]
 
 
 def test_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
