@@ -12,9 +12,10 @@ import naive
 from cpu_experts import tiles
 from cpu_experts.errors import BackendError
 from cpu_experts.jit.workers import use_threads, used_threads
-from hybrid.formats.block import Block, pack_expert, unpack_expert
+from hybrid.formats.block import Block
 from hybrid.formats.matrix import pack, unpack
 from hybrid.formats.registry import quantized_formats
+from random_experts import random_experts
 
 rng = np.random.default_rng(0)
 needs_units = pytest.mark.skipif(
@@ -39,37 +40,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _experts(name: str, count: int = 5) -> tuple[Block, np.ndarray]:
+def _shape(name: str) -> Block:
     values: dict[str, Any] = {"hidden": 96, "intermediate": 96, "format": "q8_0"}
-    shape = Block(**values | SHAPES[name])
-    d, f = shape.hidden, shape.intermediate
-
-    def draw(*size: int) -> np.ndarray:
-        return rng.standard_normal(size, dtype=np.float32) / np.float32(np.sqrt(size[-1]))
-
-    blocks = []
-    for _ in range(count):
-        parts: dict[str, Any] = {"up": draw(f, d), "down": draw(d, f)}
-        parts["gate"] = draw(f, d) if shape.gated else None
-        if shape.bias:
-            parts |= {"up_bias": draw(f), "down_bias": draw(d)}
-            parts["gate_bias"] = draw(f) if shape.gated else None
-        blocks.append(pack_expert(shape, **parts))
-    # A block is followed by the rest of its page.
-    return shape, np.stack(
-        [np.pad(b, (0, 4096 - b.size % 4096), constant_values=255) for b in blocks]
-    )
+    return Block(**values | SHAPES[name])
 
 
 @needs_units
 @pytest.mark.parametrize("name", SHAPES)
 def test_experts_equal_the_twin(name: str) -> None:
     """Loads below, at and above a tile and a block of tokens; ids that are elsewhere."""
-    shape, blocks = _experts(name)
+    shape = _shape(name)
+    blocks, unpacked = random_experts(shape, 5)
     ids = np.repeat([[0, -1], [1, 7], [2, 0], [3, 1]], (15, 17, 33, 1), axis=0)
     x = rng.standard_normal((len(ids), shape.hidden), dtype=np.float32)
     weights = rng.random(ids.shape, dtype=np.float32)
-    unpacked = [unpack_expert(shape, block[: shape.block_bytes].copy()) for block in blocks]
     wanted = 1.0 + naive.experts(shape, unpacked, x, ids, weights, bf16=True)
     found = np.ones_like(x)
     tiles.run_experts(x, ids, weights, blocks, shape, found)
@@ -79,7 +63,8 @@ def test_experts_equal_the_twin(name: str) -> None:
 @needs_units
 def test_any_number_of_threads_gives_the_same() -> None:
     """Bit for bit, experts and matrices."""
-    shape, blocks = _experts("biases")
+    shape = _shape("biases")
+    blocks, _ = random_experts(shape, 5)
     x = rng.standard_normal((70, shape.hidden), dtype=np.float32)
     ids = rng.integers(0, len(blocks), (70, 2))
     weights = rng.random(ids.shape, dtype=np.float32)

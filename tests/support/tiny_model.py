@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 CONTEXT = 2048
 TEMPLATE = (
@@ -47,3 +53,24 @@ def save_tiny_model(directory: Path, *, seed: int = 0) -> None:
         )
     model.to(torch.bfloat16).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
+
+
+def save_tiny_llama(directory: Path) -> None:
+    """Write a model without experts, with the same tokenizer and no end token."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)

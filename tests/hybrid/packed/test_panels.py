@@ -17,7 +17,7 @@ import hybrid.packed.bf16_products
 import naive
 from cpu_experts import tiles
 from cpu_experts.kernels.widen import widen
-from hybrid.formats.block import Block, pack_expert, unpack_expert
+from hybrid.formats.block import Block, unpack_expert
 from hybrid.formats.errors import FormatError, ShapeError
 from hybrid.formats.matrix import pack, unpack
 from hybrid.machine import calibrations
@@ -29,6 +29,7 @@ from hybrid.session.model import HybridModel
 from hybrid.weights.checkpoint import convert
 from planner.describe.checked_table import read_table
 from planner.describe.hardware import HardwareSpec, Point, to_toml
+from random_experts import random_experts
 from rounding import last_place
 
 rng = np.random.default_rng(0)
@@ -68,22 +69,7 @@ SHAPES = {
 def _experts(count: int, **changes: Any) -> tuple[Block, np.ndarray]:
     values: dict[str, Any] = {"hidden": 72, "intermediate": 40, "format": "q8_0"}
     shape = Block(**values | changes)
-    d, f = shape.hidden, shape.intermediate
-
-    def draw(*size: int) -> np.ndarray:
-        return rng.standard_normal(size, dtype=np.float32) * np.float32(0.3)
-
-    blocks = []
-    for _ in range(count):
-        parts: dict[str, Any] = {"up": draw(f, d), "down": draw(d, f)}
-        parts["gate"] = draw(f, d) if shape.gated else None
-        if shape.bias:
-            parts |= {"up_bias": draw(f), "down_bias": draw(d)}
-            parts["gate_bias"] = draw(f) if shape.gated else None
-        blocks.append(pack_expert(shape, **parts))
-    # A block is followed by the rest of its page.
-    stride = 4096 * -(-shape.block_bytes // 4096)
-    return shape, np.stack([np.pad(b, (0, stride - b.size), constant_values=255) for b in blocks])
+    return shape, random_experts(shape, count)[0]
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numba
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid.ask.asked_model import find_model
 from hybrid.ask.names import find_hardware, resolve
@@ -27,7 +26,7 @@ from hybrid.machine.machines import Machine
 from hybrid.planning.plan import machine_for, plan
 from planner.foretell.report import SCHEMA, to_dict
 from planner_examples import LAPTOP, QUICK, hybrid_plan
-from tiny_model import byte_tokenizer
+from tiny_model import save_tiny_llama
 
 
 def test_names_resolve_when_unique() -> None:
@@ -433,10 +432,7 @@ def test_a_plan_and_a_conversion_take_the_same(
 
 def test_a_model_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Says so instead of what there is to share, and takes what its converted copy takes."""
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, eos_token_id=None, bos_token_id=None)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
-    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    save_tiny_llama(tmp_path / "plain")
     copy = tmp_path / "copy"
     assert main(["convert", str(tmp_path / "plain"), str(copy)]) == 0
     assert "no experts to share" in capsys.readouterr().err

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hybrid import HybridModel, plan
 from hybrid.cli import main
-from tiny_model import TEMPLATE, byte_tokenizer
+from tiny_model import save_tiny_llama
 
 LAPTOP = ["--hardware", "rtx4060-laptop-8gb"]
 
@@ -19,23 +19,7 @@ LAPTOP = ["--hardware", "rtx4060-laptop-8gb"]
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama directory."""
     folder = tmp_path_factory.mktemp("dense") / "tiny-llama"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    save_tiny_llama(folder)
     return folder
 
 
