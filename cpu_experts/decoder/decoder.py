@@ -325,7 +325,8 @@ class Decoder:
                 f"the cache has {cache.heads[layers].tolist()} heads, {texts} texts have"
                 f" {(texts * self._stored[layers]).tolist()}"
             )
-        cache.make_room(tokens // texts)
+        if table.size:
+            cache.make_room(tokens // texts)
         with LOCK:
             threads = used_threads()
             self._fill(threads)

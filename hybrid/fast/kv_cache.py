@@ -177,6 +177,7 @@ class _SharedLayer(DynamicLayer):
         kv, heads = self._sequence.kv, self._sequence.form.shapes[self._index][0]
         own = np.arange(kv.heads[self._index]).reshape(-1, heads)
         kv.select(self._index, own[chosen.numpy()].reshape(-1))
+        self._sequence.count_texts()
 
 
 class _SharedFullLayer(_SharedLayer):
@@ -218,6 +219,8 @@ class Sequence:
         Keys and values of the layers that are packed.
     form
         Of the decoder that wrote them last.
+    texts
+        How many it is of.
     plain
         The layers whose content lies in tensors.
     """
@@ -228,7 +231,7 @@ class Sequence:
             layers += [DynamicLayer() for _ in form.shapes]
         # Not the decoder's windows: transformers keeps everything in layers that do not slide.
         self.kv = KeyValues([_window(layer) for layer in layers])
-        self.form = form
+        self.form, self.texts = form, 0
         self.plain = set(range(len(layers)))
         for index, layer in enumerate(layers):
             kind = _SharedSlidingLayer if layer.is_sliding else _SharedFullLayer
@@ -241,12 +244,19 @@ class Sequence:
         """Return a cache that :func:`can_share` as a decoder's sequence, all of it in strips."""
         sequence = _found(cache) or cls(cache, form)
         sequence.form = form
-        for index in sorted(sequence.plain):
-            sequence._layers[index].pack(texts)
+        if sequence.plain:
+            for index in sorted(sequence.plain):
+                sequence._layers[index].pack(texts)
+            sequence.count_texts()
         for layer in sequence._sliding:
             if layer.record_past != (sequence.kv.held[layer._index] != FREE):
                 layer.hold()
         return sequence
+
+    def count_texts(self) -> None:
+        """Note of how many texts all layers are; of none while they are of different numbers."""
+        first = int(self.kv.heads[0] // self.form.heads[0])
+        self.texts = first if np.array_equal(self.kv.heads, first * self.form.heads) else 0
 
     def owns(self, layers: list[Any]) -> bool:
         """Whether these are the layers that it was made of."""
@@ -258,7 +268,7 @@ class Sequence:
     def fits(self, form: CacheForm, texts: int) -> bool:
         """Whether a decoder of this form could have written all of it, as so many texts."""
         if self.form is form and not self.plain:  # it has: the usual case, at every token
-            return np.array_equal(self.kv.heads, texts * form.heads)
+            return self.texts == texts
         return all(layer.fits(form, texts) for layer in self._layers)
 
     def advance(self, count: int = 1) -> None:

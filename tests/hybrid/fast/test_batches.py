@@ -140,7 +140,8 @@ def test_a_cache_whose_texts_are_chosen(family: str, tmp_path: Path) -> None:
     for forward in (model, model.slow):
         rows = []
         with torch.no_grad():
-            cache = returned_cache(forward(input_ids=ids, use_cache=True))
+            cache = DynamicCache(config=model.config)
+            forward(input_ids=ids, **cache_argument(cache))
             forward(input_ids=ids[:, :1], **cache_argument(cache))
             copied = copy.deepcopy(cache)
             cache.batch_select_indices(torch.tensor([2, 0]))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import cpu_experts.decoder.decoder
+import cpu_experts.decoder.kv
 import hybrid.fast.decode
 from fast_models import (
     COMPRESSED,
@@ -80,11 +81,9 @@ def test_a_family_in_steps(
     distances = (found - wanted).abs().amax(dim=1) / wanted.std()
     assert counted.steps == [(1, 7), (1, 2), (1, 8), (1, 5), (1, 16)]
     assert counted.count == 2
-    if store == "f32":
-        assert distances.max() < 5e-3
-    else:  # what is rounded to int8 can fall to the other side of a half
-        assert distances.median() < 0.05
-        assert distances.max() < 0.3
+    # Roundings, to int8 and of keys and values to half precision, can fall to the other side.
+    assert distances.median() < (1e-3 if store == "f32" else 0.05)
+    assert distances.max() < (2e-2 if store == "f32" else 0.3)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -166,27 +165,37 @@ def test_a_cache_that_records_keeps_what_it_may_go_back_to(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("where", ["behind the kernels", "while buffers grow"])
 def test_an_interrupt_leaves_the_cache_as_before(
-    window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    window: int | None, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It strikes when the kernels have written, or while buffers grow; the text goes on."""
+    """What a step has written by then counts for nothing; the text goes on."""
     model = _load("mixtral", tmp_path, sliding_window=window)
-    cache = DynamicCache(config=model.config)
-    _feed(model, IDS[:, :9], cache)
-    real = cpu_experts.decoder.decoder.decode_tokens
+    ids = torch.randint(0, VOCAB, (1, 520), generator=torch.Generator().manual_seed(3))
+    cache, past = DynamicCache(config=model.config), 509  # the buffers have room for 512
+    _feed(model, ids[:, :past], cache)
+    owner, name = {
+        "behind the kernels": (cpu_experts.decoder.decoder, "decode_tokens"),
+        "while buffers grow": (cpu_experts.decoder.kv, "_made"),
+    }[where]
+    real, calls = getattr(owner, name), 0
 
     def interrupted(*args: Any) -> None:
-        real(*args)
-        raise KeyboardInterrupt
+        nonlocal calls
+        calls += 1
+        made = real(*args)
+        if calls == (1 if where == "behind the kernels" else 2):
+            raise KeyboardInterrupt
+        return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_experts.decoder.decoder, "decode_tokens", interrupted)
+        patch.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            _feed(model, IDS[:, 20:25], cache)
-    assert cache.get_seq_length() == 9
-    assert [layer.get_seq_length() for layer in cache.layers] == [9, 9]
-    found = _feed(model, IDS[:, 9:14], cache)
-    wanted = _cut(model.slow, model.config, [])[9:14]
+            _feed(model, ids[:, :5], cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [past, past]
+    found = _feed(model, ids[:, past : past + 5], cache)
+    with torch.no_grad():
+        wanted = model.slow(input_ids=ids[:, : past + 5]).logits[0, past:]
     assert (found - wanted).abs().max() < 5e-3 * wanted.std()
 
 
@@ -211,7 +220,7 @@ def test_prompt_lookup(
         found.append(write(model, ids, **OPTIONS[name]))
     assert torch.equal(*found)
     assert not model.hybrid_fast.refused
-    assert len(counted.steps) > 1
+    assert len(counted.steps) > (1 if name == "prompt lookup" else 0)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -228,22 +237,3 @@ def test_an_assistant_model(family: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert len(counted.steps) > 1
     monkeypatch.setattr(model, "forward", model.slow)
     assert torch.equal(found, write(model))
-
-
-def test_a_key_beyond_half_precision(tmp_path: Path) -> None:
-    """The step is transformers' then, and the cache has each of its tokens once."""
-    model = load_family("mixtral", tmp_path, sliding_window=None)
-    with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
-        embedding[:, 7], embedding[50] = 0, 0
-        embedding[50, 7] = 1
-        model.model.layers[0].self_attn.k_proj.weight[0, 7] = 1e6
-    assert install_fast_decode(model).fast
-    ids, found = torch.tensor([[1, 2, 3, 4, 50, 6, 7, 8, 9]]), []
-    for forward in (model, model.slow):
-        cache = DynamicCache(config=model.config)
-        parts = [_feed(forward, ids[:, cut], cache) for cut in (slice(2), slice(2, 6), slice(6, 9))]
-        found.append(torch.cat(parts))
-        assert cache.get_seq_length() == 9
-    assert (found[0] - found[1]).norm() < 1e-2 * found[1].norm()
-    assert sum(model.hybrid_fast.refused.values()) == 2
