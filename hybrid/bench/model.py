@@ -246,7 +246,7 @@ def _measure(
         bandwidth = bandwidth if reached is None else reached
     disturbed = others.lap()
     peak_bytes = host.peak_memory_bytes()
-    known = loads if prompt > 1 else None
+    known = (loads or None) if prompt > 1 else None
     found = predicted(loaded, prompt, generate, threads=threads, loads=known)
     about: dict[str, Any] = dict.fromkeys(("predicted", "calibration", "residuals", "terms"))
     if found is not None:
