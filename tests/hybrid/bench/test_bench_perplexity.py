@@ -81,9 +81,9 @@ def test_results_are_those_of_a_plain_twin(monkeypatch: pytest.MonkeyPatch) -> N
 def test_both_ways_to_compute_are_measured(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows are prompts of the fast path; each token of some is a call of its kernels."""
+    """Windows are steps of the fast path, as short as here; each token of some is one itself."""
     calls: Counter[str] = Counter()
-    for name in ("prompt", "forward"):
+    for name in ("step", "forward"):
         real = getattr(FastDecoder, name)
 
         def count(*args: Any, name: str = name, real: Any = real) -> Any:
@@ -105,7 +105,7 @@ def test_both_ways_to_compute_are_measured(
         ("q8_0", dense, phase) for dense in ("as it is", "q8_0") for phase in ("prefill", "decode")
     ]
     assert calls["forward"] == 2 * 2 * CONTEXT
-    assert calls["prompt"] == 2 * 3
+    assert calls["step"] == 2 * 3
     assert all(row["path"].startswith("one-token kernels") for row in result["results"])
     assert not any(row["refused"] for row in result["results"])
     assert [line.split(":")[0] for line in told] == [
