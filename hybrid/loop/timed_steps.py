@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from hybrid.loop.rollback import not_cut, take_back
 from hybrid.transformers_api import cache_argument
 
-_TOKENS = (1, 2, 8)
+_TOKENS = (1, 2, 16)
 
 
 def step_seconds(network: Any) -> dict[int, float]:
