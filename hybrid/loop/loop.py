@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from hybrid.ask.speculate import MOST_DRAFTED
+from hybrid.grafts import fast_path_of
 from hybrid.loop.choice import Choice, knows
 from hybrid.loop.ends import Ends
 from hybrid.loop.rollback import not_cut, take_back
@@ -82,7 +83,9 @@ class Loop:
         logits: Tensor = outputs.logits[0, -1:]
         ids: list[int] = input_ids[0].tolist()
         choice = Choice(logits_processor, bool(generation_config.do_sample), ids, logits.shape[-1])
-        sequence = _Sequence(model, input_ids, model_kwargs, returned_cache(outputs))
+        sequence = _Sequence(
+            model, input_ids, model_kwargs, returned_cache(outputs), logits.shape[-1]
+        )
         del outputs
         if self._drafts is not None:
             self._drafts.refused = not_cut(sequence.cache)
@@ -177,6 +180,8 @@ class _Sequence:
         What transformers gave the prompt's step.
     cache
         Holds the prompt.
+    vocabulary
+        How many logits a token has.
 
     Attributes
     ----------
@@ -186,7 +191,14 @@ class _Sequence:
         Begins with them, ``[1, capacity]``.
     """
 
-    def __init__(self, model: Any, ids: Tensor, model_kwargs: dict[str, Any], cache: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ids: Tensor,
+        model_kwargs: dict[str, Any],
+        cache: Any,
+        vocabulary: int,
+    ) -> None:
         self.cache = cache
         self.length = self._prompt = ids.shape[1]
         self._model = model
@@ -194,6 +206,13 @@ class _Sequence:
         self._keeps = "logits_to_keep" in model_kwargs
         places = model_kwargs.get("position_ids")
         self._next_place: Tensor | None = None if places is None else places[..., -1:] + 1
+        self._first_position: int | None = 0
+        if places is not None:  # of several axes the fast path takes none
+            self._first_position = (
+                int(places[0, -1]) + 1 - self.length if places.ndim == 2 else None
+            )
+        self._fast = fast_path_of(model)
+        self._row = torch.empty(vocabulary)
         self.buffer = ids
         self._grow()
 
@@ -221,14 +240,29 @@ class _Sequence:
             self._grow()
         if draft:
             self._numbers[self.length : end] = draft
+        if not draft:
+            logits = self._next_logits(begin)
+            if logits is not None:
+                return logits
         inputs = self._inputs
         inputs["input_ids"] = self.buffer[:, begin:end]
         if self._places is not None:
             inputs["position_ids"] = self._places[..., begin - self._prompt : end - self._prompt]
         if self._keeps:
             inputs["logits_to_keep"] = end - begin
-        logits: Tensor = self._model(**inputs).logits
-        return logits[0, begin - end :]
+        computed: Tensor = self._model(**inputs).logits
+        return computed[0, begin - end :]
+
+    def _next_logits(self, place: int) -> Tensor | None:
+        """Return the logits ``[1, V]`` of the token at a place, if the fast path goes on with it."""
+        model = self._model
+        if self._fast is None or self._first_position is None:
+            return None
+        if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+            return None
+        ids, position = self.buffer[:, place : place + 1], self._first_position + place
+        logits: Tensor | None = self._fast.next_token(ids, position, self.cache, self._row)
+        return None if logits is None else logits[None]
 
     def _grow(self) -> None:
         """Make room for as many tokens again."""
