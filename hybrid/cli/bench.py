@@ -348,6 +348,10 @@ def perplexity(
             help="Formats of dense layers, comma-separated, to be measured after them as they are."
         ),
     ] = "",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An importance matrix that weights are quantized with."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many are read.")] = 8192,
     decode: Annotated[
         int, typer.Option(min=0, help="How many of them also one at a time, as text is written.")
@@ -368,6 +372,7 @@ def perplexity(
             texts=texts,
             formats=[word.strip() for word in formats.split(",")],
             dense=[word.strip() for word in dense.split(",")] if dense else (),
+            imatrix=imatrix,
             tokens=tokens,
             decode=decode,
             threads=threads,
