@@ -250,7 +250,7 @@ def _measure(
         bandwidth = bandwidth if reached is None else reached
     disturbed = others.lap()
     peak_bytes = host.peak_memory_bytes()
-    known = loads if prompt > 1 else None
+    known = (loads or None) if prompt > 1 else None
     if (otherwise := computes_otherwise(loaded)) is not None:
         progress(f"not predicted: {otherwise}")
     found = predicted(loaded, prompt, generate, threads=threads, loads=known)

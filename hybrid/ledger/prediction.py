@@ -305,7 +305,8 @@ def _cpu_terms(
     fast, steps = loaded.fast.decoder, times.new_tokens - 1
     # Where some steps ran in transformers' code, what kernels and experts counted is not the run's.
     seen = fast if fast is not None and fast.watch.pieces >= steps else None
-    spent_s = None if seen is None else prompt_experts_s(loaded)
+    # A prompt that the kernels computed in one step did not pass through the experts' modules.
+    spent_s = None if seen is None or not loads else prompt_experts_s(loaded)
 
     def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
         error = estimate.error / estimate.value if estimate.error and estimate.value else None

@@ -99,7 +99,7 @@ def test_points_of_experts_count_in_prompts() -> None:
 
 
 def test_loads_of_a_prompt_are_counted_piece_by_piece(tiny_model: Path) -> None:
-    """One row a layer and piece, every token's experts in it; single tokens do not count."""
+    """One row a layer and piece, every token's experts in it; steps of the kernels do not count."""
     network, _ = load_fast_model(tiny_model)
     set_threads(1)
     begin_run(Model(network), 600)
@@ -107,10 +107,11 @@ def test_loads_of_a_prompt_are_counted_piece_by_piece(tiny_model: Path) -> None:
     rows = prompt_loads(Model(network))
     assert [sum(row) for row in rows] == [2 * 512, 2 * 512, 2 * 88, 2 * 88]
     assert {len(row) for row in rows} == {8}
-    begin_run(Model(network), 5)
-    assert prompt_loads(Model(network)) == []
-    generate_once(network, 5, 3)
-    assert [sum(row) for row in prompt_loads(Model(network))] == [10, 10]
+    for prompt, counted in ((40, [80, 80]), (5, [])):
+        begin_run(Model(network), prompt)
+        assert prompt_loads(Model(network)) == []
+        generate_once(network, prompt, 3)
+        assert [sum(row) for row in prompt_loads(Model(network))] == counted
 
 
 def test_a_report_predicts_the_experts_that_ran(
