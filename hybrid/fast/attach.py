@@ -272,6 +272,33 @@ class FastPath:
             self.path, self.decoder, self._snapshot = self._untested, None, None
             restore_dense(model)
 
+    def next_token(self, ids: Tensor, position: int, cache: Any, logits: Tensor) -> Tensor | None:
+        """Compute the token that follows what the path has computed, without what that asked.
+
+        Parameters
+        ----------
+        ids, position
+            The token, ``[1, 1]``, and its position.
+        cache
+            Of the tokens before it.
+        logits
+            ``[V]`` float32, written.
+
+        Returns
+        -------
+        ``logits`` in the model's type; None where ``forward`` has to be called, which asks anew.
+        """
+        with self._lock:
+            decoder, snapshot = self.decoder, self._snapshot
+            if decoder is None or snapshot is None or not goes_on(cache, decoder.form):
+                return None
+            if not can_share(cache, decoder.form) or logits.numel() != decoder.decoder.vocabulary:
+                return None
+            if not self.past_hooks and (_hooked_everywhere() or snapshot.hooked()):
+                return None
+            done = decoder.next_token(ids, position, cache, logits)
+            return logits.to(decoder.form.dtype) if done else None
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels are not torch's
     def __call__(self, model: Any, slow: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Compute a call of the model's ``forward``; ``slow`` is transformers'."""
@@ -372,8 +399,12 @@ class FastPath:
             return f"a mask of {type(mask).__name__}"
         if mask is not None and mask.ndim != 2:
             return f"a mask of {mask.ndim} dimensions"
-        everywhere = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-        return "hooks" if everywhere and not self.past_hooks else None
+        return "hooks" if _hooked_everywhere() and not self.past_hooks else None
+
+
+def _hooked_everywhere() -> bool:
+    """Whether somebody's code waits for the forward of every module."""
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
 
 
 def _masked(arguments: dict[str, Any]) -> bool:

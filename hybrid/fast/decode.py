@@ -77,26 +77,36 @@ class FastDecoder:
         self._grows_from = _grows_from(model.config.get_text_config()) if self._growing else None
         self._angles: dict[int, list[tuple[Any, Any]]] = {}
 
+    def next_token(self, ids: Tensor, position: int, cache: DynamicCache, logits: Tensor) -> bool:
+        """Compute the token ``ids`` ``[1, 1]`` at a position and write its ``logits`` ``[V]``.
+
+        Returns whether it is done: a cache is as before where numbers leave the range of the
+        kernels' cache.
+        """
+        sequence = self.packed(cache)
+        x = self._base.embed_tokens(ids).detach().float().reshape(-1)
+        if self._scale != 1.0:
+            x = x * self._scale
+        cos, sin = self.rotary(position)
+        with self.watch:
+            self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy())
+        sequence.advance()
+        if sequence.left_the_range():
+            sequence.take_back(1)
+            self.watch.take_back()
+            return False
+        return True
+
     def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
         """Compute the single token of a call of the model's ``forward``.
 
         None, and a cache as before, where numbers leave the range of the kernels' cache.
         """
         ids, cache = arguments["input_ids"], given_cache(arguments)
-        sequence = self.packed(cache)
         given = arguments.get("position_ids")
         position = int(cache.get_seq_length() if given is None else given)
-        x = self._base.embed_tokens(ids).detach().float().reshape(-1)
-        if self._scale != 1.0:
-            x = x * self._scale
-        cos, sin = self.rotary(position)
         logits = torch.empty(1, 1, self.decoder.vocabulary)
-        with self.watch:
-            self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
-        sequence.advance()
-        if sequence.left_the_range():
-            sequence.take_back(1)
-            self.watch.take_back()
+        if not self.next_token(ids, position, cache, logits.view(-1)):
             return None
         return causal_output(logits.to(self._dtype), cache)
 

@@ -231,6 +231,26 @@ def test_a_report_says_what_it_predicts_from(
     assert calibrating(Model(model.model), "M") == "'hybrid calibrate M --dense q8_0'"
 
 
+def test_what_computes_otherwise_is_not_predicted(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration in one type says nothing of a run in another, and the report says so."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    calibrations.save(bare_machine(), Identity.of_this_machine(1))
+    for dtype, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        model = HybridModel.from_pretrained(tiny_model, dtype=dtype, threads=1)
+        model.generate(model.encode("abcdefgh"), max_new_tokens=4)
+        monkeypatch.setattr("hybrid.ledger.prediction.automatic_dtype", lambda _, own=dtype: own)
+        assert model.report().terms
+        monkeypatch.setattr("hybrid.ledger.prediction.automatic_dtype", lambda _, own=other: own)
+        report = model.report()
+        assert not report.terms
+        assert report.predictions == (
+            f"none: the model computes in {dtype}, calibrations of it are in {other}; "
+            "--dtype auto is that"
+        )
+
+
 def test_only_steps_of_the_kernels_are_told_apart(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
