@@ -19,7 +19,7 @@ from numba import njit
 from hybrid.formats.activations import ACT_GROUP
 from hybrid.formats.registry import FORMATS
 from hybrid.formats.strips import GROUP, TILE, Layout
-from hybrid.formats.tables import FP4, IQ4
+from hybrid.formats.tables import FP4, IQ4, NF4
 
 #: Steps through a group's fours, in the order of the planes' fields.
 _STEPS = GROUP // 4
@@ -185,6 +185,43 @@ def group_float8(layout: Layout) -> Any:
     return read
 
 
+def shared_half(layout: Layout) -> Any:
+    """The half precision number of the row and some groups."""
+    at, groups = layout.scales_at, 2 * layout.groups // len(layout.scales)
+
+    @of_its_own
+    def read(unit, group, run, row):
+        begin = at + 2 * TILE * (group // groups)
+        return half(unit[begin : begin + 2 * TILE].view(np.uint16)[row])
+
+    return read
+
+
+def shared_zero(layout: Layout) -> Any:
+    """The same times the code of 0, and -1."""
+    d, count = shared_half(layout), len(layout.scales) // 2
+    at, groups = layout.scales_at + 2 * TILE * count, layout.groups // count
+
+    @of_its_own
+    def read(unit, group, run, row):
+        zero = np.float32(unit[at + TILE * (group // groups) + row])
+        return -d(unit, group, run, row) * zero
+
+    return read
+
+
+def shared_float(layout: Layout) -> Any:
+    """The float32 of the row and some groups."""
+    at, groups = layout.scales_at, layout.groups // len(layout.scales)
+
+    @of_its_own
+    def read(unit, group, run, row):
+        begin = at + 4 * TILE * (group // groups)
+        return unit[begin : begin + 4 * TILE].view(np.float32)[row]
+
+    return read
+
+
 #: The loops of the formats that :mod:`cpu_experts.kernels.scalar` has none of its own for.
 LOOPS: dict[str, Callable[..., None]] = {
     "q4_1": grouped("q4_1", scale=row_half(0), shift=row_half(1)),
@@ -199,4 +236,9 @@ LOOPS: dict[str, Callable[..., None]] = {
     "iq4_xs": grouped("iq4_xs", numbers=IQ4, scale=group_byte(0, 0, sign=1)),
     "mxfp4": grouped("mxfp4", numbers=FP4, scale=row_exponent),
     "nvfp4": grouped("nvfp4", numbers=FP4, runs=2, scale=group_float8),
+    "int4_32": grouped("int4_32", scale=shared_half, shift=shared_zero),
+    "int4_64": grouped("int4_64", scale=shared_half, shift=shared_zero),
+    "int4_128": grouped("int4_128", scale=shared_half, shift=shared_zero),
+    "int4_256": grouped("int4_256", scale=shared_half, shift=shared_zero),
+    "nf4": grouped("nf4", numbers=NF4, scale=shared_float),
 }

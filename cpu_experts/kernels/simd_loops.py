@@ -40,6 +40,8 @@ from cpu_experts.kernels.simd_scales import (
     Nibbles,
     Plain,
     Scales,
+    Shared,
+    Singles,
 )
 from cpu_experts.kernels.vectors import (
     BITS,
@@ -56,7 +58,7 @@ from cpu_experts.kernels.vectors import (
 from hybrid.formats.activations import ACT_GROUP
 from hybrid.formats.registry import FORMATS
 from hybrid.formats.strips import GROUP, TILE, Layout
-from hybrid.formats.tables import FP4, IQ4
+from hybrid.formats.tables import FP4, IQ4, NF4
 
 PREFETCH_BYTES = 2048
 #: Where an activation group has its scale and its two words of sums.
@@ -247,7 +249,7 @@ def _grouped(codes: Codes, scales: Scales) -> Callable[[str], Loop]:
     return lambda name: Grouped(name, codes, scales)
 
 
-_IQ4, _FP4 = (tuple(int(number) for number in table) for table in (IQ4, FP4))
+_IQ4, _FP4, _NF4 = (tuple(int(number) for number in table) for table in (IQ4, FP4, NF4))
 
 #: What makes the loop of every weight format, and of ``f16``, laid out as ``bf16``, for keys and
 #: values.
@@ -266,6 +268,11 @@ LOOPS: dict[str, Callable[[str], Loop]] = {
     "iq4_xs": _grouped(Codes((4,), numbers=_IQ4), Bytes()),
     "mxfp4": _grouped(Codes((4,), numbers=_FP4), Exponents()),
     "nvfp4": _grouped(Codes((4,), numbers=_FP4), Floats8(runs=2)),
+    "int4_32": _grouped(Codes((4,)), Shared()),
+    "int4_64": _grouped(Codes((4,)), Shared()),
+    "int4_128": _grouped(Codes((4,)), Shared()),
+    "int4_256": _grouped(Codes((4,)), Shared()),
+    "nf4": _grouped(Codes((4,), numbers=_NF4), Singles()),
     "bf16": lambda _: _Floats(2, _widen_bf16),
     "f16": lambda _: _Floats(2, _widen_f16),
     "f32": lambda _: _Floats(4, _widen_f32),

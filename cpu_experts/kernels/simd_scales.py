@@ -124,6 +124,40 @@ class Floats8(Scales):
         return Factors(scales, [])
 
 
+class Shared(Scales):
+    """A half precision scale of the row and some groups, and a byte: the code of 0."""
+
+    def __init__(self) -> None:
+        super().__init__(minimum=True)
+
+    def factors(self, b: Builder, layout: Layout, unit: Value, group: Value) -> Factors:
+        count = len(layout.scales) // 2
+        which = _which(b, layout, count, group)
+        own = gep(b, unit, b.mul(which, ir.Constant(I64, 2 * TILE)))
+        scales = [b.fpext(v, FLOATS) for v in read(b, own, layout.scales_at, HALVES, 2)]
+        own = gep(b, unit, b.mul(which, ir.Constant(I64, TILE)))
+        raw = read(b, own, layout.scales_at + 2 * TILE * count, SUBS, 1)
+        zeros = [b.sitofp(b.zext(v, INTS), FLOATS) for v in raw]
+        return Factors([scales], [_times(b, [b.fneg(v) for v in scales], zeros)])
+
+
+class Singles(Scales):
+    """A float32 of the row and some groups."""
+
+    short = False
+
+    def factors(self, b: Builder, layout: Layout, unit: Value, group: Value) -> Factors:
+        which = _which(b, layout, len(layout.scales), group)
+        own = gep(b, unit, b.mul(which, ir.Constant(I64, 4 * TILE)))
+        return Factors([read(b, own, layout.scales_at, FLOATS, 4)], [])
+
+
+def _which(b: Builder, layout: Layout, count: int, group: Value) -> Value:
+    """The place of a group's numbers among the ``count`` of a unit."""
+    shift = (layout.groups // count).bit_length() - 1
+    return b.lshr(group, ir.Constant(I64, shift))
+
+
 def _halves(b: Builder, layout: Layout, unit: Value, place: int) -> list[Value]:
     """The row's half precision numbers of a place, widened."""
     raw = read(b, unit, layout.scales_at + 2 * TILE * place, HALVES, 2)

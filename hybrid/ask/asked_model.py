@@ -13,6 +13,7 @@ from typing import Any
 from hybrid.ask.config_classes import as_read
 from hybrid.ask.formats import DEFAULT_EXPERTS, QUANT_METHOD, check_formats
 from hybrid.ask.names import directory_name, resolve, routing_laws
+from hybrid.ask.published import kept_as, method_of, tables_in
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.formats.errors import FormatError
@@ -28,6 +29,8 @@ from planner.describe.model import ModelSpec
 from planner.describe.routing_law import law_of
 from planner.errors import SpecError
 
+#: Modules by which the lists of a checkpoint's settings are asked about all like them.
+_EXPERT, _OTHER = "model.layers.9.mlp.experts.0.up_proj", "model.layers.9.self_attn.q_proj"
 _FLOATS = {"bfloat16": "bf16", "float16": "f32", "float32": "f32"}
 """What the kernels keep weights of a checkpoint's type as, which has to hold each of them."""
 
@@ -127,13 +130,17 @@ def find_model(
     own, directory = stored or {}, _directory(model)
     plain = float_format(config.get("dtype") or config.get("torch_dtype"))
     mixed = None if file is None else (file.dense, file.dense_bytes)
+    published = {} if stored is not None else _published(config, directory)
+    coded = kept_as(published, _EXPERT)
+    if (others := kept_as(published, _OTHER)) is not None:
+        mixed = _coded(spec, config, others, plain)
     if stored is not None and directory is not None and own.get("dense") is None:
         mixed = _mixed(directory / "experts.json", spec.dense_params, plain)
     packed, nbytes = mixed or (None, None)
     found = AskedModel(
         spec=spec,
         config=config,
-        experts=own.get("experts") or (file and file.experts) or DEFAULT_EXPERTS,
+        experts=own.get("experts") or (file and file.experts) or coded or DEFAULT_EXPERTS,
         dense=packed or own.get("dense") or plain,
         directory=directory,
         dense_bytes=nbytes,
@@ -181,6 +188,26 @@ def _mixed(index: Path, params: int, plain: str) -> tuple[str, int] | None:
             f"{index} is damaged ({type(error).__name__}: {error})",
             hint="convert the model again with 'hybrid convert'",
         ) from error
+
+
+def _published(config: Mapping[str, Any], directory: Path | None) -> Mapping[str, Any]:
+    """Return how a checkpoint's weights were quantized, as its settings say; empty where not."""
+    found = [table for _, table in tables_in(config)]
+    if directory is not None and (file := directory / "hf_quant_config.json").is_file():
+        found.append(read_table(file).get("quantization") or {})
+    return next((table for table in found if isinstance(table, Mapping) and method_of(table)), {})
+
+
+def _coded(
+    spec: ModelSpec, config: Mapping[str, Any], fmt: str, plain: str
+) -> tuple[str, int] | None:
+    """Return the format of dense weights that are quantized but for embedding and head."""
+    sizes = [config.get(name) for name in ("vocab_size", "hidden_size")]
+    count = 1 if config.get("tie_word_embeddings") else 2
+    rest = count * math.prod(size if isinstance(size, int) else 0 for size in sizes)
+    if not 0 < rest < spec.dense_params:
+        return None
+    return fmt, weight_bytes(spec.dense_params - rest, fmt) + weight_bytes(rest, plain)
 
 
 def _directory(model: str | Path | HubName) -> Path | None:

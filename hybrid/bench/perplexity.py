@@ -35,6 +35,7 @@ from hybrid.model import Model
 from hybrid.paths import expanded, temporary_folder
 from hybrid.transformers_api import cache_argument, returned_cache
 from hybrid.weights.checkpoint import Source, convert
+from hybrid.weights.importance import Importance
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.tokenizer import load_tokenizer
 from planner.describe.context import longest_context
@@ -50,6 +51,7 @@ def run(
     texts: Mapping[str, str] | None = None,
     formats: Sequence[str] = ("f32", "bf16", "q8_0", "q4_0"),
     dense: Sequence[str] = (),
+    imatrix: Path | None = None,
     dtype: str = "auto",
     tokens: int = 8192,
     decode: int = 1024,
@@ -72,6 +74,8 @@ def run(
     dense
         Formats of the dense layers: every one of ``formats`` is measured with each of them, too,
         after the dense layers as the checkpoint has them.
+    imatrix
+        An importance matrix, which weights are quantized with.
     dtype
         What dense layers that are not quantized are computed in: ``"auto"``, ``"float32"`` or
         ``"bfloat16"``.
@@ -99,13 +103,15 @@ def run(
     UsageError
         When a format is unknown, or the texts are shorter than one window.
     CheckpointError
-        When the directory cannot be read, or is converted: it has one format then.
+        When the directory or the importance matrix cannot be read, or the directory is converted:
+        it has one format then.
     DiskSpaceError
         When the folder for temporary files has too little room for a converted copy, or for the
         reference.
     """
     check_dtype(dtype)
     pairs = _pairs(formats, dense)
+    importance = None if imatrix is None else Importance.read(expanded(imatrix))
     threads = set_threads(host.default_threads() if threads is None else threads)
     path = demo_path() if model in (None, "demo") else expanded(str(model))
     sizes = Source.open(path).config.get_text_config()
@@ -121,6 +127,7 @@ def run(
         "texts": ["the held-out part of Python's standard library"] if texts is None else [*texts],
         "text_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
         "context": context,
+        "imatrix": None if importance is None else importance.digest,
         "reference": _name(*pairs[0]),
         "results": results,
     }
@@ -128,7 +135,7 @@ def run(
         reference = Reference(folder / "reference", (*rows.shape, sizes.vocab_size))
         for experts, packed in pairs:
             name = _name(experts, packed)
-            with _converted(path, experts, packed, dtype) as loaded:
+            with _converted(path, experts, packed, importance, dtype) as loaded:
                 record["family"] = type(loaded).__name__
                 record["dtype"] = str(loaded.dtype).removeprefix("torch.")
                 for phase, count in ((PREFILL, len(rows)), (DECODE, one_by_one)):
@@ -162,13 +169,17 @@ def _name(experts: str, dense: str | None) -> str:
 
 
 @contextmanager
-def _converted(path: Path, experts: str, dense: str | None, dtype: str) -> Iterator[Any]:
+def _converted(
+    path: Path, experts: str, dense: str | None, importance: Importance | None, dtype: str
+) -> Iterator[Any]:
     """Load a checkpoint in these formats, from a copy that goes away again."""
     with temporary_folder("bench") as folder:
         copy = folder / path.resolve().name
         try:
             with conversion_progress(f"Converting to {_name(experts, dense)}") as told:
-                convert(path, copy, experts=experts, dense=dense, progress=told)
+                convert(
+                    path, copy, experts=experts, dense=dense, importance=importance, progress=told
+                )
         except DiskSpaceError as error:
             raise DiskSpaceError(str(error), hint=f"{_ROOM} leave out {experts}") from error
         yield load_fast_model(copy, dtype=dtype)[0]

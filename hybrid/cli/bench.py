@@ -203,6 +203,14 @@ def peers(
     context: Annotated[
         int | None, typer.Option(min=1, help="Also decode with this many tokens in the cache.")
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PROGRAM",
+            help="Also compare with this llama-bench, such as ik_llama.cpp's; options after its "
+            "path belong to it. May be given several times.",
+        ),
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, max=_MOST_REPEATS, help="Pairs a case.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
     dtype: Dtype = "auto",
@@ -219,6 +227,7 @@ def peers(
             layers=layers,
             vocabulary=vocabulary,
             context=context,
+            programs=peer or (),
             repeat=repeat,
             threads=threads,
             dtype=dtype,
@@ -339,6 +348,10 @@ def perplexity(
             help="Formats of dense layers, comma-separated, to be measured after them as they are."
         ),
     ] = "",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An importance matrix that weights are quantized with."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many are read.")] = 8192,
     decode: Annotated[
         int, typer.Option(min=0, help="How many of them also one at a time, as text is written.")
@@ -359,6 +372,7 @@ def perplexity(
             texts=texts,
             formats=[word.strip() for word in formats.split(",")],
             dense=[word.strip() for word in dense.split(",")] if dense else (),
+            imatrix=imatrix,
             tokens=tokens,
             decode=decode,
             threads=threads,

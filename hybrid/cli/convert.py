@@ -53,6 +53,22 @@ def convert(
             "[default: as in the checkpoint]"
         ),
     ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An importance matrix (llama.cpp's, in GGUF): scales are searched for the least "
+            "error of what the model computes.",
+        ),
+    ] = None,
+    collect_importance: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Make that file first: read this text with the model and see what its matrices "
+            "multiply. Without DST that is all.",
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -76,26 +92,56 @@ def convert(
     """
     options = Options.of(experts=experts, dense=dense)  # refused before torch is imported
     check_temporary_folder()
-    if dst is None and not check:
+    if collect_importance is not None and (imatrix is None or imatrix.exists()):
+        raise UsageError(
+            "--collect-importance makes the file that --imatrix names: "
+            + ("none is named" if imatrix is None else f"{imatrix} exists"),
+            hint="add --imatrix FILE, with a name that is free",
+        )
+    if dst is None and not check and collect_importance is None:
         raise UsageError("DST is missing", hint="name the directory to make, or add --check")
     if dst is not None:  # before a download
         destination(expanded(src), expanded(dst))
     source = expanded(obtain(src, options, yes=True))
+    if collect_importance is not None and imatrix is not None:
+        _collect(source, collect_importance, imatrix)
+        if dst is None:
+            return
     if dst is None or check:
         _check(source, experts, dense, verify)
         return
     check_files(checkpoint_at(source))  # before torch, which takes seconds, is imported
     from hybrid.weights import checkpoint
+    from hybrid.weights.importance import Importance
 
+    importance = None if imatrix is None else Importance.read(expanded(imatrix))
     with conversion_progress(f"Converting {directory_name(source)}") as progress:
         result = checkpoint.convert(
-            source, dst, experts=experts, dense=dense, verify=verify, progress=progress, tell=_say
+            source,
+            dst,
+            experts=experts,
+            dense=dense,
+            importance=importance,
+            verify=verify,
+            progress=progress,
+            tell=_say,
         )
     kept = f", {result.resumed_layers} layers from an earlier run" if result.resumed_layers else ""
     _say(
         f"{result.path}: {_experts(result)}{kept}, "
         f"dense weights {size(result.dense_bytes)}, {result.elapsed_s:.0f} s"
     )
+
+
+def _collect(source: Path, text: Path, out: Path) -> None:
+    """Make an importance matrix of a text."""
+    from hybrid.cli.generation import read_text
+    from hybrid.measure.importance import collect
+
+    check_files(checkpoint_at(source))
+    read = read_text(text)
+    tokens = collect(source, read, expanded(out), called=text.name, progress=_say)
+    _say(f"{out}: importance of inputs of {tokens} tokens")
 
 
 def _experts(made: ConvertResult | CheckResult) -> str:

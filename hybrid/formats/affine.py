@@ -17,8 +17,8 @@ def affine_format(name: str, bits: int) -> Format:
     """Return the format of codes of 4 or 5 ``bits``."""
     top = 2**bits - 1
 
-    def quantize(w: F32) -> Fields:
-        d, less = affine(w, importance(w), top, negative=True)
+    def quantize(w: F32, columns: F32 | None = None) -> Fields:
+        d, less = affine(w, importance(w, columns), top, negative=True)
         scales = half_scales(d[..., 0], w, name), half_scales(-less[..., 0], w, name)
         d, m = (part.astype(np.float32)[..., None, None] for part in scales)
         codes = np.clip(np.rint((w - m) * inverse(d)), 0, top).astype(np.uint8)

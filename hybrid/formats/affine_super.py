@@ -20,8 +20,8 @@ def affine_super(name: str, bits: int) -> Format:
     """Return the format of codes of 4 or 5 ``bits``."""
     top = 2**bits - 1
 
-    def quantize(w: F32) -> Fields:
-        parts = affine(w, importance(w), top)
+    def quantize(w: F32, columns: F32 | None = None) -> Fields:
+        parts = affine(w, importance(w, columns), top)
         scales, subs = [], []
         for part in parts:  # [N, U, G]
             scale = half_scales(part.max(axis=-1) / np.float32(_MOST), w, name)

@@ -133,11 +133,12 @@ def grouped(
     name: str,
     layout: Layout,
     *,
-    quantize: Callable[[F32], Fields],
+    quantize: Callable[[F32, F32 | None], Fields],
     values: Callable[[Fields], F32],
-    blocks: Callable[[U8], Fields],
-    block_bytes: int,
+    blocks: Callable[[U8], Fields] | None = None,
+    block_bytes: int = 0,
     block_inputs: int = 0,
+    hold: Callable[[NDArray[Any]], tuple[Fields, bool] | None] | None = None,
     advised: bool = False,
 ) -> Format:
     """Return a format of groups.
@@ -145,24 +146,32 @@ def grouped(
     Parameters
     ----------
     quantize
-        Turns float32 ``[N, U, G, 32]`` into fields.
+        Turns float32 ``[N, U, G, 32]`` into fields; given what their inputs' errors count for, as
+        many numbers as a row has inputs, with regard to these.
     values
         Turns fields into float32 ``[N, U, G, 32]``, in the operations that GGUF's library makes.
     blocks
-        Turns the bytes of GGUF's blocks ``[N, B, block_bytes]`` into fields of whole units.
+        Turns the bytes of GGUF's blocks ``[N, B, block_bytes]`` into fields of whole units; None
+        where GGUF has no such type.
     block_inputs
         What a block of GGUF holds; as a unit where it is not given.
+    hold
+        Turns elements (:mod:`hybrid.formats.elements`) ``[N, U, G, 32]`` into fields of the same
+        numbers, and whether no scale was rounded; None where it cannot.
     """
     inputs = GROUP * layout.groups
 
     def pack(w: F32) -> U8:
+        return weigh(w, None)
+
+    def weigh(w: F32, columns: F32 | None) -> U8:
         strips, _, cols = w.shape
         _check_finite(w)
         units = np.empty((strips, cols // inputs, layout.unit_bytes), np.uint8)
         step = max(1, _AT_ONCE // (TILE * cols))
         for at in range(0, strips, step):
             rows = w[at : at + step].reshape(-1, cols)
-            fields = quantize(rows.reshape(len(rows), -1, layout.groups, GROUP))
+            fields = quantize(rows.reshape(len(rows), -1, layout.groups, GROUP), columns)
             units[at : at + step] = store(layout, fields)
         return units
 
@@ -173,6 +182,7 @@ def grouped(
         return values(load_rows(layout, units, rows)).reshape(len(units), -1)
 
     def repack(raw: U8) -> U8:
+        assert blocks is not None
         step = max(1, _AT_ONCE // (TILE * raw.shape[2]))
         found = []
         for at in range(0, len(raw), step):
@@ -180,17 +190,33 @@ def grouped(
             found.append(store(layout, blocks(some)))
         return np.concatenate(found)
 
+    def held(of: NDArray[Any]) -> tuple[U8, bool] | None:
+        assert hold is not None
+        units = np.empty((len(of) // TILE, of.shape[1] // inputs, layout.unit_bytes), np.uint8)
+        exact = True
+        step = TILE * max(1, _AT_ONCE // (TILE * of.shape[1]))
+        for at in range(0, len(of), step):
+            some = of[at : at + step]
+            found = hold(some.reshape(len(some), -1, layout.groups, GROUP))
+            if found is None:
+                return None
+            units[at // TILE : (at + len(some)) // TILE] = store(layout, found[0])
+            exact = exact and found[1]
+        return units, exact
+
     return Format(
         name=name,
         unit_bytes=layout.unit_bytes,
         unit_inputs=inputs,
         pack=pack,
+        weigh=weigh,
         unpack=unpack,
         unpack_rows=unpack_rows,
-        repack=repack,
+        repack=None if blocks is None else repack,
+        hold=None if hold is None else held,
         layout=layout,
         block_bytes=block_bytes,
-        block_inputs=block_inputs or inputs,
+        block_inputs=block_inputs or (inputs if block_bytes else 0),
         dense=True,
         advised=advised,
     )

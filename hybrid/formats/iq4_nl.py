@@ -16,8 +16,8 @@ from hybrid.formats.tables import IQ4, iq4_numbers
 NAME = "iq4_nl"
 
 
-def _quantize(w: F32) -> Fields:
-    found = symmetric(w, importance(w), -127, iq4_numbers)[..., 0]
+def _quantize(w: F32, columns: F32 | None = None) -> Fields:
+    found = symmetric(w, importance(w, columns), -127, iq4_numbers)[..., 0]
     scales = half_scales(found, w, NAME)
     codes = nearest(IQ4, w * inverse(scales.astype(np.float32))[..., None, None])
     return Fields(codes, no_subs(codes), (scales,))

@@ -18,8 +18,8 @@ NAME = "iq4_xs"
 _LEAST = -32
 
 
-def _quantize(w: F32) -> Fields:
-    part = symmetric(w, importance(w), -127, iq4_numbers)  # [N, U, G]
+def _quantize(w: F32, columns: F32 | None = None) -> Fields:
+    part = symmetric(w, importance(w, columns), -127, iq4_numbers)  # [N, U, G]
     at = np.argmax(np.abs(part), axis=-1)[..., None]
     extreme = np.take_along_axis(part, at, axis=-1)[..., 0]
     scale = half_scales(extreme / np.float32(_LEAST), w, NAME)

@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.formats.elements import Elements, zero_of
 from hybrid.formats.errors import FormatError, ShapeError
 from hybrid.formats.registry import format_of
 from hybrid.formats.strips import F32, I64, TILE, U8, pad
+
+#: What an input counts for at least, in parts of the mean.
+_LEAST = np.float32(1e-3)
 
 
 def packed_bytes(rows: int, cols: int, fmt: str) -> int:
@@ -26,18 +30,21 @@ def _padded(w: NDArray[Any], cols: int) -> NDArray[Any]:
     return out
 
 
-def pack(w: F32, fmt: str, out: U8 | None = None) -> U8:
+def pack(w: F32, fmt: str, out: U8 | None = None, importance: F32 | None = None) -> U8:
     """Quantize ``w`` ``[N, K]`` float32 and lay it out in strips.
 
     Parameters
     ----------
     out
         Where to write, uint8 of :func:`packed_bytes`; allocated when missing.
+    importance
+        What an error of each input counts for, float32 ``[K]``: the mean squares of what the
+        weights multiply. Formats whose scales are searched for find others then.
 
     Raises
     ------
     ShapeError
-        When ``w`` is not a float32 matrix or ``out`` has another size.
+        When ``w`` is not a float32 matrix, or ``out`` or ``importance`` have another size.
     FormatError
         On an unknown format or weights that have no finite scale.
     """
@@ -48,11 +55,29 @@ def pack(w: F32, fmt: str, out: U8 | None = None) -> U8:
     if out is not None and (out.dtype != np.uint8 or out.shape != (total,)):
         raise ShapeError(f"packed {fmt} {list(w.shape)} takes {total} bytes, got {out.shape}")
     padded = _padded(w, known.units(w.shape[1]) * known.unit_inputs)
-    packed = known.pack(padded.reshape(-1, TILE, padded.shape[1])).reshape(-1)
+    strips = padded.reshape(-1, TILE, padded.shape[1])
+    if importance is None or known.weigh is None:
+        packed = known.pack(strips).reshape(-1)
+    else:
+        packed = known.weigh(strips, _counted(importance, w.shape[1], padded.shape[1])).reshape(-1)
     if out is None:
         return packed
     out[:] = packed
     return out
+
+
+def _counted(importance: F32, cols: int, padded: int) -> F32:
+    """Importances of padded inputs; those of 0 get a little, so that no weight is lost for them."""
+    if importance.shape != (cols,) or importance.dtype != np.float32:
+        raise ShapeError(
+            f"{cols} inputs take float32 importances [{cols}], got {importance.dtype}"
+            f" {list(importance.shape)}"
+        )
+    mean = importance.mean()
+    found = np.full(padded, mean if mean > 0 else 1, np.float32)
+    if mean > 0:
+        found[:cols] = np.maximum(importance, _LEAST * mean)
+    return found
 
 
 def from_gguf(raw: U8, fmt: str) -> U8:
@@ -86,6 +111,42 @@ def from_gguf(raw: U8, fmt: str) -> U8:
         )
     padded = _padded(raw, raw.shape[1])
     return known.repack(padded.reshape(-1, TILE, raw.shape[1])).reshape(-1)
+
+
+def from_elements(of: Elements, fmt: str, rows: int) -> tuple[U8, bool] | None:
+    """Lay out elements, where a format has numbers like them.
+
+    Parameters
+    ----------
+    of
+        ``[N, K]``, see :mod:`hybrid.formats.elements`.
+    rows
+        N or more: rows of zeros are appended.
+
+    Returns
+    -------
+    uint8 as :func:`pack` makes it, and whether it stands for exactly the same numbers: a scale may
+    be rounded. None where the format does not hold them.
+    """
+    known = format_of(fmt)
+    if known.hold is None:
+        return None
+    cols = known.units(of.shape[1]) * known.unit_inputs
+    found = known.hold(_filled_up(of, pad(rows, TILE), cols))
+    return None if found is None else (found[0].reshape(-1), found[1])
+
+
+def _filled_up(of: Elements, rows: int, cols: int) -> Elements:
+    """Append zeros under the scale of the last input, so that it stays one to a group."""
+    if of.shape == (rows, cols):
+        return of
+    filled = np.zeros((rows, cols), of.dtype)
+    filled["kind"] = of["kind"][:1, :1]
+    filled["number"] = zero_of(int(of["kind"][0, 0]))
+    filled[: len(of), : of.shape[1]] = of
+    for name in ("sub", "scale"):
+        filled[name][: len(of), of.shape[1] :] = of[name][:, -1:]
+    return filled
 
 
 def unpack(packed: U8, rows: int, cols: int, fmt: str) -> F32:

@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from hybrid.formats.elements import MXFP4, Elements, Held, all_of, shared
 from hybrid.formats.gguf_bits import nibbles
 from hybrid.formats.groups import Fields, grouped, inverse, no_subs
+from hybrid.formats.search import weighted
 from hybrid.formats.strips import F32, U8, Layout
-from hybrid.formats.tables import FP4, fp4_codes
+from hybrid.formats.tables import FP4, fp4_codes, half_powers
 
 
-def _scale(e: U8) -> F32:
-    """2^(e - 128); below what float32 has in full, a subnormal number."""
-    bits = np.where(
-        e < 2, np.uint32(0x200000) << e.astype(np.uint32), (e.astype(np.uint32) - 1) << 23
-    )
-    return bits.astype(np.uint32).view(np.float32)
-
-
-def _quantize(w: F32) -> Fields:
+def _quantize(w: F32, columns: F32 | None = None) -> Fields:
     """Of the two exponents that the largest value may have, the one that leaves less error."""
     largest = np.max(np.abs(w), axis=-1)
     with np.errstate(divide="ignore"):
@@ -29,9 +23,9 @@ def _quantize(w: F32) -> Fields:
     best = None
     for e in (np.clip(low, 0, 254), np.clip(low + 1, 0, 254)):
         exponents = e.astype(np.uint8)
-        d = _scale(exponents)[..., None]
+        d = half_powers(exponents)[..., None]
         codes = fp4_codes(w * inverse(d))
-        error = np.square(d * FP4.astype(np.float32)[codes] - w).sum(axis=-1)
+        error = weighted(np.square(d * FP4.astype(np.float32)[codes] - w), columns)
         if best is None:
             best = codes, exponents, error
         else:
@@ -46,13 +40,21 @@ def _quantize(w: F32) -> Fields:
 
 
 def _values(of: Fields) -> F32:
-    values: F32 = _scale(of.scales[0])[..., None, None] * FP4.astype(np.float32)[of.codes]
+    values: F32 = half_powers(of.scales[0])[..., None, None] * FP4.astype(np.float32)[of.codes]
     return values
 
 
 def _blocks(raw: U8) -> Fields:
     codes = nibbles(raw[..., 1:])
     return Fields(codes, no_subs(codes), (raw[..., 0],))
+
+
+def _hold(of: Elements) -> Held | None:
+    exponents = shared(of["sub"]) if all_of(of, MXFP4) else None
+    if exponents is None:
+        return None
+    codes = of["number"].astype(np.uint8)
+    return Held(Fields(codes, no_subs(codes), (exponents[..., 0],)), True)
 
 
 FORMAT = grouped(
@@ -62,4 +64,5 @@ FORMAT = grouped(
     values=_values,
     blocks=_blocks,
     block_bytes=17,
+    hold=_hold,
 )

@@ -10,55 +10,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybrid.formats.errors import ShapeError
+from hybrid.formats.elements import NVFP4, Elements, Held, all_of, shared
 from hybrid.formats.gguf_bits import fields
-from hybrid.formats.groups import GROUPS, Fields, grouped, inverse, store
+from hybrid.formats.groups import GROUPS, Fields, grouped, inverse
+from hybrid.formats.search import weighted
 from hybrid.formats.strips import F32, GROUP, SUPER, TILE, U8, Layout, pad
-from hybrid.formats.tables import FP4, fp4_codes
+from hybrid.formats.tables import FLOATS8, FP4, fp4_codes
 
 _LAYOUT = Layout((4,), groups=GROUPS, subs=2, scales=(np.dtype("<f4"),))
 _HALF = GROUP // 2
 #: The largest sub-scale, and the byte that stands for it; what is above it is no number.
 _LARGEST, _LAST = np.float32(448), 126
-
-
-def _floats8() -> F32:
-    byte = np.arange(128, dtype=np.uint32)
-    return (byte << 20).view(np.float32) * np.float32(2.0**120)
-
-
-#: What a sub-scale's byte stands for.
-FLOATS8 = _floats8()
-
-
-def pack_codes(codes: U8, scales: U8, factor: float) -> U8:
-    """Lay out a matrix as NVIDIA's checkpoints have it, losslessly.
-
-    Parameters
-    ----------
-    codes
-        uint8 ``[N, K]``, each 0..15.
-    scales
-        The bytes of float8 (e4m3) ``[N, K / 16]``, none negative.
-    factor
-        What all are multiplied by (``weight_scale_2``).
-
-    Returns
-    -------
-    uint8 as :func:`hybrid.formats.matrix.pack` makes it.
-
-    Raises
-    ------
-    ShapeError
-        When the shapes do not fit.
-    """
-    rows, cols = codes.shape
-    if scales.shape != (rows, -(-cols // _HALF)) or cols % _HALF:
-        raise ShapeError(
-            f"nvfp4 codes {list(codes.shape)} take scales [{rows}, {cols / _HALF:g}], got"
-            f" {list(scales.shape)}"
-        )
-    return store(_LAYOUT, _fields(codes, scales, factor)).reshape(-1)
 
 
 def _fields(codes: U8, scales: U8, factor: float) -> Fields:
@@ -73,7 +35,7 @@ def _fields(codes: U8, scales: U8, factor: float) -> Fields:
     return Fields(both[0], both[1], (factors,))
 
 
-def _quantize(w: F32) -> Fields:
+def _quantize(w: F32, columns: F32 | None = None) -> Fields:
     """Sub-scales that take a half group's largest value to 6 or to 4, whichever leaves less."""
     halves = w.reshape(*w.shape[:3], 2, _HALF)
     largest = np.abs(halves).max(axis=-1)
@@ -85,7 +47,7 @@ def _quantize(w: F32) -> Fields:
         subs = np.minimum(np.searchsorted(_MIDDLES, wanted), _LAST).astype(np.uint8)
         d = _halved(subs, factor)[..., None]
         codes = fp4_codes(halves * inverse(d))
-        error = np.square(d * FP4.astype(np.float32)[codes] - halves).sum(axis=-1)
+        error = weighted(np.square(d * FP4.astype(np.float32)[codes] - halves), columns)
         if best is None:
             best = codes, subs, error
         else:
@@ -123,6 +85,14 @@ def _blocks(raw: U8) -> Fields:
     return _fields(codes, subs, 1.0)
 
 
+def _hold(of: Elements) -> Held | None:
+    factors = shared(of["scale"].reshape(*of.shape[:2], -1)) if all_of(of, NVFP4) else None
+    subs = shared(of["sub"].reshape(*of.shape[:3], 2, _HALF))
+    if factors is None or subs is None or (subs > _LAST).any():
+        return None
+    return Held(Fields(of["number"].astype(np.uint8), subs, (factors,)), True)
+
+
 FORMAT = grouped(
     "nvfp4",
     _LAYOUT,
@@ -131,4 +101,5 @@ FORMAT = grouped(
     blocks=_blocks,
     block_bytes=36,
     block_inputs=64,
+    hold=_hold,
 )

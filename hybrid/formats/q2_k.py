@@ -17,10 +17,10 @@ NAME = "q2_k"
 _TOP, _MOST = 3, 15
 
 
-def _quantize(w: F32) -> Fields:
+def _quantize(w: F32, columns: F32 | None = None) -> Fields:
     halves = w.reshape(*w.shape[:3], 2, GROUP // 2)
     scales, subs = [], []
-    for part in affine(halves, importance(halves), _TOP):  # [N, U, G, 2]
+    for part in affine(halves, importance(halves, columns), _TOP):  # [N, U, G, 2]
         scale = half_scales(part.max(axis=(-1, -2)) / np.float32(_MOST), w, NAME)
         towards = inverse(scale.astype(np.float32))[..., None, None]
         scales.append(scale)

@@ -15,9 +15,9 @@ from hybrid.formats.strips import F32, U8, Layout
 NAME = "q5_0"
 
 
-def _quantize(w: F32) -> Fields:
+def _quantize(w: F32, columns: F32 | None = None) -> Fields:
     rounded = between(-16, 15)
-    scales = half_scales(symmetric(w, importance(w), -16, rounded)[..., 0], w, NAME)
+    scales = half_scales(symmetric(w, importance(w, columns), -16, rounded)[..., 0], w, NAME)
     d = inverse(scales.astype(np.float32))[..., None, None]
     codes = (rounded(w * d) + 16).astype(np.uint8)
     return Fields(codes, no_subs(codes), (scales,))

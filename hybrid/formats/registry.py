@@ -7,9 +7,14 @@ import math
 from hybrid.formats import (
     bf16,
     f32,
+    int4_32,
+    int4_64,
+    int4_128,
+    int4_256,
     iq4_nl,
     iq4_xs,
     mxfp4,
+    nf4,
     nvfp4,
     q2_k,
     q3_k,
@@ -45,7 +50,7 @@ def register(new: Format) -> Format:
 
 for _module in (
     q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4, nvfp4,
-    bf16, f32,
+    int4_32, int4_64, int4_128, int4_256, nf4, bf16, f32,
 ):  # fmt: skip
     register(_module.FORMAT)
 

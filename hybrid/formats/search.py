@@ -23,11 +23,31 @@ _STEPS = np.linspace(-0.9, 0.9, 7, dtype=np.float32)
 _RANGES = np.linspace(-0.8, 0.6, 8, dtype=np.float32)
 
 
-def importance(x: F32) -> F32:
-    """What an error of each weight counts for where nothing better is known: its own size."""
-    mean = np.sqrt(np.mean(x * x, axis=-1, keepdims=True))
-    weighted: F32 = mean + np.abs(x)
+def importance(x: F32, columns: F32 | None = None) -> F32:
+    """What an error of each weight counts for where nothing better is known: its own size.
+
+    Parameters
+    ----------
+    x
+        Weights in groups, ``[N, ..., n]``.
+    columns
+        The mean squares of the inputs that they multiply, as many as a row has, where these are
+        known: an error counts for that, and in part for the weight's size, as in llama.cpp.
+    """
+    square = x * x
+    mean = np.mean(square, axis=-1, keepdims=True)
+    weighted: F32 = np.sqrt(mean) + np.abs(x)
+    if columns is not None:
+        weighted = columns.reshape(1, *x.shape[1:]) * np.sqrt(mean + square)
     return weighted
+
+
+def weighted(errors: F32, columns: F32 | None) -> F32:
+    """Sum squared errors ``[N, ..., n]`` over groups, each by the importance of its input."""
+    if columns is not None:
+        errors = errors * columns.reshape(1, *errors.shape[1:])
+    total: F32 = errors.sum(axis=-1)
+    return total
 
 
 def _dot(*factors: F32) -> F32:
@@ -96,6 +116,26 @@ def affine(x: F32, weights: F32, top: int, *, negative: bool = False) -> tuple[F
         scale, shift = np.where(better, d, scale), np.where(better, m, shift)
         least = np.where(better, error, least)
     return scale, shift
+
+
+def zeroed(x: F32, weights: F32, top: int) -> tuple[F32, F32]:
+    """Return d and a whole z in 0..``top`` of ``x`` about ``d (q - z)``, q in 0..``top``."""
+    low, high = np.minimum(x.min(axis=-1), 0), np.maximum(x.max(axis=-1), 0)
+    towards = inverse(high - low)
+    scale, zero = (high - low) / np.float32(top), np.zeros_like(low)
+    gain = np.full(low.shape, -1, np.float32)
+    for step in _RANGES:
+        steps = towards * np.float32(top + step)
+        z = np.clip(np.rint(-low * steps), 0, top)
+        codes = np.rint(x * steps[..., None])
+        np.clip(codes, -z[..., None], top - z[..., None], out=codes)
+        along, size = _dot(weights, x, codes), _dot(weights, codes, codes)
+        won = np.divide(along * along, size, out=np.zeros_like(size), where=size > 0)
+        fitted = np.divide(along, size, out=np.zeros_like(size), where=size > 0)
+        better = won > gain
+        scale, zero = np.where(better, fitted, scale), np.where(better, z, zero)
+        gain = np.where(better, won, gain)
+    return scale, zero
 
 
 def between(low: int, high: int) -> Callable[[F32], F32]:

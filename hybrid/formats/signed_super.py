@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hybrid.formats.groups import GROUPS, Fields, grouped, half_scales, inverse
-from hybrid.formats.search import between, symmetric
+from hybrid.formats.search import between, importance, symmetric
 from hybrid.formats.strips import F32, GROUP, U8, Format, Layout
 
 
@@ -23,9 +23,10 @@ def signed_super(
     zero = 2 ** (sum(planes) - 1)
     rounded = between(-zero, zero - 1)
 
-    def quantize(w: F32) -> Fields:
+    def quantize(w: F32, columns: F32 | None = None) -> Fields:
         halves = w.reshape(*w.shape[:3], 2, GROUP // 2)
-        part = symmetric(halves, halves * halves, -zero, rounded)  # [N, U, G, 2]
+        weights = halves * halves if columns is None else importance(halves, columns)
+        part = symmetric(halves, weights, -zero, rounded)  # [N, U, G, 2]
         flat = part.reshape(*part.shape[:2], -1)
         at = np.argmax(np.abs(flat), axis=-1)[..., None]
         extreme = np.take_along_axis(flat, at, axis=-1)[..., 0]

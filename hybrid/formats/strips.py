@@ -97,6 +97,9 @@ class Format:
         ``SUPER`` for a quantized format, whose kernels take int8 activations.
     pack
         Turns float32 ``[S, 16, K]`` into uint8 ``[S, U, unit_bytes]``.
+    weigh
+        The same, given what an error of each of the K inputs counts for; None where that is all
+        the same.
     unpack
         Turns uint8 ``[S, U, unit_bytes]`` into the float32 ``[S, 16, K]`` that kernels compute
         with.
@@ -106,6 +109,10 @@ class Format:
     repack
         Turns rows as a GGUF file holds them under this name, uint8 ``[S, 16, B * block_bytes]``,
         into the uint8 ``[S, U, unit_bytes]`` of the same numbers; None where GGUF has no such type.
+    hold
+        Turns elements (:mod:`hybrid.formats.elements`) of whole strips ``[S * 16, K]`` into units
+        of the same numbers, and whether none of their scales was rounded; None where these cannot
+        be. None where no published format is like this one.
     layout
         How a unit's parts lie; None for single inputs.
     block_bytes, block_inputs
@@ -124,7 +131,9 @@ class Format:
     pack: Callable[[F32], U8]
     unpack: Callable[[U8], F32]
     unpack_rows: Callable[[U8, I64], F32]
+    weigh: Callable[[F32, F32], U8] | None = None
     repack: Callable[[U8], U8] | None = None
+    hold: Callable[[NDArray[Any]], tuple[U8, bool] | None] | None = None
     layout: Layout | None = None
     block_bytes: int = 0
     block_inputs: int = 0

@@ -77,9 +77,14 @@ class LayerExperts:
         What calls took since the run began.
     loads
         Tokens that each expert got of the run's prompt: a row for every piece of it.
+    observe
+        Told, before a call computes them, every chosen expert and what its matrices multiply:
+        ``[n, D]`` and ``[n, F]`` float32. None is nobody, which is as it is but for those who
+        collect an importance matrix.
     """
 
     loads: tuple[list[int], ...] = ()
+    observe: Callable[[int, Tensor, Tensor], None] | None = None
     _uncounted = 0
 
     def __init__(
@@ -124,6 +129,8 @@ class LayerExperts:
         with self.watch:
             if self._uncounted > 0:
                 self._count(expert_ids)
+            if self.observe is not None:
+                self._show(self.observe, hidden, expert_ids)
             return self._compute(hidden, expert_ids, routing_weights)
 
     def begin_run(self, prompt_tokens: int) -> None:
@@ -138,6 +145,14 @@ class LayerExperts:
         self.loads = (*self.loads, loads.tolist())
         self._uncounted -= len(expert_ids)
 
+    def _show(
+        self, observe: Callable[[int, Tensor, Tensor], None], hidden: Tensor, expert_ids: Tensor
+    ) -> None:
+        """Tell what the chosen experts' matrices multiply, computed in torch."""
+        gate = self._gate()
+        for expert, x in gradients.tokens_of(hidden, expert_ids, self.shape, len(self.blocks)):
+            observe(expert, x, gate(gradients.up_side(self.blocks[expert], x, self.shape)))
+
     def _compute(self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         own = () if self.norm is None else self.norm.parameters()
         if in_torch(self.spec.module.training, hidden, routing_weights, *own):
@@ -151,12 +166,18 @@ class LayerExperts:
         out = self._run_apart(x.numpy(), ids.numpy(), weights, hidden.dtype)
         return out.view(hidden.shape).to(hidden.device, hidden.dtype)
 
-    def _expert(self, dtype: torch.dtype) -> Callable[[U8, Tensor], Tensor]:
-        """Return what computes one expert in torch, with the family's own gating."""
+    def _gate(self) -> gradients.Gate:
+        """Return the family's own gating, between an expert's projections."""
 
         def gate(up_side: Tensor) -> Tensor:
             gate, up = sides_of(self.shape, up_side)
             return self.spec.apply_gate(gate if self.shape.gated else None, up)
+
+        return gate
+
+    def _expert(self, dtype: torch.dtype) -> Callable[[U8, Tensor], Tensor]:
+        """Return what computes one expert in torch, with the family's own gating."""
+        gate = self._gate()
 
         def expert(block: U8, x: Tensor) -> Tensor:
             down = gradients.run_expert(block, x, self.shape, gate)

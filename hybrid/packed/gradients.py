@@ -91,16 +91,32 @@ def run_experts(
 def run_expert(block: U8, x: Tensor, shape: Block, gate: Gate) -> Tensor:
     """Return one expert's output ``[n, D]`` float32 on tokens ``[n, D]`` float32, not weighted."""
     d = shape.hidden
-    up = product(x, block[: shape.up_bytes], shape.up_rows, shape.format)
-    biases = None
-    if shape.bias:
-        floats = block[shape.bias_offset : shape.block_bytes].view(np.float32)
-        whole = torch.from_numpy(floats.copy())
-        biases = whole[: shape.up_rows], whole[shape.up_rows :]
-        up = up + biases[0]
     down = block[shape.down_offset : shape.down_offset + shape.down_bytes]
-    out = product(gate(up), down, d, shape.formats[1])
-    return out if biases is None else out + biases[1][:d]
+    out = product(gate(up_side(block, x, shape)), down, d, shape.formats[1])
+    return out + _biases(block, shape)[shape.up_rows :][:d] if shape.bias else out
+
+
+def up_side(block: U8, x: Tensor, shape: Block) -> Tensor:
+    """Return the product of one expert's packed up side ``[n, up_rows]``, its biases added."""
+    up = product(x, block[: shape.up_bytes], shape.up_rows, shape.format)
+    return up + _biases(block, shape)[: shape.up_rows] if shape.bias else up
+
+
+def _biases(block: U8, shape: Block) -> Tensor:
+    """All biases of an expert, those of the packed up side first."""
+    floats = block[shape.bias_offset : shape.block_bytes].view(np.float32)
+    return torch.from_numpy(floats.copy())
+
+
+def tokens_of(
+    hidden: Tensor, expert_ids: Tensor, shape: Block, experts: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield every expert that was chosen, and its tokens ``[n, D]`` in float32."""
+    x = hidden.detach().reshape(-1, shape.hidden).float().cpu()
+    ids = expert_ids.detach().cpu()
+    for expert in sorted(set(ids.reshape(-1).tolist())):
+        if 0 <= expert < experts:
+            yield expert, x[(ids == expert).any(dim=1)]
 
 
 class _Product(torch.autograd.Function):

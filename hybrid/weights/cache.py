@@ -20,6 +20,7 @@ from hybrid.errors import UsageError
 from hybrid.paths import expanded, make_cache_folder, make_folder, write_whole
 from hybrid.weights.checkpoint import Source, convert
 from hybrid.weights.copies import beside, copies_folder, note_of, remove_copy, touch
+from hybrid.weights.declared_formats import is_coded
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.side_files import refresh_side_files
@@ -48,7 +49,8 @@ def converted_copy(
     """
     checkpoint = Source.open(source)
     own = isinstance(checkpoint.checkpoint, GgufCheckpoint)
-    experts = experts or (None if own else DEFAULT_EXPERTS)
+    keeps = own or is_coded(checkpoint.path, checkpoint.raw_config)
+    experts = experts or (None if keeps else DEFAULT_EXPERTS)
     times = [path.stat().st_mtime_ns for path in checkpoint.files]
     key = json.dumps([checkpoint.identity(), times, experts, dense]).encode()
     home = copies_folder() if folder is None else expanded(folder)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from hybrid.anatomy.dense import dense_matrices
+from hybrid.anatomy.dense import dense_matrices, is_lookup
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.anatomy.text_part import leave_towers_out
 from hybrid.ask.formats import check_formats
@@ -38,6 +38,7 @@ from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import check_finite, write_experts
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
+from hybrid.weights.importance import Importance
 from hybrid.weights.partial import Partial, destination
 from hybrid.weights.side_files import write_side_files
 from hybrid.weights.source_config import read_config, with_kinds
@@ -102,6 +103,7 @@ def convert(
     *,
     experts: str | None = None,
     dense: str | None = None,
+    importance: Importance | None = None,
     verify: bool = False,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -116,13 +118,16 @@ def convert(
         The directory to make; must not exist (an empty one will do).
     experts, dense
         Formats as in :class:`hybrid.weights.config.HybridConfig`.
+    importance
+        What errors of the matrices' inputs count for where something is quantized.
     verify
         Compare the source files with the digests that ``hf download`` leaves beside them,
         where it did, and every written expert with its checksum.
     progress
         Told about every piece that is written.
     tell
-        Told, before anything is written, what is odd about ``src`` or not taken from it.
+        Told, before anything is written, what is odd about ``src`` or not taken from it; and
+        afterwards which of its quantized weights could not be kept exactly.
 
     Raises
     ------
@@ -145,7 +150,7 @@ def convert(
     check_formats(experts, dense)
     place = destination(src, dst)
     with (
-        _ready(src, experts, dense, verify=verify) as ready,
+        _ready(src, experts, dense, importance, verify=verify) as ready,
         Partial(place) as partial,
         _one_thread(),
     ):
@@ -161,7 +166,9 @@ def convert(
         )
         told = _Told(progress, index.nbytes - PAGE_BYTES + plan.nbytes)
         with partial.reporting_full_disk():
-            index, resumed = write_experts(partial, ready.weights, ready.specs, index, told.advance)
+            index, resumed = write_experts(
+                partial, ready.weights, ready.specs, index, told.advance, importance
+            )
             plan.write(partial, told.advance)
             write_side_files(ready.source.checkpoint, partial.path)
             (partial.path / INDEX_NAME).write_text(index.to_json())
@@ -170,6 +177,8 @@ def convert(
             if verify:
                 ExpertStore.open(partial.path, verify=True)
             partial.finish()
+        for note in ready.weights.tally.notes():
+            tell(note)
     return ConvertResult(
         path=dst,
         store=index.id,
@@ -196,7 +205,14 @@ class _Ready:
 
 
 @contextmanager
-def _ready(src: Path, experts: str | None, dense: str | None, *, verify: bool) -> Iterator[_Ready]:
+def _ready(
+    src: Path,
+    experts: str | None,
+    dense: str | None,
+    importance: Importance | None = None,
+    *,
+    verify: bool,
+) -> Iterator[_Ready]:
     """Check all that can be known before work starts, cheapest first; nothing is written."""
     checkpoint = checkpoint_at(src)
     notes = check_files(checkpoint)
@@ -216,8 +232,12 @@ def _ready(src: Path, experts: str | None, dense: str | None, *, verify: bool) -
         chosen = chosen_formats(checkpoint, weights, matrices, experts, dense)
         notes += chosen.notes
         packed = {path: fmt for path, fmt in chosen.dense.items() if packs_dense(fmt)}
+        made_with = {} if importance is None else {"importance": importance.digest}
+        if importance is not None:
+            multiplied = (p for p in packed if not is_lookup(model.get_submodule(p)))
+            notes += importance.missing(specs, multiplied)
         index = StoreIndex(
-            source={"name": source.name, "identity": source.identity()},
+            source={"name": source.name, "identity": source.identity()} | made_with,
             format=chosen.experts,
             layers=layout(specs, chosen.experts, chosen.layers),
             dense_format=dense,
@@ -225,7 +245,7 @@ def _ready(src: Path, experts: str | None, dense: str | None, *, verify: bool) -
             dense_formats={path: fmt for path, fmt in packed.items() if fmt != dense},
         )
         notes += left_out(weights)
-        plan = DensePlan(weights, matrices, chosen.dense)
+        plan = DensePlan(weights, matrices, chosen.dense, importance)
         yield _Ready(source, specs, weights, index, plan, notes)
 
 

@@ -186,7 +186,7 @@ def check_weight_files(checkpoint: Checkpoint) -> Iterator[str]:
 
 def check_format_of_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     """Its tensors are not of a format that is declared nowhere."""
-    check_format(checkpoint.path, checkpoint.config, checkpoint.tensors.values())
+    check_format(checkpoint.path, checkpoint.config, checkpoint.tensors)
     yield from ()
 
 

@@ -8,17 +8,18 @@ may be no unquantized original. Loads neither torch nor transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrid.ask.published import CODED, DEQUANTIZED, method_of, not_read, tables_in, weights_of
 from hybrid.errors import CheckpointError, UnsupportedModelError
+from hybrid.weights.published import quantized
 from hybrid.weights.source_files import TensorInfo, read_object
 
-#: ``quant_method`` of the checkpoints that can be dequantized.
-SOURCES = ("fp8", "mxfp8", "mxfp4")
-
-_READ = "bf16, f16 or f32, fp8 or mxfp8 in blocks, or mxfp4"
+_READ = (
+    "bf16, f16 or f32, fp8, mxfp8, mxfp4 or nvfp4, int4 of compressed-tensors, AWQ or GPTQ, or nf4"
+)
 _ANOTHER = f"look for a copy in {_READ}, the publisher's or another's"
 
 #: What turns a checkpoint into one that can be read, by the name of its format.
@@ -41,13 +42,16 @@ _BY_TENSORS = (
     ("NVFP4 (modelopt)", r"\.weight_scale_2$", None),
     ("compressed-tensors", r"\.weight_packed$", None),
     ("GPTQ or AWQ", r"\.qweight$", ("I32",)),
-    ("bitsandbytes", r"\.(absmax|quant_map|SCB)$", None),
+    ("bitsandbytes", r"\.(absmax|quant_map|SCB)$|quant_state\.bitsandbytes__", None),
+    ("HQQ", r"\.W_q$", None),
     ("MLX", r"\.weight$", ("U32",)),
 )
 
 
 def check_format(
-    directory: Path | None, config: Mapping[str, Any], tensors: Iterable[TensorInfo] = ()
+    directory: Path | None,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo] | None = None,
 ) -> None:
     """Refuse a checkpoint whose weights are published in a format that nothing here reads.
 
@@ -56,31 +60,74 @@ def check_format(
     directory, config
         Where it lies (None is not here yet), and its ``config.json``.
     tensors
-        What its weight files hold; looked at where nothing else declares a format.
+        What its weight files hold, where that is known.
 
     Raises
     ------
     UnsupportedModelError
         Naming the format, where it is declared, and what can be done.
     CheckpointError
-        When a declaration is damaged.
+        When a declaration is damaged, or the weights are not what it says.
     """
-    for where, settings in _declared_in(directory, config):
-        method = settings.get("quant_method")
-        if method in SOURCES:
-            return  # what transformers goes by, whatever is declared elsewhere
-        name, details = _named(settings, mlx=where.endswith("quantization"))
-        if name is None and not details:
-            continue  # such as a cache of keys and values alone
+    declared = _declared(directory, config)
+    if declared is None:
+        _check_tensors(tensors or {}, named=False)
+        return
+    where, settings = declared
+    method = settings.get("quant_method")
+    if method in DEQUANTIZED:
+        return  # what transformers goes by, whatever is declared elsewhere
+    name, details = _named(settings, mlx=where.endswith("quantization"))
+    known = method_of(settings) in CODED
+    if known and (odd := not_read(settings)) is not None:
+        raise _unread(name, details, where, odd)
+    if not known and (name is not None or tensors is not None):
+        if name is None and tensors and any(True for _ in quantized(tensors)):
+            return  # its tensors say what it does not
         raise _unread(name, details, where)
-    _check_tensors(tensors)
+    if known and tensors is not None:
+        _check_tensors(tensors, named=True)
+        if not any(True for _ in quantized(tensors)):
+            raise CheckpointError(
+                f"{_called(name, details)}, says {where}: its weight files hold no such tensors",
+                hint="config.json and the weights are not of one model: download both again",
+            )
+
+
+def settings_of(directory: Path | None, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the settings of a checkpoint's quantization; None where none are declared.
+
+    Raises
+    ------
+    CheckpointError
+        When they are damaged.
+    """
+    declared = _declared(directory, config)
+    return None if declared is None else declared[1]
+
+
+def is_coded(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's settings say that its weights are in codes that are read here."""
+    settings = settings_of(directory, config)
+    return settings is not None and settings.get("quant_method") not in DEQUANTIZED
+
+
+def _declared(
+    directory: Path | None, config: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the first table that declares a format of weights, and where it is."""
+    for where, settings in _declared_in(directory, config):
+        name, details = _named(settings, mlx=where.endswith("quantization"))
+        if name is not None or details:  # else such as a cache of keys and values alone
+            return where, settings
+    return None
 
 
 def _declared_in(
     directory: Path | None, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield every table that declares a format, and where it is."""
-    yield from _in_config(config)
+    yield from tables_in(config)
     if directory is None:
         return
     for file, table in _BESIDE.items():
@@ -92,29 +139,13 @@ def _declared_in(
                 yield file, inner
 
 
-def _in_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    texts = [config.get(name) for name in ("text_config", "llm_config", "language_config")]
-    for table in (config, *(text for text in texts if isinstance(text, dict))):
-        # MLX writes both, with the same content: its own says more.
-        for name in ("quantization", "quantization_config", "compression_config"):
-            settings = table.get(name)
-            if settings is not None and not isinstance(settings, dict):
-                raise CheckpointError(
-                    f"{name} in config.json is {settings!r}, not a table of settings",
-                    hint="compare with the publisher's own, complete config.json",
-                )
-            if settings:
-                yield f"config.json's {name}", settings
-
-
 def _named(settings: Mapping[str, Any], *, mlx: bool) -> tuple[str | None, str]:
     """Return what a table of settings calls its format, and what else there is to say of it."""
     method = settings.get("quant_method")
     algorithm = settings.get("quant_algo")
     bits = settings.get("bits") or settings.get("w_bit") or settings.get("num_bits")
-    for group in _tables(settings.get("config_groups")):
-        weights = group.get("weights")
-        bits = bits or (weights.get("num_bits") if isinstance(weights, dict) else None)
+    for weights in weights_of(settings):
+        bits = bits or weights.get("num_bits")
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         bits = bits or (4 if settings.get("load_in_4bit") else 8)
     size = settings.get("group_size") or settings.get("q_group_size")
@@ -129,26 +160,35 @@ def _named(settings: Mapping[str, Any], *, mlx: bool) -> tuple[str | None, str]:
     return (str(method) if method else "MLX" if mlx else None), details
 
 
-def _tables(groups: Any) -> list[dict[str, Any]]:
-    values = groups.values() if isinstance(groups, dict) else ()
-    return [group for group in values if isinstance(group, dict)]
+def _called(name: str | None, details: str) -> str:
+    if name is None:
+        return f"the checkpoint is quantized in a way that it does not name ({details})"
+    return f"the checkpoint is quantized with {name}" + (f" ({details})" if details else "")
 
 
-def _unread(name: str | None, details: str, where: str) -> UnsupportedModelError:
-    called = (
-        f"quantized with {name}" + (f" ({details})" if details else "")
-        if name
-        else f"quantized in a way that it does not name ({details})"
-    )
+def _unread(name: str | None, details: str, where: str, odd: str = "") -> UnsupportedModelError:
     way = _WAYS.get(name or "")
+    what = f"{odd} cannot be read" if odd and odd not in details else "it cannot be converted"
     return UnsupportedModelError(
-        f"the checkpoint is {called}, says {where}: it cannot be converted",
+        f"{_called(name, details)}, says {where}: {what}",
         hint=_ANOTHER + (f"; or {way}" if way else ""),
     )
 
 
-def _check_tensors(tensors: Iterable[TensorInfo]) -> None:
-    for info in tensors:
+def _check_tensors(tensors: Mapping[str, TensorInfo], *, named: bool) -> None:
+    """Refuse tensors of a format that are no whole matrix of it; GPTQ's, where nobody names it."""
+    taken = set()
+    for _, path, parts in quantized(tensors):
+        if "qweight" in parts and not named and _is_gptq(parts):
+            continue  # nothing says how its codes of zero are meant
+        taken |= {f"{path}.{part}" for part in parts}
+    for key, info in tensors.items():
+        if key in taken:
+            continue
         for name, pattern, types in _BY_TENSORS:
-            if re.search(pattern, info.key) and (types is None or info.stored in types):
-                raise _unread(name, f"{info.key} is {info.stored}", info.path.name)
+            if re.search(pattern, key) and (types is None or info.stored in types):
+                raise _unread(name, f"{key} is {info.stored}", info.path.name)
+
+
+def _is_gptq(parts: Mapping[str, TensorInfo]) -> bool:
+    return parts["qweight"].shape[-1:] == parts["scales"].shape[-1:]

@@ -18,6 +18,7 @@ from hybrid.formats.registry import format_of, packs_dense
 from hybrid.formats.strips import GROUP
 from hybrid.weights.blocks import Rows, packed
 from hybrid.weights.expert_writer import Advance
+from hybrid.weights.importance import Importance
 from hybrid.weights.partial import Partial, sync
 from hybrid.weights.source_files import INDEX_NAME
 from hybrid.weights.source_formats import BlockDequantize, is_scale, scale_pattern
@@ -56,6 +57,8 @@ class DensePlan:
         The modules whose matrix has a format: path to ``[rows, cols]``.
     formats
         Theirs, each one of :func:`~hybrid.formats.registry.dense_formats`.
+    importance
+        What errors of their inputs count for, where that is known.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class DensePlan:
         weights: Weights,
         matrices: Mapping[str, tuple[int, int]],
         formats: Mapping[str, str],
+        importance: Importance | None = None,
     ) -> None:
+        self._importance = importance
         self._weights = weights
         self._matrices = matrices
         outputs: list[_Output] = []
@@ -154,10 +159,14 @@ class DensePlan:
         (height, cols), fmt = self._matrices[path], formats[path]
         step = max(GROUP, _CHUNK_BYTES // (cols * 4) // GROUP * GROUP)
 
+        known = self._importance
+        counts = None if known is None else known.of_matrix(path, cols)
+
         def pieces() -> Iterator[Tensor]:
-            for rows in self._blocks(target, height, step) or self._made_rows(target, name):
+            for rows in self._blocks(target, height, step) or self._made_or_coded(target, name):
                 for start in range(0, len(rows), step):
-                    yield torch.from_numpy(packed(rows[start : start + step], fmt))
+                    piece = packed(rows[start : start + step], fmt, importance=counts)
+                    yield torch.from_numpy(piece)
 
         size = packed_bytes(height, cols, fmt)
 
@@ -166,10 +175,18 @@ class DensePlan:
     def _blocks(self, target: Target, rows: int, step: int) -> Iterator[Rows] | None:
         """Yield a matrix as its checkpoint has it packed, in pieces; None where it has not."""
         reader, (key, *others) = self._weights.reader, target.keys
-        if others or reader.read_blocks(key, 0, 1) is None:
+        if others or target.operations or reader.read_blocks(key, 0, 1) is None:
             return None
         pieces = (reader.read_blocks(key, at, min(rows, at + step)) for at in range(0, rows, step))
         return (piece for piece in pieces if piece is not None)
+
+    def _made_or_coded(self, target: Target, name: str) -> Iterator[Rows]:
+        """Yield a model tensor as elements, all at once, where its sources are; else in pieces."""
+        coded = self._weights.read_coded(target, name)
+        if coded is None:
+            yield from self._made_rows(target, name)
+        else:
+            yield coded
 
     def _made_rows(self, target: Target, name: str) -> Iterator[Tensor]:
         """Yield a model tensor in pieces: of whole groups of rows, or all of it at once.

@@ -19,6 +19,7 @@ from hybrid.formats.errors import FormatError
 from hybrid.formats.strips import F32, GROUP, TILE, pad
 from hybrid.weights.blocks import Rows, floats, packed, values_of
 from hybrid.weights.huge_pages import AlignedWriter
+from hybrid.weights.importance import Importance
 from hybrid.weights.partial import Partial
 from hybrid.weights.source_files import few
 from hybrid.weights.store import DATA_NAME, LayerRecord, StoreIndex, header_page
@@ -37,6 +38,7 @@ def write_experts(
     specs: list[ExpertsSpec],
     index: StoreIndex,
     advance: Advance,
+    importance: Importance | None = None,
 ) -> tuple[StoreIndex, int]:
     """Write every layer's experts; return the index with checksums, and layers taken over.
 
@@ -56,7 +58,9 @@ def write_experts(
                 advance(record.nbytes(index.format), record.module)
             else:
                 try:
-                    known = _write_layer(writer, weights, spec, record, index.format, advance)
+                    known = _write_layer(
+                        writer, weights, spec, record, index.format, advance, importance
+                    )
                 except _NotWritableError as error:
                     check_finite(weights, specs, index, advance, (layer, error.expert))
                     raise CheckpointError(
@@ -141,6 +145,7 @@ def _write_layer(
     record: LayerRecord,
     fmt: str,
     advance: Advance,
+    importance: Importance | None,
 ) -> list[int]:
     shape = record.shape(fmt)
     file.seek(record.offset)
@@ -148,7 +153,7 @@ def _write_layer(
     for expert in range(record.experts):
         block = _Block(file)
         try:
-            _write_expert(block, weights, spec, shape, expert)
+            _write_expert(block, weights, spec, shape, expert, importance)
         except FormatError as error:
             raise _NotWritableError(expert, error) from error
         block.pad_to(shape.stride)
@@ -159,18 +164,30 @@ def _write_layer(
 
 
 def _write_expert(
-    block: _Block, weights: Weights, spec: ExpertsSpec, shape: Block, expert: int
+    block: _Block,
+    weights: Weights,
+    spec: ExpertsSpec,
+    shape: Block,
+    expert: int,
+    importance: Importance | None,
 ) -> None:
     """Write one expert as :func:`hybrid.formats.block.pack_expert` would, without holding it."""
+    parts = ("gate", "up", "down") if spec.gated else ("up", "down")
+    *above, below = (
+        None if importance is None else importance.of_expert(spec, part, expert) for part in parts
+    )
     for sides in weights.read_up(spec, expert):
         for chunk in _chunks(sides):
             strips = pad(len(chunk[0]), GROUP) // TILE
-            ready = [packed(side, shape.format, GROUP).reshape(strips, -1) for side in chunk]
+            ready = [
+                packed(side, shape.format, GROUP, counts).reshape(strips, -1)
+                for side, counts in zip(chunk, above, strict=True)
+            ]
             block.write(_alternate(ready))
     block.pad_to(shape.down_offset)
     for down in weights.read_down(spec, expert):
         for (rows,) in _chunks([down]):
-            block.write(packed(rows, shape.formats[1]))
+            block.write(packed(rows, shape.formats[1], importance=below))
     block.pad_to(shape.bias_offset)
     if spec.bias:
         sides, down_bias = weights.read_biases(spec, expert)

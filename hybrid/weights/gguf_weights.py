@@ -21,6 +21,7 @@ from hybrid.gguf.header import GgufHeader, GgufTensor
 from hybrid.gguf.stored import LARGER, PLAIN, experts_of, stored_as
 from hybrid.gguf.tensors import ExpertTensors, Weight, WeightFile
 from hybrid.weights.blocks import Blocks, Rows
+from hybrid.weights.tally import Tally
 from hybrid.weights.weight_map import PIECE_BYTES, PIECE_ROWS, Target
 
 #: Types of single values, as torch has them.
@@ -90,6 +91,8 @@ class GgufWeights:
         What the experts of each layer with some are kept in, gate and up and down.
     left_out
         Tensors of the file that the model does not take.
+    tally
+        Of nothing: what is quantized anew is known beforehand.
 
     Raises
     ------
@@ -99,6 +102,7 @@ class GgufWeights:
 
     def __init__(self, file: WeightFile, model: Any, specs: list[ExpertsSpec]) -> None:
         self.file = file
+        self.tally = Tally()
         file.check_scales()
         owned = tuple(f"{spec.path}." for spec in specs)
         wanted = {
@@ -136,6 +140,9 @@ class GgufWeights:
     def read_dense(self, target: Target) -> dict[str, Tensor]:
         """Return the model tensor that a dense target makes."""
         return {target.name: self.reader.read(target.name)}
+
+    def read_coded(self, target: Target, name: str) -> None:
+        """Return nothing: files hold blocks, not elements."""
 
     def read_biases(self, spec: ExpertsSpec, expert: int) -> tuple[list[Tensor], Tensor]:
         """Return one expert's biases: those of gate (if gated) and up, and that of down."""

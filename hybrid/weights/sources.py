@@ -7,10 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.ask.formats import DEFAULT_EXPERTS
+from hybrid.ask.published import convention
 from hybrid.gguf.tensors import WeightFile
+from hybrid.weights import published_formats
 from hybrid.weights.checks import Checkpoint
+from hybrid.weights.declared_formats import settings_of
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.gguf_weights import (
     GgufWeights,
@@ -18,6 +23,7 @@ from hybrid.weights.gguf_weights import (
     most_common,
     requantized,
 )
+from hybrid.weights.published_reader import PublishedReader
 from hybrid.weights.source_formats import source_quantizer
 from hybrid.weights.tensor_files import TensorReader
 from hybrid.weights.weight_map import WeightMap, Weights
@@ -36,7 +42,11 @@ def opened_weights(
             file.close()
         return
     with TensorReader(checkpoint.tensors) as reader:
-        yield WeightMap(model, reader, specs, source_quantizer(config))
+        quantizer = source_quantizer(config)
+        said = convention(settings_of(checkpoint.path, checkpoint.config))
+        dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.bfloat16
+        published = PublishedReader(reader, said, dtype, coded=quantizer is None)
+        yield WeightMap(model, published, specs, quantizer)
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,15 @@ def chosen_formats(
         The modules outside the experts that may have a format.
     """
     asked = {} if dense is None else dict.fromkeys(matrices, dense)
-    if not isinstance(weights, GgufWeights):
-        return Formats(experts or DEFAULT_EXPERTS, dense=asked)
+    if isinstance(weights, WeightMap):
+        own = asked or published_formats.dense_formats(weights, matrices)
+        layers = () if experts else published_formats.expert_formats(weights)
+        weights.tally.watched |= {fmt for layer in layers for fmt in layer}
+        weights.tally.watched |= set() if asked else set(own.values())
+        notes = published_formats.kept(layers, {} if asked else own)
+        format_ = experts or (most_common(layers) if layers else DEFAULT_EXPERTS)
+        return Formats(format_, layers, own, tuple(notes))
+    assert isinstance(weights, GgufWeights)
     own = asked or dense_formats(weights, matrices)
     layers = () if experts else weights.expert_formats
     kept = experts or (most_common(layers) if layers else DEFAULT_EXPERTS)

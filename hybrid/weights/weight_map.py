@@ -27,16 +27,20 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.errors import CheckpointError, UnsupportedModelError
-from hybrid.weights.blocks import Blocks, Rows
+from hybrid.weights.blocks import Blocks, Coded, Rows
+from hybrid.weights.published_reader import PublishedReader
 from hybrid.weights.source_files import few
 from hybrid.weights.source_formats import BlockDequantize
-from hybrid.weights.tensor_files import TensorReader
+from hybrid.weights.tally import Tally
 from planner.describe.words import enough_in_words
 
 #: An expert's matrices are read in pieces when they are larger than this.
 PIECE_BYTES = 16 << 20
 #: Pieces start at multiples of this many rows: whole strips of the kernels' layout.
 PIECE_ROWS = 32
+
+#: How much larger elements are than the numbers of 16 bits that they are said to be.
+_ELEMENT = 4
 
 _CHECK = "check that the download is complete and that config.json belongs to these weights"
 
@@ -102,10 +106,13 @@ class Weights(Protocol):
         Of their sources.
     left_out
         What the model does not take: ``key`` and ``nbytes`` of each.
+    tally
+        What becomes of weights that were quantized before.
     """
 
     dense: dict[str, Target]
     left_out: list[Any]
+    tally: Tally
 
     @property
     def reader(self) -> Reader:
@@ -116,6 +123,9 @@ class Weights(Protocol):
 
     def read_dense(self, target: Target) -> dict[str, Tensor]:
         """Return the model tensors that a dense target makes."""
+
+    def read_coded(self, target: Target, name: str) -> Coded | None:
+        """Return a tensor that a dense target makes as elements; None where it is of numbers."""
 
     def read_biases(self, spec: ExpertsSpec, expert: int) -> tuple[list[Tensor], Tensor]:
         """Return one expert's biases: those of gate (if gated) and up, and that of down."""
@@ -140,7 +150,7 @@ class Reader(Protocol):
     def read_matrix_rows(self, key: str, start: int, stop: int) -> Tensor:
         """Read rows ``start:stop`` of a tensor seen as a matrix of its last dimension."""
 
-    def read_blocks(self, key: str, start: int, stop: int) -> Blocks | None:
+    def read_blocks(self, key: str, start: int, stop: int) -> Blocks | Coded | None:
         """Read the same as they are packed; None where they are not."""
 
 
@@ -165,6 +175,10 @@ class WeightMap:
         The targets that are not experts', by name.
     left_out
         The checkpoint's tensors that the model does not take.
+    specs
+        The model's experts.
+    tally
+        What becomes of weights that were quantized before.
 
     Raises
     ------
@@ -173,14 +187,22 @@ class WeightMap:
     """
 
     def __init__(
-        self, model: Any, reader: TensorReader, specs: list[ExpertsSpec], quantizer: Any = None
+        self, model: Any, reader: PublishedReader, specs: list[ExpertsSpec], quantizer: Any = None
     ) -> None:
         self.model = model
         self.reader = reader
+        self.tally = reader.tally
+        self.specs = specs
         self._owner = {f"{spec.path}.{name}": spec for spec in specs for name in spec.parameters}
         self._declared = {name: tuple(model.get_parameter(name).shape) for name in self._owner}
         wanted = model.state_dict()
         self._targets = self._assign(wanted, quantizer)
+        #: Targets whose sources are all elements: those go the way of numbers.
+        self._coded = {
+            name
+            for name, target in self._targets.items()
+            if all(reader.coded(key) for key in target.keys)
+        }
         taken = {key for target in self._targets.values() for key in target.keys}
         self.left_out = [info for key, info in reader.tensors.items() if key not in taken]
         self.dense = {
@@ -320,6 +342,11 @@ class WeightMap:
         """Return the names of all tensors that the checkpoint has."""
         return self.reader.tensors.keys()
 
+    def sources_of(self, name: str) -> list[str]:
+        """Return the keys that make a tensor of the model; none where another is tied to it."""
+        target = self._targets.get(name)
+        return [] if target is None else target.keys
+
     def read_dense(self, target: Target) -> dict[str, Tensor]:
         """Return the model tensors that a dense target makes."""
         sources = {
@@ -328,28 +355,43 @@ class WeightMap:
         }
         return target.run(sources, self.model)
 
+    def read_coded(self, target: Target, name: str) -> Coded | None:
+        """Return a tensor that a dense target makes as elements; None where it is of numbers."""
+        if target.name not in self._coded:
+            return None
+        sources = {
+            pattern: [self.reader.read_elements(key) for key in keys]
+            for pattern, keys in target.sources.items()
+        }
+        return Coded.of(target.run(sources, self.model)[name], self.tally)
+
     def read_biases(self, spec: ExpertsSpec, expert: int) -> tuple[list[Tensor], Tensor]:
         """Return one expert's biases: those of gate (if gated) and up, and that of down."""
         *up, down = (self._read_whole(f"{spec.path}.{n}_bias", expert) for n in spec.matrices)
         return spec.split_up(up), down
 
-    def read_up(self, spec: ExpertsSpec, expert: int) -> Iterator[list[Tensor]]:
+    def read_up(self, spec: ExpertsSpec, expert: int) -> Iterator[list[Rows]]:
         """Yield one expert's gate (if gated) and up, ``[n, D]`` each, some rows at a time."""
         names = [f"{spec.path}.{name}" for name in spec.up]
         for start, stop in self._pieces(names, spec.intermediate):
-            yield spec.split_up([self._read_rows(name, expert, start, stop) for name in names])
+            sides = spec.split_up([self._read_rows(name, expert, start, stop) for name in names])
+            yield [self._rows(side) for side in sides]
 
-    def read_down(self, spec: ExpertsSpec, expert: int) -> Iterator[Tensor]:
+    def read_down(self, spec: ExpertsSpec, expert: int) -> Iterator[Rows]:
         """Yield one expert's down, ``[n, F]``, some rows at a time."""
         name = f"{spec.path}.{spec.down}"
         for start, stop in self._pieces([name], spec.hidden):
             rows = self._read_rows(name, expert, start, stop)
-            yield rows.T if spec.transposed_down else rows
+            yield self._rows(rows.T if spec.transposed_down else rows)
+
+    def _rows(self, rows: Tensor) -> Rows:
+        """Return what was read as elements as those."""
+        return Coded.of(rows, self.tally) if rows.dtype == torch.int64 else rows
 
     def _pieces(self, names: list[str], rows: int) -> list[tuple[int, int]]:
         """Split ``rows`` so that a piece takes about :data:`PIECE_BYTES`, where that can be."""
         size = sum(
-            tensor.nbytes
+            tensor.nbytes * (_ELEMENT if name in self._coded else 1)
             for name in names
             for tensors in self._expert_sources(self._targets[name], 0, meta=True).values()
             for tensor in tensors
@@ -388,9 +430,11 @@ class WeightMap:
             shape = self.reader.tensors[key].shape
             height = rows if spec.stacked else shape[-2]
             first = 0 if each else expert * height
+            read = (
+                self.reader.read_elements if name in self._coded else self.reader.read_matrix_rows
+            )
             halves = [
-                self.reader.read_matrix_rows(key, first + at + start, first + at + stop)
-                for at in range(0, height, rows)
+                read(key, first + at + start, first + at + stop) for at in range(0, height, rows)
             ]
             piece = torch.cat(halves) if len(halves) > 1 else halves[0]
             sources[pattern] = [piece if each or spec.stacked else piece[None]]
@@ -411,14 +455,18 @@ class WeightMap:
         for pattern, keys in target.sources.items():
             if target.one_key_each(keys):
                 key = keys[expert]
-                sources[pattern] = [self._meta(key) if meta else self.reader.read(key)]
+                coded = target.name in self._coded
+                read = self.reader.read_elements if coded else self.reader.read
+                sources[pattern] = [self._meta(key) if meta else read(key)]
                 continue
             info = self.reader.tensors[keys[0]]
             n = spec.intermediate if spec.stacked else 1
             if meta:
                 tensor = torch.empty((n, *info.shape[1:]), dtype=info.dtype, device="meta")
             else:
-                tensor = self.reader.read(keys[0], expert * n, (expert + 1) * n)
+                coded = target.name in self._coded
+                read = self.reader.read_elements if coded else self.reader.read
+                tensor = read(keys[0], expert * n, (expert + 1) * n)
             sources[pattern] = [tensor]
         return sources
 

@@ -20,9 +20,15 @@ LAYOUTS = {
     "iq4_xs": ((4,), 8, 1, (2,)),
     "mxfp4": ((4,), 1, 0, (1,)),
     "nvfp4": ((4,), 8, 2, (4,)),
+    "int4_32": ((4,), 8, 0, (2,) * 8 + (1,) * 8),
+    "int4_64": ((4,), 8, 0, (2,) * 4 + (1,) * 4),
+    "int4_128": ((4,), 8, 0, (2,) * 2 + (1,) * 2),
+    "int4_256": ((4,), 8, 0, (2, 1)),
+    "nf4": ((4,), 8, 0, (4,) * 4),
 }
 ZERO = {"q4_0": 8, "q5_0": 16, "q3_k": 4, "q6_k": 32}
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+NF4 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)
 FP4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
 
@@ -90,4 +96,9 @@ def weight(fmt: str, unit: bytes, row: int, k: int) -> float:
             return 2.0 ** (scales[0] - 127) * float4(code)
         case "nvfp4":
             return scales[0] * float8(sub[half]) * float4(code)
+        case "int4_32" | "int4_64" | "int4_128" | "int4_256":
+            own = len(scales) // 2 * k // 256
+            return scales[own] * (code - scales[len(scales) // 2 + own])
+        case "nf4":
+            return scales[k // 64] * NF4[code]
     raise AssertionError(fmt)

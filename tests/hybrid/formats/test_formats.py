@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import naive
 import naive_formats
-from hybrid.formats import nvfp4, q4_0, q8_0
+from hybrid.formats import q4_0, q8_0
 from hybrid.formats.activations import quantize_activations, round_activations
 from hybrid.formats.bf16 import from_bf16, to_bf16
 from hybrid.formats.block import Block, pack_expert, unpack_expert
@@ -20,7 +20,11 @@ from hybrid.formats.matrix import from_gguf, pack, packed_bytes, unpack, unpack_
 from hybrid.formats.registry import FORMATS, format_of
 
 LEGACY = ("q4_0", "q8_0")
-GGUF = {name: gguf.GGMLQuantizationType[name.upper()] for name in FORMATS}
+GGUF = {
+    name: gguf.GGMLQuantizationType[name.upper()]
+    for name, known in FORMATS.items()
+    if known.repack is not None
+}
 QUANTIZED = [name for name, known in FORMATS.items() if known.quantized]
 QUANTIZERS = {
     "q4_0": (q4_0.quantize, naive.quantize_q4_0),
@@ -81,6 +85,8 @@ def test_bytes_of_zero_are_weights_of_zero(fmt: str) -> None:
         ("q4_0", 0.0875), ("q4_1", 0.073), ("q4_k", 0.074), ("iq4_nl", 0.079), ("iq4_xs", 0.08),
         ("mxfp4", 0.115), ("nvfp4", 0.092), ("q5_0", 0.042), ("q5_1", 0.0355), ("q5_k", 0.0375),
         ("q6_k", 0.0185), ("q3_k", 0.157), ("q2_k", 0.29), ("q8_0", 0.0056),
+        ("int4_32", 0.083), ("int4_64", 0.093), ("int4_128", 0.102), ("int4_256", 0.11),
+        ("nf4", 0.093),
     ],
 )  # fmt: skip
 def test_error_of_normal_weights(fmt: str, most: float) -> None:
@@ -97,19 +103,6 @@ def test_what_a_format_holds_is_packed_without_loss_of_scale(fmt: str) -> None:
     for size in (1e-3, 30.0):
         small, one = (unpack(pack(v, fmt), 16, 256, fmt) for v in (w * np.float32(size), w))
         assert np.abs(small / size - one).max() < 0.35 * np.abs(w).max()
-
-
-def test_nvfp4_with_a_factor_of_the_matrix() -> None:
-    """As NVIDIA's checkpoints have it: every weight is float8 times the factor, times float4."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 16, (21, 96), np.uint8)
-    scales, factor = rng.integers(0, 127, (21, 6), np.uint8), np.float32(0.0123)
-    got = unpack(nvfp4.pack_codes(codes, scales, factor), 21, 96, "nvfp4")
-    for row, k in [(0, 0), (20, 95), (7, 33), (11, 64)]:
-        want = np.float32(naive_formats.float8(int(scales[row, k // 16]))) * factor
-        assert got[row, k] == want * np.float32(naive_formats.float4(codes[row, k]))
-    with pytest.raises(ShapeError, match=r"codes \[21, 96\] take scales \[21, 6\], got \[21, 5\]"):
-        nvfp4.pack_codes(codes, scales[:, :5], factor)
 
 
 @pytest.mark.parametrize("fmt", LEGACY)

@@ -114,8 +114,8 @@ def test_unknown_architecture(src: Path) -> None:
 
 def test_other_quantization(src: Path) -> None:
     """A source quantized in a way that cannot be undone."""
-    edit_config(src, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(src, UnsupportedModelError, "quantized with gptq .4 bits., says config.json")
+    edit_config(src, quantization_config={"quant_method": "gptq", "bits": 3})
+    refused(src, UnsupportedModelError, "quantized with gptq .3 bits., says config.json")
 
 
 def test_converted_already(dst: Path) -> None:

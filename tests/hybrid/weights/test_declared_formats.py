@@ -20,14 +20,15 @@ from hybrid.weights.declared_formats import check_format
         (
             {
                 "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
+                "format": "marlin-24",
                 "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
             },
-            "compressed-tensors (pack-quantized, 4 bits)",
+            "compressed-tensors (marlin-24, 4 bits)",
         ),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq (4 bits, groups of 128)"),
+        ({"quant_method": "awq", "bits": 3, "group_size": 128}, "awq (3 bits, groups of 128)"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes (8 bits)"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt (NVFP4)"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt (W4A8_AWQ)"),
+        ({"quant_method": "hqq", "nbits": 4}, "hqq"),
         (
             {"bits": 4, "group_size": 64},
             "quantized in a way that it does not name (4 bits, groups of 64)",
@@ -45,7 +46,8 @@ def test_declared_in_the_config(
     assert isinstance(error, UnsupportedModelError)
     assert named in error.message
     assert "None" not in str(error)
-    assert "bf16, f16 or f32, fp8 or mxfp8 in blocks, or mxfp4" in str(error)
+    read = "bf16, f16 or f32, fp8, mxfp8, mxfp4 or nvfp4, int4 of compressed-tensors, AWQ or GPTQ"
+    assert read in str(error)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_declared_in_the_config(
         (
             "hf_quant_config.json",
             {"quantization": {"quant_algo": "NVFP4", "group_size": 16}},
-            "NVFP4 (groups of 16), says hf_quant_config.json",
+            "NVFP4 (groups of 16), says hf_quant_config.json: its weight files hold no such",
         ),
         ("quantize_config.json", {"bits": 4, "group_size": 32}, "4 bits, groups of 32"),
         ("quant_config.json", {"quant_method": "awq", "w_bit": 4}, "awq (4 bits)"),
@@ -97,6 +99,7 @@ def test_what_is_no_format_of_weights(src: Path) -> None:
         ("up_proj.qweight", torch.zeros(4, dtype=torch.int32), "GPTQ or AWQ"),
         ("up_proj.weight.absmax", torch.zeros(4), "bitsandbytes"),
         ("up_proj.weight", torch.zeros(4, dtype=torch.uint32), "MLX"),
+        ("up_proj.W_q", torch.zeros(4, dtype=torch.uint8), "HQQ"),
     ],
 )
 def test_declared_by_tensors_alone(src: Path, name: str, tensor: torch.Tensor, named: str) -> None:
@@ -121,5 +124,6 @@ def test_type_that_nothing_reads(src: Path) -> None:
 def test_before_a_download() -> None:
     """A config alone is enough to refuse by, and nothing beside the working folder is looked at."""
     check_format(None, {})
-    with pytest.raises(UnsupportedModelError, match="quantized with awq"):
-        check_format(None, {"quantization_config": {"quant_method": "awq"}})
+    check_format(None, {"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(UnsupportedModelError, match="quantized with hqq"):
+        check_format(None, {"quantization_config": {"quant_method": "hqq"}})

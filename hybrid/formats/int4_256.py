@@ -1,0 +1,7 @@
+"""int4_256: 4-bit codes, a float16 scale and a code of zero of 256 inputs."""
+
+from __future__ import annotations
+
+from hybrid.formats.int4 import int4_format
+
+FORMAT = int4_format("int4_256", 256)
