@@ -8,9 +8,9 @@ accepts. The draft that is made maximises
 where ``E(n)`` is how many of ``n`` tokens are expected to be accepted and ``t(T)`` how long a step
 of ``T`` tokens takes. Both are learned from every step: what would have been drafted is compared
 with what comes also where nothing is drafted, and steps are timed. Before steps of ``T`` tokens
-were seen they are taken for as short as they can be. What drafts may lose by that is limited: an
-account has what they gained so far and a hundredth of the time, and a draft is made only where it
-can pay for what the step takes beyond one of a single token.
+were seen they are taken for what some took that computed the same token ``T`` times. What drafts
+may lose by that is limited: an account has what they gained so far and a hundredth of the time, and
+a draft is made only where it can pay for what the step takes beyond one of a single token.
 """
 
 from __future__ import annotations
@@ -61,58 +61,62 @@ class Chances:
 class StepSeconds:
     """How long steps take, by how many tokens they compute.
 
+    A step of ``T`` tokens is taken for ``least(T) + (T - 1) * more``: what was timed beforehand,
+    moved with what single tokens take, and what other experts and disturbances were seen to add
+    for each further token.
+
     Parameters
     ----------
     least
         Seconds of steps that were timed beforehand, of few different experts: by tokens, with that
-        of 1.
+        of 1. Without any, a step is first taken for one of a single token.
+
+    Attributes
+    ----------
+    single
+        Seconds of a step of one token; None before one was seen.
     """
 
     def __init__(self, least: Mapping[int, float] | None = None) -> None:
+        self.single: float | None = None
         self._least = dict(least or {})
-        self._seconds: dict[int, float] = {}
-        self._learned: dict[int, int] = {}
-        self._steps = 0
-
-    @property
-    def single(self) -> float | None:
-        """Of one token; None before one was seen."""
-        return self._seconds.get(1)
+        self._more_s = 0.0
+        self._steps = self._learned = 0
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """Take what a step took."""
+        """Take what a step took; the first one is of a single token."""
         self._steps += 1
-        known = self._seconds.get(tokens)
-        if known is None:
-            self._seconds[tokens] = seconds
+        if self.single is None:
+            self.single = seconds
+            return
+        known = self.of(tokens)
+        more_s = min(seconds, _OUTLIER * known) - known
+        if tokens == 1:
+            self.single += _NEW_SINGLE * more_s
         else:
-            weight = _NEW_SINGLE if tokens == 1 else _NEW
-            known += weight * (min(seconds, _OUTLIER * known) - known)
-            self._seconds[tokens] = known
-        self._learned[tokens] = self._steps
+            self._more_s = self._doubted() + _NEW * more_s / (tokens - 1)
+            self._learned = self._steps
 
     def of(self, tokens: int) -> float:
-        """Return what a step of so many ``tokens`` is expected to take; the first was learned."""
-        least = self._least_of(tokens)
-        known = max((seen for seen in self._seconds if 1 < seen <= tokens), default=None)
-        if known is None:
-            return least
-        more = self._seconds[known] - self._least_of(known)
-        doubt: float = 0.5 ** ((self._steps - self._learned[known]) / _HALF_LIFE)
-        return max(self._seconds[1], least + more * doubt)
+        """Return what a step of so many ``tokens`` is expected to take."""
+        assert self.single is not None
+        more_s = self._least_more(tokens) + (tokens - 1) * self._doubted()
+        return self.single + max(0.0, more_s)
 
-    def _least_of(self, tokens: int) -> float:
-        """Return what the step takes if it computes no more experts than one of a single token."""
-        more, before = 0.0, 1
-        if 1 in self._least:
-            for seen in sorted(self._least):
-                more_then = self._least[seen] - self._least[1]
-                if seen >= tokens:
-                    share = (tokens - before) / (seen - before) if seen > before else 1.0
-                    more += share * (more_then - more)
-                    break
-                more, before = more_then, seen
-        return self._seconds[1] + max(0.0, more)
+    def _doubted(self) -> float:
+        """Return what was seen to be added for each token, the less the longer ago that is."""
+        return self._more_s * 0.5 ** ((self._steps - self._learned) / _HALF_LIFE)
+
+    def _least_more(self, tokens: int) -> float:
+        """Return what the step took beyond one of a single token, before anything was generated."""
+        more_s, before = 0.0, 1
+        for seen in sorted(self._least):
+            more_then_s = max(more_s, self._least[seen] - self._least[1])
+            if seen >= tokens:
+                share = (tokens - before) / (seen - before) if seen > before else 1.0
+                return more_s + share * (more_then_s - more_s)
+            more_s, before = more_then_s, seen
+        return more_s
 
 
 class Speculation:
@@ -162,9 +166,10 @@ class Speculation:
 
         Returns the seconds that it gained over as many steps of a single token.
         """
-        self.seconds.learn(tokens, seconds)
         self._spent_s += seconds
         single_s = self.seconds.single
+        if tokens == 1 or single_s is not None:
+            self.seconds.learn(tokens, seconds)
         if tokens == 1 or single_s is None:
             return 0.0
         gain_s = new * single_s - seconds

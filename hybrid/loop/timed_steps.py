@@ -30,9 +30,10 @@ def step_seconds(network: Any) -> dict[int, float]:
         network(input_ids=ids[:, :2], **inputs)
         if not_cut(cache) is not None:
             return {}
-        for tokens in _TOKENS:
+        for tokens in _TOKENS * 2:
             begun_s = time.perf_counter()
             network(input_ids=ids[:, :tokens], **inputs)
-            found[tokens] = time.perf_counter() - begun_s
+            step_s = time.perf_counter() - begun_s
+            found[tokens] = min(step_s, found.get(tokens, step_s))
             take_back(cache, tokens)
     return found
