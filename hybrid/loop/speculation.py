@@ -105,7 +105,8 @@ class StepSeconds:
 
     def _doubted(self) -> float:
         """Return what was seen to be added for each token, the less the longer ago that is."""
-        return self._more_s * 0.5 ** ((self._steps - self._learned) / _HALF_LIFE)
+        trust: float = 0.5 ** ((self._steps - self._learned) / _HALF_LIFE)
+        return self._more_s * trust
 
     def _least_more(self, tokens: int) -> float:
         """Return what the step took beyond one of a single token, before anything was generated."""
