@@ -10,7 +10,6 @@ from hybrid.ask.speculate import MOST_DRAFTED, Speculate
 from hybrid.errors import UsageError
 from hybrid.loop.speculation import Speculation, StepSeconds
 from hybrid.loop.timed_steps import step_seconds
-from hybrid.session.model import HybridModel
 
 REPEATED = [3, 1, 4, 1, 5, 9, 2, 6] * 3
 
@@ -147,26 +146,3 @@ def test_steps_are_timed_before(network: Any) -> None:
     found = step_seconds(network)
     assert list(found) == [1, 2, 16]
     assert all(seconds > 0 for seconds in found.values())
-
-
-def test_a_session_reports_its_drafts(tmp_path: Any, tiny_model: Any) -> None:
-    """Drafted, accepted, how many in a step, and what was gained; off says nothing."""
-    texts = {}
-    for asked in ("off", "auto", 4):
-        model = HybridModel.from_pretrained(
-            tiny_model, threads=1, experts="f32", dtype="float32", speculate=asked
-        )
-        texts[asked] = model.generate("abcabcabcabc", max_new_tokens=60, do_sample=False)
-        report = model.report()
-        if asked == "off":
-            assert report.speculated is None
-            assert "drafts" not in str(report)
-        else:
-            assert report.to_dict()["speculated"]["asked"] == str(Speculate.of(asked))
-        if asked == 4:
-            found = report.speculated
-            assert found is not None
-            assert found.steps > 0
-            assert f"{found.accepted} of {found.drafted} drafted tokens accepted" in str(report)
-            assert ("gained" in str(found)) == (found.gained_s >= 0)
-    assert len(set(texts.values())) == 1
