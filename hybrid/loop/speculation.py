@@ -25,14 +25,18 @@ _SHARE = 0.01
 """Part of the time that drafts may lose."""
 _CREDIT_STEPS, _SAVED_STEPS = 2, 50
 """Steps whose time they may lose at first, and of whose gain they may lose again."""
-_MARGIN = 1.02
+_MARGIN = 1.1
 """How much faster than single tokens a draft has to promise to be."""
 _NEW, _NEW_SINGLE = 0.3, 0.1
 """Weight of the last step's time in what is known of steps like it."""
+_UNLIKELY = 0.05
+"""Chance below which no further token is drafted."""
+_FRESH = 64
+"""Steps for which what is expected of steps is kept, unless one of several tokens comes."""
 _OUTLIER = 3.0
 """A step that takes longer than usual by more than this was disturbed."""
 _HALF_LIFE = 512
-"""Steps after which half of what was found of steps of so many tokens is doubted."""
+"""Steps after which half of what was found of steps of several tokens is doubted."""
 _MEMORY = 64
 """Tokens that acceptance is learned from; older ones fade."""
 
@@ -63,7 +67,8 @@ class StepSeconds:
 
     A step of ``T`` tokens is taken for ``least(T) + (T - 1) * more``: what was timed beforehand,
     moved with what single tokens take, and what other experts and disturbances were seen to add
-    for each further token.
+    for each further token. All of it is trusted the less the longer no such step was seen, so that
+    what a disturbance showed does not end drafts for good.
 
     Parameters
     ----------
@@ -82,31 +87,41 @@ class StepSeconds:
         self._least = dict(least or {})
         self._more_s = 0.0
         self._steps = self._learned = 0
+        self._further_s: list[float] = []
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Take what a step took; the first one is of a single token."""
         self._steps += 1
+        if tokens > 1 or self._steps % _FRESH == 0:
+            self._further_s = []
         if self.single is None:
             self.single = seconds
             return
-        known = self.of(tokens)
-        more_s = min(seconds, _OUTLIER * known) - known
+        known_s = self.of(tokens)
+        more_s = min(seconds, _OUTLIER * known_s) - known_s
         if tokens == 1:
             self.single += _NEW_SINGLE * more_s
         else:
-            self._more_s = self._doubted() + _NEW * more_s / (tokens - 1)
+            self._further_s = []
+            beyond_s = known_s + _NEW * more_s - self.single - self._least_more(tokens)
+            self._more_s = beyond_s / (tokens - 1)
             self._learned = self._steps
 
     def of(self, tokens: int) -> float:
         """Return what a step of so many ``tokens`` is expected to take."""
         assert self.single is not None
-        more_s = self._least_more(tokens) + (tokens - 1) * self._doubted()
-        return self.single + max(0.0, more_s)
+        return self.single + self.further[tokens - 1]
 
-    def _doubted(self) -> float:
-        """Return what was seen to be added for each token, the less the longer ago that is."""
-        trust: float = 0.5 ** ((self._steps - self._learned) / _HALF_LIFE)
-        return self._more_s * trust
+    @property
+    def further(self) -> list[float]:
+        """Seconds that 0, 1, 2 ... further tokens are expected to add to those of one."""
+        if not self._further_s:
+            trust: float = 0.5 ** ((self._steps - self._learned) / _HALF_LIFE)
+            self._further_s = [
+                trust * max(0.0, self._least_more(tokens + 1) + tokens * self._more_s)
+                for tokens in range(MOST_DRAFTED + 1)
+            ]
+        return self._further_s
 
     def _least_more(self, tokens: int) -> float:
         """Return what the step took beyond one of a single token, before anything was generated."""
@@ -151,15 +166,16 @@ class Speculation:
         if single_s is None:
             return 0
         expected, chance, best, count = 1.0, 1.0, _MARGIN / single_s, 0
+        further_s = self.seconds.further
         can_lose_s = self._saved_s + _CREDIT_STEPS * single_s + _SHARE * self._spent_s
         for tokens in range(1, most + 1):
             chance *= self.chances.of(alike + tokens - 1)
-            expected += chance
-            step_s = self.seconds.of(tokens + 1)
-            if step_s - single_s > can_lose_s:
+            if chance < _UNLIKELY or further_s[tokens] > can_lose_s:
                 break
-            if expected / step_s > best:
-                best, count = expected / step_s, tokens
+            expected += chance
+            rate = expected / (single_s + further_s[tokens])
+            if rate > best:
+                best, count = rate, tokens
         return count
 
     def learn(self, tokens: int, new: int, seconds: float) -> float:
