@@ -183,26 +183,26 @@ def _feed_forward(layer, counter, spent, since, work, w):
             weights[k] *= layer["residual"]
         if router["gated_shared"]:
             share = layer["residual"] / (one + np.exp(-work.scores[count]))
-        since = _spend(spent, ATTENTION, since, w)
+        since = spend(spent, ATTENTION, since, w)
         act = activate(experts["format"], normed, work.x.size, memory)
         _up(experts, counter[EXPERTS:], act, work, ids, top_k, work.h, buf)
-        since = _spend(spent, ROUTED, since, w)
+        since = spend(spent, ROUTED, since, w)
     if shared["count"]:
         act = activate(shared["format"], normed, work.x.size, memory)
         _up(shared, counter[SHARED:], act, work, work.firsts, _ONE, work.h_shared, buf)
-        since = _spend(spent, DENSE, since, w)
+        since = spend(spent, DENSE, since, w)
     if top_k:
         _down(experts, counter[EXPERTS:], work, ids, top_k, weights, work.h, buf)
-        since = _spend(spent, ROUTED, since, w)
+        since = spend(spent, ROUTED, since, w)
     if shared["count"]:
         weights[0] = share
         _down(shared, counter[SHARED:], work, work.firsts, _ONE, weights, work.h_shared, buf)
-        since = _spend(spent, DENSE, since, w)
+        since = spend(spent, DENSE, since, w)
     return since
 
 
 @kernel()
-def _spend(spent, column, since, w):
+def spend(spent, column, since, w):
     """Count the ticks since then in a column, if this is the first thread; return the time."""
     now = ticks()
     if w == 0:
@@ -216,7 +216,7 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
     for i in range(layers.size):
         counter, spent = work.counters[i], work.spent[i]
         _attention(layers[i], states[i], counter, cos, sin, paired, work, w)
-        since = _spend(spent, ATTENTION, since, w)
+        since = spend(spent, ATTENTION, since, w)
         since = _feed_forward(layers[i], counter, spent, since, work, w)
     if head.size == 0:
         return
@@ -229,7 +229,7 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
         work.counters[layers.size], OUTPUT, matrix, act, work.rows, work.my_buf[w], scale,
         False, logits,
     )  # fmt: skip
-    _spend(work.spent[layers.size], ATTENTION, since, w)
+    spend(work.spent[layers.size], ATTENTION, since, w)
 
 
 @kernel()

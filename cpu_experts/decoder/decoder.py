@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_experts.checks import check_floats, check_matrix
-from cpu_experts.decoder import decode_step, prompt
+from cpu_experts.decoder import decode_step, prompt, step_buffers
 from cpu_experts.decoder.attention import CHUNK
 from cpu_experts.decoder.kv import KeyValues
 from cpu_experts.decoder.layers import Layer, Matrix, Norm
 from cpu_experts.decoder.records import HEAD, LAYER
+from cpu_experts.decoder.step import Work, decode_tokens
+from cpu_experts.decoder.step_buffers import padded as _padded
 from cpu_experts.jit.workers import LOCK, used_threads
 from cpu_experts.kernels import experts as kernels
 from cpu_experts.kernels.records import fill_record
@@ -22,10 +24,10 @@ from hybrid.formats.activations import activation_bytes
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.strips import F32, GROUP, TILE, pad
 
-
-def _padded(*shape: int) -> NDArray[np.float32]:
-    """Zeros whose last dimension is whole cache lines, and one more between threads."""
-    return np.zeros((*shape[:-1], pad(int(shape[-1]), TILE) + TILE), np.float32)
+#: A text's beginning where nothing lies in front of it.
+_NOWHERE = -(1 << 40)
+#: Buffers are for whole such numbers of tokens.
+_TOKENS = 8
 
 
 class _Rows(NamedTuple):
@@ -59,7 +61,7 @@ class _Rows(NamedTuple):
 
 
 class Decoder:
-    """A decoder that computes one token at a time.
+    """A decoder that computes one token at a time, or several of one or more texts.
 
     Parameters
     ----------
@@ -94,9 +96,12 @@ class Decoder:
         self._table = np.zeros(len(self.layers), LAYER)
         self._threads = 0
         self._spent = np.zeros((len(self.layers) + 1, 3), np.int64)
+        self._spent_by_many = np.zeros_like(self._spent)
         self._since = (0, 0.0)
         self._work: decode_step.Work | None = None
         self._rows: _Rows | None = None
+        self._tokens: Work | None = None
+        self._stored = np.array([layer.stored[0] for layer in self.layers], np.int64)
 
     @property
     def scale(self) -> float:
@@ -130,13 +135,81 @@ class Decoder:
         self._run(slice(None), self._head, x, cos, sin, cache, logits)
         cache.advance()
 
+    def step_tokens(
+        self,
+        x: F32,
+        cos: F32,
+        sin: F32,
+        cache: KeyValues,
+        logits: F32,
+        *,
+        kept: NDArray[np.int32],
+        texts: int = 1,
+        begins: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Add the next tokens of some texts to the cache, and compute the logits of some of them.
+
+        Parameters
+        ----------
+        x
+            The embedded tokens, ``[T, D]`` float32: as many of every text, text by text. A token
+            sees those of its text before it.
+        cos, sin
+            Rotary embedding of their positions, ``[T, rotary / 2]`` float32.
+        cache
+            Keys and values of the tokens before them, of all texts.
+        logits
+            ``[kept, V]`` float32, written.
+        kept
+            Which tokens' logits are asked for.
+        texts
+            How many there are.
+        begins
+            Where each text begins, ``[texts]``: relative to the next position, so usually below
+            0. What the cache has before that is no part of it. Everywhere unless given.
+
+        Raises
+        ------
+        ShapeError
+            When an array has another shape or type, or the cache is of another number of texts.
+
+        Notes
+        -----
+        Weights are read once for all tokens. The cache is as before when this raises.
+        """
+        check_matrix("logits", logits, (kept.size, self.vocabulary))
+        tokens = x.shape[0]
+        if kept.dtype != np.int32 or (kept.size and not 0 <= kept.min() <= kept.max() < tokens):
+            raise ShapeError(f"kept is {kept.dtype} {kept.tolist()}, tokens of {tokens} are int32")
+        self._run_tokens(slice(None), x, cos, sin, cache, logits, kept, texts, begins)
+        cache.advance(tokens // texts)
+
+    def layer_tokens(self, index: int, x: F32, cos: F32, sin: F32, cache: KeyValues) -> F32:
+        """Return what a single layer makes of several tokens of a text, ``[T, D]``.
+
+        The cache stays: what is written behind the layer's last position is not counted.
+        """
+        nothing, none = np.zeros((0, self.vocabulary), np.float32), np.zeros(0, np.int32)
+        one = slice(index, index + 1)
+        return self._run_tokens(one, x, cos, sin, cache, nothing, none, 1, None)
+
+    def head_tokens(self, x: F32, logits: F32) -> None:
+        """Write the logits ``[T, V]`` of the last layer's hidden states ``x``."""
+        check_matrix("logits", logits, (x.shape[0], self.vocabulary))
+        every, no_angles = np.arange(x.shape[0], dtype=np.int32), np.zeros((x.shape[0], 0))
+        angles = no_angles.astype(np.float32)
+        self._run_tokens(slice(0), x, angles, angles, self.new_cache(), logits, every, 1, None)
+
     def begin_run(self) -> None:
         """Count anew what steps take."""
         self._spent[:] = 0
+        self._spent_by_many[:] = 0
         self._since = decode_step.clock(), time.perf_counter()
 
-    def spent_s(self) -> NDArray[np.float64] | None:
+    def spent_s(self, *, many: bool = False) -> NDArray[np.float64] | None:
         """Return the seconds that steps took since :meth:`begin_run`, by layer and part.
+
+        Those of one token, or those of ``many``.
 
         Returns
         -------
@@ -149,7 +222,8 @@ class Decoder:
         passed = decode_step.clock() - clock
         if passed <= 0:
             return None
-        found: NDArray[np.float64] = self._spent * ((time.perf_counter() - begun_s) / passed)
+        spent = self._spent_by_many if many else self._spent
+        found: NDArray[np.float64] = spent * ((time.perf_counter() - begun_s) / passed)
         return found
 
     def layer_step(self, index: int, x: F32, cos: F32, sin: F32, cache: KeyValues) -> F32:
@@ -230,12 +304,52 @@ class Decoder:
             result: F32 = work.x.copy()
             return result
 
+    def _run_tokens(
+        self, layers: slice, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32,
+        kept: NDArray[np.int32], texts: int, begins: NDArray[np.int64] | None,
+    ) -> F32:  # fmt: skip
+        tokens = x.shape[0]
+        check_matrix("x", x, (tokens, self.hidden))
+        check_matrix("sin", sin, (tokens, None))
+        check_matrix("cos", cos, (tokens, min(sin.shape[1], self.layers[0].head_dim // 2)))
+        if begins is None:
+            begins = np.full(texts, _NOWHERE, np.int64)
+        if not tokens or tokens % texts or begins.shape != (texts,) or begins.dtype != np.int64:
+            raise ShapeError(
+                f"{tokens} tokens of {texts} texts that begin at {begins.dtype}"
+                f" {list(begins.shape)}; that is as many of each, from int64 [{texts}] on"
+            )
+        table = self._table[layers]
+        if not np.array_equal(cache.heads[layers], texts * self._stored[layers]):
+            raise ShapeError(
+                f"the cache has {cache.heads[layers].tolist()} heads, {texts} texts have"
+                f" {(texts * self._stored[layers]).tolist()}"
+            )
+        if table.size:
+            cache.make_room(tokens // texts)
+        with LOCK:
+            threads = used_threads()
+            self._fill(threads)
+            if self._tokens is None or self._tokens.x.shape[0] < tokens:
+                room = pad(tokens, _TOKENS)
+                self._tokens = step_buffers.allocate(
+                    self.layers, self.hidden, room, threads, self._spent_by_many
+                )
+            work = self._tokens
+            work.x[:tokens] = x
+            decode_tokens(
+                table, cache.states[layers], self._head, cos, sin, self._paired, work, tokens,
+                tokens // texts, begins, kept, logits, threads,
+            )  # fmt: skip
+            result: F32 = work.x[:tokens].copy()
+            return result
+
     def _fill(self, threads: int) -> None:
         """Describe the layers for this number of threads."""
         if threads != self._threads:
             for record, layer in zip(self._table, self.layers, strict=True):
                 layer.fill(record, threads)
-            self._work, self._threads = None, threads
+            self._work, self._tokens, self._threads = None, None, threads
 
     def _buffers(self, threads: int, capacity: int) -> decode_step.Work:
         self._fill(threads)

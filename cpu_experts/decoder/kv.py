@@ -17,6 +17,8 @@ from hybrid.formats.strips import F32, TILE, pad
 
 #: Positions by which buffers grow at least.
 _STEP = 256
+#: A length that no layer reaches.
+FREE = 1 << 40
 
 
 @dataclass
@@ -36,10 +38,26 @@ class KeyValues:
     windows
         For every layer how many positions its attention sees, the token itself included; 0
         for all. What has left the window is forgotten when the buffer is full.
+
+    Attributes
+    ----------
+    states
+        What the kernels are given, a record of :data:`~.records.STATE` a layer.
+    heads
+        How many heads every layer holds, of all texts together; 0 before it holds any.
+    held
+        To what length every layer may be taken back, so that the window before that is not
+        forgotten; :data:`FREE` where it is not to be taken back.
+
+    Notes
+    -----
+    Several texts of one length are one sequence of more heads: a text's lie one behind another.
     """
 
     def __init__(self, windows: list[int]) -> None:
         self.states = np.zeros(len(windows), STATE)
+        self.heads = np.zeros(len(windows), np.int64)
+        self.held = np.full(len(windows), FREE, np.int64)
         self._windows = windows
         self._layers: list[_Layer | None] = [None] * len(windows)
 
@@ -98,10 +116,10 @@ class KeyValues:
     def beyond(self, value: bool) -> None:
         self.states["beyond"] = value
 
-    def make_room(self) -> None:
-        """Give every layer room for one more position."""
-        for layer in np.flatnonzero(self.states["length"] >= self.states["capacity"]):
-            self.reserve(int(layer), 1)
+    def make_room(self, count: int = 1) -> None:
+        """Give every layer room for ``count`` more positions."""
+        for layer in np.flatnonzero(self.states["length"] + count > self.states["capacity"]):
+            self.reserve(int(layer), count)
 
     def reserve(self, layer: int, count: int) -> None:
         """Give a layer room for ``count`` more positions."""
@@ -111,18 +129,26 @@ class KeyValues:
     def _move(self, layer: int, count: int) -> None:
         """Move a layer into larger buffers, or forget in whole strips what has left the window."""
         old, length, window = self._buffers(layer), self.length(layer), self._windows[layer]
-        first = max(0, length - window + 1) // TILE if window else 0
+        seen = min(length, int(self.held[layer])) - window + 1
+        first = max(0, seen) // TILE if window else 0
         heads, strips = old.keys.shape[:2]
         start, stop = first * TILE, strips * TILE
-        self._allocate(layer, heads, old.dim, length - start + count)
-        new = self._buffers(layer)
+        new = _made(heads, old.dim, length - start + count)
         new.keys[:, : strips - first] = old.keys[:, first:]
         new.values[:, :, : stop - start] = old.values[:, :, start:]
-        self.states[layer]["length"] = length - start
+        self._take(layer, new, length - start)
+        if self.held[layer] != FREE:
+            self.held[layer] -= start
 
-    def advance(self) -> None:
-        """Count the position that a decode step has written."""
-        self.states["length"] += 1
+    def select(self, layer: int, heads: NDArray[np.int64]) -> None:
+        """Keep these heads of a layer, in this order; some may come more than once."""
+        old = self._buffers(layer)
+        new = _Layer(old.keys[heads], old.values[heads], old.dim)
+        self._take(layer, new, self.length(layer))
+
+    def advance(self, count: int = 1) -> None:
+        """Count the positions that a decode step has written."""
+        self.states["length"] += count
 
     def advance_layer(self, layer: int, count: int) -> None:
         """Count ``count`` positions that one layer has written."""
@@ -137,20 +163,30 @@ class KeyValues:
     def _allocate(self, layer: int, heads: int, dim: int, needed: int) -> None:
         old = self._layers[layer]
         same = old is not None and (old.keys.shape[0], old.dim) == (heads, dim)
-        if same and self.states[layer]["capacity"] >= needed:
-            return
-        capacity = pad(needed + max(_STEP, needed // 4), _STEP)
-        keys = np.zeros((heads, capacity // TILE, dim, TILE), np.uint16)
-        values = np.zeros((heads, pad(dim, TILE) // TILE, capacity, TILE), np.uint16)
-        self._layers[layer] = new = _Layer(keys, values, dim)
+        if not same or self.states[layer]["capacity"] < needed:
+            self._take(layer, _made(heads, dim, needed), 0)
+
+    def _take(self, layer: int, new: _Layer, length: int) -> None:
+        """Give a layer other buffers, which are full up to a length."""
+        self._layers[layer] = new
         self._point(layer, new)
-        self.states[layer]["capacity"] = capacity
+        self.heads[layer] = new.keys.shape[0]
+        self.states[layer]["capacity"] = new.values.shape[2]
+        self.states[layer]["length"] = length
 
     def _point(self, layer: int, buffers: _Layer) -> None:
         """Tell the kernels where a layer's buffers lie."""
         state = self.states[layer]
         state["keys"] = buffers.keys.ctypes.data
         state["values"] = buffers.values.ctypes.data
+
+
+def _made(heads: int, dim: int, needed: int) -> _Layer:
+    """Return empty buffers for ``needed`` positions and some more."""
+    capacity = pad(needed + max(_STEP, needed // 4), _STEP)
+    keys = np.zeros((heads, capacity // TILE, dim, TILE), np.uint16)
+    values = np.zeros((heads, pad(dim, TILE) // TILE, capacity, TILE), np.uint16)
+    return _Layer(keys, values, dim)
 
 
 def _widen(bits: NDArray[np.uint16]) -> F32:

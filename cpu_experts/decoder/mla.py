@@ -23,7 +23,7 @@ _ZERO = np.int64(0)
 
 
 @kernel()
-def _turned(latent, source, cos, sin, paired, out):
+def turned(latent, source, cos, sin, paired, out):
     """Write the turned ``source`` to ``out``; ``apart`` moves neighbours half a head apart."""
     half = cos.size
     if latent["apart"]:
@@ -41,7 +41,7 @@ def _turned(latent, source, cos, sin, paired, out):
 def _append(layer, state, compressed, cos, sin, paired, key):
     """Write a token's ``compressed`` ``[rank + rope]`` into the cache."""
     latent = layer["latent"]
-    _turned(latent, compressed[latent["rank"] :], cos, sin, paired, key)
+    turned(latent, compressed[latent["rank"] :], cos, sin, paired, key)
     normalize(latent["kv_norm"], compressed, key[latent["rope"] :])
     no_clip = np.float32(np.inf)
     keep(state, np.int64(1), _ZERO, state["length"], layer["head_dim"], key, key, no_clip)
@@ -77,7 +77,7 @@ def query_items(
                 absorb, first, first + strips, first, act, rows, buf, scaling, False, out,
                 rope - head * rank,
             )  # fmt: skip
-            _turned(latent, source[nope:], cos, sin, paired, out)
+            turned(latent, source[nope:], cos, sin, paired, out)
             for i in range(rope):
                 out[i] *= scaling
         fetch_add(counter, at + 1)

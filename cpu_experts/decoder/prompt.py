@@ -24,6 +24,8 @@ from hybrid.formats.strips import TILE
 SPAN = 256
 #: Rows that an item has, about.
 ROWS = 64
+#: Of one type: numba compiles a function anew for every number written out in a call.
+_ZERO = np.int64(0)
 
 
 @kernel()
@@ -49,30 +51,40 @@ def _soften(scores, at, first, last, count, row, dim, stats, sums):
 
 
 @kernel()
-def _look(layer, state, head, start, queries, rows, count, scores, buf, stats, sums):
-    """Let ``count`` rows, whose first token is at position ``start``, see their positions."""
+def look(
+    layer, state, head, heads, start, lowest, begin, end, queries, places, rows, count, scores, buf,
+    stats, sums,
+):  # fmt: skip
+    """Let ``count`` rows, whose first token is at position ``start``, see ``begin : end`` of it.
+
+    ``begin`` is a multiple of 16, ``head`` one of the ``heads`` that the cache has; the queries
+    are the rows ``places`` of ``queries`` ``[.., head_dim]``, flat. What lies before ``lowest``
+    is no position of the text: only a token there sees itself.
+    """
     dim, capacity, window = layer["head_dim"], state["capacity"], layer["window"]
     many = layer["heads"] // layer["kv_heads"]
     strips = -(-dim // TILE)
-    keys = bytes_at(state["keys"], 2 * layer["kv_heads"] * capacity * dim)
-    values = bytes_at(state["values"], 2 * layer["kv_heads"] * strips * capacity * TILE)
+    keys = bytes_at(state["keys"], 2 * heads * capacity * dim)
+    values = bytes_at(state["values"], 2 * heads * strips * capacity * TILE)
     act, weights = queries.view(np.uint8), scores.view(np.uint8)
-    end = start + count // many
-    base = max(0, start + 1 - window) // TILE * TILE if window else np.int64(0)
+    flat = sums.reshape(-1)
+    base = begin
     while base < end:
         stop = min(base + SPAN, end)
         for p in range(base, stop, TILE):
             at = 2 * (head * capacity + p) * dim
-            dot_halves(keys, at, act, 4 * dim, rows, count, dim, buf)
+            dot_halves(keys, at, act, 4 * dim, places, count, dim, buf)
             for r in range(count):
                 copy_strip(buf, r * TILE, scores, r * SPAN + p - base)
         width = -(-(stop - base) // TILE) * TILE
         for r in range(count):
             position = start + r // many
-            first = max(position + 1 - window - base, 0) if window else np.int64(0)
+            seen = min(lowest, position)
+            if window:
+                seen = max(seen, position + 1 - window)
+            first = max(seen - base, 0)
             last = min(position + 1 - base, width)
             _soften(scores, r * SPAN, first, last, width, r, dim, stats, sums)
-        flat = sums.reshape(-1)
         for s in range(strips):
             at = 2 * ((head * strips + s) * capacity + base) * TILE
             dot_halves(values, at, weights, np.int64(4 * SPAN), rows, count, stop - base, buf)
@@ -110,9 +122,11 @@ def _attend_items(
                 stats[r, 0] = floats_at(layer["sinks"], layer["heads"])[query_head]
                 stats[r, 1] = 1
             sums[r, :] = 0
-        _look(
-            layer, state, head, state["length"] + token, queries, rows, count, scores, buf, stats,
-            sums,
+        start, window = state["length"] + token, layer["window"]
+        begin = max(_ZERO, start + 1 - window) // TILE * TILE if window else _ZERO
+        look(
+            layer, state, head, kv_heads, start, _ZERO, begin, start + count // many, queries, rows,
+            rows, count, scores, buf, stats, sums,
         )  # fmt: skip
         for r in range(count):
             t, query_head = token + r // many, head * many + r % many

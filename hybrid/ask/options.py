@@ -5,7 +5,7 @@ Loads neither torch nor numba.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hybrid.ask.counts import whole_number
 from hybrid.ask.dtypes import check_dtype
 from hybrid.ask.formats import check_formats
 from hybrid.ask.sizes import Size, size_in_bytes
+from hybrid.ask.speculate import Speculate
 from hybrid.errors import UsageError
 from planner.decide.policies import DEFAULT_POLICY, check_policy
 
@@ -45,6 +46,8 @@ class Options:
         Name of the cache policy that decides which experts stay on the device.
     verify
         Whether to compare the store with its checksums first.
+    speculate
+        Which tokens are drafted, to be checked several at a time.
     keep_timeline, record_routing
         Whether to keep what every lane does, and which experts every token uses.
     """
@@ -60,6 +63,7 @@ class Options:
     popularity: Path | None = None
     policy: str = DEFAULT_POLICY
     verify: bool = False
+    speculate: Speculate = field(default_factory=Speculate)
     keep_timeline: bool = False
     record_routing: bool = False
 
@@ -74,6 +78,7 @@ class Options:
         context: int | None = None,
         popularity: str | PathLike[str] | None = None,
         policy: str = DEFAULT_POLICY,
+        speculate: Any = None,
         prefix: str = "",
         **as_it_is: Any,
     ) -> Options:
@@ -85,6 +90,8 @@ class Options:
             Bytes, a text such as ``"6GiB"``, or ``"auto"``.
         dtype, device
             Names, or what torch calls them; a device's number is a GPU's.
+        speculate
+            ``"auto"``, ``"off"``, ``"lookup"``, or how many tokens to draft.
         prefix
             Stands before the names of sizes in errors: ``"--"`` for a command's options.
         as_it_is
@@ -116,6 +123,7 @@ class Options:
             context=None if context is None else whole_number(context, "context"),
             popularity=None if popularity is None else Path(popularity),
             policy=check_policy(policy),
+            speculate=Speculate.of(speculate),
             **as_it_is,
         )
 

@@ -27,11 +27,12 @@ from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.ledger.alone import begin_run, prompt_loads
 from hybrid.ledger.metrics import Term
-from hybrid.ledger.prediction import Prediction, predicted
+from hybrid.ledger.prediction import Prediction, computes_otherwise, predicted
 from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.loading import load_fast_model, set_threads
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
+from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.machine.coverage import Coverage
 from hybrid.measure.alone import Timed
 from hybrid.measure.interference import Others
@@ -120,7 +121,8 @@ def run(
         before, undisturbed; otherwise predictions come from what is there.
     dtype
         What dense layers that are not quantized are computed in: ``"auto"``, ``"float32"`` or
-        ``"bfloat16"``.
+        ``"bfloat16"``. Nothing is predicted of what ``"auto"`` is not here, as no calibration is
+        about it.
     progress
         Called with a line about what is done next.
     finished
@@ -146,8 +148,9 @@ def run(
         model = "demo" if model is None else model
         check_no_shape(model, spec, layers, vocabulary)
         path = demo_path() if model == "demo" else Path(model)
-        _check_length(find_model(path).spec.context, prompt, generate)
-        if calibrate:
+        found = find_model(path)
+        _check_length(found.spec.context, prompt, generate)
+        if calibrate and dtype in ("auto", automatic_dtype(found.spec)):
             _calibrate(path, None, None, threads, progress)
         return _measure(str(path), dtype, {}, prompt, generate, repeat, threads, progress, finished)
     name, settings, longest = read_spec(spec, layers)
@@ -157,9 +160,10 @@ def run(
     from hybrid.measure.random_model import check_room, write_random_model
 
     with temporary_folder("bench") as folder:
-        if calibrate:  # before the disk is busy with the weights
-            described = folder / "config.json"
-            described.write_text(json.dumps(settings))
+        described = folder / "config.json"
+        described.write_text(json.dumps(settings))
+        if calibrate and dtype in ("auto", automatic_dtype(find_model(described).spec)):
+            # Before the disk is busy with the weights.
             _calibrate(described, experts, dense, threads, progress)
         needed = check_room(settings, folder, experts, dense)
         progress(f"writing random weights, {needed / 2**30:.2f} GiB")
@@ -246,7 +250,9 @@ def _measure(
         bandwidth = bandwidth if reached is None else reached
     disturbed = others.lap()
     peak_bytes = host.peak_memory_bytes()
-    known = loads if prompt > 1 else None
+    known = (loads or None) if prompt > 1 else None
+    if (otherwise := computes_otherwise(loaded)) is not None:
+        progress(f"not predicted: {otherwise}")
     found = predicted(loaded, prompt, generate, threads=threads, loads=known)
     about: dict[str, Any] = dict.fromkeys(("predicted", "calibration", "residuals", "terms"))
     if found is not None:

@@ -1,7 +1,8 @@
 """Measures a model through this runtime, llama.cpp and transformers (``hybrid bench peers``).
 
 Of a shape, llama.cpp holds random weights, every matrix in q4_0 as ours are; transformers holds
-bfloat16, of fewer layers, which we then run as few of. Of a checkpoint, transformers holds the
+bfloat16, of fewer layers, which we then run as few of. Other programs with a ``llama-bench``, such
+as ik_llama.cpp, hold the same file as llama.cpp. Of a checkpoint, transformers holds the
 weights as they are and computes in what our dense layers compute in; we run it as ``hybrid run``
 does. All run the same number of tokens on the same number of threads. llama.cpp runs in a process
 of its own, with the environment it would have without us. Two take turns, and ratios are taken
@@ -10,26 +11,21 @@ between neighbours in time, because the machine's speed drifts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from hybrid.ask.dtypes import check_dtype
+from hybrid.bench.cases import CASES, Case, Peer, long_case
+from hybrid.bench.llama_bench import LlamaBench, parse_peer
 from hybrid.bench.model import check_no_shape, read_spec
 from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.bench.sides import (
-    CASES,
-    PLAIN_RANDOM,
-    Case,
     InProcess,
-    LlamaCpp,
-    Peer,
     llama_cpp,
-    long_case,
     plain_checkpoint,
     plain_random,
 )
@@ -55,6 +51,7 @@ def run(
     layers: int | None = None,
     vocabulary: int | None = None,
     context: int | None = None,
+    programs: Sequence[str] = (),
     plain_layers: int = 2,
     repeat: int = 5,
     threads: int | None = None,
@@ -73,6 +70,9 @@ def run(
         its own; 12 layers of Qwen3-30B-A3B with 32,000 tokens where nothing is given.
     context
         Also decode with this many tokens in the cache; llama.cpp computes them once.
+    programs
+        Others that hold what llama.cpp holds, ``NAME=PATH/TO/llama-bench [OPTION ...]`` each. With
+        some, llama-cpp-python is compared with only where it is installed.
     plain_layers
         Layers of a shape's comparison with transformers, whose weights in bfloat16 are four times
         the size; 0 to leave it out.
@@ -99,18 +99,25 @@ def run(
     Raises
     ------
     UsageError
-        When llama-cpp-python or gguf is not installed, or for a shape of another family.
+        When llama-cpp-python or gguf is not installed, for a shape of another family, or when
+        a program of ``programs`` cannot be run or measures nothing.
     CheckpointError
         When the checkpoint cannot be read, or is converted: transformers alone cannot load it.
     """
     check_dtype(dtype)
     cases = list(CASES) if context is None else [*CASES, long_case(context)]
+    others = [parse_peer(given) for given in programs]
     if model is not None:
         check_no_shape(model, spec, layers, vocabulary)
+        if others:
+            raise UsageError(
+                f"--peer {others[0][0]} is given with {model}, which is no GGUF file",
+                hint="compare with other programs on a shape, --spec",
+            )
         threads = _set_threads(threads)
         return _of_checkpoint(model, cases, repeat, threads, dtype, progress, finished)
-    _require_packages()
-    from hybrid.bench.gguf_model import require_qwen3
+    _require_packages(others)
+    from hybrid.bench.gguf_model import require_qwen3, write_gguf
 
     threads = _set_threads(threads)
     layers = _LAYERS if layers is None else layers
@@ -127,10 +134,7 @@ def run(
         "format": "q4_0",
         "dtype": None,
         "decode_path": None,
-        "peers": {
-            LlamaCpp.name: f"llama-cpp-python {_version('llama-cpp-python')}",
-            PLAIN_RANDOM: f"transformers {_version('transformers')}",
-        },
+        "peers": {},
         "results": results,
     }
 
@@ -138,19 +142,25 @@ def run(
         results.append(row)
         finished(record, _in_words(row))
 
-    with (
-        _ours(settings, dtype, progress) as ours,
-        llama_cpp(settings, threads, longest) as llama,
-    ):
+    with ExitStack() as stack:
+        ours = stack.enter_context(_ours(settings, dtype, progress))
         record |= {"dtype": ours.dtype, "decode_path": str(ours.path)}
-        for side in (ours.model, llama):
+        path = stack.enter_context(temporary_folder("bench")) / "model.gguf"
+        write_gguf(settings, path)
+        peers: list[Peer] = [LlamaBench(*other, path, threads) for other in others]
+        if _installed("llama_cpp"):
+            peers.append(stack.enter_context(llama_cpp(path, threads, longest)))
+        for side in (ours.model, *peers):
             side.measure(Case("", 32, 4, True))
+        record["peers"] = {peer.name: peer.about for peer in peers}
         for case in cases:
-            keep(_compare(ours.model, llama, case, repeat, progress, threads))
+            for peer in peers:
+                keep(_compare(ours.model, peer, case, repeat, progress, threads))
     if plain_layers:
         few = settings | {"num_hidden_layers": plain_layers}
         with _ours(few, dtype, progress) as ours:
             plain = plain_random(few)
+            record["peers"][plain.name] = plain.about
             for side in (ours.model, plain):
                 side.measure(Case("", 32, 4, True))
             for case in CASES:
@@ -188,7 +198,7 @@ def _of_checkpoint(
         "dense": store.dense_format or "as in the checkpoint",
         "dtype": str(network.dtype).removeprefix("torch."),
         "decode_path": str(Model(network).fast.path),
-        "peers": {plain.name: f"transformers {_version('transformers')}"},
+        "peers": {plain.name: plain.about},
         "experts_implementation": plain.model.config._experts_implementation,
         "results": results,
     }
@@ -216,15 +226,19 @@ def _check_contexts(cases: list[Case], made_for: int | None, name: str) -> None:
             )
 
 
-def _require_packages() -> None:
-    """Refuse to begin without what the comparison needs."""
-    needed = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
-    missing = [package for module, package in needed.items() if find_spec(module) is None]
+def _require_packages(others: Sequence[object]) -> None:
+    """Refuse to begin without what is needed: llama-cpp-python only where there are no others."""
+    needed = {"gguf": "gguf"} if others else {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+    missing = [package for module, package in needed.items() if not _installed(module)]
     if missing:
         raise UsageError(
             f"the comparison with llama.cpp needs {' and '.join(missing)}, not installed here",
             hint=f"pip install {' '.join(missing)}",
         )
+
+
+def _installed(module: str) -> bool:
+    return find_spec(module) is not None
 
 
 def _in_words(row: dict[str, Any]) -> str:
@@ -290,13 +304,6 @@ def _compare(
             "speedup_samples": ratios,
         }
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of unknown version"
 
 
 def peers_table(result: dict[str, Any]) -> str:

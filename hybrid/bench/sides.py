@@ -8,55 +8,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from hybrid.bench.cases import Case
 from hybrid.bench.model import bytes_per_token, generate_once, memory_to_read
 from hybrid.formats.errors import HybridError
 from hybrid.grafts import store_of
 from hybrid.measure.reads import read_seconds
-from hybrid.paths import temporary_folder
 from hybrid.transformers_api import cache_argument
 
 PLAIN_RANDOM = "transformers, bfloat16"
-
-
-class Case(NamedTuple):
-    """One comparison: what is timed is the prompt, or the tokens after it.
-
-    With ``again`` the prompt stays in the cache from one turn to the next.
-    """
-
-    name: str
-    prompt: int
-    generate: int
-    decode: bool
-    again: bool = False
-
-
-CASES = (
-    Case("decode", 32, 64, True),
-    Case("prefill of 512", 512, 1, False),
-    Case("prefill of 32", 32, 1, False),
-)
-
-
-def long_case(context: int) -> Case:
-    """Decoding with ``context`` tokens in the cache."""
-    return Case(f"decode after {context}", context, 32, True, again=True)
-
-
-class Peer(Protocol):
-    """What is compared with."""
-
-    name: str
-
-    def measure(self, case: Case) -> float:
-        """Return the seconds of the prompt, or of one token after it."""
-        ...
 
 
 class InProcess:
@@ -68,6 +34,7 @@ class InProcess:
 
     def __init__(self, model: Any, name: str) -> None:
         self.name = name
+        self.about = f"transformers {_version('transformers')}"
         self.model = model
         self._words = memory_to_read(model) if store_of(model) is not None else None
         self._held: tuple[int, Any] | None = None
@@ -115,6 +82,7 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.about = f"llama-cpp-python {_version('llama-cpp-python')}"
         self._process = process
         self.load_s: float = self._answer()["load_s"]
 
@@ -139,26 +107,22 @@ class LlamaCpp:
 
 
 @contextmanager
-def llama_cpp(settings: dict[str, Any], threads: int, context: int) -> Iterator[LlamaCpp]:
-    from hybrid.bench.gguf_model import write_gguf
-
+def llama_cpp(path: Path, threads: int, context: int) -> Iterator[LlamaCpp]:
+    """Hold a GGUF file in llama-cpp-python, in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    with temporary_folder("bench") as folder:
-        path = folder / "model.gguf"
-        write_gguf(settings, path)
-        worker = [sys.executable, "-m", "hybrid.bench.llama_worker"]
-        with subprocess.Popen(
-            [*worker, str(path), str(threads), str(context)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for us, who end it
-        ) as process:
-            try:
-                yield LlamaCpp(process)
-            finally:
-                process.kill()
+    worker = [sys.executable, "-m", "hybrid.bench.llama_worker"]
+    with subprocess.Popen(
+        [*worker, str(path), str(threads), str(context)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for us, who end it
+    ) as process:
+        try:
+            yield LlamaCpp(process)
+        finally:
+            process.kill()
 
 
 def plain_checkpoint(path: Path, dtype: str) -> InProcess:
@@ -182,3 +146,10 @@ def plain_random(settings: dict[str, Any]) -> InProcess:
             torch.nn.init.constant_(parameter, 1.0 if parameter.ndim == 1 else 0.003)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return InProcess(model, PLAIN_RANDOM)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"

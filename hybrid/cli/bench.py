@@ -203,6 +203,14 @@ def peers(
     context: Annotated[
         int | None, typer.Option(min=1, help="Also decode with this many tokens in the cache.")
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PROGRAM",
+            help="Also compare with this llama-bench, such as ik_llama.cpp's; options after its "
+            "path belong to it. May be given several times.",
+        ),
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, max=_MOST_REPEATS, help="Pairs a case.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
     dtype: Dtype = "auto",
@@ -219,6 +227,7 @@ def peers(
             layers=layers,
             vocabulary=vocabulary,
             context=context,
+            programs=peer or (),
             repeat=repeat,
             threads=threads,
             dtype=dtype,

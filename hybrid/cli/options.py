@@ -61,6 +61,13 @@ RepeatPenalty = Annotated[
     float | None,
     typer.Option(min=0.01, help="Above 1, tokens that occurred become less likely."),
 ]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(help="What a token loses that was generated before; below 0, what it gains."),
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="What a token loses for each time that it was generated.")
+]
 Seed = Annotated[
     int | None,
     typer.Option(
@@ -129,6 +136,13 @@ Context = Annotated[
 Policy = Annotated[
     str, typer.Option(help="Name of the cache policy that decides which experts stay on the GPU.")
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        help="Draft tokens that followed in the text before, and compute them in one step: auto "
+        "as many as pay, off, lookup, or a number of them. Changes no text.",
+    ),
+]
 Verify = Annotated[bool, typer.Option("--verify", help="Check the store's checksums first.")]
 
 
@@ -147,6 +161,8 @@ def sampling_options(
     top_k: TopK = None,
     min_p: MinP = None,
     repeat_penalty: RepeatPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     greedy: Greedy = False,
 ) -> Sampling:
@@ -160,12 +176,16 @@ def sampling_options(
     UsageError
         When greedy is asked for together with what only sampling uses.
     """
-    for name, value in (("temperature", temperature), ("repeat-penalty", repeat_penalty)):
+    penalties = {"presence": presence_penalty, "frequency": frequency_penalty}
+    numbers = {"temperature": temperature, "repeat-penalty": repeat_penalty}
+    numbers |= {f"{name}-penalty": value for name, value in penalties.items()}
+    for name, value in numbers.items():
         if value is not None and not math.isfinite(value):
             raise UsageError(f"--{name} is {value}", hint=f"give --{name} a finite number")
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    options: dict[str, Any] = {name: value for name, value in drawing.items() if value is not None}
     penalty = {} if repeat_penalty is None else {"repetition_penalty": repeat_penalty}
+    penalty |= {f"{name}_penalty": given for name, given in penalties.items() if given is not None}
     if temperature == 0:
         greedy = True
         del options["temperature"]
@@ -193,6 +213,7 @@ def session_options(
     ram: Ram = None,
     context: Context = None,
     policy: Policy = DEFAULT_POLICY,
+    speculate: Speculate = "auto",
 ) -> Options:
     """Return what is asked of a session."""
     return Options.of(
@@ -206,6 +227,7 @@ def session_options(
         ram=ram,
         context=context,
         policy=policy,
+        speculate=speculate,
     )
 
 

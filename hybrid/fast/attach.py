@@ -9,7 +9,7 @@ what the path does not compute goes to transformers' code, and both write the sa
 
 The model's modules and parameters stay as they are, and training, editing, saving and wrapping
 them is transformers' business: the kernels have copies of their own, made in that first call.
-Before every prompt, and before a token after what others computed, modules and weights are
+Before every long prompt, and before tokens after what others computed, modules and weights are
 looked at; if somebody has changed them, copies are made and tested again. What is written in
 place through ``tensor.data`` leaves no sign: call :meth:`FastPath.release` after it. Who owns a
 model alone can let packed modules replace its own, see :attr:`FastPath.replace`.
@@ -24,7 +24,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 from transformers import DynamicCache
@@ -33,7 +35,7 @@ from cpu_experts.jit.turns import Turn
 from cpu_experts.jit.workers import kernels_run
 from hybrid.anatomy.samples import UnfitError
 from hybrid.errors import first_line
-from hybrid.fast.decode import GROWING, FastDecoder
+from hybrid.fast.decode import GROWING, FastDecoder, is_prompt
 from hybrid.fast.kv_cache import can_share, goes_on
 from hybrid.fast.prompt import OnPrompt
 from hybrid.fast.selftest import build_decoder
@@ -270,6 +272,33 @@ class FastPath:
             self.path, self.decoder, self._snapshot = self._untested, None, None
             restore_dense(model)
 
+    def next_token(self, ids: Tensor, position: int, cache: Any, logits: Tensor) -> Tensor | None:
+        """Compute the token that follows what the path has computed, without what that asked.
+
+        Parameters
+        ----------
+        ids, position
+            The token, ``[1, 1]``, and its position.
+        cache
+            Of the tokens before it.
+        logits
+            ``[V]`` float32, written.
+
+        Returns
+        -------
+        ``logits`` in the model's type; None where ``forward`` has to be called, which asks anew.
+        """
+        with self._lock:
+            decoder, snapshot = self.decoder, self._snapshot
+            if decoder is None or snapshot is None or not goes_on(cache, decoder.form):
+                return None
+            if not can_share(cache, decoder.form) or logits.numel() != decoder.decoder.vocabulary:
+                return None
+            if not self.past_hooks and (_hooked_everywhere() or snapshot.hooked()):
+                return None
+            done = decoder.next_token(ids, position, cache, logits)
+            return logits.to(decoder.form.dtype) if done else None
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels are not torch's
     def __call__(self, model: Any, slow: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Compute a call of the model's ``forward``; ``slow`` is transformers'."""
@@ -278,15 +307,9 @@ class FastPath:
             with self._lock:
                 decoder, refusal = self._current(model, kwargs)
                 if decoder is not None and refusal is None:
-                    if can_share(given_cache(kwargs), decoder.form):
-                        if kwargs["input_ids"].shape[1] > 1:
-                            return decoder.prompt(kwargs, slow, self.on_prompt)
-                        output = decoder.forward(kwargs)
-                        if output is not None:
-                            return output
-                        refusal = "keys or values beyond half precision"
-                    else:
-                        refusal = "a cache that the kernels cannot take over"
+                    output, refusal = self._compute(decoder, slow, kwargs)
+                    if output is not None:
+                        return output
         if self.decoder is not None and refusal is not None:
             self.refused[refusal] += 1
         if not self.replace:
@@ -296,25 +319,49 @@ class FastPath:
                 self.release(model)
             return slow(*args, **kwargs)
 
+    def _compute(
+        self, decoder: FastDecoder, slow: Any, arguments: dict[str, Any]
+    ) -> tuple[Any, str | None]:
+        """Return what the decoder makes of a call, or why it makes nothing of it."""
+        cache, (texts, tokens) = given_cache(arguments), arguments["input_ids"].shape
+        if not can_share(cache, decoder.form, texts):
+            return None, "a cache that the kernels cannot take over"
+        begins = None
+        if _masked(arguments):
+            begins = _begins(arguments["attention_mask"], cache.get_seq_length(), tokens)
+            if begins is None:
+                return None, "masked positions"
+        if is_prompt(texts, tokens):
+            if texts > 1:
+                return None, f"prompts of {texts} sequences at once"
+            if begins is not None:
+                return None, "a prompt of masked positions"
+            return decoder.prompt(arguments, slow, self.on_prompt), None
+        if texts * tokens == 1 and begins is None:
+            output = decoder.forward(arguments)
+        else:
+            output = decoder.step(arguments, begins, self.on_prompt)
+        return output, "keys or values beyond half precision"
+
     def _current(
         self, model: Any, arguments: dict[str, Any]
     ) -> tuple[FastDecoder | None, str | None]:
         """Return the decoder, read anew if the model is another by now, or why it is not used.
 
-        Looked at before prompts and before the first token that follows what others computed.
+        Looked at before prompts and before the first tokens that follow what others computed.
         """
         decoder, snapshot = self.decoder, self._snapshot
-        prompt = arguments["input_ids"].shape[1] > 1
+        texts, tokens = arguments["input_ids"].shape
         if decoder is None:
             # What did not fit may fit by now, with other parts.
-            if snapshot is not None and prompt and not snapshot.has_its_parts():
+            if snapshot is not None and tokens > 1 and not snapshot.has_its_parts():
                 self.release(model)
             if self.path == UNTESTED and _hooked(_hooks_of(model)) and not self.past_hooks:
                 return None, "hooks"
         elif snapshot is not None:
             if snapshot.hooked() and not self.past_hooks:
                 return decoder, "hooks"
-            if prompt or not goes_on(given_cache(arguments), decoder.form):
+            if is_prompt(texts, tokens) or not goes_on(given_cache(arguments), decoder.form):
                 if snapshot.overridden():
                     return decoder, "a part's forward that was replaced"
                 if not snapshot.holds():
@@ -322,12 +369,10 @@ class FastPath:
         return self.settle(model), None
 
     def _refusal(self, model: Any, arguments: dict[str, Any]) -> str | None:
-        """Why a call is not new tokens of one sequence and nothing special; None if it is."""
+        """Why a call is not new tokens and nothing special; None if it is."""
         ids, cache = arguments.get("input_ids"), given_cache(arguments)
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0:
             return "no token ids"
-        if ids.shape[0] != 1:
-            return f"{ids.shape[0]} sequences at once"
         if ids.device.type != "cpu":
             return f"token ids on {ids.device}"
         for name, value in arguments.items():
@@ -352,10 +397,33 @@ class FastPath:
         mask = arguments.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor):
             return f"a mask of {type(mask).__name__}"
-        if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
-            return "masked positions"
-        everywhere = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-        return "hooks" if everywhere and not self.past_hooks else None
+        if mask is not None and mask.ndim != 2:
+            return f"a mask of {mask.ndim} dimensions"
+        return "hooks" if _hooked_everywhere() and not self.past_hooks else None
+
+
+def _hooked_everywhere() -> bool:
+    """Whether somebody's code waits for the forward of every module."""
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+
+
+def _masked(arguments: dict[str, Any]) -> bool:
+    mask = arguments.get("attention_mask")
+    return mask is not None and not bool(mask.all())
+
+
+def _begins(mask: Tensor, past: int, tokens: int) -> NDArray[np.int64] | None:
+    """Return where texts begin that a mask leaves something out in front of, and nothing else.
+
+    Relative to the position behind ``past`` others, where the first of the ``tokens`` is.
+    """
+    seen = mask != 0
+    if mask.shape[1] != past + tokens or not bool((seen[:, 1:] >= seen[:, :-1]).all()):
+        return None
+    if not bool(seen[:, -1].all()):
+        return None
+    begins: NDArray[np.int64] = (~seen).sum(dim=1).numpy() - past
+    return begins
 
 
 def attach_fast_path(model: Any, *, fast: bool = True, replace: bool = False) -> None:

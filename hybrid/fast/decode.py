@@ -1,7 +1,9 @@
-"""What the fast path computes: new tokens of one sequence, into the kernels' own cache.
+"""What the fast path computes: new tokens of one text or of a batch, into the kernels' own cache.
 
-One new token goes through the one-token kernels, several through transformers' layers with our
-attention (see :mod:`hybrid.fast.prompt`). :mod:`hybrid.fast.attach` says for which calls.
+One new token goes through the one-token kernels. A few of a text, or one of every text of a
+batch, are a step of the kernels, which read all weights once for it. Longer prompts go through
+transformers' layers with our attention (see :mod:`hybrid.fast.prompt`), whose products of many
+tokens are the faster ones then. :mod:`hybrid.fast.attach` says which calls are ours at all.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import functools
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -25,12 +29,15 @@ from hybrid.transformers_api import cache_argument, causal_output, given_cache
 
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512
+#: Tokens that a step has at most, unless they are one of every text: as a prompt, more of them
+#: are computed layer by layer, in products that are made for many.
+STEP = 32
 #: Kinds of rotary embedding whose angles depend on how long the sequence is by now.
 GROWING = ("dynamic", "longrope")
 
 
 class FastDecoder:
-    """New tokens of one sequence.
+    """New tokens of one text, or of the texts of a batch.
 
     Parameters
     ----------
@@ -45,11 +52,13 @@ class FastDecoder:
     ----------
     watch
         What single tokens took in the kernels since :meth:`begin_run`, and how many they were.
+    step_watch
+        The same of steps of several tokens.
     """
 
     def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
         self.decoder = decoder
-        self.watch = Stopwatch()
+        self.watch, self.step_watch = Stopwatch(), Stopwatch()
         self._base = model.get_decoder()
         self._dtype = model.dtype
         self._pairs = pairs
@@ -66,32 +75,88 @@ class FastDecoder:
         self._grows_from = _grows_from(model.config.get_text_config()) if self._growing else None
         self._angles: dict[int, list[tuple[Any, Any]]] = {}
 
+    def next_token(self, ids: Tensor, position: int, cache: DynamicCache, logits: Tensor) -> bool:
+        """Compute the token ``ids`` ``[1, 1]`` at a position and write its ``logits`` ``[V]``.
+
+        Returns whether it is done: a cache is as before where numbers leave the range of the
+        kernels' cache.
+        """
+        sequence = self.packed(cache)
+        x = self._base.embed_tokens(ids).detach().float().reshape(-1)
+        if self._scale != 1.0:
+            x = x * self._scale
+        cos, sin = self.rotary(position)
+        with self.watch:
+            self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy())
+        sequence.advance()
+        if sequence.left_the_range():
+            sequence.take_back(1)
+            self.watch.take_back()
+            return False
+        return True
+
     def forward(self, arguments: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
         """Compute the single token of a call of the model's ``forward``.
 
         None, and a cache as before, where numbers leave the range of the kernels' cache.
         """
         ids, cache = arguments["input_ids"], given_cache(arguments)
-        sequence = self.packed(cache)
         given = arguments.get("position_ids")
         position = int(cache.get_seq_length() if given is None else given)
-        x = self._base.embed_tokens(ids).detach().float().reshape(-1)
-        if self._scale != 1.0:
-            x = x * self._scale
-        cos, sin = self.rotary(position)
         logits = torch.empty(1, 1, self.decoder.vocabulary)
-        with self.watch:
-            self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy().reshape(-1))
-        sequence.advance()
-        if sequence.left_the_range():
-            sequence.take_back(1)
-            self.watch.take_back()
+        if not self.next_token(ids, position, cache, logits.view(-1)):
             return None
         return causal_output(logits.to(self._dtype), cache)
 
+    def step(
+        self,
+        arguments: dict[str, Any],
+        begins: NDArray[np.int64] | None,
+        on_prompt: OnPrompt | None,
+    ) -> MoeCausalLMOutputWithPast | None:
+        """Compute several tokens of a call of the model's ``forward``, as many of every text.
+
+        ``begins`` is where each text begins, relative to its next position; None where nothing
+        lies in front of any. Returns None, and leaves a cache as before, where numbers leave the
+        range of the kernels' cache.
+        """
+        ids, cache = arguments["input_ids"], given_cache(arguments)
+        texts, tokens = ids.shape
+        teller = Teller(on_prompt, tokens)
+        sequence = self.packed(cache, texts)
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = (torch.arange(tokens) + cache.get_seq_length())[None]
+        x = self._base.embed_tokens(ids).detach().float().reshape(texts * tokens, -1)
+        if self._scale != 1.0:
+            x = x * self._scale
+        cos, sin = self._rotary_of(positions.expand(texts, tokens))
+        kept = _kept(arguments.get("logits_to_keep", 0), texts, tokens)
+        logits = torch.empty(texts, kept.size // texts, self.decoder.vocabulary)
+        with self.step_watch:
+            self.decoder.step_tokens(
+                x.contiguous().numpy(),
+                cos,
+                sin,
+                sequence.kv,
+                logits.flatten(0, 1).numpy(),
+                kept=kept,
+                texts=texts,
+                begins=begins,
+            )
+        sequence.advance(tokens)
+        if sequence.left_the_range():
+            sequence.take_back(tokens)
+            self.step_watch.take_back()
+            return None
+        if tokens > 1:
+            teller.tell(tokens)
+        return causal_output(logits.to(self._dtype), cache)
+
     def begin_run(self) -> None:
-        """Count anew what single tokens take; the decoder counts it by layer and part."""
+        """Count anew what steps take; the decoder counts it by layer and part."""
         self.watch.reset()
+        self.step_watch.reset()
         self.decoder.begin_run()
 
     def prompt(
@@ -152,9 +217,17 @@ class FastDecoder:
         )
         return cos.numpy(), sin.numpy()
 
-    def packed(self, cache: DynamicCache) -> Sequence:
-        """Return the sequence of a cache, its content in the kernels' layout."""
-        return Sequence.of(cache, self.form)
+    def packed(self, cache: DynamicCache, texts: int = 1) -> Sequence:
+        """Return the sequence of a cache of so many texts, its content in the kernels' layout."""
+        return Sequence.of(cache, self.form, texts)
+
+    def _rotary_of(self, positions: Tensor) -> tuple[Any, Any]:
+        """Cosines and sines of positions ``[texts, T]``, ``[texts * T, pairs]`` float32 each."""
+        flat = positions.reshape(-1)
+        if self._growing or flat.numel() > STEP:
+            return self.angles_at(flat[None])
+        cos, sin = zip(*map(self.rotary, flat.tolist()), strict=True)
+        return np.stack(cos), np.stack(sin)
 
     def rotary(self, position: int) -> tuple[Any, Any]:
         """Return cosines and sines of a position, ``[pairs]`` float32 each."""
@@ -173,8 +246,21 @@ class FastDecoder:
         ]
 
 
+def is_prompt(texts: int, tokens: int) -> bool:
+    """Whether so many new tokens of each of some texts are more than a step has."""
+    return tokens > 1 and texts * tokens > STEP
+
+
 def _grows_from(config: Any) -> int:
     """Return the length of text from which a growing rotary embedding turns otherwise."""
     scaling = config.rope_parameters or {}
     lengths = (scaling.get("original_max_position_embeddings"), config.max_position_embeddings)
     return min(int(length) for length in lengths if length is not None)
+
+
+def _kept(keep: int | Tensor, texts: int, tokens: int) -> NDArray[np.int32]:
+    """Return which of all texts' tokens have their logits kept, by ``logits_to_keep``."""
+    own = np.arange(tokens, dtype=np.int32)
+    own = own[-keep:] if isinstance(keep, int) else own[keep.numpy()]
+    kept: NDArray[np.int32] = np.arange(texts, dtype=np.int32)[:, None] * tokens + own
+    return kept.reshape(-1).astype(np.int32)

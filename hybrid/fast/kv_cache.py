@@ -1,8 +1,12 @@
-"""One cache for two readers: transformers' tensors and the one-token kernels' strips.
+"""One cache for two readers: transformers' tensors and the kernels' strips.
 
 A layer holds its keys and values in one of the two layouts and changes it when the other
-reader comes. In a generation that happens once, after the prompt; whatever else transformers
-does with a cache (reordering, repeating, cropping) finds ordinary tensors.
+reader comes. In a generation that happens once, after the prompt. Cropping and choosing among
+the texts of a batch leave the layout as it is; whatever else transformers does with a cache
+finds ordinary tensors.
+
+The texts of a batch have the same positions: a shorter one has some in front that are not
+its own, which the kernels are told at every step and do not look at.
 """
 
 # transformers' cache classes are typed in part.
@@ -11,15 +15,17 @@ does with a cache (reordering, repeating, cropping) finds ordinary tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cpu_experts.decoder.attention import LARGEST_HALF
-from cpu_experts.decoder.kv import KeyValues
+from cpu_experts.decoder.kv import FREE, KeyValues
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,11 @@ class CacheForm:
     shapes: tuple[tuple[int, int, int], ...]
     windows: tuple[int, ...]
     dtype: torch.dtype
+
+    @cached_property
+    def heads(self) -> NDArray[np.int64]:
+        """Heads that every layer keeps of one text."""
+        return np.array([heads for heads, _, _ in self.shapes], np.int64)
 
 
 class _SharedLayer(DynamicLayer):
@@ -75,18 +86,18 @@ class _SharedLayer(DynamicLayer):
         return self._index not in self._sequence.plain
 
     def _read(self) -> tuple[Any, Any]:
-        """Return the content as ``[1, H, T, dim]`` tensors, wherever it lies."""
+        """Return the content as ``[texts, H, T, dim]`` tensors, wherever it lies."""
         if not self._packed:
             return self._tensors
         keys, values = self._sequence.kv.read(self._index)
-        _, _, turned = self._sequence.form.shapes[self._index]
+        heads, _, turned = self._sequence.form.shapes[self._index]
         if turned:
             keys, values = keys[:, :, turned:], keys[:, :, :turned]
-        if self.is_sliding:
+        if self.is_sliding and not _records(self):
             first = max(0, keys.shape[1] - _window(self) + 1)
             keys, values = keys[:, first:], values[:, first:]
         dtype = self._sequence.form.dtype
-        return _tensor(keys, dtype), _tensor(values, dtype)
+        return _tensor(keys, heads, dtype), _tensor(values, heads, dtype)
 
     def _unpack(self) -> None:
         if self._packed:
@@ -113,8 +124,8 @@ class _SharedLayer(DynamicLayer):
         self._unpack()
         self._tensors = (self._tensors[0], value)
 
-    def pack(self) -> None:
-        """Move the content into the strips.
+    def pack(self, texts: int) -> None:
+        """Move the content, of so many texts, into the strips.
 
         A compressed cache has a turned key beside its latent, which are the tensors' values and
         keys; the strips hold both, key first, as keys and as values.
@@ -123,27 +134,50 @@ class _SharedLayer(DynamicLayer):
         heads, dim, turned = form.shapes[self._index]
         if not self.is_initialized:
             self.lazy_initialization(
-                torch.empty(1, heads, 0, dim - turned, dtype=form.dtype), torch.empty(0)
+                torch.empty(texts, heads, 0, dim - turned, dtype=form.dtype), torch.empty(0)
             )
         keys, values = self._tensors
         if keys.numel() == 0:
-            keys = values = torch.empty(1, heads, 0, dim)
+            keys = values = torch.empty(texts, heads, 0, dim)
         elif turned:
             keys = values = torch.cat((values, keys), dim=-1)
         self._sequence.kv.store(
-            self._index, *(x[0].float().contiguous().numpy() for x in (keys, values))
+            self._index, *(x.flatten(0, 1).float().contiguous().numpy() for x in (keys, values))
         )
         self._tensors = (None, None)
         self._sequence.plain.discard(self._index)
+        if _records(self):  # whoever recorded may go back to all of it
+            self._sequence.kv.held[self._index] = min(_window(self) - 1, keys.shape[2])
 
-    def fits(self, form: CacheForm) -> bool:
-        """Whether a decoder of this form could have written the content."""
+    def fits(self, form: CacheForm, texts: int) -> bool:
+        """Whether a decoder of this form could have written the content, of so many texts."""
         index = self._index
         if self._packed:
-            mine = self._sequence.form
+            mine, heads = self._sequence.form, int(self._sequence.kv.heads[index])
             same = (mine.shapes[index], mine.dtype) == (form.shapes[index], form.dtype)
+            same = same and heads == texts * form.shapes[index][0]
             return same and _fits_window(self, form.windows[index])
-        return _fits(self, self._tensors, form, index)
+        return _fits(self, self._tensors, form, index, texts)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these texts, in this order."""
+        if self._packed:
+            self._select(beam_idx)
+        else:
+            super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these texts."""
+        if self._packed:
+            self._select(indices)
+        else:
+            super().batch_select_indices(indices)
+
+    def _select(self, chosen: Tensor) -> None:
+        kv, heads = self._sequence.kv, self._sequence.form.shapes[self._index][0]
+        own = np.arange(kv.heads[self._index]).reshape(-1, heads)
+        kv.select(self._index, own[chosen.numpy()].reshape(-1))
+        self._sequence.count_texts()
 
 
 class _SharedFullLayer(_SharedLayer):
@@ -160,11 +194,24 @@ class _SharedFullLayer(_SharedLayer):
 
 
 class _SharedSlidingLayer(_SharedLayer, DynamicSlidingWindowLayer):
-    pass
+    def crop(self, tokens_to_remove: int) -> None:
+        within = self.cumulative_length < self.sliding_window
+        if self._packed and tokens_to_remove <= 0 and (within or self.record_past):
+            kv, index = self._sequence.kv, self._index
+            kv.drop(index, -tokens_to_remove)
+            self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+            self.hold()
+        else:
+            super().crop(tokens_to_remove)
+
+    def hold(self) -> None:
+        """Let the strips keep what can be gone back to from here on, if somebody wants to."""
+        kv, index = self._sequence.kv, self._index
+        kv.held[index] = kv.length(index) if self.record_past else FREE
 
 
 class Sequence:
-    """The cache of one sequence as the one-token kernels use it.
+    """The cache of a text, or of a batch of them, as the kernels use it.
 
     Attributes
     ----------
@@ -172,6 +219,8 @@ class Sequence:
         Keys and values of the layers that are packed.
     form
         Of the decoder that wrote them last.
+    texts
+        How many it is of.
     plain
         The layers whose content lies in tensors.
     """
@@ -182,7 +231,7 @@ class Sequence:
             layers += [DynamicLayer() for _ in form.shapes]
         # Not the decoder's windows: transformers keeps everything in layers that do not slide.
         self.kv = KeyValues([_window(layer) for layer in layers])
-        self.form = form
+        self.form, self.texts = form, 0
         self.plain = set(range(len(layers)))
         for index, layer in enumerate(layers):
             kind = _SharedSlidingLayer if layer.is_sliding else _SharedFullLayer
@@ -191,13 +240,23 @@ class Sequence:
         self._sliding = [layer for layer in layers if layer.is_sliding]
 
     @classmethod
-    def of(cls, cache: DynamicCache, form: CacheForm) -> Sequence:
+    def of(cls, cache: DynamicCache, form: CacheForm, texts: int) -> Sequence:
         """Return a cache that :func:`can_share` as a decoder's sequence, all of it in strips."""
         sequence = _found(cache) or cls(cache, form)
         sequence.form = form
-        for index in sorted(sequence.plain):
-            sequence._layers[index].pack()
+        if sequence.plain:
+            for index in sorted(sequence.plain):
+                sequence._layers[index].pack(texts)
+            sequence.count_texts()
+        for layer in sequence._sliding:
+            if layer.record_past != (sequence.kv.held[layer._index] != FREE):
+                layer.hold()
         return sequence
+
+    def count_texts(self) -> None:
+        """Note of how many texts all layers are; of none while they are of different numbers."""
+        first = int(self.kv.heads[0] // self.form.heads[0])
+        self.texts = first if np.array_equal(self.kv.heads, first * self.form.heads) else 0
 
     def owns(self, layers: list[Any]) -> bool:
         """Whether these are the layers that it was made of."""
@@ -206,16 +265,16 @@ class Sequence:
             for index, layer in enumerate(layers)
         )
 
-    def fits(self, form: CacheForm) -> bool:
-        """Whether a decoder of this form could have written all of it."""
+    def fits(self, form: CacheForm, texts: int) -> bool:
+        """Whether a decoder of this form could have written all of it, as so many texts."""
         if self.form is form and not self.plain:  # it has: the usual case, at every token
-            return not any(layer.record_past for layer in self._sliding)
-        return all(layer.fits(form) for layer in self._layers)
+            return self.texts == texts
+        return all(layer.fits(form, texts) for layer in self._layers)
 
-    def advance(self) -> None:
-        """Tell the layers of the token that a decode step has added."""
+    def advance(self, count: int = 1) -> None:
+        """Tell the layers of the tokens that a decode step has added to each text."""
         for layer in self._sliding:
-            layer.cumulative_length += 1
+            layer.cumulative_length += count
 
     def left_the_range(self) -> bool:
         """Whether what was written since the last call had numbers beyond half precision."""
@@ -244,8 +303,8 @@ def goes_on(cache: DynamicCache, form: CacheForm) -> bool:
     return sequence is not None and sequence.form is form and not sequence.plain
 
 
-def can_share(cache: Any, form: CacheForm) -> bool:
-    """Whether a cache is one sequence that a decoder's kernels can take over.
+def can_share(cache: Any, form: CacheForm, texts: int = 1) -> bool:
+    """Whether a cache is of so many texts, and one that a decoder's kernels can take over.
 
     It is where its layers are ordinary ones and hold what the decoder itself would have written
     into them: as many heads of the same size, in its dtype, and all positions that it looks at.
@@ -259,10 +318,10 @@ def can_share(cache: Any, form: CacheForm) -> bool:
         return False
     sequence = _found(cache)
     if sequence is not None:
-        return sequence.owns(layers) and sequence.fits(form)
+        return sequence.owns(layers) and sequence.fits(form, texts)
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        and _fits(layer, (layer.keys, layer.values), form, index)
+        and _fits(layer, (layer.keys, layer.values), form, index, texts)
         for index, layer in enumerate(layers)
     )
 
@@ -274,13 +333,13 @@ def _found(cache: DynamicCache) -> Sequence | None:
 
 
 def _fits_window(layer: Any, window: int) -> bool:
-    """Whether a layer keeps all positions that attention through ``window`` sees, and no past."""
+    """Whether a layer keeps all positions that attention through ``window`` sees."""
     kept = _window(layer)
-    return (not kept or kept == window) and not getattr(layer, "record_past", False)
+    return not kept or kept == window
 
 
-def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int) -> bool:
-    """Whether a decoder of this form could have written ``tensors`` into a layer.
+def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int, texts: int) -> bool:
+    """Whether a decoder of this form could have written ``tensors`` of so many texts into a layer.
 
     It writes none that are beyond half precision.
     """
@@ -293,15 +352,22 @@ def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int) -> 
     return all(
         (x.device.type, x.dtype) == ("cpu", form.dtype)
         # transformers begins with a tensor of no shape.
-        and (x.shape == (0,) or (x.ndim, *x.shape[:2], x.shape[-1]) == (4, 1, heads, size))
+        and (x.shape == (0,) or (x.ndim, *x.shape[:2], x.shape[-1]) == (4, texts, heads, size))
         and (x.numel() == 0 or bool(x.abs().amax() <= float(LARGEST_HALF)))
         for x, size in zip(tensors, sizes, strict=True)
     )
+
+
+def _records(layer: Any) -> bool:
+    """Whether a layer keeps what has left its window, because it may go back there."""
+    return bool(getattr(layer, "record_past", False))
 
 
 def _window(layer: Any) -> int:
     return int(getattr(layer, "sliding_window", 0))
 
 
-def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))[None].to(dtype)
+def _tensor(array: np.ndarray, heads: int, dtype: torch.dtype) -> Tensor:
+    """Return ``[texts * heads, T, dim]`` as ``[texts, heads, T, dim]``."""
+    whole = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    return whole.reshape(array.shape[0] // heads, heads, *array.shape[1:])

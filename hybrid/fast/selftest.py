@@ -1,5 +1,7 @@
 """The test that a decoder passes before it is used: a few tokens, by it and by transformers' code.
 
+Single tokens are computed, a step of several, and the attention of a prompt.
+
 The reference is transformers' code in float32 with the model's weights as they are, layer by layer
 on the hidden states of the model's own pass: roundings of quantized layers would add up over
 several. A result in bfloat16 would be no reference. Trained models have a few hidden values in
@@ -25,6 +27,7 @@ from torch.nn.functional import linear
 from transformers import DynamicCache
 
 from cpu_experts.decoder.attention import LARGEST_HALF
+from cpu_experts.decoder.kv import KeyValues
 from hybrid.anatomy.samples import WrongError
 from hybrid.anatomy.widened import widened
 from hybrid.fast.decode import FastDecoder
@@ -123,7 +126,7 @@ def build_decoder(model: Any, *, replace: bool) -> tuple[FastDecoder, float]:
 
 
 def check_decoder(model: Any, fast: FastDecoder) -> float:
-    """Compute a short prompt's attention and single tokens at several positions both ways.
+    """Compute a short prompt and single tokens at several positions both ways.
 
     Returns
     -------
@@ -161,11 +164,16 @@ class _Test:
         attend = None if self._fast.compressed else self._piece(ids.shape[1])
         reference = self._new_cache()
         expected = []
+        several = self._fast.packed(self._new_cache()).kv
         for index, layer in enumerate(self._base.layers):
             twin = widened(layer)
             if attend is not None:
                 yield self._attention(index, twin, passes[0], attend)
-            expected.append(list(self._additions(index, twin, passes, reference)))
+            first, *others = self._additions(index, twin, passes, reference)
+            yield self._step(index, passes[0].layers[index].hidden, first, several)
+            expected.append(others)
+        if several.beyond:
+            raise WrongError(_BEYOND)
         yield from self._tokens(passes[1:], expected)
 
     def _new_cache(self) -> DynamicCache:
@@ -187,21 +195,31 @@ class _Test:
     def _additions(
         self, index: int, twin: Any, passes: list[_Pass], reference: DynamicCache
     ) -> Iterator[Tensor]:
-        """What a layer adds to the stream of each single token, after the prompt."""
+        """What a layer adds to the stream of the prompt, and then of each single token."""
         for given in passes:
             call = given.layers[index]
             after = given.again(call, twin, reference)
             if given is passes[0]:
                 layer: Any = reference.layers[index]
                 self._prompt.update(layer.keys, layer.values, index)
+                yield after[0] - call.hidden.float()[0]
             else:
                 yield (after - call.hidden.float()).reshape(-1)
+
+    def _step(self, index: int, hidden: Tensor, expected: Tensor, kv: KeyValues) -> float:
+        """The distance of a layer for several tokens in a step."""
+        part, before = f"a step through layer {index}", hidden.float()[0].contiguous()
+        angles = self._fast.angles_at(torch.arange(len(before))[None])
+        found = self._fast.decoder.layer_tokens(index, before.numpy(), *angles, kv)
+        row = list(map(_relative, torch.from_numpy(found) - before, expected))
+        _within(part, max(row), _TOKEN_TOLERANCE)
+        return _within(part, median(row), self._limit)
 
     def _tokens(self, steps: list[_Pass], expected: list[list[Tensor]]) -> Iterator[float]:
         """The distances of the layers and of the head for single tokens."""
         _check_range(self._prompt)
         kv = self._fast.packed(self._prompt).kv
-        norm, rows, theirs = widened(self._base.norm), [], []
+        norm, rows, theirs, heads = widened(self._base.norm), [], [], []
         for at, (step, position) in enumerate(zip(steps, self._positions, strict=True)):
             angles, row = self._fast.rotary(position), []
             for index, call in enumerate(step.layers):
@@ -214,6 +232,7 @@ class _Test:
             made = torch.from_numpy(logits)
             exact = _logits(self._model.lm_head, norm(last)) * self._fast.decoder.scale
             row.append(_relative(made, exact))
+            heads.append((last, exact))
             theirs.append(_relative(made, step.logits.float().reshape(-1)))
             kv.advance()
             rows.append(row)
@@ -223,7 +242,15 @@ class _Test:
         for part, column in zip(parts, zip(*rows, strict=True), strict=True):
             _within(part, max(column), _TOKEN_TOLERANCE)
             yield _within(part, median(column), self._limit)
+        yield self._head(*map(torch.stack, zip(*heads, strict=True)))
         _within("the head, beside all", max(theirs), max(self._limit, _LOGITS_TOLERANCE))
+
+    def _head(self, last: Tensor, exact: Tensor) -> float:
+        """The distance of the head for several tokens in a step."""
+        logits = np.empty(exact.shape, np.float32)
+        self._fast.decoder.head_tokens(last.numpy(), logits)
+        distances = map(_relative, torch.from_numpy(logits), exact)
+        return _within("the head in a step", max(distances), self._limit)
 
     def _record(self, cache: DynamicCache, **arguments: Any) -> _Pass:
         """Run the model past hooks of its user, who has not asked for this call."""

@@ -25,6 +25,43 @@ class Figure(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speculated:
+    """What came of the drafts of one call.
+
+    Attributes
+    ----------
+    asked
+        What the user asked for.
+    refused
+        Why there could be none; None where there could.
+    drafted, accepted
+        Tokens.
+    steps
+        That computed a draft.
+    gained_s
+        Seconds that as many steps of a single token take, less what these steps took.
+    """
+
+    asked: str
+    refused: str | None
+    drafted: int
+    accepted: int
+    steps: int
+    gained_s: float
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"{self.asked}: none, {self.refused}"
+        if not self.steps:
+            return f"{self.asked}: none that would have paid"
+        gained = f"{_format(abs(self.gained_s), 's')} {'lost' if self.gained_s < 0 else 'gained'}"
+        return (
+            f"{self.asked}: {self.accepted} of {self.drafted} drafted tokens accepted in "
+            f"{self.steps} steps, {self.drafted / self.steps:.1f} in each; {gained}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationTimes:
     """One call of ``generate``.
 
@@ -47,6 +84,8 @@ class GenerationTimes:
         were written, too.
     kept_tokens
         Tokens at the prompt's beginning that a kept cache had already.
+    speculated
+        What came of drafts; None where none were asked for.
     """
 
     sequences: int
@@ -57,6 +96,7 @@ class GenerationTimes:
     ended: str
     extras: tuple[str, ...] = ()
     kept_tokens: int = 0
+    speculated: Speculated | None = None
 
     def figures(self) -> dict[str, Figure]:
         """Return the counts and rates that a user compares, by name."""
@@ -195,6 +235,8 @@ class RunReport:
         How the model lies on a device; None on the CPU alone.
     chosen
         How the last call's tokens were chosen.
+    speculated
+        What came of drafts in it; None where none were asked for.
     terms
         What a step's time consists of, the whole first, predicted and measured.
     layers
@@ -216,6 +258,7 @@ class RunReport:
     many_tokens: str | None
     placement: str | None = None
     chosen: str | None = None
+    speculated: Speculated | None = None
     figures: dict[str, Figure]
     terms: tuple[Term, ...] = ()
     layers: tuple[Term, ...] = ()
@@ -247,6 +290,8 @@ class RunReport:
             yield "device", self.placement
         if self.chosen is not None:
             yield "tokens are", self.chosen
+        if self.speculated is not None:
+            yield "drafts", str(self.speculated)
         for name, figure in self.figures.items():
             yield _LABELS[name], str(figure)
         if self.predictions is not None:

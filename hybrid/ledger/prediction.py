@@ -16,6 +16,7 @@ from hybrid.ledger.metrics import STEP, GenerationTimes, Term
 from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
+from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.machine.coverage import UNMEASURED, Coverage
 from hybrid.model import Model
 from planner.cost.step_times import Terms, extra
@@ -167,6 +168,9 @@ def predicted(
 ) -> Prediction | None:
     """Predict a run of a loaded model on this machine; None when no calibration can be used.
 
+    None of them can where it computes in another type than calibrations do, see
+    :func:`computes_otherwise`.
+
     Parameters
     ----------
     loaded
@@ -184,7 +188,7 @@ def predicted(
         When the model's directory is gone, or the run is none that can be predicted.
     """
     hardware = calibrations.alone(threads)
-    if hardware is None:
+    if hardware is None or computes_otherwise(loaded) is not None:
         return None
     # As calibrations name it: a loaded network's dtype is that of its arithmetic.
     found = loaded.asked
@@ -198,6 +202,18 @@ def predicted(
         loads=loads,
         extras=extras,
     )
+
+
+def computes_otherwise(loaded: Model) -> str | None:
+    """Say why calibrations of the CPU are not about how a model computes; None when they are.
+
+    They are measured in what a model of its size is computed in by itself.
+    """
+    ours = str(loaded.network.dtype).removeprefix("torch.")
+    theirs = automatic_dtype(loaded.spec)
+    if ours == theirs:
+        return None
+    return f"the model computes in {ours}, calibrations of it are in {theirs}; --dtype auto is that"
 
 
 def calibrating(
@@ -279,6 +295,8 @@ def _cpu_terms(
         loads=loads or None,
         extras=times.extras,
     )
+    if (otherwise := computes_otherwise(loaded)) is not None:
+        return CpuTerms(predictions=f"none: {otherwise}")
     if found is None:
         here = Identity.of_this_machine(threads)
         force = calibrations.damage(here) is not None
@@ -287,7 +305,8 @@ def _cpu_terms(
     fast, steps = loaded.fast.decoder, times.new_tokens - 1
     # Where some steps ran in transformers' code, what kernels and experts counted is not the run's.
     seen = fast if fast is not None and fast.watch.pieces >= steps else None
-    spent_s = None if seen is None else prompt_experts_s(loaded)
+    # A prompt that the kernels computed in one step did not pass through the experts' modules.
+    spent_s = None if seen is None or not loads else prompt_experts_s(loaded)
 
     def term(phase: str, name: str, estimate: Estimate, measured_s: float | None) -> Term:
         error = estimate.error / estimate.value if estimate.error and estimate.value else None

@@ -118,5 +118,6 @@ def refusals(fast: FastPath) -> Iterator[Note]:
         yield Note(
             f"{count} of the model's steps in transformers' code",
             reason,
-            "none yet: the fast path computes new tokens of one sequence, and nothing else",
+            "none yet: the fast path computes new tokens and prompts of one text, and nothing else"
+            " but new tokens of a batch",
         )

@@ -18,7 +18,7 @@ from hybrid.anatomy.names import FEED_FORWARDS, SHARED_EXPERTS, SHARED_GATE
 from hybrid.errors import UsageError
 from hybrid.fast.decode import FastDecoder
 from hybrid.fast.prompt import PIECE
-from hybrid.ledger.alone import token_times
+from hybrid.ledger.alone import step_times, token_times
 from hybrid.measure.terms_of_step import Part, Pass, in_modules, single_tokens, totals
 from hybrid.packed.experts import experts_of
 from hybrid.stopwatch import Stopwatch
@@ -129,8 +129,9 @@ class Timed:
 
     def _take(self, whole_s: float) -> Pass:
         """Read the clocks of a pass and set them to zero."""
-        if self.fast is not None and self.fast.watch.pieces:
-            times = token_times(self.fast)
+        fast = self.fast
+        if fast is not None and fast.watch.pieces + fast.step_watch.pieces:
+            times = token_times(fast) if fast.watch.pieces else step_times(fast)
             if times is None:
                 raise UsageError(
                     "the clock of this processor cannot be read by compiled code",

@@ -23,7 +23,12 @@ DEFAULT_NEW_TOKENS = 256
 _LENGTHS = ("max_length", "max_new_tokens")
 #: What only drawing takes, and what any choice does, with the values that change nothing.
 _DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-_PENALTIES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_PENALTIES = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+}
 
 _ONE = "it is one sequence, shown as it comes"
 _CACHE = "its cache is the one that a conversation goes on from"

@@ -1,4 +1,4 @@
-"""Watches transformers' generation loop: times its tokens, makes text of them, stops it early."""
+"""Watches a loop that generates: times its tokens, makes text of them, stops it early."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from hybrid.ledger.metrics import GenerationTimes
+from hybrid.loop.speculation import Drafts
 from hybrid.session.answer_stream import AnswerStream
 from hybrid.session.generation import DRAWN, Generation
 from hybrid.textstream import TextStream
@@ -62,6 +63,7 @@ class GenerationStream(BaseStreamer):
         self._ids: list[torch.Tensor] = []
         self._prompt_seen = self._complete = False
         self._new_tokens = 0
+        self._drafts: Drafts | None = None
         self._start_s: float | None = None
         self._first_s: float | None = None
 
@@ -75,13 +77,26 @@ class GenerationStream(BaseStreamer):
         """Whether somebody waits for tokens as they come."""
         return self._streamer is not None or self._on_text is not None
 
-    def start(self, ids: torch.Tensor, *, chosen: str = "", kept: int = 0) -> None:
+    def before_first(self, told: Callable[[Any], None] | None) -> Callable[[Any], None] | None:
+        """Return ``told``, which is called no more from the first new token on."""
+        if told is None:
+            return None
+        return lambda at: told(at) if self._first_s is None else None
+
+    def start(
+        self,
+        ids: torch.Tensor,
+        *,
+        chosen: str = "",
+        kept: int = 0,
+        drafts: Drafts | None = None,
+    ) -> None:
         """Start the clock; ``ids`` ``[B, T]`` is the prompt.
 
         ``chosen`` says how tokens are chosen; ``kept`` tokens at the prompt's beginning need not be
-        computed.
+        computed; ``drafts`` are asked at the end what came of them.
         """
-        self._chosen, self._kept = chosen, kept
+        self._chosen, self._kept, self._drafts = chosen, kept, drafts
         self._sequences, self._prompt_tokens = ids.shape
         self._start_s = self._last_s = time.perf_counter()
 
@@ -157,6 +172,7 @@ class GenerationStream(BaseStreamer):
             ended=self._why_ended(),
             extras=tuple(name for name, happened in also if happened),
             kept_tokens=self._kept,
+            speculated=None if self._drafts is None else self._drafts.summary(),
         )
 
     def _why_ended(self) -> str:

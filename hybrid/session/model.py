@@ -102,6 +102,7 @@ class HybridModel:
         context: int | None = None,
         popularity: str | PathLike[str] | None = None,
         policy: str = DEFAULT_POLICY,
+        speculate: str | int | None = None,
         keep_timeline: bool = False,
         record_routing: bool = False,
     ) -> HybridModel:
@@ -144,6 +145,10 @@ class HybridModel:
             there are on the device from the start.
         policy
             Name of the cache policy that decides which experts stay on the device.
+        speculate
+            Tokens to draft from what followed in the text before, to be computed in one step:
+            ``"auto"`` and None as many as pay, ``"off"`` none, a number so many wherever the text
+            repeats itself. Drafts change no text.
         keep_timeline
             Keep what every lane did when, for :meth:`perfetto`.
         record_routing
@@ -168,6 +173,7 @@ class HybridModel:
             context=context,
             popularity=popularity,
             policy=policy,
+            speculate=speculate,
             keep_timeline=keep_timeline,
             record_routing=record_routing,
         )
@@ -239,7 +245,9 @@ class HybridModel:
             Text, or token ids ``[T]`` or ``[B, T]``.
         options
             What transformers' ``generate`` takes: ``max_new_tokens``, ``do_sample``,
-            ``temperature``, ``streamer``, ``stop_strings``, ``generation_config`` ...
+            ``temperature``, ``streamer``, ``stop_strings``, ``generation_config`` ..., and
+            ``presence_penalty`` and ``frequency_penalty``, which lower the logits of tokens that
+            were generated before: once, and for each time.
             For text also ``on_text``, a function that is given every piece of text as soon
             as it is certain. ``on_prompt`` is given a :class:`~hybrid.fast.prompt.PromptProgress`
             after every 512 tokens of the prompt, where the fast path computes it.

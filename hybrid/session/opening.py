@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +11,15 @@ import torch
 
 from gpu_experts.device import Device
 from hybrid.ask.options import Options
+from hybrid.ask.speculate import Speculate
 from hybrid.errors import UsageError
 from hybrid.fast.attach import DecodePath, FastPath
 from hybrid.formats.notes import Note
 from hybrid.grafts import set_fast_path
 from hybrid.ledger.timeline import Timeline
 from hybrid.loading import set_threads
+from hybrid.loop.speculation import Speculation
+from hybrid.loop.timed_steps import step_seconds
 from hybrid.machine import host
 from hybrid.machine.devices import choose_device, emulation_note, open_device
 from hybrid.model import Model
@@ -117,6 +120,27 @@ def notes_alone(model: Model, here: OpenMachine, context: int) -> Sequence[Note]
         return ()
     beyond = beyond_ram(fitted_alone(model, here.ram_bytes, context))
     return () if beyond is None else (beyond,)
+
+
+def undrafted(placement: Placement | None, asked: Speculate) -> Iterator[Note]:
+    """Say that no tokens are drafted beside a device, where somebody asked for drafts."""
+    if placement is not None and asked.source not in ("auto", "off"):
+        yield Note(
+            "no tokens are drafted",
+            f"the model lies on {placement.device}, where steps of several tokens are prompts",
+            "load it on the CPU alone (vram 0), or leave speculate out",
+        )
+
+
+def open_speculation(
+    model: Model, placement: Placement | None, asked: Speculate
+) -> Speculation | None:
+    """Return what drafts tokens; None where nothing does. Times steps of a few tokens for it."""
+    if placement is not None or asked.off:
+        return None
+    timed = step_seconds(model.network) if asked.count is None else {}
+    model.fast.refused.clear()
+    return Speculation(asked, timed)
 
 
 def _check_popularity(file: Path | None) -> None:

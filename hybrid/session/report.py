@@ -81,6 +81,7 @@ def run_report(
         simd_level=simd_level.LEVEL,
         threads=f"{threads} (torch and kernels)",
         chosen=chosen,
+        speculated=None if times is None else times.speculated,
         many_tokens=many_tokens(model, shared=placement is not None) if index.layers else None,
         placement=None if placement is None else str(placement),
         figures=figures,

@@ -24,6 +24,7 @@ from hybrid.ledger.alone import begin_run
 from hybrid.ledger.metrics import RunReport
 from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.loop.speculation import Drafts, Speculation
 from hybrid.model import Model
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
@@ -33,7 +34,16 @@ from hybrid.session.generation_options import (
     text_settings,
 )
 from hybrid.session.generation_stream import GenerationStream, Stopped
-from hybrid.session.opening import compute_dtype, kept_context, notes_alone, open_machine, place
+from hybrid.session.opening import (
+    compute_dtype,
+    kept_context,
+    notes_alone,
+    open_machine,
+    open_speculation,
+    place,
+    undrafted,
+)
+from hybrid.session.own_loop import with_own_loop, with_penalties
 from hybrid.session.report import run_report
 from hybrid.sharing.placement import Placement
 from hybrid.transformers_api import given_cache
@@ -57,6 +67,8 @@ class Session:
         Tokens of cache that memory is kept for.
     notes
         What was said to be slower or smaller than it could be.
+    speculation
+        What drafts tokens; None beside a device.
     load_s
         Seconds that it took to load.
     """
@@ -67,6 +79,7 @@ class Session:
     threads: int
     context: int
     notes: tuple[Note, ...]
+    speculation: Speculation | None = None
     load_s: float = 0.0
 
 
@@ -90,12 +103,18 @@ def open_session(path: str | PathLike[str], options: Options, name: str) -> Sess
     context = kept_context(options.context, model)
     placement = place(model, machine, str(path), options, context)
     apart = notes_alone(model, machine, context) if placement is None else placement.known
+    apart = (*apart, *undrafted(placement, options.speculate))
     notes = (*model.fast.notes(), *apart, *left_out(network.generation_config))
     _say(*(placement.decision if placement else ()), *notes)
     session = Session(name, model, placement, machine.threads, context, notes)
     refused = _warm_up(session)
     _say(*refused)
-    return replace(session, notes=(*notes, *refused), load_s=time.perf_counter() - start_s)
+    return replace(
+        session,
+        notes=(*notes, *refused),
+        speculation=open_speculation(model, placement, options.speculate),
+        load_s=time.perf_counter() - start_s,
+    )
 
 
 def generate(
@@ -105,7 +124,7 @@ def generate(
     settings: Any = None,
     **options: Any,
 ) -> Generation:
-    """Run transformers' loop after ``ids`` ``[B, T]``; a ``stream`` watches it and may leave it.
+    """Run a loop after ``ids`` ``[B, T]``, ours or transformers'; a ``stream`` may leave it.
 
     ``stream`` knows what there is of the generation also where an error or an interrupt ends it.
     ``settings`` take the place of the model's own.
@@ -114,9 +133,12 @@ def generate(
     if settings is not None:
         with replaced_settings(network, settings):
             return generate(session, ids, stream, **options)
-    on_prompt = options.pop("on_prompt", None)
+    on_prompt = stream.before_first(options.pop("on_prompt", None))
     told = nullcontext() if on_prompt is None else prompts_told(network, on_prompt)
-    settled = loop_options(network, options, stream)
+    drafts = _drafts(session, ids)
+    settled = loop_options(network, with_penalties(options, ids.shape[1]), stream)
+    if settled.get("streamer") is not None:
+        settled = with_own_loop(network, settled, stream, drafts)
     cache = given_cache(options)
     kept = 0 if cache is None else int(cache.get_seq_length())
     set_threads(session.threads)
@@ -126,12 +148,19 @@ def generate(
         begin_run(session.model, ids.shape[1] - kept)
     session.model.fast.refused.clear()
     chosen = sampling_told(network.generation_config, options)
-    stream.start(ids, chosen=chosen, kept=kept)
+    stream.start(ids, chosen=chosen, kept=kept, drafts=drafts)
     result = None
     with suppress(Stopped), told:
         result = network.generate(ids.to(network.device), **settled)
         stream.take(result)
     return stream.generation(result)
+
+
+def _drafts(session: Session, ids: torch.Tensor) -> Drafts | None:
+    """Return what drafts tokens after ``ids`` ``[B, T]``; None where nothing may."""
+    if session.speculation is None or len(ids) != 1:
+        return None
+    return session.speculation.begin(ids[0].tolist())
 
 
 def report(session: Session, last: Generation | None) -> RunReport:

@@ -11,23 +11,22 @@ import numpy as np
 import pytest
 
 import naive_dense
-from cpu_experts.decoder import records
 from cpu_experts.decoder.decoder import Decoder
-from cpu_experts.decoder.layers import Latent, Layer, Matrix, Router
+from cpu_experts.decoder.layers import Layer, Router
 from decoder_layers import (
     DIM,
-    EXPERTS,
     PAIRS,
+    ROUTERS,
+    VARIANTS,
     D,
     draw,
     make_experts,
+    make_latent_layer,
     make_layer,
     make_matrix,
     make_norm,
-    make_router,
 )
 from hybrid.formats.errors import ShapeError
-from hybrid.formats.matrix import pack, unpack
 
 UNCOMPILED = bool(numba.config.DISABLE_JIT)
 
@@ -78,37 +77,6 @@ def _check(layer: Layer, past: int = 5, paired: bool = False, steps: int = 2) ->
 def test_a_layer_equals_its_twin(fmt: str) -> None:
     """Norms, projections, attention, router and experts, in every format."""
     _check(make_layer(fmt))
-
-
-VARIANTS = {
-    "norm of every head": {"q_norm": make_norm(DIM), "k_norm": make_norm(DIM)},
-    "norm over all heads": {"q_norm": make_norm(4 * DIM), "k_norm": make_norm(2 * DIM)},
-    "biases": {
-        "q": make_matrix(4 * DIM, D, "f32", bias=True),
-        "o": make_matrix(D, 4 * DIM, "f32", bias=True),
-    },
-    "layer norm": {"norm": make_norm(D, centered=True, bias=draw(D))},
-    "sinks": {"sinks": draw(4, scale=2.0)},
-    "window": {"window": 4},
-    "window longer than the past": {"window": 40},
-    "clip": {"clip": 0.5},
-    "residual": {"residual": 0.3},
-    "shared expert": {"shared": make_experts(1, "f32", 24)},
-    "projections of several formats": {
-        "k": make_matrix(2 * DIM, D, "q8_0"),
-        "v": make_matrix(2 * DIM, D, "q4_k"),
-    },
-    "down in another format": {"experts": make_experts(8, "f32", down_format="q6_k")},
-    "shared expert in another format": {"shared": make_experts(1, "q8_0", 24)},
-    "weighed shared expert": {
-        "shared": make_experts(1, "f32", 24),
-        "router": make_router(gated_shared=True),
-        "residual": 0.7,
-    },
-    "no router": {"router": None, "experts": None, "shared": make_experts(1, "f32", 56)},
-    "one head": {"heads": 1, "kv_heads": 1},
-    "six heads a key": {"heads": 6, "kv_heads": 1},
-}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -187,50 +155,18 @@ def test_what_a_step_takes_is_told_by_layer_and_part() -> None:
     assert again_s is None or not again_s.any()
 
 
-def _latent_layer(fmt: str = "f32", apart: bool = False, low_rank: bool = False) -> Layer:
-    """Four heads in two groups: 16 numbers of a key that do not turn, 12 that do, values of 32."""
-    heads, nope, rope, value, rank, narrow = 4, 16, 2 * PAIRS, 32, 48, 40
-    kv_b = make_matrix(heads * (nope + value), rank, fmt)
-    w = unpack(kv_b.weight, kv_b.rows, rank, fmt).reshape(heads, -1, rank)[:, :nope]
-    absorbed = np.ascontiguousarray(w.swapaxes(1, 2)).reshape(-1, nope)
-    queries = heads * (nope + rope)
-    latent = Latent(
-        rank=rank,
-        rope=rope,
-        nope=nope,
-        value=value,
-        kv_norm=make_norm(rank),
-        absorb=Matrix(weight=pack(absorbed, "f32"), rows=heads * rank, cols=nope, format="f32"),
-        kv_b=kv_b,
-        q_norm=make_norm(narrow) if low_rank else None,
-        q_b=make_matrix(queries, narrow, fmt) if low_rank else None,
-        apart=apart,
-    )
-    return make_layer(
-        fmt,
-        heads=heads,
-        kv_heads=2,
-        head_dim=rank + rope,
-        latent=latent,
-        q=make_matrix(narrow if low_rank else queries, D, fmt),
-        k=make_matrix(rank + rope, D, fmt),
-        v=None,
-        o=make_matrix(D, heads * value, fmt),
-    )
-
-
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_compressed_cache(apart: bool, low_rank: bool) -> None:
     """Absorbed products give what keys and values made anew for every head give."""
-    _check(_latent_layer(apart=apart, low_rank=low_rank))
-    _check(_latent_layer(low_rank=low_rank), paired=True)
+    _check(make_latent_layer(apart=apart, low_rank=low_rank))
+    _check(make_latent_layer(low_rank=low_rank), paired=True)
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "q8_0", "q4_0"])
 def test_a_compressed_cache_in_every_format(fmt: str) -> None:
     """Quantized products, and the part that stays float32."""
-    _check(_latent_layer(fmt, low_rank=True))
+    _check(make_latent_layer(fmt, low_rank=True))
 
 
 @pytest.mark.parametrize("past", [0, 255, 700])
@@ -238,26 +174,13 @@ def test_any_length_of_a_compressed_past(past: int) -> None:
     """Several chunks of one key that two groups of heads see."""
     if UNCOMPILED and past > 16:
         pytest.skip("minutes in plain Python")
-    _check(_latent_layer(), past)
-
-
-ROUTERS = {
-    "softmax": {},
-    "normalized": {"normalize": True, "floor": 1e-20, "top_k": 3},
-    "floor": {"normalize": True, "floor": 0.9},
-    "softmax of chosen": {"scoring": records.SOFTMAX_OF_CHOSEN},
-    "sigmoid": {"scoring": records.SIGMOID, "scale": 2.5, "correction": draw(EXPERTS)},
-    "best of a group": {"groups": 4, "top_groups": 2, "of_group": 1, "scale": 16.0},
-    "groups": {"scoring": records.SIGMOID, "groups": 4, "top_groups": 2, "top_k": 3},
-    "sparse mixer": {"scoring": records.SPARSEMIXER, "jitter": 0.1},
-    "all experts": {"top_k": EXPERTS},
-}
+    _check(make_latent_layer(), past)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers(name: str) -> None:
     """Every way of choosing and weighing experts."""
-    _check(make_layer(router=make_router(**ROUTERS[name])))
+    _check(make_layer(router=ROUTERS[name]))
 
 
 def test_a_cache_gives_back_what_it_was_given() -> None:
@@ -276,7 +199,7 @@ def test_wrong_shapes_are_refused() -> None:
     layer = make_layer()
     with pytest.raises(ShapeError, match=r"projections have \[64, 32, 32\]"):
         replace(layer, heads=8)
-    compressed = _latent_layer()
+    compressed = make_latent_layer()
     with pytest.raises(ShapeError, match="compressed attention has"):
         replace(compressed, heads=8)
     with pytest.raises(ShapeError, match="no values"):

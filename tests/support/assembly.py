@@ -76,6 +76,8 @@ def _call_all() -> None:
     angles = zeros(2, PAIRS)
     decoder.begin_run()
     decoder.step(zeros(D), angles[0], angles[0], cache, zeros(decoder.vocabulary))
+    kept = np.zeros(1, np.int32)
+    decoder.step_tokens(zeros(2, D), angles, angles, cache, zeros(1, decoder.vocabulary), kept=kept)
     sides = [zeros(2, matrix.rows) for matrix in layer.projections]
     decoder.attend(0, *sides, angles, angles, cache)
     experts = make_experts(4, "q4_0")

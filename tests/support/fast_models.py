@@ -22,6 +22,15 @@ FAMILIES = [
 ]
 #: Ranks of a compressed cache that every format takes.
 RANKS = {"kv_lora_rank": 32, "q_lora_rank": 32}
+#: Families with a compressed cache, at sizes that every format takes; queries with and without
+#: compression, groups of experts chosen by one or two of each.
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"n_group": 4, "topk_group": 2},
+    "deepseek_v3 with plain queries": {"q_lora_rank": None, "rope_interleave": False},
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "deepseek_v2 with plain queries": {"q_lora_rank": None, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {},
+}
 STORES = {"f32": ("f32", None), "q8_0": ("q8_0", "q8_0")}
 NEW_TOKENS = 20
 PROMPT = torch.tensor([[5, 9, 33, 21, 7, 80, 2]])
@@ -119,18 +128,32 @@ def written(model: Any, ids: list[list[int]]) -> list[list[int]]:
 
 
 class CountedTokens:
-    """Counts the tokens that go through the fast path of a model."""
+    """Counts single tokens that go through the fast path of a model, and the tokens of its steps.
+
+    Attributes
+    ----------
+    count
+        Single tokens.
+    steps
+        Of every step of several tokens how many texts it had, and how many tokens of each.
+    """
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
+        self.steps: list[tuple[int, ...]] = []
         decoder = model.hybrid_fast.decoder
-        real = decoder.forward
+        real, real_step = decoder.forward, decoder.step
 
         def forward(arguments: Any) -> Any:
             self.count += 1
             return real(arguments)
 
+        def step(arguments: Any, *others: Any) -> Any:
+            self.steps.append(tuple(arguments["input_ids"].shape))
+            return real_step(arguments, *others)
+
         monkeypatch.setattr(decoder, "forward", forward)
+        monkeypatch.setattr(decoder, "step", step)
 
 
 def owned(directory: Path) -> Any:

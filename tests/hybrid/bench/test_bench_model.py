@@ -153,6 +153,23 @@ def test_what_is_computed_in(tiny_model: Path, dtype: str, monkeypatch: pytest.M
         run(str(tiny_model), dtype="float64")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_calibration_is_of_another_type(
+    tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this processor computes a model in by itself is measured first, anything else not."""
+    read_little(monkeypatch)
+    asked: list[Path] = []
+    monkeypatch.setattr("hybrid.bench.model._calibrate", lambda *of: asked.append(of[0]))
+    monkeypatch.setattr("hybrid.bench.model._start", lambda *of: STARTED)
+    monkeypatch.setattr("hybrid.bench.model.automatic_dtype", lambda model: dtype)
+    short = {"prompt": 4, "generate": 3, "repeat": 1, "threads": 1, "calibrate": True}
+    for given in ("auto", "float32", "bfloat16"):
+        asked.clear()
+        run(str(tiny_model), dtype=given, **short)
+        assert asked == ([tiny_model] if given in ("auto", dtype) else [])
+
+
 def test_the_demo_is_measured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a model or a shape, what ships with the program."""
     read_little(monkeypatch)

@@ -10,18 +10,11 @@ import pytest
 import torch
 
 from hybrid.bench import peers
-from hybrid.bench.model import read_spec
+from hybrid.bench.cases import Case, long_case
 from hybrid.bench.peers import peers_table, run
-from hybrid.bench.sides import Case, long_case, plain_random
+from hybrid.bench.sides import plain_random
 from hybrid.cli import main
 from hybrid.weights.checkpoint import convert
-from small_bench import write_spec
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> dict[str, Any]:
-    path = write_spec(tmp_path, head_dim=16, num_hidden_layers=5, num_experts=4, vocab_size=96)
-    return read_spec(path, 2)[1]
 
 
 def test_a_long_cache_is_made_once_and_stays(settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from fast_models import (
+    COMPRESSED,
     FAMILIES,
     NEW_TOKENS,
     PROMPT,
@@ -27,16 +28,6 @@ from hybrid.transformers_api import cache_argument
 from tiny_families import VOCAB
 
 pytestmark = pytest.mark.usefixtures("half_precision_caches")
-
-#: Families with a compressed cache, at sizes that every format takes; queries with and without
-#: compression, groups of experts chosen by one or two of each.
-COMPRESSED = {
-    "deepseek_v3": {"n_group": 4, "topk_group": 2},
-    "deepseek_v3 with plain queries": {"q_lora_rank": None, "rope_interleave": False},
-    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
-    "deepseek_v2 with plain queries": {"q_lora_rank": None, "first_k_dense_replace": 1},
-    "glm4_moe_lite": {},
-}
 
 
 @pytest.mark.parametrize(

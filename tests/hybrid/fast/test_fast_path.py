@@ -104,13 +104,20 @@ def test_assisted_decoding(pair: Any, qwen_folder: Path) -> None:
     assert assistant.hybrid_fast.path.fast
 
 
-PADDED = torch.ones_like(BATCH)
+LONG = torch.cat((BATCH, BATCH.flip(1), BATCH), dim=1)
+PADDED = torch.ones_like(LONG)
 PADDED[1, :3] = 0
+HOLES = torch.ones_like(PROMPT)
+HOLES[0, 2] = 0
 CALLS: dict[str, tuple[torch.Tensor, dict[str, Any], str]] = {
-    "two sequences": (BATCH, {"attention_mask": PADDED}, "2 sequences at once"),
-    "beams": (PROMPT, {"num_beams": 3}, "3 sequences at once"),
+    "long prompts": (LONG, {"attention_mask": PADDED}, "prompts of 2 sequences at once"),
+    "padding": (
+        torch.cat((LONG, LONG), dim=1)[1:],
+        {"attention_mask": torch.cat((PADDED, torch.ones_like(LONG)), dim=1)[1:]},
+        "a prompt of masked positions",
+    ),
+    "a hole": (PROMPT, {"attention_mask": HOLES}, "masked positions"),
     "no cache": (PROMPT, {"use_cache": False}, "no cache"),
-    "padding": (PROMPT, {"attention_mask": PADDED[1:]}, "masked positions"),
     "attentions": (PROMPT, {"output_attentions": True}, "output_attentions"),
     "static cache": (PROMPT, {"cache_implementation": "static"}, "a cache of StaticCache"),
 }
@@ -123,6 +130,7 @@ def test_calls_that_transformers_answers(pair: Any, name: str) -> None:
     model, plain = pair
     wanted = write(plain, ids, **options)
     assert torch.equal(write(model, ids, **options), wanted)
+    model.hybrid_fast.refused.clear()
     write(model)
     assert not model.hybrid_fast.refused
     assert torch.equal(write(model, ids, **options), wanted)

@@ -61,7 +61,30 @@ def test_a_large_key_is_computed_by_transformers(
     # Scores in the thousands of thousands show the rounding of every other key, too.
     assert (found - wanted).norm() < 1e-2 * wanted.norm()
     steps = 4 if where == "single token" else 6 if window is None else 0
+    steps += where == "prompt"  # it is a step itself
     assert sum(model.hybrid_fast.refused.values()) == steps
+
+
+def test_a_large_key_in_a_step(tmp_path: Path) -> None:
+    """The step is transformers' then, and the cache has each of its tokens once."""
+    model = load(tmp_path, 1e6, sliding_window=None)
+    assert install_fast_decode(model).fast
+    ids, found = torch.tensor([[1, 2, 3, 4, LARGE, 6, 7, 8, 9]]), []
+    for forward in (model, model.slow):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            parts = [
+                forward(input_ids=ids[:, cut], use_cache=True, **cache_argument(cache)).logits[0]
+                for cut in (slice(2), slice(2, 6), slice(6, 9))
+            ]
+        found.append(torch.cat(parts))
+        assert cache.get_seq_length() == 9
+    assert found[1].isfinite().all()
+    assert (found[0] - found[1]).norm() < 1e-2 * found[1].norm()
+    assert dict(model.hybrid_fast.refused) == {
+        "keys or values beyond half precision": 1,
+        "a cache that the kernels cannot take over": 1,
+    }
 
 
 def test_a_model_of_large_keys_is_refused_with_the_cause(tmp_path: Path) -> None:

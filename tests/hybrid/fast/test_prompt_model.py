@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache
 
+import hybrid.fast.decode
 import hybrid.fast.prompt
 from fast_models import install_fast_decode, load_family, write_greedily
 from hybrid.fast.decode import FastDecoder
@@ -35,6 +36,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let prompts of few tokens be prompts, in several pieces."""
+    monkeypatch.setattr(hybrid.fast.decode, "STEP", 1)
     monkeypatch.setattr(hybrid.fast.prompt, "PIECE", 4)
     monkeypatch.setattr(hybrid.fast.prompt, "_LONG", 8)
 

@@ -99,7 +99,7 @@ def test_points_of_experts_count_in_prompts() -> None:
 
 
 def test_loads_of_a_prompt_are_counted_piece_by_piece(tiny_model: Path) -> None:
-    """One row a layer and piece, every token's experts in it; single tokens do not count."""
+    """One row a layer and piece, every token's experts in it; steps of the kernels do not count."""
     network, _ = load_fast_model(tiny_model)
     set_threads(1)
     begin_run(Model(network), 600)
@@ -107,10 +107,11 @@ def test_loads_of_a_prompt_are_counted_piece_by_piece(tiny_model: Path) -> None:
     rows = prompt_loads(Model(network))
     assert [sum(row) for row in rows] == [2 * 512, 2 * 512, 2 * 88, 2 * 88]
     assert {len(row) for row in rows} == {8}
-    begin_run(Model(network), 5)
-    assert prompt_loads(Model(network)) == []
-    generate_once(network, 5, 3)
-    assert [sum(row) for row in prompt_loads(Model(network))] == [10, 10]
+    for prompt, counted in ((40, [80, 80]), (5, [])):
+        begin_run(Model(network), prompt)
+        assert prompt_loads(Model(network)) == []
+        generate_once(network, prompt, 3)
+        assert [sum(row) for row in prompt_loads(Model(network))] == counted
 
 
 def test_a_report_predicts_the_experts_that_ran(
@@ -228,6 +229,26 @@ def test_a_report_says_what_it_predicts_from(
     )
     assert "decode layers" in str(report)
     assert calibrating(Model(model.model), "M") == "'hybrid calibrate M --dense q8_0'"
+
+
+def test_what_computes_otherwise_is_not_predicted(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration in one type says nothing of a run in another, and the report says so."""
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
+    calibrations.save(bare_machine(), Identity.of_this_machine(1))
+    for dtype, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        model = HybridModel.from_pretrained(tiny_model, dtype=dtype, threads=1)
+        model.generate(model.encode("abcdefgh"), max_new_tokens=4)
+        monkeypatch.setattr("hybrid.ledger.prediction.automatic_dtype", lambda _, own=dtype: own)
+        assert model.report().terms
+        monkeypatch.setattr("hybrid.ledger.prediction.automatic_dtype", lambda _, own=other: own)
+        report = model.report()
+        assert not report.terms
+        assert report.predictions == (
+            f"none: the model computes in {dtype}, calibrations of it are in {other}; "
+            "--dtype auto is that"
+        )
 
 
 def test_only_steps_of_the_kernels_are_told_apart(

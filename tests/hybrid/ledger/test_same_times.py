@@ -248,7 +248,7 @@ def test_plan_report_and_bench_predict_the_same_on_the_cpu_alone(
     model = HybridModel.from_pretrained(tiny_model, threads=1)
     model.generate(list(range(3, 3 + PROMPT)), max_new_tokens=1 + TOKENS, min_new_tokens=1 + TOKENS)
     planned = plan(tiny_model, vram=0, threads=1, prompt=PROMPT, tokens=TOKENS).prediction
-    loads = prompt_loads(model.loaded)
+    loads = prompt_loads(model.loaded) or None
     benched = predicted(model.loaded, PROMPT, 1 + TOKENS, threads=1, loads=loads)
     assert planned is not None
     assert benched is not None

@@ -140,7 +140,7 @@ def test_a_run_on_the_cpu_is_predicted_from_it(
     assert report.predictions == "from a calibration of this shape in these formats"
     found = find_model(model.model.hybrid_store.path)
     formats = {"experts": found.experts, "dense": found.dense}
-    loads = prompt_loads(Model(model.model))
+    loads = prompt_loads(Model(model.model)) or None
     expected = predict(
         found.spec, without_device(measured), **formats, prompt=8, tokens=5, loads=loads
     )

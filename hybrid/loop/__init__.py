@@ -1,0 +1,1 @@
+"""Generates tokens one after the other, in place of transformers' own loop."""
