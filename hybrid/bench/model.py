@@ -25,11 +25,13 @@ from hybrid.ask.dtypes import check_dtype
 from hybrid.bench.record import Told, provenance, spread, untold
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
+from hybrid.grafts import store_of
 from hybrid.ledger.alone import begin_run, prompt_loads
 from hybrid.ledger.metrics import Term
 from hybrid.ledger.prediction import Prediction, computes_otherwise, predicted
 from hybrid.ledger.residual import DECODE, PREFILL
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.loop.loop import Loop
 from hybrid.machine import calibrations, host
 from hybrid.machine.calibrations import Identity
 from hybrid.machine.compute_dtype import automatic_dtype
@@ -373,9 +375,12 @@ def generate_once(
 ) -> tuple[float, float, float]:
     """Return when a generation began, its TTFT, and seconds from the first token to the last.
 
+    A model of ours generates in the loop that a session takes, any other in transformers'.
     ``options`` go to ``generate()``.
     """
     clock = _Clock()
+    if store_of(model) is not None:
+        options = {"custom_generate": Loop(clock), **options}
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(1))
     model.generation_config.eos_token_id = None

@@ -19,6 +19,7 @@ from hybrid.errors import UsageError
 from hybrid.fast.decode import FastDecoder
 from hybrid.fast.prompt import PIECE
 from hybrid.ledger.alone import step_times, token_times
+from hybrid.loop.loop import Loop
 from hybrid.measure.terms_of_step import Part, Pass, in_modules, single_tokens, totals
 from hybrid.packed.experts import experts_of
 from hybrid.stopwatch import Stopwatch
@@ -70,7 +71,7 @@ class Passes:
 def generate(
     network: Any, prompt: int, new_tokens: int, passes: Passes, **options: Any
 ) -> list[Pass]:
-    """Generate after a random prompt; ``options`` go to ``generate()``."""
+    """Generate after a random prompt as a session does; ``options`` go to ``generate()``."""
     vocabulary, draw = network.config.get_text_config().vocab_size, torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocabulary, (1, prompt), generator=draw).to(network.device)
     network.generate(
@@ -78,6 +79,7 @@ def generate(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         streamer=passes,
+        custom_generate=Loop(passes),
         **{"do_sample": False, **options},
     )
     return passes.found

@@ -10,16 +10,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hybrid.ask.asked_model import find_model
-from hybrid.bench.model import _start, read_spec, run
+from hybrid.bench.model import _start, generate_once, read_spec, run
 from hybrid.cli.bench import bench_app
 from hybrid.errors import DiskSpaceError, UsageError
+from hybrid.loading import load_fast_model
+from hybrid.loop.loop import Loop
 from hybrid.machine import calibrations
 from hybrid.machine.calibrations import Identity
+from hybrid.measure.alone import Passes, generate
 from hybrid.measure.random_model import check_room
+from hybrid.measure.terms_of_step import Pass
 from hybrid.weights.store import ExpertStore
+from planner.cost.step_times import StepTimes
 from planner.describe.hardware import Point, TermPoint
 from planner.describe.terms import CALL, CPU, HEAD, MIXER
 from planner.errors import PlannerError
@@ -255,3 +261,25 @@ def test_the_shape_and_formats_are_calibrated_first(
     with pytest.raises(UsageError, match="could not be calibrated") as caught:
         run(str(tiny_model), threads=1)
     assert "--no-calibrate" in str(caught.value.hint)
+
+
+def test_generations_take_the_loop_that_sessions_take(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In benchmarks and calibrations; transformers' own model takes its own."""
+    left: list[bool] = []
+    real = Loop.__call__
+
+    def watched(self: Loop, *args: Any, **options: Any) -> Any:
+        result = real(self, *args, **options)
+        left.append(self.left)
+        return result
+
+    monkeypatch.setattr(Loop, "__call__", watched)
+    model, _ = load_fast_model(tiny_model)
+    generate_once(model, 4, 3)
+    assert len(generate(model, 4, 3, Passes(lambda seconds: Pass(seconds, StepTimes((), {}))))) == 3
+    assert left == [False, False]
+    auto: Any = AutoModelForCausalLM
+    generate_once(auto.from_pretrained(tiny_model), 4, 3)
+    assert len(left) == 2
