@@ -22,6 +22,7 @@ from hybrid.demo import demo_path
 from hybrid.demo.evaluate import windows
 from hybrid.errors import DiskSpaceError
 from hybrid.fast.decode import FastDecoder
+from hybrid.weights.importance import Entry, write_importance
 from tiny_model import byte_tokenizer
 
 TEXT = "How many experts does a token need? As many as its router chooses, and no more. " * 4
@@ -76,6 +77,35 @@ def test_results_are_those_of_a_plain_twin(monkeypatch: pytest.MonkeyPatch) -> N
         assert found["same_first"] == pytest.approx(np.mean(same))
     assert result["results"][2]["divergence"]["median"] > 1e-4
     assert result["reference"] == "f32"
+
+
+def test_with_an_importance_matrix(tiny_model: Path, tmp_path: Path) -> None:
+    """Other scales than without, and the record says with which; what is exact stays as it is."""
+    counts = np.exp(3 * np.random.default_rng(0).standard_normal((8, 64))).astype(np.float32)
+    ones = np.ones(8, np.float32)
+    entries = {
+        f"blk.{layer}.ffn_{part}_exps.weight": Entry(counts, ones)
+        for layer in range(2)
+        for part in ("gate", "up")
+    }
+    write_importance(tmp_path / "x.gguf", entries, text="t", chunks=1, chunk=8)
+    found = [
+        run(
+            str(tiny_model),
+            texts={"a": TEXT},
+            formats=("f32", "q3_k"),
+            imatrix=file,
+            **SIZES | {"decode": 0},
+        )
+        for file in (None, tmp_path / "x.gguf")
+    ]
+    (plain, without), (same, with_it) = (
+        [row["perplexity"] for row in result["results"]] for result in found
+    )
+    assert plain == same
+    assert without != with_it
+    assert found[0]["imatrix"] is None
+    assert len(found[1]["imatrix"]) == 16
 
 
 def test_both_ways_to_compute_are_measured(
