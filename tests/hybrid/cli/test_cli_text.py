@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cpu_experts.jit.hostcpu import ENVIRONMENT_VARIABLE
 from shared_demo import GREEDY, PROMPT
 
 ROOT = Path(__file__).parents[3]
@@ -172,11 +173,14 @@ def test_whoever_speaks_begins_on_a_line_of_its_own(how: str, shown: list[str]) 
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["converted before", "converted first"])
-def test_the_first_minute(tmp_path: Path, demo_text: str, kept: bool) -> None:
+def test_the_first_minute(
+    tmp_path: Path, demo_text: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo, into one pipe: progress at most, then the text, then one line of figures.
 
     No library says anything.
     """
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)  # which a run would speak of
     words = ["run", "--prompt", PROMPT, "--max-new-tokens", str(GREEDY["max_new_tokens"])]
     done = subprocess.run(
         [sys.executable, "-m", "hybrid", *words, "--greedy", "--threads", "1"],

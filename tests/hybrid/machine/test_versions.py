@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 
 import hybrid.fast.selftest
+from cpu_experts.jit.hostcpu import ENVIRONMENT_VARIABLE
 from hybrid.machine import versions
 from hybrid.machine.versions import Untested, untested
 from hybrid.session.model import HybridModel
@@ -164,8 +165,9 @@ sys.exit(main(["run", "-p", "def f():", "-n", "4", "--greedy"]))
 """
 
 
-def test_no_library_warns_the_user(tmp_path: Path) -> None:
+def test_no_library_warns_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every warning switched on, a text of the demo is all that a run shows, and its end."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)  # which a run would speak of
     words = [sys.executable, "-W", "default::FutureWarning", "-c", CLEAN]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
