@@ -104,7 +104,7 @@ class _Desk:
         """Send the refusal of a path that there is not, or not with this method."""
         what = f"{request.method} {request.url.path!r:.100}"
         there = ", ".join(f"{method} {path}" for path, method, _ in self.addresses())
-        told = f"there is no {what} here, but {there}"
+        told = f"there is no {what} here, but {there.replace('{name:path}', 'NAME')}"
         refusal = Refusal(told, status=error.status_code, code="unknown_url")
         return self._refuse(request, refusal)
 
@@ -216,7 +216,7 @@ def _figures(generation: Generation, waited_s: float) -> str:
     if waited_s >= 0.1:
         words.append(f"waited {waited_s:.1f} s")
     if times.ttft_s is not None:
-        words.append(f"TTFT {times.ttft_s:.2f} s")
+        words.append(f"TTFT {times.ttft_s:.3f} s")
     if times.new_tokens > 1 and times.decode_s > 0:
         words.append(f"{(times.new_tokens - 1) / times.decode_s:.1f} tokens/s")
     return ", ".join([*words, f"ended: {generation.ended}"])
