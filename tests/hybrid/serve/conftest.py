@@ -13,8 +13,6 @@ from hybrid.serve.engine import Engine
 from hybrid.serve.served import Served
 from hybrid.session.model import HybridModel
 
-KEY = "a key"
-
 
 @pytest.fixture(scope="session")
 def model(hybrid_cache: Any) -> HybridModel:

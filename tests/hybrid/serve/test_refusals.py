@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ KEY = "a kéy"
 USER = [{"role": "user", "content": "a"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
-CHATS: dict[str, tuple[dict[str, Any], str]] = {
+CHATS: dict[str, tuple[dict[str, Any], str | None]] = {
     "no messages": ({}, "messages"),
     "null": ({"messages": None}, "messages"),
     "empty": ({"messages": []}, "messages"),
@@ -61,9 +62,9 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "stream options": ({"stream": True, "stream_options": 1}, "stream_options"),
     "their field": ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     "stream": ({"stream": "yes"}, "stream"),
-}  # type: ignore[assignment]
+}
 
-BOTH: dict[str, tuple[dict[str, Any], str]] = {
+BOTH: dict[str, tuple[dict[str, Any], str | None]] = {
     "model": ({"model": 5}, "model"),
     "temperature": ({"temperature": "hot"}, "temperature"),
     "temperature true": ({"temperature": True}, "temperature"),
@@ -92,7 +93,7 @@ BOTH: dict[str, tuple[dict[str, Any], str]] = {
     "stop object": ({"stop": {}}, "stop"),
 }
 
-COMPLETIONS: dict[str, tuple[dict[str, Any], str]] = {
+COMPLETIONS: dict[str, tuple[dict[str, Any], str | None]] = {
     "no prompt": ({"prompt": None}, "prompt"),
     "empty list": ({"prompt": []}, "prompt"),
     "number": ({"prompt": 5}, "prompt"),
@@ -126,8 +127,6 @@ def refused(done: Any, status: int, param: str | None) -> str:
 @pytest.mark.parametrize("case", [*CHATS, *BOTH])
 def test_chats_that_are_refused(ask: Any, case: str) -> None:
     """The field is named, in the answer's ``param`` and in its message."""
-    import json
-
     fields, param = (CHATS | BOTH)[case]
     if param is None:
         param = f"chat_template_kwargs.{next(iter(fields['chat_template_kwargs']))}"
@@ -144,8 +143,6 @@ def test_chats_that_are_refused(ask: Any, case: str) -> None:
 @pytest.mark.parametrize("case", [*COMPLETIONS, *BOTH])
 def test_completions_that_are_refused(ask: Any, case: str) -> None:
     """As of chats."""
-    import json
-
     fields, param = (COMPLETIONS | BOTH)[case]
     done = ask.post(
         "/v1/completions",
