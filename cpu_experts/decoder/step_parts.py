@@ -156,33 +156,25 @@ def multiply_all(counter, at, matrix, act, stride, order, count, buf, scale, add
 @kernel()
 def project_all(counter, at, layer, formats, normed, acts, order, count, buf, qkv):
     """Take items of q, k and v as one product; returns when all are done."""
-    q, k, v = layer["q"], layer["k"], layer["v"]
-    in_q, in_k, in_v = -(-q["rows"] // TILE), -(-k["rows"] // TILE), -(-v["rows"] // TILE)
-    strips, step = in_q + in_k + in_v, q["strips"]
-    one = np.float32(1)
+    q, k, v, one = layer["q"], layer["k"], layer["v"], np.float32(1)
+    strips, step = _ZERO, q["strips"]
+    for rows in (q["rows"], k["rows"], v["rows"]):
+        strips += -(-rows // TILE)
     while True:
         first = fetch_add(counter, at) * step
         if first >= strips:
             break
-        last = min(first + step, strips)
-        if first < in_q:
-            act, stride = given(formats, q["format"], normed, acts)
-            multiply_tokens(
-                q, first, min(last, in_q), first, act, stride, order, count, buf, one, False, qkv,
-                _ZERO,
-            )  # fmt: skip
-        first, last, behind = max(first - in_q, 0), last - in_q, q["rows"]
-        if first < min(last, in_k):
-            act, stride = given(formats, k["format"], normed, acts)
-            multiply_tokens(
-                k, first, min(last, in_k), first, act, stride, order, count, buf, one, False, qkv,
-                behind,
-            )  # fmt: skip
-        first, last, behind = max(first - in_k, 0), last - in_k, behind + k["rows"]
-        if first < last:
-            act, stride = given(formats, v["format"], normed, acts)
-            multiply_tokens(
-                v, first, last, first, act, stride, order, count, buf, one, False, qkv, behind
-            )
+        last, behind = min(first + step, strips), _ZERO
+        for side in range(3):
+            matrix = q if side == 0 else (k if side == 1 else v)
+            here = -(-matrix["rows"] // TILE)
+            begin, end = max(first, 0), min(last, here)
+            if begin < end:
+                act, stride = given(formats, matrix["format"], normed, acts)
+                multiply_tokens(
+                    matrix, begin, end, begin, act, stride, order, count, buf, one, False, qkv,
+                    behind,
+                )  # fmt: skip
+            first, last, behind = first - here, last - here, behind + matrix["rows"]
         fetch_add(counter, at + 1)
     wait_for(counter, at + 1, -(-strips // step))

@@ -29,8 +29,10 @@ from hybrid.transformers_api import cache_argument, causal_output, given_cache
 
 #: Positions whose rotary embedding is computed at a time.
 _POSITIONS = 512
-#: Tokens that a step has at most, unless they are one of every text: as a prompt, more of them
-#: are computed layer by layer, in products that are made for many.
+#: Tokens that a step has at most, unless they are one of every text. Up to so many it was the
+#: faster way in every measurement: of 12 layers of 1,024 numbers, 32 experts in q4_0 and dense
+#: layers in q8_0, one thread of an EPYC takes 12 instead of 22 ms for 8 tokens, and 27 instead of
+#: 37 for 32 (43 in bfloat16). A prompt's products are made for many tokens, matrix units included.
 STEP = 32
 #: Kinds of rotary embedding whose angles depend on how long the sequence is by now.
 GROWING = ("dynamic", "longrope")

@@ -34,6 +34,10 @@ NORMAL_FLOATS = np.array(
     np.float32,
 )  # fmt: skip
 
+#: What a byte stands for as a float of 8 bits, with its sign; the last of either is no number.
+_SIGNED8 = np.append(FLOATS8[:127], np.float32(np.nan))
+_SIGNED8 = np.concatenate([_SIGNED8, -_SIGNED8]).astype(np.float32)
+
 Elements = NDArray[Any]
 
 
@@ -45,14 +49,15 @@ def elements(shape: tuple[int, int], kind: int) -> Elements:
 
 
 def numbers_of(of: Elements) -> F32:
-    """Return in float32 what elements stand for."""
+    """Return in float32 what elements stand for; of damaged scales what is not finite."""
     kinds = np.unique(of["kind"])
-    if len(kinds) == 1:
-        return _NUMBERS[kinds[0]](of)
-    found = np.empty(of.shape, np.float32)
-    for kind in kinds:
-        own = of["kind"] == kind
-        found[own] = _NUMBERS[kind](of[own])
+    with np.errstate(invalid="ignore", over="ignore"):
+        if len(kinds) == 1:
+            return _NUMBERS[kinds[0]](of)
+        found = np.empty(of.shape, np.float32)
+        for kind in kinds:
+            own = of["kind"] == kind
+            found[own] = _NUMBERS[kind](of[own])
     return found
 
 
@@ -62,13 +67,14 @@ def _whole(of: Elements) -> F32:
 
 
 def _nvfp4(of: Elements) -> F32:
-    scales = of["scale"] * (FLOATS8[of["sub"] & 127] * np.float32(0.5))
+    scales = of["scale"] * (_SIGNED8[of["sub"]] * np.float32(0.5))
     values: F32 = scales * FP4.astype(np.float32)[of["number"]]
     return values
 
 
 def _mxfp4(of: Elements) -> F32:
-    values: F32 = half_powers(of["sub"]) * FP4.astype(np.float32)[of["number"]]
+    scales = np.where(of["sub"] == 255, np.float32(np.nan), half_powers(of["sub"]))
+    values: F32 = scales * FP4.astype(np.float32)[of["number"]]
     return values
 
 

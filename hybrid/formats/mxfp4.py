@@ -51,7 +51,7 @@ def _blocks(raw: U8) -> Fields:
 
 def _hold(of: Elements) -> Held | None:
     exponents = shared(of["sub"]) if all_of(of, MXFP4) else None
-    if exponents is None:
+    if exponents is None or (exponents == 255).any():
         return None
     codes = of["number"].astype(np.uint8)
     return Held(Fields(codes, no_subs(codes), (exponents[..., 0],)), True)

@@ -20,6 +20,9 @@ from transformers.generation.logits_process import (
 from hybrid.loop.penalties import OccurrencePenalties
 
 _NEVER = -torch.inf
+#: Tokens among which a share of the probability is looked for first.
+_LIKELIEST = 256
+_ROUNDING = 1e-4
 
 
 def knows(processors: Iterable[Any]) -> bool:
@@ -99,18 +102,31 @@ class _TopK(_Stateless):
 
 
 class _TopP(_Stateless):
-    """Sorts no more tokens than are left, so that it is fast after a :class:`_TopK`."""
+    """Looks among the likeliest tokens first, and sorts all where more than those are left."""
 
     def __init__(self, processor: Any, ids: Sequence[int], vocabulary: int) -> None:
-        self._rest = 1 - processor.top_p
+        self._share = processor.top_p
         self._kept = processor.min_tokens_to_keep
 
     def __call__(self, row: Tensor) -> None:
-        left = torch.nonzero(row > _NEVER).flatten()
-        logits, order = torch.sort(row[left], stable=True)
-        unlikely = logits.softmax(dim=-1).cumsum(dim=-1) <= self._rest
-        unlikely[-self._kept :] = False
-        row[left[order[unlikely]]] = _NEVER
+        if len(row) < 16 * _LIKELIEST or not self._among_likeliest(row):
+            logits, order = torch.sort(row)
+            unlikely = logits.softmax(dim=-1).cumsum(dim=-1) <= 1 - self._share
+            unlikely[-self._kept :] = False
+            row[order[unlikely]] = _NEVER
+
+    def _among_likeliest(self, row: Tensor) -> bool:
+        """Do it if the likeliest tokens have all of the share, and some more for rounding."""
+        logits, order = torch.topk(row, _LIKELIEST)
+        chances = (logits - row.logsumexp(dim=-1)).exp().double()
+        above = chances.cumsum(dim=-1)
+        if above[-1] < self._share + _ROUNDING:
+            return False
+        likely = 1 - (above - chances) > 1 - self._share
+        likely[: self._kept] = True
+        row.fill_(_NEVER)
+        row[order[likely]] = logits[likely]
+        return True
 
 
 class _MinP(_Stateless):

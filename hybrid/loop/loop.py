@@ -254,7 +254,7 @@ class _Sequence:
         return computed[0, begin - end :]
 
     def _next_logits(self, place: int) -> Tensor | None:
-        """Return logits ``[1, V]`` of the token at a place, if the fast path goes on with it."""
+        """Return the logits ``[1, V]`` of the token at a place; None where others compute it."""
         model = self._model
         if self._fast is None or self._first_position is None:
             return None

@@ -8,9 +8,9 @@ accepts. The draft that is made maximises
 where ``E(n)`` is how many of ``n`` tokens are expected to be accepted and ``t(T)`` how long a step
 of ``T`` tokens takes. Both are learned from every step: what would have been drafted is compared
 with what comes also where nothing is drafted, and steps are timed. Before steps of ``T`` tokens
-were seen they are taken for as short as they can be. What drafts may lose by that is limited: an
-account has what they gained so far and a hundredth of the time, and a draft is made only where it
-can pay for what the step takes beyond one of a single token.
+were seen they are taken for what some took that computed the same token ``T`` times. What drafts
+may lose by that is limited: an account has what they gained so far and a hundredth of the time, and
+a draft is made only where it can pay for what the step takes beyond one of a single token.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ _SHARE = 0.01
 """Part of the time that drafts may lose."""
 _CREDIT_STEPS, _SAVED_STEPS = 2, 50
 """Steps whose time they may lose at first, and of whose gain they may lose again."""
-_MARGIN = 1.02
+_MARGIN = 1.1
 """How much faster than single tokens a draft has to promise to be."""
 _NEW, _NEW_SINGLE = 0.3, 0.1
 """Weight of the last step's time in what is known of steps like it."""
+_UNLIKELY = 0.05
+"""Chance below which no further token is drafted."""
+_FRESH = 64
+"""Steps for which what is expected of steps is kept, unless one of several tokens comes."""
 _OUTLIER = 3.0
 """A step that takes longer than usual by more than this was disturbed."""
 _HALF_LIFE = 512
-"""Steps after which half of what was found of steps of so many tokens is doubted."""
+"""Steps after which half of what was found of steps of several tokens is doubted."""
 _MEMORY = 64
 """Tokens that acceptance is learned from; older ones fade."""
 
@@ -61,58 +65,74 @@ class Chances:
 class StepSeconds:
     """How long steps take, by how many tokens they compute.
 
+    A step of ``T`` tokens is taken for ``least(T) + (T - 1) * more``: what was timed beforehand,
+    moved with what single tokens take, and what other experts and disturbances were seen to add
+    for each further token. All of it is trusted the less the longer no such step was seen, so that
+    what a disturbance showed does not end drafts for good.
+
     Parameters
     ----------
     least
         Seconds of steps that were timed beforehand, of few different experts: by tokens, with that
-        of 1.
+        of 1. Without any, a step is first taken for one of a single token.
+
+    Attributes
+    ----------
+    single
+        Seconds of a step of one token; None before one was seen.
     """
 
     def __init__(self, least: Mapping[int, float] | None = None) -> None:
+        self.single: float | None = None
         self._least = dict(least or {})
-        self._seconds: dict[int, float] = {}
-        self._learned: dict[int, int] = {}
-        self._steps = 0
-
-    @property
-    def single(self) -> float | None:
-        """Of one token; None before one was seen."""
-        return self._seconds.get(1)
+        self._more_s = 0.0
+        self._steps = self._learned = 0
+        self._further_s: list[float] = []
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """Take what a step took."""
+        """Take what a step took; the first one is of a single token."""
         self._steps += 1
-        known = self._seconds.get(tokens)
-        if known is None:
-            self._seconds[tokens] = seconds
+        if tokens > 1 or self._steps % _FRESH == 0:
+            self._further_s = []
+        if self.single is None:
+            self.single = seconds
+            return
+        known_s = self.of(tokens)
+        more_s = min(seconds, _OUTLIER * known_s) - known_s
+        if tokens == 1:
+            self.single += _NEW_SINGLE * more_s
         else:
-            weight = _NEW_SINGLE if tokens == 1 else _NEW
-            known += weight * (min(seconds, _OUTLIER * known) - known)
-            self._seconds[tokens] = known
-        self._learned[tokens] = self._steps
+            self._further_s = []
+            beyond_s = known_s + _NEW * more_s - self.single - self._least_more(tokens)
+            self._more_s = beyond_s / (tokens - 1)
+            self._learned = self._steps
 
     def of(self, tokens: int) -> float:
-        """Return what a step of so many ``tokens`` is expected to take; the first was learned."""
-        least = self._least_of(tokens)
-        known = max((seen for seen in self._seconds if 1 < seen <= tokens), default=None)
-        if known is None:
-            return least
-        more = self._seconds[known] - self._least_of(known)
-        doubt: float = 0.5 ** ((self._steps - self._learned[known]) / _HALF_LIFE)
-        return max(self._seconds[1], least + more * doubt)
+        """Return what a step of so many ``tokens`` is expected to take."""
+        assert self.single is not None
+        return self.single + self.further[tokens - 1]
 
-    def _least_of(self, tokens: int) -> float:
-        """Return what the step takes if it computes no more experts than one of a single token."""
-        more, before = 0.0, 1
-        if 1 in self._least:
-            for seen in sorted(self._least):
-                more_then = self._least[seen] - self._least[1]
-                if seen >= tokens:
-                    share = (tokens - before) / (seen - before) if seen > before else 1.0
-                    more += share * (more_then - more)
-                    break
-                more, before = more_then, seen
-        return self._seconds[1] + max(0.0, more)
+    @property
+    def further(self) -> list[float]:
+        """Seconds that 0, 1, 2 ... further tokens are expected to add to those of one."""
+        if not self._further_s:
+            trust: float = 0.5 ** ((self._steps - self._learned) / _HALF_LIFE)
+            self._further_s = [
+                trust * max(0.0, self._least_more(tokens + 1) + tokens * self._more_s)
+                for tokens in range(MOST_DRAFTED + 1)
+            ]
+        return self._further_s
+
+    def _least_more(self, tokens: int) -> float:
+        """Return what the step took beyond one of a single token, before anything was generated."""
+        more_s, before = 0.0, 1
+        for seen in sorted(self._least):
+            more_then_s = max(more_s, self._least[seen] - self._least[1])
+            if seen >= tokens:
+                share = (tokens - before) / (seen - before) if seen > before else 1.0
+                return more_s + share * (more_then_s - more_s)
+            more_s, before = more_then_s, seen
+        return more_s
 
 
 class Speculation:
@@ -146,15 +166,16 @@ class Speculation:
         if single_s is None:
             return 0
         expected, chance, best, count = 1.0, 1.0, _MARGIN / single_s, 0
+        further_s = self.seconds.further
         can_lose_s = self._saved_s + _CREDIT_STEPS * single_s + _SHARE * self._spent_s
         for tokens in range(1, most + 1):
             chance *= self.chances.of(alike + tokens - 1)
-            expected += chance
-            step_s = self.seconds.of(tokens + 1)
-            if step_s - single_s > can_lose_s:
+            if chance < _UNLIKELY or further_s[tokens] > can_lose_s:
                 break
-            if expected / step_s > best:
-                best, count = expected / step_s, tokens
+            expected += chance
+            rate = expected / (single_s + further_s[tokens])
+            if rate > best:
+                best, count = rate, tokens
         return count
 
     def learn(self, tokens: int, new: int, seconds: float) -> float:
@@ -162,9 +183,10 @@ class Speculation:
 
         Returns the seconds that it gained over as many steps of a single token.
         """
-        self.seconds.learn(tokens, seconds)
         self._spent_s += seconds
         single_s = self.seconds.single
+        if tokens == 1 or single_s is not None:
+            self.seconds.learn(tokens, seconds)
         if tokens == 1 or single_s is None:
             return 0.0
         gain_s = new * single_s - seconds

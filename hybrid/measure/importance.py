@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid.errors import UsageError
+from hybrid.grafts import hook_before
 from hybrid.loading import load_fast_model
 from hybrid.packed.experts import LayerExperts, experts_of
 from hybrid.paths import temporary_folder
@@ -100,7 +101,7 @@ def _watched(model: Any, sums: dict[str, _Sums]) -> Iterator[None]:
     hooks = []
     for path, module in model.named_modules():
         if hasattr(module, "in_features") and ".experts." not in f".{path}.":
-            hooks.append(module.register_forward_pre_hook(_teller(sums, name_of(path))))
+            hooks.append(hook_before(module, _teller(sums, name_of(path)), "adds up its inputs"))
     runners = [runner for runner in experts_of(model) if isinstance(runner, LayerExperts)]
     for runner in runners:
         runner.observe = _observer(sums, runner)
@@ -108,7 +109,7 @@ def _watched(model: Any, sums: dict[str, _Sums]) -> Iterator[None]:
         yield
     finally:
         for hook in hooks:
-            hook.remove()
+            hook.undo()
         for runner in runners:
             runner.observe = None
 

@@ -81,8 +81,12 @@ def floats(rows: Rows) -> F32:
     """
     values = values_of(rows)
     if not np.isfinite(values).all():
-        raise FormatError("the weights hold inf or NaN", hint="the checkpoint is damaged")
+        raise _not_finite()
     return values
+
+
+def _not_finite() -> FormatError:
+    return FormatError("the weights hold inf or NaN", hint="the checkpoint is damaged")
 
 
 def values_of(rows: Rows) -> F32:
@@ -110,6 +114,8 @@ def packed(rows: Rows, fmt: str, multiple: int = 1, importance: F32 | None = Non
         return from_gguf(np.pad(rows.raw, ((0, missing), (0, 0))), fmt)
     if not isinstance(rows, Coded):
         return pack(np.pad(floats(rows), ((0, missing), (0, 0))), fmt, None, importance)
+    if not np.isfinite(rows.elements["scale"]).all():
+        raise _not_finite()
     held = from_elements(rows.elements, fmt, len(rows) + missing)
     if held is not None and held[1]:
         rows.tally.keep(fmt, rows.elements.size)

@@ -36,6 +36,9 @@ _CHECK = "the files are not what their settings say: compare with the publisher'
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
+#: What tensors of sizes or contents that cannot be make of the code that reads them.
+_DAMAGE = (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError)
+
 Numbers = NDArray[Any]
 Parts = Mapping[str, TensorInfo]
 
@@ -490,7 +493,14 @@ def matrices(
     """
     found = {}
     for kind, path, parts in quantized(tensors):
-        matrix = _made(kind, path, parts, files, convention)
+        try:
+            matrix = _made(kind, path, parts, files, convention)
+        except _DAMAGE as error:
+            sizes = ", ".join(f"{name} {list(info.shape)}" for name, info in parts.items())
+            raise CheckpointError(
+                f"{path}: its tensors make no matrix ({sizes}; {type(error).__name__}: {error})",
+                hint=_CHECK,
+            ) from error
         found[matrix.key] = matrix
     return found
 

@@ -34,7 +34,7 @@ def test_a_long_cache_is_made_once_and_stays(settings: dict[str, Any]) -> None:
         assert ours.model._held is held
         assert held[1].get_seq_length() == 40
         assert not prompts
-        assert ours.model.measure(Case("", 8, 4, decode=False)) > 0
+        assert ours.model.measure(Case("", 40, 4, decode=False)) > 0
         assert prompts == [1]
 
 

@@ -22,6 +22,7 @@ from hybrid.demo import demo_path
 from hybrid.demo.evaluate import windows
 from hybrid.errors import DiskSpaceError
 from hybrid.fast.decode import FastDecoder
+from hybrid.weights.importance import Entry, write_importance
 from tiny_model import byte_tokenizer
 
 TEXT = "How many experts does a token need? As many as its router chooses, and no more. " * 4
@@ -78,12 +79,41 @@ def test_results_are_those_of_a_plain_twin(monkeypatch: pytest.MonkeyPatch) -> N
     assert result["reference"] == "f32"
 
 
+def test_with_an_importance_matrix(tiny_model: Path, tmp_path: Path) -> None:
+    """Other scales than without, and the record says with which; what is exact stays as it is."""
+    counts = np.exp(3 * np.random.default_rng(0).standard_normal((8, 64))).astype(np.float32)
+    ones = np.ones(8, np.float32)
+    entries = {
+        f"blk.{layer}.ffn_{part}_exps.weight": Entry(counts, ones)
+        for layer in range(2)
+        for part in ("gate", "up")
+    }
+    write_importance(tmp_path / "x.gguf", entries, text="t", chunks=1, chunk=8)
+    found = [
+        run(
+            str(tiny_model),
+            texts={"a": TEXT},
+            formats=("f32", "q3_k"),
+            imatrix=file,
+            **SIZES | {"decode": 0},
+        )
+        for file in (None, tmp_path / "x.gguf")
+    ]
+    (plain, without), (same, with_it) = (
+        [row["perplexity"] for row in result["results"]] for result in found
+    )
+    assert plain == same
+    assert without != with_it
+    assert found[0]["imatrix"] is None
+    assert len(found[1]["imatrix"]) == 16
+
+
 def test_both_ways_to_compute_are_measured(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows are prompts of the fast path; each token of some is a call of its kernels."""
+    """Windows are steps of the fast path, as short as here; each token of some is one itself."""
     calls: Counter[str] = Counter()
-    for name in ("prompt", "forward"):
+    for name in ("step", "forward"):
         real = getattr(FastDecoder, name)
 
         def count(*args: Any, name: str = name, real: Any = real) -> Any:
@@ -105,7 +135,7 @@ def test_both_ways_to_compute_are_measured(
         ("q8_0", dense, phase) for dense in ("as it is", "q8_0") for phase in ("prefill", "decode")
     ]
     assert calls["forward"] == 2 * 2 * CONTEXT
-    assert calls["prompt"] == 2 * 3
+    assert calls["step"] == 2 * 3
     assert all(row["path"].startswith("one-token kernels") for row in result["results"])
     assert not any(row["refused"] for row in result["results"])
     assert [line.split(":")[0] for line in told] == [

@@ -10,7 +10,6 @@ from hybrid.ask.speculate import MOST_DRAFTED, Speculate
 from hybrid.errors import UsageError
 from hybrid.loop.speculation import Speculation, StepSeconds
 from hybrid.loop.timed_steps import step_seconds
-from hybrid.session.model import HybridModel
 
 REPEATED = [3, 1, 4, 1, 5, 9, 2, 6] * 3
 
@@ -93,17 +92,27 @@ def test_steps_that_were_timed_beforehand_are_not_tried() -> None:
 
 
 def test_step_times_lie_between_those_that_were_seen() -> None:
-    """What was timed beforehand moves with single steps; what was learned counts above it."""
+    """What was timed beforehand moves with single steps; what was learned is added for each token.
+
+    A disturbed step changes little, and what was learned long ago is doubted.
+    """
     seconds = StepSeconds({1: 1.0, 2: 1.5, 10: 5.5})
     seconds.learn(1, 3.0)
-    assert [seconds.of(n) for n in (1, 2, 6, 10, 16)] == [3.0, 3.5, 5.5, 7.5, 7.5]
-    seconds.learn(6, 9.5)
-    assert seconds.of(2) == 3.5
-    assert seconds.of(6) == pytest.approx(9.5)
-    assert seconds.of(10) == pytest.approx(11.5)
-    for _ in range(4000):
+    expected = [3.0, 3.5, 5.5, 7.5, 7.5]
+    assert [seconds.of(n) for n in (1, 2, 6, 10, 16)] == pytest.approx(expected, rel=0.01)
+    for _ in range(40):
+        seconds.learn(6, 9.5)
+    assert seconds.of(6) == pytest.approx(9.5, rel=0.01)
+    assert seconds.of(10) == pytest.approx(7.5 + 9 * 0.8, rel=0.01)
+    seconds.learn(6, 1e6)
+    assert seconds.of(6) < 2 * 9.5
+    for _ in range(8000):
         seconds.learn(1, 3.0)
-    assert seconds.of(6) == pytest.approx(5.5, rel=0.01)
+    assert seconds.of(6) == pytest.approx(3.0, rel=0.01)
+    assert StepSeconds().single is None
+    nothing = StepSeconds()
+    nothing.learn(1, 2.0)
+    assert nothing.of(9) == 2.0
 
 
 def test_so_many_as_are_asked_for() -> None:
@@ -138,26 +147,3 @@ def test_steps_are_timed_before(network: Any) -> None:
     found = step_seconds(network)
     assert list(found) == [1, 2, 16]
     assert all(seconds > 0 for seconds in found.values())
-
-
-def test_a_session_reports_its_drafts(tmp_path: Any, tiny_model: Any) -> None:
-    """Drafted, accepted, how many in a step, and what was gained; off says nothing."""
-    texts = {}
-    for asked in ("off", "auto", 4):
-        model = HybridModel.from_pretrained(
-            tiny_model, threads=1, experts="f32", dtype="float32", speculate=asked
-        )
-        texts[asked] = model.generate("abcabcabcabc", max_new_tokens=60, do_sample=False)
-        report = model.report()
-        if asked == "off":
-            assert report.speculated is None
-            assert "drafts" not in str(report)
-        else:
-            assert report.to_dict()["speculated"]["asked"] == str(Speculate.of(asked))
-        if asked == 4:
-            found = report.speculated
-            assert found is not None
-            assert found.steps > 0
-            assert f"{found.accepted} of {found.drafted} drafted tokens accepted" in str(report)
-            assert ("gained" in str(found)) == (found.gained_s >= 0)
-    assert len(set(texts.values())) == 1

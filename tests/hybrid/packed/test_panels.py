@@ -237,7 +237,7 @@ def test_a_calibration_decides(tiny_model: Path, tmp_path: Path) -> None:
     again = HybridModel.from_pretrained(tmp_path / "model", threads=threads)
     assert experts_of(again.model)[0].panels_from == 4
     assert f"{multiplier()} from 4 tokens on (measured)" in str(again.report())
-    prompt = [5, 9, 33, 21, 7, 80, 2, 4, 4, 4, 4, 4]
+    prompt = 4 * [5, 9, 33, 21, 7, 80, 2, 4, 4, 4, 4, 4]  # more than a step has
     options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     found, wanted = (torch.cat(m.generate(prompt, **options).logits) for m in (again, model))

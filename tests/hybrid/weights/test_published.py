@@ -364,6 +364,53 @@ def test_settings_of_other_weights(src: Path) -> None:
     assert "hold no such tensors" in error.message
 
 
+@pytest.mark.parametrize(
+    ("case", "part", "value"),
+    [
+        ("awq of 32", "scales", float("inf")),
+        ("int4 of 32", "weight_scale", float("nan")),
+        ("nvfp4 of modelopt", "weight_scale", float("nan")),
+        ("nvfp4 of modelopt", "weight_scale_2", float("inf")),
+        ("mxfp4", "weight_scale", 255),
+    ],
+)
+def test_scales_that_are_no_numbers(case: str, part: str, value: float, tmp_path: Path) -> None:
+    """A damaged scale is refused, and its expert and matrix are named."""
+    packer, settings, _ = CASES[case]
+    src, _ = quantized(tmp_path, packer, settings)
+    stored = read_weights(src)
+    stored[f"model.layers.1.mlp.experts.2.down_proj.{part}"].view(-1)[:1] = value
+    write_weights(src, stored)
+    named = r"1 matrices of experts hold inf or NaN: model.layers.1.mlp.experts, expert 2, down"
+    with pytest.raises(CheckpointError, match=named):
+        convert(src, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "made"),
+    [
+        ("int4 of 32", "weight_shape", torch.tensor([3])),
+        ("int4 of 32", "weight_shape", torch.tensor([256, 0])),
+        ("int4 of 64", "weight_scale", torch.zeros(256, 3)),
+        ("gptq of 32", "qweight", torch.zeros(5, dtype=torch.int32)),
+        ("gptq of 64, zeros", "g_idx", torch.full((256,), 9, dtype=torch.int32)),
+        ("nvfp4", "weight_scale", torch.zeros(256, 3).to(torch.float8_e4m3fn)),
+    ],
+)
+def test_parts_that_make_no_matrix(
+    case: str, part: str, made: torch.Tensor, tmp_path: Path
+) -> None:
+    """Whatever a part is, the matrix is named, and nothing is written."""
+    packer, settings, _ = CASES[case]
+    src, _ = quantized(tmp_path, packer, settings)
+    key = f"model.layers.0.self_attn.q_proj.{part}"
+    write_weights(src, read_weights(src) | {key: made})
+    with pytest.raises(CheckpointError, match=r"model.layers.0.self_attn.q_proj"):
+        convert(src, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
 def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
     """Parts of a matrix that do not belong together are named with their sizes."""
     packer, settings, _ = CASES["awq of 32"]
