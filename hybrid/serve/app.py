@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from hybrid.serve.bodies import check_key, parse_json, read_body
 from hybrid.serve.engine import Asked, Done, Engine, Event, Failed, Job, Piece
@@ -93,6 +94,8 @@ class _Desk:
                 return await handler(request)
             except Refusal as refusal:
                 return self._refuse(request, refusal)
+            except ClientDisconnect:
+                return self._refuse(request, Refusal("the sender has gone", status=499))
             except Exception as error:
                 traceback.print_exc()
                 told = f"an error of ours ({type(error).__name__}), which the server has shown"

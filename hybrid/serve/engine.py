@@ -22,6 +22,9 @@ from hybrid.session.generation_stream import Stopped
 from hybrid.session.kept_cache import KeptCache
 from hybrid.session.model import HybridModel
 
+_LAST_S = 5
+"""Seconds in which an answer that is cut off has to end; the program does not wait longer."""
+
 _ENDING = "the server is about to end; ask again when it is back"
 
 
@@ -209,7 +212,7 @@ class Engine:
         if running is not None:
             running.ending = True
             running.left.set()
-        self._thread.join()
+        self._thread.join(_LAST_S)
 
     def _run(self) -> None:
         while True:

@@ -88,33 +88,34 @@ def is_loopback(host: str) -> bool:
 def serve(app: Any, opened: socket.socket, engine: Engine, grace_s: float) -> None:
     """Answer on a socket that listens until SIGTERM or Ctrl-C.
 
-    The running answer then has ``grace_s`` seconds to finish; those that wait are refused.
+    The running answer then has ``grace_s`` seconds to finish; those that wait are refused. A second
+    Ctrl-C ends it at once.
     """
     import uvicorn
 
     config = uvicorn.Config(
         app,
         lifespan="off",
+        ws="none",
+        proxy_headers=False,
         access_log=False,
         log_level="error",
         server_header=False,
         timeout_graceful_shutdown=math.ceil(grace_s) + _SPARE_S,
     )
     server = uvicorn.Server(config)
-    ended = threading.Thread(target=engine.end, args=(grace_s,), name="hybrid-ending")
+    ending = threading.Thread(target=engine.end, args=(grace_s,), daemon=True)
     told = server.handle_exit
 
     def end(number: int, frame: Any) -> None:
         if not server.should_exit:
-            ended.start()
+            ending.start()
         told(number, frame)
 
     server.handle_exit = end
     with _signals_seen():
         server.run(sockets=[opened])
-    if ended.ident is None:  # nobody told it to
-        ended.start()
-    ended.join(_SPARE_S)
+    engine.end(0)  # nothing is left to do but where all connections were closed early
 
 
 @contextmanager

@@ -144,14 +144,32 @@ def test_a_disconnect_frees_the_engine(
     engine.end(0)
 
 
-def _ask(url: str, stream: str) -> socket.socket:
-    """Send a request, and return the connection without having read anything."""
+def test_a_sender_who_goes_is_no_error(
+    model: HybridModel, engine: Engine, listening: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a body."""
+    pytest.importorskip("fastapi", reason="the server needs fastapi")
+    from hybrid.serve.app import make_app
+
+    told: list[str] = []
+    with listening(make_app(Served(model, "demo"), engine, tell=told.append)) as url:
+        _ask(url, "true", missing=10).close()
+        _until(lambda: bool(told))
+    assert told == ["POST /v1/completions: 499 the sender has gone"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def _ask(url: str, stream: str, missing: int = 0) -> socket.socket:
+    """Send a request, and return the connection without having read anything.
+
+    ``missing`` bytes of its body are yet to come.
+    """
     host, port = url.removeprefix("http://").split(":")
     body = f'{{"prompt": "a", "stream": {stream}}}'
     connection = socket.create_connection((host, int(port)))
     connection.sendall(
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-        + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        + f"Content-Length: {len(body) + missing}\r\n\r\n{body}".encode()
     )
     return connection
 
