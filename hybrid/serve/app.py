@@ -228,4 +228,5 @@ def _figures(generation: Generation, waited_s: float) -> str:
 def _tell(line: str) -> None:
     """Tell a line on stderr, in which nothing that was sent can begin another."""
     told = "".join(letter if letter.isprintable() else "?" for letter in line)
-    print(f"{time.strftime('%H:%M:%S')} {told}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {told}\n")  # in one piece: threads tell, too
+    sys.stderr.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import math
 import signal
 import socket
@@ -104,6 +105,7 @@ def serve(app: Any, opened: socket.socket, engine: Engine, grace_s: float) -> No
         timeout_graceful_shutdown=math.ceil(grace_s) + _SPARE_S,
     )
     server = uvicorn.Server(config)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of readers who have gone
     ending = threading.Thread(target=engine.end, args=(grace_s,), daemon=True)
     told = server.handle_exit
 

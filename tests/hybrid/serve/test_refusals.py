@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,9 +289,13 @@ def test_pages_of_other_origins(model: HybridModel, engine: Engine, ask: Any) ->
         assert name not in client.get("/v1/models", headers=other).headers
 
 
-def test_lines_cannot_be_forged(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was sent begins no line of its own where requests are told."""
-    from hybrid.serve.app import _tell
+def test_lines_are_whole(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent begins no line of its own, and what threads tell does not mix."""
+    from hybrid.serve import app
 
-    _tell("POST /a\n12:00:00 POST /b\33[2J")
-    assert capsys.readouterr().err.count("\n") == 1
+    written: list[str] = []
+    stream = SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(app.sys, "stderr", stream)
+    app._tell("POST /a\n12:00:00 POST /b\33[2J")
+    (line,) = written
+    assert line.endswith(" POST /a?12:00:00 POST /b?[2J\n")
