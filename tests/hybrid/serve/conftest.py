@@ -61,7 +61,7 @@ def listening() -> Callable[..., Any]:
         try:
             yield url
         finally:
-            server.should_exit = True
-            thread.join()
+            server.should_exit = server.force_exit = True
+            thread.join(10)
 
     return answer
