@@ -36,6 +36,7 @@ class _Mount(NamedTuple):
 COMMANDS = {
     "run": _Mount("hybrid.cli.run", "run", "Write text from a prompt."),
     "chat": _Mount("hybrid.cli.chat", "chat", "Talk with a model."),
+    "serve": _Mount("hybrid.cli.serve", "serve", "Answer OpenAI's clients."),
     "convert": _Mount(
         "hybrid.cli.convert", "convert", "Convert a Hugging Face MoE model to an expert store."
     ),

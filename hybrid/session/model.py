@@ -265,7 +265,7 @@ class HybridModel:
             options of a text leave no new token to write.
         """
         if isinstance(prompt, str):
-            return self._write(self.encode(prompt), **options).text
+            return self.write(self.encode(prompt), **options).text
         ids = as_ids(prompt)
         check_length(ids.shape[-1], self.context)
         if setting(self.model.generation_config, "stop_strings", options):
@@ -281,7 +281,7 @@ class HybridModel:
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         check_length(ids.shape[-1], self.context)
-        return pieces_of(lambda on_text: self._write(ids, on_text=on_text, **options))
+        return pieces_of(lambda on_text: self.write(ids, on_text=on_text, **options))
 
     def chat(
         self,
@@ -328,7 +328,7 @@ class HybridModel:
 
         Takes what :meth:`chat` takes, and raises what it raises.
         """
-        return self._write(ids, apart=on_thought or _ignore, kept=kept, **options).text
+        return self.write(ids, on_thought=on_thought or _ignore, kept=kept, **options).text
 
     def encode(self, text: str) -> torch.Tensor:
         """Return the ids ``[1, T]`` of ``text``, special tokens added as the model wants them.
@@ -361,18 +361,23 @@ class HybridModel:
         """Say what runs, how, how fast the last call was, and what ran slower than it could."""
         return report(self._session, self._last)
 
-    def _write(
+    def write(
         self,
         ids: torch.Tensor,
         *,
         on_text: OnText | None = None,
+        on_thought: OnText | None = None,
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
-        apart: OnText | None = None,
         kept: KeptCache | None = None,
         **options: Any,
     ) -> Generation:
-        """Write the text that follows ``ids``, ``[1, T]``; its thoughts go ``apart``, if given."""
+        """Write the text that follows ``ids``, ``[1, T]``, and return all that came of it.
+
+        Thoughts are told apart from the text only where ``on_thought`` is given. Everything else
+        is as of :meth:`chat`. A :class:`~hybrid.session.generation_stream.Stopped` that a
+        callback or ``streamer`` raises ends the text where it is.
+        """
         check_length(ids.shape[-1], self.context)
         if stop_strings is None:
             stop_strings = self.model.generation_config.stop_strings
@@ -383,8 +388,8 @@ class HybridModel:
         check_one_sequence(options, prompts=len(ids))
         limit = text_limit(config, options, ids.shape[1], self.context)
         text: TextStream | AnswerStream = TextStream(self.tokenizer, ids[0].tolist(), stops)
-        if apart is not None:
-            text = AnswerStream(self.tokenizer, ids[0].tolist(), stops, apart)
+        if on_thought is not None:
+            text = AnswerStream(self.tokenizer, ids[0].tolist(), stops, on_thought)
         stream = GenerationStream(
             streamer=streamer,
             text=text,

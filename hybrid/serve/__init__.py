@@ -1,0 +1,1 @@
+"""Answers the requests of OpenAI's clients: ``hybrid serve``."""
