@@ -1,10 +1,10 @@
 """Attention of one token: its key and value join the cache, its queries look at all of it.
 
-Keys lie in strips of 16 positions ``[kv_heads, capacity / 16, head_dim, 16]``, values in
-strips of 16 dimensions ``[kv_heads, head_dim / 16, capacity, 16]``, as half precision floats:
-matrices as :mod:`hybrid.formats.strips` lays them out, so that attention is two micro-kernel
-products. Half precision is what is read per token with a long past; queries, weights and sums
-are float32.
+In every page of the cache, which may be its only one, keys lie in strips of 16 positions
+``[kv_heads, page / 16, head_dim, 16]``, values in strips of 16 dimensions
+``[kv_heads, head_dim / 16, page, 16]``, as half precision floats: matrices as
+:mod:`hybrid.formats.strips` lays them out, so that attention is two micro-kernel products. Half
+precision is what is read per token with a long past; queries, weights and sums are float32.
 """
 
 # numba infers the types of compiled functions from their callers.
@@ -16,11 +16,13 @@ import numpy as np
 from numba import prange
 
 from cpu_experts.decoder.ops import normalize, rotate
-from cpu_experts.jit.addresses import bytes_at, floats_at
+from cpu_experts.jit.addresses import bytes_at, floats_at, words_at
 from cpu_experts.jit.compiled import kernel
 from cpu_experts.kernels.experts import MIDDLE, WIDE
 from cpu_experts.kernels.micro import (
     ROW_BLOCKS,
+    add_strip,
+    copy_strip,
     exp_all,
     fetch_add,
     largest_of,
@@ -114,6 +116,54 @@ def prepare(norm, clip, side, head, dim, cos, sin, paired, out):
 
 
 @kernel()
+def page_at(state, position):
+    """Return how many bytes behind the state's addresses the page of a position is."""
+    number = position // state["page"]
+    return words_at(state["table"], number + 1)[number]
+
+
+@kernel()
+def keys_of(state, head, dim, begin, end, queries, rows, count, buf, scores, width):
+    """Write products of ``count`` queries with keys of positions from ``begin`` to ``end``.
+
+    ``begin`` is a multiple of 16; rows of ``scores`` are ``width`` apart.
+    """
+    page, p = state["page"], begin
+    while p < end:
+        till = min(end, p // page * page + page)
+        keys = bytes_at(state["keys"] + page_at(state, p), 2 * (head + 1) * page * dim)
+        first = head * page + p % page - p
+        for q in range(p, till, TILE):
+            dot_halves(keys, 2 * (first + q) * dim, queries, 4 * dim, rows, count, dim, buf)
+            for r in range(count):
+                copy_strip(buf, r * TILE, scores, r * width + q - begin)
+        p = till
+
+
+@kernel()
+def values_of(state, head, strips, strip, begin, end, weights, width, order, count, buf, out, at):
+    """Add a strip of ``count`` rows' weighted sums of values, ``begin`` to ``end``, to ``out``.
+
+    ``weights`` are the bytes of rows of ``width`` float32, the first of them that of ``begin``;
+    ``out`` is flat, and ``at`` how far apart its rows are. The caller has set it to what is added
+    to.
+    """
+    page, p = state["page"], begin
+    while p < end:
+        till = min(end, p // page * page + page)
+        size = 2 * (head + 1) * strips * page * TILE
+        values = bytes_at(state["values"] + page_at(state, p), size)
+        first = 2 * ((head * strips + strip) * page + p % page) * TILE
+        dot_halves(
+            values, first, weights[4 * (p - begin) :], np.int64(4 * width), order, count, till - p,
+            buf,
+        )  # fmt: skip
+        for r in range(count):
+            add_strip(buf, r * TILE, np.float32(1), out, r * at + strip * TILE)
+        p = till
+
+
+@kernel()
 def _halves(address, count):
     return bytes_at(address, 2 * count).view(np.uint16)
 
@@ -126,12 +176,12 @@ def append(layer, state, slot, head, keys, values, cos, sin, paired, key):
     """
     dim, clip = layer["head_dim"], layer["clip"]
     prepare(layer["k_norm"], clip, keys, head, dim, cos, sin, paired, key)
-    keep(state, layer["kv_heads"], head, slot, dim, key, values[head * dim :], clip)
+    keep(state, head, slot, dim, key, values[head * dim :], clip)
 
 
 @kernel()
-def keep(state, heads, head, slot, dim, key, value, clip):
-    """Write ``key`` and the clipped ``value`` ``[dim]`` of one of ``heads`` into the cache.
+def keep(state, head, slot, dim, key, value, clip):
+    """Write ``key`` and the clipped ``value`` ``[dim]`` of a head into the cache.
 
     The state notes when one of them is beyond half precision.
     """
@@ -140,14 +190,15 @@ def keep(state, heads, head, slot, dim, key, value, clip):
         largest = max(largest, abs(key[i]), min(abs(value[i]), clip))
     if largest > LARGEST_HALF:
         state["beyond"] = np.int64(1)
-    capacity, strips = state["capacity"], -(-dim // TILE)
-    to_keys = _halves(state["keys"], heads * capacity * dim)
-    to_values = _halves(state["values"], heads * strips * capacity * TILE)
-    strip = to_keys[((head * (capacity // TILE) + slot // TILE) * dim) * TILE + slot % TILE :]
+    page, strips = state["page"], -(-dim // TILE)
+    before, place = page_at(state, slot), slot % page
+    to_keys = _halves(state["keys"] + before, (head + 1) * page * dim)
+    to_values = _halves(state["values"] + before, (head + 1) * strips * page * TILE)
+    strip = to_keys[((head * (page // TILE) + place // TILE) * dim) * TILE + place % TILE :]
     for i in range(dim):
         strip[i * TILE] = to_half(key[i])
     for s in range(strips):
-        strip = to_values[((head * strips + s) * capacity + slot) * TILE :]
+        strip = to_values[((head * strips + s) * page + place) * TILE :]
         part = value[s * TILE :]
         for i in range(min(TILE, dim - s * TILE)):
             strip[i] = to_half(min(max(part[i], -clip), clip))
@@ -175,37 +226,29 @@ def _attend(layer, state, head, chunk, queries, scores, rows, buf, parts, part_a
     Writes their weighted sums of values to ``parts[part_at + t]`` and largest score and sum of
     weights to ``stats``, unnormalised.
     """
-    dim, capacity = layer["head_dim"], state["capacity"]
-    many = layer["heads"] // layer["kv_heads"]
+    dim, many = layer["head_dim"], layer["heads"] // layer["kv_heads"]
     stop = min(state["length"] + 1, (chunk + 1) * CHUNK)
     start = chunk * CHUNK
     if layer["window"]:
         start = max(start, state["length"] + 1 - layer["window"])
     base = start // TILE * TILE
     strips = -(-dim // TILE)
-    keys = bytes_at(state["keys"], 2 * layer["kv_heads"] * capacity * dim)
-    values = bytes_at(state["values"], 2 * layer["kv_heads"] * strips * capacity * TILE)
-    act = queries.view(np.uint8)
-    for p in range(base, stop, TILE):
-        at = 2 * (head * capacity + p) * dim
-        dot_halves(keys, at, act, 4 * dim, rows, many, dim, buf)
-        for t in range(many):
-            of_query, found = scores[t * CHUNK + p - base :], buf[t * TILE :]
-            for i in range(TILE):
-                of_query[i] = found[i]
+    keys_of(
+        state, head, dim, base, stop, queries.view(np.uint8), rows, many, buf, scores,
+        np.int64(CHUNK),
+    )  # fmt: skip
     count = -(-(stop - base) // TILE) * TILE
     for t in range(many):
         largest, total = _weigh(scores, t * CHUNK, start - base, stop - base, count)
         stats[part_at + t, 0] = largest
         stats[part_at + t, 1] = total
-    act = scores.view(np.uint8)
+        parts[part_at + t] = 0
+    width = parts.shape[1]
+    act, found = scores.view(np.uint8), parts.reshape(-1)[part_at * width :]
     for s in range(strips):
-        at = 2 * ((head * strips + s) * capacity + base) * TILE
-        dot_halves(values, at, act, np.int64(4 * CHUNK), rows, many, stop - base, buf)
-        for t in range(many):
-            part, found = parts[part_at + t, s * TILE :], buf[t * TILE :]
-            for i in range(min(TILE, dim - s * TILE)):
-                part[i] = found[i]
+        values_of(
+            state, head, strips, s, base, stop, act, np.int64(CHUNK), rows, many, buf, found, width
+        )
 
 
 @kernel()

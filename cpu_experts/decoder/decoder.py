@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,12 @@ from cpu_experts.decoder import decode_step, prompt, step_buffers
 from cpu_experts.decoder.attention import CHUNK
 from cpu_experts.decoder.kv import KeyValues
 from cpu_experts.decoder.layers import Layer, Matrix, Norm
+from cpu_experts.decoder.pages import PagedSequence, Pages
 from cpu_experts.decoder.records import HEAD, LAYER
 from cpu_experts.decoder.step import Work, decode_tokens
+from cpu_experts.decoder.step_buffers import Rows
 from cpu_experts.decoder.step_buffers import padded as _padded
+from cpu_experts.decoder.texts import Texts, alike, apart
 from cpu_experts.jit.workers import LOCK, used_threads
 from cpu_experts.kernels import experts as kernels
 from cpu_experts.kernels.records import fill_record
@@ -24,40 +27,10 @@ from hybrid.formats.activations import activation_bytes
 from hybrid.formats.errors import ShapeError
 from hybrid.formats.strips import F32, GROUP, TILE, pad
 
-#: A text's beginning where nothing lies in front of it.
-_NOWHERE = -(1 << 40)
+#: A sequence's keys and values, by themselves or among others'.
+Cache = KeyValues | PagedSequence
 #: Buffers are for whole such numbers of tokens.
 _TOKENS = 8
-
-
-class _Rows(NamedTuple):
-    """Buffers of :func:`cpu_experts.decoder.prompt.attend`, in the order of its arguments."""
-
-    threads: int
-    counter: NDArray[np.int64]
-    rows: NDArray[np.int32]
-    key: F32
-    queries: F32
-    scores: F32
-    buf: F32
-    stats: F32
-    sums: F32
-
-    @classmethod
-    def allocate(cls, layers: Sequence[Layer], threads: int) -> _Rows:
-        dim = max(layer.head_dim for layer in layers)
-        rows = max(prompt.ROWS, *(layer.heads // layer.kv_heads for layer in layers))
-        return cls(
-            threads=threads,
-            counter=np.zeros(1, np.int64),
-            rows=np.arange(rows, dtype=np.int32),
-            key=_padded(threads, dim),
-            queries=_padded(threads, rows * dim),
-            scores=_padded(threads, rows * prompt.SPAN),
-            buf=_padded(threads, rows * TILE),
-            stats=np.zeros((threads, rows, TILE), np.float32),
-            sums=_padded(threads, rows, dim),
-        )
 
 
 class Decoder:
@@ -99,7 +72,7 @@ class Decoder:
         self._spent_by_many = np.zeros_like(self._spent)
         self._since = (0, 0.0)
         self._work: decode_step.Work | None = None
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
         self._tokens: Work | None = None
         self._stored = np.array([layer.stored[0] for layer in self.layers], np.int64)
 
@@ -112,7 +85,11 @@ class Decoder:
         """Return an empty cache; :meth:`~.kv.KeyValues.store` every layer first."""
         return KeyValues([layer.window for layer in self.layers])
 
-    def step(self, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32) -> None:
+    def new_pages(self, size_bytes: int, sequences: int) -> Pages:
+        """Return memory for the caches of up to so many sequences."""
+        return Pages([layer.stored[:2] for layer in self.layers], size_bytes, sequences)
+
+    def step(self, x: F32, cos: F32, sin: F32, cache: Cache, logits: F32) -> None:
         """Compute one token's logits and add the token to the cache.
 
         Parameters
@@ -177,12 +154,65 @@ class Decoder:
         -----
         Weights are read once for all tokens. The cache is as before when this raises.
         """
-        check_matrix("logits", logits, (kept.size, self.vocabulary))
         tokens = x.shape[0]
+        self._check_kept(tokens, logits, kept)
+        given = alike(tokens, texts, begins)
+        self._make_room(cache, slice(None), tokens, texts)
+        self._run_tokens(slice(None), x, cos, sin, cache.states[None], logits, kept, given)
+        cache.advance(tokens // texts)
+
+    def step_sequences(
+        self,
+        x: F32,
+        cos: F32,
+        sin: F32,
+        sequences: Sequence[PagedSequence],
+        counts: Sequence[int],
+        logits: F32,
+        *,
+        kept: NDArray[np.int32],
+    ) -> None:
+        """Add the next ``counts`` tokens to each of some sequences, as :meth:`step_tokens` does.
+
+        Parameters
+        ----------
+        x, cos, sin, logits, kept
+            As there; tokens come sequence by sequence.
+        sequences, counts
+            Who gets them, all of one memory, and how many each.
+
+        Raises
+        ------
+        ShapeError
+            When an array has another shape or type, or a sequence gets none or comes twice.
+        PagesFull
+            When there is no room for them; nothing is computed then.
+        """
+        tokens = x.shape[0]
+        self._check_kept(tokens, logits, kept)
+        given = apart([sequence.row for sequence in sequences], counts)
+        if len(given.owners) != tokens:
+            raise ShapeError(f"{tokens} tokens are given, sequences get {list(counts)}")
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.make_room(count)
+        states = sequences[0].of.states
+        self._run_tokens(slice(None), x, cos, sin, states, logits, kept, given)
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.advance(count)
+
+    def _check_kept(self, tokens: int, logits: F32, kept: NDArray[np.int32]) -> None:
+        check_matrix("logits", logits, (kept.size, self.vocabulary))
         if kept.dtype != np.int32 or (kept.size and not 0 <= kept.min() <= kept.max() < tokens):
             raise ShapeError(f"kept is {kept.dtype} {kept.tolist()}, tokens of {tokens} are int32")
-        self._run_tokens(slice(None), x, cos, sin, cache, logits, kept, texts, begins)
-        cache.advance(tokens // texts)
+
+    def _make_room(self, cache: KeyValues, layers: slice, tokens: int, texts: int) -> None:
+        """Give a cache of so many texts room for ``tokens`` more of all together."""
+        if not np.array_equal(cache.heads[layers], texts * self._stored[layers]):
+            raise ShapeError(
+                f"the cache has {cache.heads[layers].tolist()} heads, {texts} texts have"
+                f" {(texts * self._stored[layers]).tolist()}"
+            )
+        cache.make_room(tokens // texts)
 
     def layer_tokens(self, index: int, x: F32, cos: F32, sin: F32, cache: KeyValues) -> F32:
         """Return what a single layer makes of several tokens of a text, ``[T, D]``.
@@ -190,15 +220,17 @@ class Decoder:
         The cache stays: what is written behind the layer's last position is not counted.
         """
         nothing, none = np.zeros((0, self.vocabulary), np.float32), np.zeros(0, np.int32)
-        one = slice(index, index + 1)
-        return self._run_tokens(one, x, cos, sin, cache, nothing, none, 1, None)
+        one, given = slice(index, index + 1), alike(x.shape[0], 1, None)
+        self._make_room(cache, one, x.shape[0], 1)
+        return self._run_tokens(one, x, cos, sin, cache.states[None, one], nothing, none, given)
 
     def head_tokens(self, x: F32, logits: F32) -> None:
         """Write the logits ``[T, V]`` of the last layer's hidden states ``x``."""
         check_matrix("logits", logits, (x.shape[0], self.vocabulary))
         every, no_angles = np.arange(x.shape[0], dtype=np.int32), np.zeros((x.shape[0], 0))
-        angles = no_angles.astype(np.float32)
-        self._run_tokens(slice(0), x, angles, angles, self.new_cache(), logits, every, 1, None)
+        angles, given = no_angles.astype(np.float32), alike(x.shape[0], 1, None)
+        states = self.new_cache().states[None, :0]
+        self._run_tokens(slice(0), x, angles, angles, states, logits, every, given)
 
     def begin_run(self) -> None:
         """Count anew what steps take."""
@@ -239,9 +271,7 @@ class Decoder:
         nothing = np.zeros(0, np.float32)
         self._run(slice(0), self._head, x, nothing, nothing, self.new_cache(), logits)
 
-    def attend(
-        self, index: int, q: F32, k: F32, v: F32, cos: F32, sin: F32, cache: KeyValues
-    ) -> F32:
+    def attend(self, index: int, q: F32, k: F32, v: F32, cos: F32, sin: F32, cache: Cache) -> F32:
         """Attention of the next tokens in one layer, between its projections.
 
         Parameters
@@ -278,7 +308,7 @@ class Decoder:
             self._fill(threads)
             step = max(1, prompt.ROWS // many)
             if self._rows is None or self._rows.threads != threads:
-                self._rows = _Rows.allocate(self.layers, threads)
+                self._rows = Rows.allocate(self.layers, threads)
             prompt.attend(
                 self._table[one], cache.states[one], q, k, v, cos, sin, self._paired, step,
                 *self._rows[1:], out, threads,
@@ -287,7 +317,7 @@ class Decoder:
         return out
 
     def _run(
-        self, layers: slice, head: Any, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32
+        self, layers: slice, head: Any, x: F32, cos: F32, sin: F32, cache: Cache, logits: F32
     ) -> F32:
         check_floats("x", x, self.hidden)
         check_floats("sin", sin, cos.size)
@@ -305,28 +335,13 @@ class Decoder:
             return result
 
     def _run_tokens(
-        self, layers: slice, x: F32, cos: F32, sin: F32, cache: KeyValues, logits: F32,
-        kept: NDArray[np.int32], texts: int, begins: NDArray[np.int64] | None,
+        self, layers: slice, x: F32, cos: F32, sin: F32, states: Any, logits: F32,
+        kept: NDArray[np.int32], texts: Texts,
     ) -> F32:  # fmt: skip
         tokens = x.shape[0]
         check_matrix("x", x, (tokens, self.hidden))
         check_matrix("sin", sin, (tokens, None))
         check_matrix("cos", cos, (tokens, min(sin.shape[1], self.layers[0].head_dim // 2)))
-        if begins is None:
-            begins = np.full(texts, _NOWHERE, np.int64)
-        if not tokens or tokens % texts or begins.shape != (texts,) or begins.dtype != np.int64:
-            raise ShapeError(
-                f"{tokens} tokens of {texts} texts that begin at {begins.dtype}"
-                f" {list(begins.shape)}; that is as many of each, from int64 [{texts}] on"
-            )
-        table = self._table[layers]
-        if not np.array_equal(cache.heads[layers], texts * self._stored[layers]):
-            raise ShapeError(
-                f"the cache has {cache.heads[layers].tolist()} heads, {texts} texts have"
-                f" {(texts * self._stored[layers]).tolist()}"
-            )
-        if table.size:
-            cache.make_room(tokens // texts)
         with LOCK:
             threads = used_threads()
             self._fill(threads)
@@ -338,8 +353,8 @@ class Decoder:
             work = self._tokens
             work.x[:tokens] = x
             decode_tokens(
-                table, cache.states[layers], self._head, cos, sin, self._paired, work, tokens,
-                tokens // texts, begins, kept, logits, threads,
+                self._table[layers], states, self._head, cos, sin, self._paired, work, tokens,
+                *texts, kept, logits, threads,
             )  # fmt: skip
             result: F32 = work.x[:tokens].copy()
             return result

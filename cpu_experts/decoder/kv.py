@@ -60,6 +60,7 @@ class KeyValues:
         self.held = np.full(len(windows), FREE, np.int64)
         self._windows = windows
         self._layers: list[_Layer | None] = [None] * len(windows)
+        self._table = np.zeros(1, np.int64)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Point to the buffers of a copy, which lie elsewhere than those it was copied from."""
@@ -179,6 +180,7 @@ class KeyValues:
         state = self.states[layer]
         state["keys"] = buffers.keys.ctypes.data
         state["values"] = buffers.values.ctypes.data
+        state["table"], state["page"] = self._table.ctypes.data, buffers.values.shape[2]
 
 
 def _made(heads: int, dim: int, needed: int) -> _Layer:

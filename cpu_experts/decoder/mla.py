@@ -44,7 +44,7 @@ def _append(layer, state, compressed, cos, sin, paired, key):
     turned(latent, compressed[latent["rank"] :], cos, sin, paired, key)
     normalize(latent["kv_norm"], compressed, key[latent["rope"] :])
     no_clip = np.float32(np.inf)
-    keep(state, np.int64(1), _ZERO, state["length"], layer["head_dim"], key, key, no_clip)
+    keep(state, _ZERO, state["length"], layer["head_dim"], key, key, no_clip)
 
 
 @kernel()

@@ -14,10 +14,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from cpu_experts.decoder.attention import append, dot_halves, prepare
-from cpu_experts.jit.addresses import bytes_at, floats_at
+from cpu_experts.decoder.attention import append, keys_of, prepare, values_of
+from cpu_experts.jit.addresses import floats_at
 from cpu_experts.jit.compiled import kernel
-from cpu_experts.kernels.micro import add_strip, copy_strip, exp_all, fetch_add, largest_of
+from cpu_experts.kernels.micro import exp_all, fetch_add, largest_of
 from hybrid.formats.strips import TILE
 
 #: Positions that a row's scores are computed for at a time.
@@ -52,30 +52,24 @@ def _soften(scores, at, first, last, count, row, dim, stats, sums):
 
 @kernel()
 def look(
-    layer, state, head, heads, start, lowest, begin, end, queries, places, rows, count, scores, buf,
-    stats, sums,
+    layer, state, head, start, lowest, begin, end, queries, places, rows, count, scores, buf, stats,
+    sums,
 ):  # fmt: skip
     """Let ``count`` rows, whose first token is at position ``start``, see ``begin : end`` of it.
 
-    ``begin`` is a multiple of 16, ``head`` one of the ``heads`` that the cache has; the queries
-    are the rows ``places`` of ``queries`` ``[.., head_dim]``, flat. What lies before ``lowest``
-    is no position of the text: only a token there sees itself.
+    ``begin`` is a multiple of 16, ``head`` one that the cache has; the queries are the rows
+    ``places`` of ``queries`` ``[.., head_dim]``, flat. What lies before ``lowest`` is no position
+    of the text: only a token there sees itself.
     """
-    dim, capacity, window = layer["head_dim"], state["capacity"], layer["window"]
+    dim, window = layer["head_dim"], layer["window"]
     many = layer["heads"] // layer["kv_heads"]
     strips = -(-dim // TILE)
-    keys = bytes_at(state["keys"], 2 * heads * capacity * dim)
-    values = bytes_at(state["values"], 2 * heads * strips * capacity * TILE)
     act, weights = queries.view(np.uint8), scores.view(np.uint8)
     flat = sums.reshape(-1)
     base = begin
     while base < end:
         stop = min(base + SPAN, end)
-        for p in range(base, stop, TILE):
-            at = 2 * (head * capacity + p) * dim
-            dot_halves(keys, at, act, 4 * dim, places, count, dim, buf)
-            for r in range(count):
-                copy_strip(buf, r * TILE, scores, r * SPAN + p - base)
+        keys_of(state, head, dim, base, stop, act, places, count, buf, scores, np.int64(SPAN))
         width = -(-(stop - base) // TILE) * TILE
         for r in range(count):
             position = start + r // many
@@ -86,10 +80,10 @@ def look(
             last = min(position + 1 - base, width)
             _soften(scores, r * SPAN, first, last, width, r, dim, stats, sums)
         for s in range(strips):
-            at = 2 * ((head * strips + s) * capacity + base) * TILE
-            dot_halves(values, at, weights, np.int64(4 * SPAN), rows, count, stop - base, buf)
-            for r in range(count):
-                add_strip(buf, r * TILE, np.float32(1), flat, r * sums.shape[1] + s * TILE)
+            values_of(
+                state, head, strips, s, base, stop, weights, np.int64(SPAN), rows, count, buf,
+                flat, sums.shape[1],
+            )  # fmt: skip
         base += SPAN
 
 
@@ -125,8 +119,8 @@ def _attend_items(
         start, window = state["length"] + token, layer["window"]
         begin = max(_ZERO, start + 1 - window) // TILE * TILE if window else _ZERO
         look(
-            layer, state, head, kv_heads, start, _ZERO, begin, start + count // many, queries, rows,
-            rows, count, scores, buf, stats, sums,
+            layer, state, head, start, _ZERO, begin, start + count // many, queries, rows, rows,
+            count, scores, buf, stats, sums,
         )  # fmt: skip
         for r in range(count):
             t, query_head = token + r // many, head * many + r % many

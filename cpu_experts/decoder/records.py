@@ -103,8 +103,26 @@ LAYER = np.dtype(
 #: What follows the last layer. ``scale`` multiplies the logits.
 HEAD = np.dtype([("norm", NORM), ("matrix", MATRIX), ("scale", "f4")], align=True)
 
-#: One layer's keys and values: ``length`` positions are filled, the next token comes behind.
+#: One layer's keys and values: ``length`` positions are filled, the next token comes behind. They
+#: lie in pages of ``page`` positions, a multiple of 16: ``table`` is the address of a word for
+#: each, how many bytes behind ``keys`` and ``values`` it is.
 STATE = np.dtype(
-    [("keys", "i8"), ("values", "i8"), ("capacity", "i8"), ("length", "i8"), ("beyond", "i8")],
+    [
+        ("keys", "i8"),
+        ("values", "i8"),
+        ("capacity", "i8"),
+        ("length", "i8"),
+        ("beyond", "i8"),
+        ("table", "i8"),
+        ("page", "i8"),
+    ],
+    align=True,
+)
+
+#: What a text has of a step: ``tokens`` from the ``first`` on. Its keys and values are those of the
+#: ``row`` of states, where it has the heads of ``place``, texts of as many heads before it.
+#: Relative to its next position, it ``begins``: what lies before that is no part of it.
+TEXT = np.dtype(
+    [("first", "i8"), ("tokens", "i8"), ("row", "i8"), ("place", "i8"), ("begins", "i8")],
     align=True,
 )

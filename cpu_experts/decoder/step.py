@@ -94,7 +94,7 @@ class Work(NamedTuple):
 
 
 @kernel()
-def _attention(layer, state, counter, cos, sin, paired, work, count, tokens, begins, w):
+def _attention(layer, states, counter, cos, sin, paired, work, count, texts, owners, w):
     one, buf, order, acts = np.float32(1), work.my_buf[w], work.order, work.acts
     q, o, latent, heads = layer["q"], layer["o"], layer["latent"], layer["heads"]
     formats = (q["format"], layer["k"]["format"], layer["v"]["format"])
@@ -114,18 +114,18 @@ def _attention(layer, state, counter, cos, sin, paired, work, count, tokens, beg
             act, stride = given(only, q_b["format"], work.normed, acts)
             multiply_all(counter, QUERY, q_b, act, stride, order, count, buf, one, False, queries)
         prepare_latent(
-            counter, PREPARE, layer, state, cos, sin, paired, queries, work.qkv, count, tokens,
-            order, work.my_normed[w], work.my_act[w], buf, work.my_key[w], by_token,
+            counter, PREPARE, layer, states, cos, sin, paired, queries, work.qkv, count, texts,
+            owners, order, work.my_normed[w], work.my_act[w], buf, work.my_key[w], by_token,
         )  # fmt: skip
     else:
         prepare_heads(
-            counter, PREPARE, layer, state, cos, sin, paired, work.qkv, count, tokens,
+            counter, PREPARE, layer, states, cos, sin, paired, work.qkv, count, texts, owners,
             work.my_key[w], by_token,
         )  # fmt: skip
     attend_tokens(
-        counter, ATTEND, layer, state, count, tokens, begins, looking, order,
-        work.my_places[w], work.my_scores[w], buf, work.my_stats[w], work.my_sums[w], work.parts,
-        work.stats, work.attended,
+        counter, ATTEND, layer, states, texts, looking, order, work.my_places[w],
+        work.my_scores[w], buf, work.my_stats[w], work.my_sums[w], work.parts, work.stats,
+        work.attended,
     )  # fmt: skip
     found = work.attended
     if compressed:
@@ -260,11 +260,12 @@ def _feed_forward(layer, counter, spent, since, work, count, w):
 
 
 @kernel()
-def _walk(layers, states, head, cos, sin, paired, work, count, tokens, begins, kept, logits, w):
+def _walk(layers, states, head, cos, sin, paired, work, count, texts, owners, kept, logits, w):
     since = ticks()
     for i in range(layers.size):
         counter, spent = work.counters[i], work.spent[i]
-        _attention(layers[i], states[i], counter, cos, sin, paired, work, count, tokens, begins, w)
+        of_layer = states[:, i]
+        _attention(layers[i], of_layer, counter, cos, sin, paired, work, count, texts, owners, w)
         since = spend(spent, ATTENTION, since, w)
         since = _feed_forward(layers[i], counter, spent, since, work, count, w)
     if kept.size == 0:
@@ -285,19 +286,18 @@ def _walk(layers, states, head, cos, sin, paired, work, count, tokens, begins, k
 
 @kernel(parallel=True)
 def decode_tokens(
-    layers, states, head, cos, sin, paired, work, count, tokens, begins, kept, logits,
-    threads,
+    layers, states, head, cos, sin, paired, work, count, texts, owners, kept, logits, threads
 ):  # fmt: skip
     """Move ``work.x[:count]``, embedded tokens, through all layers; write the logits of ``kept``.
 
-    There are ``tokens`` of each text, one text behind another; relative to the first of them, it
-    begins at ``begins`` ``[texts]``. ``cos`` and ``sin`` are ``[count, pairs]``, ``logits``
+    ``states`` are ``[rows, layers]``, ``texts`` :data:`~cpu_experts.decoder.records.TEXT`, of which
+    ``owners`` ``[count]`` has each token's. ``cos`` and ``sin`` are ``[count, pairs]``, ``logits``
     ``[kept, V]``. Keys and values are written behind the ``length`` positions of each state.
     """
     work.counters[:] = 0
     work.everyone[1] = count
     for w in prange(threads):
         _walk(
-            layers, states, head, cos, sin, paired, work, count, tokens, begins, kept,
-            logits, np.int64(w),
+            layers, states, head, cos, sin, paired, work, count, texts, owners, kept, logits,
+            np.int64(w),
         )  # fmt: skip

@@ -1,10 +1,9 @@
 """Attention of a step of several tokens: every one sees its own text up to itself.
 
-The step has ``tokens`` of each of some texts, one text behind another. The cache has the texts'
-heads one behind another, too, and of every text the same positions; what lies before a text
-``begins``, relative to the next position, is no part of it. First the tokens' keys and values
-join the cache. Then threads take items of a key-value head, some tokens of a text and a chunk of
-its positions, and whoever ends the last chunk of such a run adds the chunks up.
+The step has tokens of some texts, one text behind another; where a text's keys and values are, its
+:data:`~cpu_experts.decoder.records.TEXT` says. First the tokens' keys and values join the caches.
+Then threads take items of a key-value head, some tokens of a text and a chunk of its positions, and
+whoever ends the last chunk of such a run adds the chunks up.
 """
 
 # numba infers the types of compiled functions from their callers.
@@ -31,7 +30,9 @@ _ZERO, _ONE = np.int64(0), np.int64(1)
 
 
 @kernel()
-def prepare_heads(counter, at, layer, state, cos, sin, paired, qkv, count, tokens, key, looking):
+def prepare_heads(
+    counter, at, layer, states, cos, sin, paired, qkv, count, texts, owners, key, looking
+):
     """Take heads of tokens: their key and value join the cache, their queries are made ready.
 
     ``looking`` ``[count, heads * head_dim]`` gets the queries. Returns when all are done.
@@ -40,17 +41,17 @@ def prepare_heads(counter, at, layer, state, cos, sin, paired, qkv, count, token
     many, scaling = layer["heads"] // kv_heads, layer["scaling"]
     in_q = layer["q"]["rows"]
     in_k = in_q + layer["k"]["rows"]
-    texts = count // tokens
     while True:
         item = fetch_add(counter, at)
         if item >= count * kv_heads:
             break
         n, head = item // kv_heads, item % kv_heads
-        row, stored = qkv[n], n // tokens * kv_heads + head
+        row, text = qkv[n], texts[owners[n]]
+        state, stored = states[text["row"]], text["place"] * kv_heads + head
         keys, values = row[in_q:in_k], row[in_k + head * dim :]
         prepare(layer["k_norm"], clip, keys, head, dim, cos[n], sin[n], paired, key)
-        slot = state["length"] + n % tokens
-        keep(state, texts * kv_heads, stored, slot, dim, key, values, clip)
+        slot = state["length"] + n - text["first"]
+        keep(state, stored, slot, dim, key, values, clip)
         for t in range(head * many, (head + 1) * many):
             query = looking[n, t * dim : (t + 1) * dim]
             prepare(layer["q_norm"], clip, row[:in_q], t, dim, cos[n], sin[n], paired, query)
@@ -62,8 +63,8 @@ def prepare_heads(counter, at, layer, state, cos, sin, paired, qkv, count, token
 
 @kernel()
 def prepare_latent(
-    counter, at, layer, state, cos, sin, paired, queries, qkv, count, tokens, order, normed, act,
-    buf, key, looking,
+    counter, at, layer, states, cos, sin, paired, queries, qkv, count, texts, owners, order, normed,
+    act, buf, key, looking,
 ):  # fmt: skip
     """Take heads: write all tokens' queries as a compressed cache sees them, and fill the cache.
 
@@ -81,11 +82,13 @@ def prepare_latent(
             break
         if item >= heads:
             n = item - heads
+            text = texts[owners[n]]
+            state = states[text["row"]]
             compressed, kept = qkv[n, rows:], key[:dim]
             turned(latent, compressed[rank:], cos[n], sin[n], paired, kept)
             normalize(latent["kv_norm"], compressed, kept[rope:])
-            slot = state["length"] + n % tokens
-            keep(state, count // tokens, n // tokens, slot, dim, kept, kept, no_clip)
+            slot = state["length"] + n - text["first"]
+            keep(state, text["place"], slot, dim, kept, kept, no_clip)
         else:
             begin = item * (nope + rope)
             given, stride = _heads_of(absorb["format"], queries, begin, nope, count, normed, act)
@@ -162,8 +165,8 @@ def _merge(chunks, rows, dim, parts, stats, first, out, out_at):
 
 @kernel()
 def attend_tokens(
-    counter, at, layer, state, count, tokens, begins, looking, order, places, scores, buf,
-    own_stats, own_sums, parts, stats, attended,
+    counter, at, layer, states, texts, looking, order, places, scores, buf, own_stats, own_sums,
+    parts, stats, attended,
 ):  # fmt: skip
     """Take (key-value head, tokens, chunk) items; returns when all tokens have attended.
 
@@ -171,27 +174,31 @@ def attend_tokens(
     counts a run's chunks; chunks of one run lie in ``parts`` and ``stats`` one behind another.
     """
     dim, kv_heads, window = layer["head_dim"], layer["kv_heads"], layer["window"]
-    heads, many, length = layer["heads"], layer["heads"] // layer["kv_heads"], state["length"]
+    heads, many = layer["heads"], layer["heads"] // layer["kv_heads"]
     compressed = layer["latent"]["rank"] > 0
     most = max(_ONE, ROWS // many)  # tokens of a run
-    runs = -(-tokens // most)
-    texts, rows_all = count // tokens, most * many
-    total = texts * runs * kv_heads
-    seen = length + tokens
-    if window:
-        seen = min(seen, window + tokens)
-    chunks = max(_ONE, min(-(-seen // CHUNK), ITEMS // total))
-    stored = texts if compressed else texts * kv_heads
+    rows_all, total, longest = most * many, _ZERO, _ZERO
+    for text in texts:
+        total += -(-text["tokens"] // most) * kv_heads
+        seen = states[text["row"]]["length"] + text["tokens"]
+        if window:
+            seen = min(seen, window + text["tokens"])
+        longest = max(longest, seen)
+    chunks = max(_ONE, min(-(-longest // CHUNK), ITEMS // total))
     while True:
         item = fetch_add(counter, at)
         if item >= total * chunks:
             break
         run, chunk = item // chunks, item % chunks
-        group, head = run // kv_heads, run % kv_heads
-        text, token = group // runs, group % runs * most
-        here = min(most, tokens - token)
-        n, rows, start = text * tokens + token, here * many, length + token
-        lowest = max(_ZERO, length + begins[text])
+        group, head, at_text = run // kv_heads, run % kv_heads, _ZERO
+        while group >= -(-texts[at_text]["tokens"] // most):
+            group -= -(-texts[at_text]["tokens"] // most)
+            at_text += 1
+        text, token = texts[at_text], group * most
+        state = states[text["row"]]
+        length, here = state["length"], min(most, text["tokens"] - token)
+        n, rows, start = text["first"] + token, here * many, length + token
+        lowest = max(_ZERO, length + text["begins"])
         begin = min(lowest, start)
         if window:
             begin = max(begin, start + 1 - window)
@@ -208,9 +215,9 @@ def attend_tokens(
                 own_stats[r, 1] = 1
             own_sums[r, :] = 0
         look(
-            layer, state, text if compressed else text * kv_heads + head, stored, start, lowest,
-            begin, min(end, begin + span), looking, places, order, rows, scores, buf, own_stats,
-            own_sums,
+            layer, state, text["place"] if compressed else text["place"] * kv_heads + head, start,
+            lowest, begin, min(end, begin + span), looking, places, order, rows, scores, buf,
+            own_stats, own_sums,
         )  # fmt: skip
         first = run * chunks * rows_all
         for r in range(rows):

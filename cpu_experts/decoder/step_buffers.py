@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,3 +90,33 @@ def allocate(
         my_weights=padded(threads, max(chosen, groups)),
         my_choice=padded(threads, 2 * max(experts, 1)),
     )
+
+
+class Rows(NamedTuple):
+    """Buffers of :func:`cpu_experts.decoder.prompt.attend`, in the order of its arguments."""
+
+    threads: int
+    counter: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    key: F32
+    queries: F32
+    scores: F32
+    buf: F32
+    stats: F32
+    sums: F32
+
+    @classmethod
+    def allocate(cls, layers: Sequence[Layer], threads: int) -> Rows:
+        dim = max(layer.head_dim for layer in layers)
+        rows = max(prompt.ROWS, *(layer.heads // layer.kv_heads for layer in layers))
+        return cls(
+            threads=threads,
+            counter=np.zeros(1, np.int64),
+            rows=np.arange(rows, dtype=np.int32),
+            key=padded(threads, dim),
+            queries=padded(threads, rows * dim),
+            scores=padded(threads, rows * prompt.SPAN),
+            buf=padded(threads, rows * TILE),
+            stats=np.zeros((threads, rows, TILE), np.float32),
+            sums=padded(threads, rows, dim),
+        )
