@@ -299,6 +299,23 @@ class FastPath:
             done = decoder.next_token(ids, position, cache, logits)
             return logits.to(decoder.form.dtype) if done else None
 
+    @property
+    def turn(self) -> Turn:
+        """Whoever computes with the decoder without ``forward`` holds it meanwhile."""
+        return self._lock
+
+    def ready(self, model: Any) -> tuple[FastDecoder | None, str]:
+        """Return the decoder of the model as it is by now, or None and why there is none."""
+        with self._lock:
+            snapshot = self._snapshot
+            if _hooked_everywhere() or (snapshot is not None and snapshot.hooked()):
+                return None, "hooks"
+            if snapshot is not None and snapshot.overridden():
+                return None, "a part's forward that was replaced"
+            if snapshot is not None and not snapshot.holds():
+                self.release(model)
+            return self.settle(model), self.path.reason
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels are not torch's
     def __call__(self, model: Any, slow: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Compute a call of the model's ``forward``; ``slow`` is transformers'."""

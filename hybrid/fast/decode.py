@@ -56,6 +56,10 @@ class FastDecoder:
         What single tokens took in the kernels since :meth:`begin_run`, and how many they were.
     step_watch
         The same of steps of several tokens.
+    layers
+        The model's, of transformers.
+    growing
+        Whether how a position turns depends on how long the text is by now.
     """
 
     def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
@@ -73,8 +77,9 @@ class FastDecoder:
         latents = [layer.latent for layer in decoder.layers if layer.latent is not None]
         self.compressed = bool(latents)
         self.rounds_less = any(is_quantized(latent.kv_b.format) for latent in latents)
-        self._growing = getattr(self._base.rotary_emb, "rope_type", "default") in GROWING
-        self._grows_from = _grows_from(model.config.get_text_config()) if self._growing else None
+        self.layers = self._base.layers
+        self.growing = getattr(self._base.rotary_emb, "rope_type", "default") in GROWING
+        self._grows_from = _grows_from(model.config.get_text_config()) if self.growing else None
         self._angles: dict[int, list[tuple[Any, Any]]] = {}
 
     def next_token(self, ids: Tensor, position: int, cache: DynamicCache, logits: Tensor) -> bool:
@@ -84,12 +89,10 @@ class FastDecoder:
         kernels' cache.
         """
         sequence = self.packed(cache)
-        x = self._base.embed_tokens(ids).detach().float().reshape(-1)
-        if self._scale != 1.0:
-            x = x * self._scale
+        x = self.embedded(ids)[0]
         cos, sin = self.rotary(position)
         with self.watch:
-            self.decoder.step(x.numpy(), cos, sin, sequence.kv, logits.numpy())
+            self.decoder.step(x, cos, sin, sequence.kv, logits.numpy())
         sequence.advance()
         if sequence.left_the_range():
             sequence.take_back(1)
@@ -129,15 +132,13 @@ class FastDecoder:
         positions = arguments.get("position_ids")
         if positions is None:
             positions = (torch.arange(tokens) + cache.get_seq_length())[None]
-        x = self._base.embed_tokens(ids).detach().float().reshape(texts * tokens, -1)
-        if self._scale != 1.0:
-            x = x * self._scale
+        x = self.embedded(ids)
         cos, sin = self._rotary_of(positions.expand(texts, tokens))
         kept = _kept(arguments.get("logits_to_keep", 0), texts, tokens)
         logits = torch.empty(texts, kept.size // texts, self.decoder.vocabulary)
         with self.step_watch:
             self.decoder.step_tokens(
-                x.contiguous().numpy(),
+                x,
                 cos,
                 sin,
                 sequence.kv,
@@ -154,6 +155,14 @@ class FastDecoder:
         if tokens > 1:
             teller.tell(tokens)
         return causal_output(logits.to(self._dtype), cache)
+
+    def embedded(self, ids: Tensor) -> NDArray[np.float32]:
+        """Return tokens ``[texts, T]`` as the first layer takes them, ``[texts * T, D]``."""
+        x = self._base.embed_tokens(ids).detach().float().flatten(0, 1)
+        if self._scale != 1.0:
+            x = x * self._scale
+        found: NDArray[np.float32] = x.contiguous().numpy()
+        return found
 
     def begin_run(self) -> None:
         """Count anew what steps take; the decoder counts it by layer and part."""
@@ -209,7 +218,7 @@ class FastDecoder:
 
     def _attention(self, sequence: Sequence, positions: Tensor) -> AbstractContextManager[None]:
         piece = Piece(self.decoder, sequence, *self.angles_at(positions))
-        return attention_in_pieces(self._base.layers, piece)
+        return attention_in_pieces(self.layers, piece)
 
     def angles_at(self, positions: Tensor) -> tuple[Any, Any]:
         """Cosines and sines of positions ``[1, T]``, ``[T, pairs]`` float32 each."""
@@ -226,14 +235,14 @@ class FastDecoder:
     def _rotary_of(self, positions: Tensor) -> tuple[Any, Any]:
         """Cosines and sines of positions ``[texts, T]``, ``[texts * T, pairs]`` float32 each."""
         flat = positions.reshape(-1)
-        if self._growing or flat.numel() > STEP:
+        if self.growing or flat.numel() > STEP:
             return self.angles_at(flat[None])
         cos, sin = zip(*map(self.rotary, flat.tolist()), strict=True)
         return np.stack(cos), np.stack(sin)
 
     def rotary(self, position: int) -> tuple[Any, Any]:
         """Return cosines and sines of a position, ``[pairs]`` float32 each."""
-        if self._growing:
+        if self.growing:
             return self._turn(torch.tensor([[position]]))[0]
         start = position - position % _POSITIONS
         if start not in self._angles:

@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cpu_experts.decoder.decoder import Decoder
-from hybrid.fast.kv_cache import Sequence
+from cpu_experts.decoder.decoder import Cache, Decoder
 from hybrid.grafts import fast_path_of, redirect_forward, restore_forward
 
 #: Tokens of a prompt that are computed at a time.
@@ -60,6 +59,15 @@ class PromptProgress:
         return (self.total - self.done) / rate if rate else float("inf")
 
 
+class Joined(Protocol):
+    """The cache of one sequence, as attention of a prompt adds to it."""
+
+    @property
+    def kv(self) -> Cache: ...
+
+    def advance_layer(self, index: int, count: int) -> None: ...
+
+
 class Piece:
     """Tokens on their way through the layers: attention of all of them, layer by layer.
 
@@ -78,7 +86,7 @@ class Piece:
         Whether attention goes through it: what an interrupt left behind leads nowhere.
     """
 
-    def __init__(self, decoder: Decoder, sequence: Sequence, cos: Any, sin: Any) -> None:
+    def __init__(self, decoder: Decoder, sequence: Joined, cos: Any, sin: Any) -> None:
         self._decoder, self._sequence = decoder, sequence
         self._cos, self._sin = cos, sin
         self.under_way = False
