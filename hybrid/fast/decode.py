@@ -56,6 +56,8 @@ class FastDecoder:
         What single tokens took in the kernels since :meth:`begin_run`, and how many they were.
     step_watch
         The same of steps of several tokens.
+    rounded
+        Memory for a token's logits in the model's type, ``[V]``.
     """
 
     def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
@@ -63,6 +65,7 @@ class FastDecoder:
         self.watch, self.step_watch = Stopwatch(), Stopwatch()
         self._base = model.get_decoder()
         self._dtype = model.dtype
+        self.rounded = torch.empty(decoder.vocabulary, dtype=model.dtype)
         self._pairs = pairs
         self._scale = float(getattr(self._base, "embedding_multiplier", 1.0))
         self.form = CacheForm(
