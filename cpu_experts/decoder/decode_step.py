@@ -30,7 +30,7 @@ from cpu_experts.jit.addresses import bytes_at
 from cpu_experts.jit.compiled import kernel
 from cpu_experts.kernels.experts import down_items, up_items
 from cpu_experts.kernels.micro import ticks, wait_for
-from hybrid.formats.strips import GROUP, TILE
+from hybrid.formats.strips import GROUP
 
 #: Where a layer's counters start: whole cache lines apart, attention's last because it has
 #: one more for every key-value head.
@@ -85,7 +85,8 @@ def _up(experts, counter, act, work, ids, active, h, buf):
         counter, experts["format"], blocks, experts["stride"], experts["up_strip"],
         experts["up_inner"], act, _ZERO, experts["kind"], experts["alpha"], experts["limit"],
         experts["up_offset"], experts["gated"], experts["up_bias"], experts["intermediate"],
-        experts["down_format"], active, ids, work.firsts, work.zeros, h, experts["h_stride"], buf,
+        experts["down_format"], active, ids, work.firsts, work.zeros, h, experts["h_stride"],
+        experts["threads"], buf,
     )  # fmt: skip
 
 
@@ -93,15 +94,13 @@ def _up(experts, counter, act, work, ids, active, h, buf):
 def _down(experts, counter, work, ids, active, weights, h, buf):
     """Add the experts' weighted output to the hidden state; returns when all items are done."""
     blocks = bytes_at(experts["at"], experts["count"] * experts["stride"])
-    step = experts["strips"]
-    down_items(
+    items = down_items(
         counter, experts["down_format"], blocks, experts["stride"], experts["section"],
         experts["down_strip"], experts["down_inner"], h, experts["h_stride"],
         experts["down_bias"], active, ids, work.firsts, work.rows, work.rows, active, weights,
-        step, work.x_row, buf,
+        experts["strips"], experts["threads"], work.x_row, buf,
     )  # fmt: skip
-    strips = -(-work.x.size // TILE)
-    wait_for(counter, np.int64(3), -(-strips // step))
+    wait_for(counter, np.int64(3), items)
 
 
 @kernel()

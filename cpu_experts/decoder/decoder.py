@@ -63,9 +63,7 @@ class Decoder:
                 raise ShapeError(f"a layer of {sizes} in a decoder of {self.hidden}")
         self._norm, self._lm_head, self._paired = norm, lm_head, paired
         self._head = np.zeros(1, HEAD)
-        fill_record(
-            self._head[0], {"norm": norm.record(), "matrix": lm_head.record(), "scale": scale}
-        )
+        fill_record(self._head[0], {"norm": norm.record(), "scale": scale})
         self._table = np.zeros(len(self.layers), LAYER)
         self._threads = 0
         self._spent = np.zeros((len(self.layers) + 1, 3), np.int64)
@@ -364,6 +362,7 @@ class Decoder:
         if threads != self._threads:
             for record, layer in zip(self._table, self.layers, strict=True):
                 layer.fill(record, threads)
+            fill_record(self._head[0], {"matrix": self._lm_head.record(threads)})
             self._work, self._tokens, self._threads = None, None, threads
 
     def _buffers(self, threads: int, capacity: int) -> decode_step.Work:

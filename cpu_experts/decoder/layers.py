@@ -15,8 +15,8 @@ from hybrid.formats.matrix import packed_bytes
 from hybrid.formats.registry import format_of
 from hybrid.formats.strips import F32, TILE, U8
 
-#: Bytes of weights that one item of a product takes, about.
-_ITEM_BYTES = 32768
+#: Bytes of weights that the least share of a product has, about.
+_SHARE_BYTES = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Matrix:
         """Bytes that one product reads."""
         return self.weight.size
 
-    def record(self) -> dict[str, Any]:
+    def record(self, threads: int) -> dict[str, Any]:
         """Values of :data:`~cpu_experts.decoder.records.MATRIX`."""
         packing = format_of(self.format)
         strip = packing.strip_bytes(self.cols)
@@ -51,7 +51,8 @@ class Matrix:
             "format": dot_table(self.format),
             "strip_bytes": strip,
             "inner": packing.units(self.cols),
-            "strips": max(1, _ITEM_BYTES // strip),
+            "strips": max(1, _SHARE_BYTES // strip),
+            "threads": threads,
         }
 
 
@@ -130,10 +131,10 @@ class Router:
         if self.scoring == SPARSEMIXER and self.top_k != 2:
             raise ShapeError(f"SparseMixer chooses 2 experts, not {self.top_k}")
 
-    def record(self) -> dict[str, Any]:
+    def record(self, threads: int) -> dict[str, Any]:
         """Values of :data:`~cpu_experts.decoder.records.ROUTER`."""
         return {
-            "matrix": self.matrix.record(),
+            "matrix": self.matrix.record(threads),
             "correction": address(self.correction),
             "scoring": self.scoring,
             "experts": self.experts,
@@ -216,15 +217,19 @@ class Latent:
         if any((layer.q_norm, layer.k_norm, layer.window, layer.sinks is not None)):
             raise ShapeError("compressed attention takes no norms of heads, windows or sinks")
 
-    def record(self) -> dict[str, Any]:
+    def record(self, threads: int) -> dict[str, Any]:
         """Values of :data:`~cpu_experts.decoder.records.LATENT`."""
         values: dict[str, Any] = {
             name: getattr(self, name) for name in ("rank", "rope", "nope", "value", "apart")
         }
-        for name in ("q_norm", "q_b", "kv_norm", "absorb", "kv_b"):
-            part = getattr(self, name)
-            if part is not None:
-                values[name] = part.record()
+        for name in ("q_b", "absorb", "kv_b"):
+            matrix = getattr(self, name)
+            if matrix is not None:
+                values[name] = matrix.record(threads)
+        for name in ("q_norm", "kv_norm"):
+            norm = getattr(self, name)
+            if norm is not None:
+                values[name] = norm.record()
         return values
 
 
@@ -314,15 +319,11 @@ class Layer:
 
     def fill(self, record: Any, threads: int) -> None:
         """Write the layer into a record of :data:`~cpu_experts.decoder.records.LAYER`."""
-        for name in ("norm", "q", "k", "v", "o", "q_norm", "k_norm", "ffn_norm"):
-            part = getattr(self, name)
-            if part is not None:
-                fill_record(record[name], part.record())
-        for name in ("router", "latent"):
-            part = getattr(self, name)
-            if part is not None:
-                fill_record(record[name], part.record())
-        for name in ("experts", "shared"):
+        for name in ("norm", "q_norm", "k_norm", "ffn_norm"):
+            norm = getattr(self, name)
+            if norm is not None:
+                fill_record(record[name], norm.record())
+        for name in ("q", "k", "v", "o", "router", "latent", "experts", "shared"):
             part = getattr(self, name)
             if part is not None:
                 fill_record(record[name], part.record(threads))

@@ -20,6 +20,7 @@ from cpu_experts.jit.compiled import kernel
 from cpu_experts.kernels.dots import is_quantized, sums_for
 from cpu_experts.kernels.experts import dot_rows
 from cpu_experts.kernels.micro import fetch_add, quantize_group
+from cpu_experts.kernels.shares import share, shares
 from hybrid.formats.activations import ACT_GROUP
 from hybrid.formats.groups import GROUPS
 from hybrid.formats.strips import GROUP, SUPER, TILE
@@ -112,17 +113,15 @@ def multiply_strips(matrix, first, last, then, act, rows, buf, scale, add, out, 
 @kernel()
 def multiply_items(counter, at, matrix, act, rows, buf, scale, add, out):
     """Take items of a matrix product off ``counter[at]``; return how many there are."""
-    strips = -(-matrix["rows"] // TILE)
-    step = matrix["strips"]
-    first = fetch_add(counter, at) * step
+    strips, least, threads = -(-matrix["rows"] // TILE), matrix["strips"], matrix["threads"]
+    first, last = share(fetch_add(counter, at), strips, least, threads)
     while first < strips:
-        following = fetch_add(counter, at) * step
-        last = min(first + step, strips)
+        following, end = share(fetch_add(counter, at), strips, least, threads)
         then = following if following < strips else first
         multiply_strips(matrix, first, last, then, act, rows, buf, scale, add, out, _ZERO)
         fetch_add(counter, at + 1)
-        first = following
-    return -(-strips // step)
+        first, last = following, end
+    return shares(strips, least, threads)
 
 
 @kernel()
@@ -133,14 +132,13 @@ def project_items(counter, at, layer, normed, memory, rows, buf, qkv):
     """
     q, k, v = layer["q"], layer["k"], layer["v"]
     in_q, in_k, in_v = -(-q["rows"] // TILE), -(-k["rows"] // TILE), -(-v["rows"] // TILE)
-    strips, step = in_q + in_k + in_v, q["strips"]
+    strips, least, threads = in_q + in_k + in_v, q["strips"], q["threads"]
     one, made = np.float32(1), q["format"]
     act = activate(made, normed, q["cols"], memory)
     while True:
-        first = fetch_add(counter, at) * step
+        first, last = share(fetch_add(counter, at), strips, least, threads)
         if first >= strips:
             break
-        last = min(first + step, strips)
         here = min(last, in_q)
         if here > first and made != q["format"]:
             made = q["format"]
@@ -159,7 +157,7 @@ def project_items(counter, at, layer, normed, memory, rows, buf, qkv):
             act = activate(made, normed, v["cols"], memory)
         multiply_strips(v, first, last, first, act, rows, buf, one, False, qkv, behind)
         fetch_add(counter, at + 1)
-    return -(-strips // step)
+    return shares(strips, least, threads)
 
 
 @kernel()

@@ -11,7 +11,7 @@ import numpy as np
 from cpu_experts.kernels.records import EXPERTS
 
 #: A packed matrix ``[rows, cols]``: ``format`` is its table's address, ``inner`` are the units of a
-#: strip, ``strips`` those that one item takes.
+#: strip; ``threads`` share its strips out, ``strips`` at least at a time.
 MATRIX = np.dtype(
     [
         ("at", "i8"),
@@ -22,6 +22,7 @@ MATRIX = np.dtype(
         ("strip_bytes", "i8"),
         ("inner", "i8"),
         ("strips", "i8"),
+        ("threads", "i8"),
     ],
     align=True,
 )

@@ -35,7 +35,6 @@ from cpu_experts.jit.addresses import bytes_at
 from cpu_experts.jit.compiled import kernel
 from cpu_experts.kernels.experts import down_items, sort_pairs, up_items
 from cpu_experts.kernels.micro import fetch_add, ticks, wait_for
-from hybrid.formats.strips import TILE
 
 #: Where a layer's counters start: whole cache lines apart, attention's last because it has one
 #: more for every run.
@@ -190,7 +189,8 @@ def _up(experts, counter, act, stride, active, ids, first, rows, h, buf):
         counter, experts["format"], blocks, experts["stride"], experts["up_strip"],
         experts["up_inner"], act, stride, experts["kind"], experts["alpha"], experts["limit"],
         experts["up_offset"], experts["gated"], experts["up_bias"], experts["intermediate"],
-        experts["down_format"], active, ids, first, rows, h, experts["h_stride"], buf,
+        experts["down_format"], active, ids, first, rows, h, experts["h_stride"],
+        experts["threads"], buf,
     )  # fmt: skip
 
 
@@ -198,14 +198,13 @@ def _up(experts, counter, act, stride, active, ids, first, rows, h, buf):
 def _down(experts, counter, active, ids, first, order, pairs, top_k, weights, h, x, buf):
     """Add the experts' weighted output to the hidden states; returns when all items are done."""
     blocks = bytes_at(experts["at"], experts["count"] * experts["stride"])
-    step = experts["strips"]
-    down_items(
+    items = down_items(
         counter, experts["down_format"], blocks, experts["stride"], experts["section"],
         experts["down_strip"], experts["down_inner"], h, experts["h_stride"],
-        experts["down_bias"], active, ids, first, order, pairs, top_k, weights, step, x, buf,
+        experts["down_bias"], active, ids, first, order, pairs, top_k, weights,
+        experts["strips"], experts["threads"], x, buf,
     )  # fmt: skip
-    strips = -(-x.shape[1] // TILE)
-    wait_for(counter, np.int64(3), -(-strips // step))
+    wait_for(counter, np.int64(3), items)
 
 
 @kernel()

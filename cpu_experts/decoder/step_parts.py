@@ -18,6 +18,7 @@ from cpu_experts.jit.compiled import kernel
 from cpu_experts.kernels.dots import is_quantized
 from cpu_experts.kernels.experts import ROWS, dot_rows
 from cpu_experts.kernels.micro import fetch_add, wait_for
+from cpu_experts.kernels.shares import share, shares
 from hybrid.formats.strips import GROUP, TILE
 
 #: Arguments of one type: numba compiles a function anew for every number written out in a call.
@@ -139,32 +140,30 @@ def multiply_tokens(
 @kernel()
 def multiply_all(counter, at, matrix, act, stride, order, count, buf, scale, add, out):
     """Take items of a matrix product of all tokens; returns when all are done."""
-    strips = -(-matrix["rows"] // TILE)
-    step = matrix["strips"]
+    strips, least, threads = -(-matrix["rows"] // TILE), matrix["strips"], matrix["threads"]
     while True:
-        first = fetch_add(counter, at) * step
+        first, last = share(fetch_add(counter, at), strips, least, threads)
         if first >= strips:
             break
-        last = min(first + step, strips)
         multiply_tokens(
             matrix, first, last, first, act, stride, order, count, buf, scale, add, out, _ZERO
         )
         fetch_add(counter, at + 1)
-    wait_for(counter, at + 1, -(-strips // step))
+    wait_for(counter, at + 1, shares(strips, least, threads))
 
 
 @kernel()
 def project_all(counter, at, layer, formats, normed, acts, order, count, buf, qkv):
     """Take items of q, k and v as one product; returns when all are done."""
     q, k, v, one = layer["q"], layer["k"], layer["v"], np.float32(1)
-    strips, step = _ZERO, q["strips"]
+    strips, least, threads = _ZERO, q["strips"], q["threads"]
     for rows in (q["rows"], k["rows"], v["rows"]):
         strips += -(-rows // TILE)
     while True:
-        first = fetch_add(counter, at) * step
+        first, last = share(fetch_add(counter, at), strips, least, threads)
         if first >= strips:
             break
-        last, behind = min(first + step, strips), _ZERO
+        behind = _ZERO
         for side in range(3):
             matrix = q if side == 0 else (k if side == 1 else v)
             here = -(-matrix["rows"] // TILE)
@@ -177,4 +176,4 @@ def project_all(counter, at, layer, formats, normed, acts, order, count, buf, qk
                 )  # fmt: skip
             first, last, behind = first - here, last - here, behind + matrix["rows"]
         fetch_add(counter, at + 1)
-    wait_for(counter, at + 1, -(-strips // step))
+    wait_for(counter, at + 1, shares(strips, least, threads))

@@ -34,6 +34,7 @@ from cpu_experts.kernels.micro import (
     silu_strip,
     wait_for,
 )
+from cpu_experts.kernels.shares import share, shares
 from hybrid.formats.activations import ACT_GROUP
 from hybrid.formats.block import ACTIVATIONS
 from hybrid.formats.strips import GROUP, TILE
@@ -42,6 +43,9 @@ SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID = (
     ACTIVATIONS.index(name) for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
 )
 WIDE, MIDDLE, _ = ROW_BLOCKS
+_ONE = np.int64(1)
+#: Tokens an expert, on average, from which on experts are shared out in the smallest items.
+_FEW = np.int64(4)
 #: Activation rows that meet a strip before the next strip does: a strip stays in the nearest
 #: cache meanwhile, the rows in the one behind it. A multiple of every ``WIDE``.
 ROWS = 48
@@ -177,78 +181,98 @@ def activate(kind, alpha, limit, up_offset, gated, buf, gate_at, up_at, out_at):
 
 
 @kernel()
+def _up_item(
+    fmt, blocks, base, at_item, after, strip, inner, act, act_stride, kind, alpha, limit,
+    up_offset, gated, bias_at, intermediate, down_fmt, begin, end, group, rows, h, h_stride, buf,
+):  # fmt: skip
+    """32 rows of h of one expert's pairs ``begin : end``; ``after`` is where reading goes on."""
+    sums, quantized = sums_for(down_fmt), is_quantized(down_fmt)
+    sides = 2 if gated else 1
+    floats, flat_h, h_at = blocks.view(np.float32), h.view(np.float32), 4 * TILE * ROWS
+    width = min(GROUP, intermediate - group * GROUP)
+    for p in range(begin, end, ROWS):
+        count = min(ROWS, end - p)
+        for s in range(2 * sides):
+            at = at_item + s * strip
+            then = at + strip if s + 1 < 2 * sides else after
+            out_at = s * TILE * ROWS
+            dot_rows(fmt, blocks, at, then, act, act_stride, rows, p, count, inner, buf, out_at)
+            if bias_at >= 0:
+                bias = (base + bias_at) // 4 + (2 * sides * group + s) * TILE
+                for t in range(count):
+                    add_strip(floats, bias, np.float32(1), buf, (s * ROWS + t) * TILE)
+        for t in range(count):
+            for half in range(2):
+                gate = (half * sides * ROWS + t) * TILE
+                up = ((half * sides + sides - 1) * ROWS + t) * TILE
+                out = h_at + t * GROUP + half * TILE
+                activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
+            own = h_at + t * GROUP
+            if quantized:
+                if width < GROUP:
+                    buf[own + width : own + GROUP] = 0
+                at = (p + t) * h_stride + group * ACT_GROUP
+                quantize_group(buf, own, sums, h, at)
+                if (group + 1) * GROUP >= intermediate:
+                    h[at + ACT_GROUP : (p + t + 1) * h_stride] = 0
+            else:
+                at = (p + t) * intermediate + group * GROUP
+                source, target = buf[own:], flat_h[at:]
+                for i in range(width):
+                    target[i] = source[i]
+
+
+@kernel()
 def up_items(
     counter, fmt, blocks, block_stride, strip, inner, act, act_stride,
     kind, alpha, limit, up_offset, gated, bias_at, intermediate, down_fmt,
-    active, experts, first, rows, h, h_stride, buf,
+    active, experts, first, rows, h, h_stride, threads, buf,
 ):  # fmt: skip
-    """Take (expert, 32 rows of h) items: gate and up, activation, quantize h for ``down_fmt``."""
-    sums, quantized = sums_for(down_fmt), is_quantized(down_fmt)
-    sides = 2 if gated else 1
+    """Take (expert, 32 rows of h) items: gate and up, activation, quantize h for ``down_fmt``.
+
+    ``threads`` share them out, one by one where some experts may have many more tokens than
+    others.
+    """
     per_expert = -(-intermediate // GROUP)
-    flat_h = h.view(np.float32)
-    floats = blocks.view(np.float32)
-    h_at = 4 * TILE * ROWS
-    item_bytes = 2 * sides * strip
-    item = fetch_add(counter, 0)
-    while item < active * per_expert:
-        following = fetch_add(counter, 0)
-        run, group = item // per_expert, item % per_expert
-        base = experts[run] * block_stride
-        after = base + group * item_bytes
-        if following < active * per_expert:
-            after = experts[following // per_expert] * block_stride
-            after += following % per_expert * item_bytes
-        for p in range(first[run], first[run + 1], ROWS):
-            count = min(ROWS, first[run + 1] - p)
-            for s in range(2 * sides):
-                at = base + group * item_bytes + s * strip
-                then = at + strip if s + 1 < 2 * sides else after
-                out_at = s * TILE * ROWS
-                dot_rows(fmt, blocks, at, then, act, act_stride, rows, p, count, inner, buf, out_at)
-                if bias_at >= 0:
-                    bias = (base + bias_at) // 4 + (2 * sides * group + s) * TILE
-                    for t in range(count):
-                        add_strip(floats, bias, np.float32(1), buf, (s * ROWS + t) * TILE)
-            for t in range(count):
-                for half in range(2):
-                    gate = (half * sides * ROWS + t) * TILE
-                    up = ((half * sides + sides - 1) * ROWS + t) * TILE
-                    out = h_at + t * GROUP + half * TILE
-                    activate(kind, alpha, limit, up_offset, gated, buf, gate, up, out)
-                own = h_at + t * GROUP
-                width = min(GROUP, intermediate - group * GROUP)
-                if quantized:
-                    if width < GROUP:
-                        buf[own + width : own + GROUP] = 0
-                    at = (p + t) * h_stride + group * ACT_GROUP
-                    quantize_group(buf, own, sums, h, at)
-                    if group + 1 == per_expert:
-                        h[at + ACT_GROUP : (p + t + 1) * h_stride] = 0
-                else:
-                    at = (p + t) * intermediate + group * GROUP
-                    source, target = buf[own:], flat_h[at:]
-                    for i in range(width):
-                        target[i] = source[i]
+    items, item_bytes = active * per_expert, (4 if gated else 2) * strip
+    takers = threads if active == 1 or first[active] < _FEW * active else items
+    begin, end = share(fetch_add(counter, 0), items, _ONE, takers)
+    while begin < items:
+        following, behind = share(fetch_add(counter, 0), items, _ONE, takers)
+        for item in range(begin, end):
+            run, group = item // per_expert, item % per_expert
+            base = experts[run] * block_stride
+            at = base + group * item_bytes
+            coming, after = item + 1 if item + 1 < end else following, at
+            if coming < items:
+                after = experts[coming // per_expert] * block_stride
+                after += coming % per_expert * item_bytes
+            _up_item(
+                fmt, blocks, base, at, after, strip, inner, act, act_stride, kind, alpha, limit,
+                up_offset, gated, bias_at, intermediate, down_fmt, first[run], first[run + 1],
+                group, rows, h, h_stride, buf,
+            )  # fmt: skip
         fetch_add(counter, 2)
-        item = following
-    # Items are taken and never given back, so whoever waits here waits for running threads only.
-    wait_for(counter, 2, active * per_expert)
+        begin, end = following, behind
+    # Shares are taken and never given back, so whoever waits here waits for running threads only.
+    wait_for(counter, 2, shares(items, _ONE, takers))
 
 
 @kernel()
 def down_items(
     counter, fmt, blocks, block_stride, section, strip, inner, h, h_stride,
-    bias_at, active, experts, first, rows, pairs, top_k, weights, strips_an_item, out, buf,
+    bias_at, active, experts, first, rows, pairs, top_k, weights, least, threads, out, buf,
 ):  # fmt: skip
-    """Take blocks of output columns: every expert's share of them, weighted and summed."""
+    """Take blocks of output columns: every expert's share of them, weighted and summed.
+
+    ``threads`` share the strips out, at least so many at a time. Returns how many shares there are.
+    """
     hidden, flat = out.shape[1], out.reshape(-1)
     strips = -(-hidden // TILE)
     floats = blocks.view(np.float32)
-    begin = fetch_add(counter, 1) * strips_an_item
+    begin, end = share(fetch_add(counter, 1), strips, least, threads)
     while begin < strips:
-        following = fetch_add(counter, 1) * strips_an_item
-        end = min(begin + strips_an_item, strips)
+        following, behind = share(fetch_add(counter, 1), strips, least, threads)
         for run in range(active):
             base = experts[run] * block_stride
             after = base + section + begin * strip
@@ -277,7 +301,8 @@ def down_items(
                             for i in range(columns):
                                 target[i] += weight * own[i]
         fetch_add(counter, 3)
-        begin = following
+        begin, end = following, behind
+    return shares(strips, least, threads)
 
 
 @kernel(parallel=True)
@@ -296,12 +321,12 @@ def run_pairs(
         up_items(
             counter, fmt, blocks, block_stride, up_strip, up_inner, act, act_stride,
             kind, alpha, limit, up_offset, gated, up_bias, intermediate, down_fmt,
-            active, experts, first, rows, h, h_stride, scratch[w],
+            active, experts, first, rows, h, h_stride, threads, scratch[w],
         )  # fmt: skip
         down_items(
             counter, down_fmt, blocks, block_stride, section, down_strip, down_inner, h, h_stride,
             down_bias, active, experts, first, order, pairs, top_k, weights, strips_an_item,
-            out, scratch[w],
+            threads, out, scratch[w],
         )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class Experts:
 
 
 def _strips(experts: Experts, threads: int) -> int:
-    """Strips of down that one item takes."""
+    """Strips of down that a share has at least."""
     strips = pad(experts.shape.hidden, TILE) // TILE
     return max(1, min(8, strips // (8 * threads)))
 
@@ -88,6 +88,7 @@ _EXPERTS: dict[str, tuple[str, Callable[[Experts, int], Any]]] = {
     "intermediate": ("i8", lambda e, _: e.shape.intermediate),
     "h_stride": ("i8", lambda e, _: e.h_stride),
     "strips": ("i8", _strips),
+    "threads": ("i8", lambda _, threads: threads),
     "alpha": ("f4", lambda e, _: e.shape.alpha),
     "limit": ("f4", lambda e, _: e.shape.limit),
     "up_offset": ("f4", lambda e, _: e.shape.up_offset),

@@ -286,7 +286,8 @@ class FastPath:
 
         Returns
         -------
-        ``logits`` in the model's type; None where ``forward`` has to be called, which asks anew.
+        ``logits`` in the model's type, in memory that the next call writes again; None where
+        ``forward`` has to be called, which asks anew.
         """
         with self._lock:
             decoder, snapshot = self.decoder, self._snapshot
@@ -296,8 +297,9 @@ class FastPath:
                 return None
             if not self.past_hooks and (_hooked_everywhere() or snapshot.hooked()):
                 return None
-            done = decoder.next_token(ids, position, cache, logits)
-            return logits.to(decoder.form.dtype) if done else None
+            if not decoder.next_token(ids, position, cache, logits):
+                return None
+            return decoder.rounded.copy_(logits)
 
     @property
     def turn(self) -> Turn:

@@ -60,6 +60,8 @@ class FastDecoder:
         The model's, of transformers.
     growing
         Whether how a position turns depends on how long the text is by now.
+    rounded
+        Memory for a token's logits in the model's type, ``[V]``.
     """
 
     def __init__(self, model: Any, decoder: Decoder, pairs: int) -> None:
@@ -67,6 +69,7 @@ class FastDecoder:
         self.watch, self.step_watch = Stopwatch(), Stopwatch()
         self._base = model.get_decoder()
         self._dtype = model.dtype
+        self.rounded = torch.empty(decoder.vocabulary, dtype=model.dtype)
         self._pairs = pairs
         self._scale = float(getattr(self._base, "embedding_multiplier", 1.0))
         self.form = CacheForm(

@@ -71,7 +71,7 @@ def _as_rows(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
 
 def _choices(router: Router, logits: Tensor) -> Tensor:
     record = np.zeros(1, records.ROUTER)
-    fill_record(record[0], router.record())
+    fill_record(record[0], router.record(threads=1))
     rows = []
     for row in logits.detach().float().numpy():
         ids = np.zeros(max(router.top_k, router.groups), np.int64)

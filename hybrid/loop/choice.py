@@ -54,13 +54,20 @@ class Choice:
         The prompt.
     vocabulary
         How many logits there are.
+    generator
+        Of the random numbers; torch's own unless given.
     """
 
     def __init__(
-        self, processors: Iterable[Any], draws: bool, ids: Sequence[int], vocabulary: int
+        self,
+        processors: Iterable[Any],
+        draws: bool,
+        ids: Sequence[int],
+        vocabulary: int,
+        generator: torch.Generator | None = None,
     ) -> None:
         self._steps = [_STEPS[type(each)](each, ids, vocabulary) for each in processors]
-        self._draws = draws
+        self._draws, self._generator = draws, generator
         self._row = torch.empty(1, vocabulary)
         self._flat = self._row[0]
         self._numbers = self._flat.numpy()
@@ -71,7 +78,8 @@ class Choice:
         for step in self._steps:
             step(self._flat)
         if self._draws:
-            token = int(torch.multinomial(torch.softmax(self._row, dim=-1), 1))
+            chances = torch.softmax(self._row, dim=-1)
+            token = int(torch.multinomial(chances, 1, generator=self._generator))
         else:
             token = int(self._numbers.argmax())
         for step in self._steps:

@@ -36,6 +36,8 @@ from hybrid.weights.huge_pages import PAGE_BYTES, large_pages
 #: Memory that is taken at a time for dense weights, and what each of them starts on.
 _CHUNK_BYTES = 32 * PAGE_BYTES
 _LINE_BYTES = 64
+#: Rows of an embedding that are kept as numbers: unpacking one takes longer than a small layer.
+_RECENT = 1024
 
 
 class Arena:
@@ -147,6 +149,8 @@ class QuantizedEmbedding(_Packed):
         super().__init__(rows, cols, fmt)
         self.num_embeddings, self.embedding_dim, self.dtype = rows, cols, dtype
         self.scale = scale
+        self._recent: dict[int, Tensor] = {}
+        self._read_from: tuple[Any, ...] = ()
 
     def ordinary(self, weight: nn.Parameter) -> nn.Embedding:
         """Return an embedding of torch's own with this one's weights, widened."""
@@ -155,6 +159,25 @@ class QuantizedEmbedding(_Packed):
         return new
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self._single(ids) if ids.numel() == 1 else self._rows(ids)
+
+    def _single(self, ids: Tensor) -> Tensor:
+        """A token's row: most of a text's tokens have been in it before, and are kept."""
+        packed = self.packed
+        version = 0 if packed.is_inference() else packed._version
+        read_from = packed.data_ptr(), version, self.dtype, self.scale
+        if read_from != self._read_from:
+            self._recent, self._read_from = {}, read_from
+        token = int(ids)
+        found = self._recent.get(token)
+        if found is None:
+            found = self._rows(ids.reshape(-1))
+            if len(self._recent) >= _RECENT:
+                self._recent.pop(next(iter(self._recent)), None)
+            self._recent[token] = found
+        return found.clone().view(*ids.shape, self.cols)
+
+    def _rows(self, ids: Tensor) -> Tensor:
         wanted = ids.reshape(-1).numpy()
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.rows:
             raise IndexError(f"token ids must be in [0, {self.rows}), got {wanted.tolist()}")
