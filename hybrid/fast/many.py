@@ -35,10 +35,17 @@ class ManySequences:
         Its decoder.
     pages
         Where the sequences' keys and values lie.
+
+    Attributes
+    ----------
+    pages
+        See above.
+    vocabulary
+        How many logits there are.
     """
 
     def __init__(self, network: Any, fast: FastDecoder, pages: Pages) -> None:
-        self.pages = pages
+        self.pages, self.vocabulary = pages, fast.decoder.vocabulary
         self._fast, self._network = fast, network
         self._dtype = fast.form.dtype
         self._logits = torch.empty(0, fast.decoder.vocabulary)

@@ -65,7 +65,7 @@ class Loop:
     ) -> Any:
         """Return the sequence ``[1, T]``, or what transformers' loop returns."""
         ends = Ends.of(stopping_criteria)
-        ours = _takes(model, input_ids, generation_config, model_kwargs) and knows(logits_processor)
+        ours = takes(model, input_ids, generation_config, model_kwargs) and knows(logits_processor)
         if ends is None or not ours:
             self.left = True
             if self._drafts is not None:
@@ -144,7 +144,7 @@ class Loop:
                 return place, ended
 
 
-def _takes(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> bool:
+def takes(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Whether the steps of a call are known: one sequence on the CPU, all of its positions seen."""
     cache = given_cache(model_kwargs)
     return (

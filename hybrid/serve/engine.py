@@ -1,4 +1,8 @@
-"""Answers requests one after the other, in a thread of its own, from one cache that is kept."""
+"""Answers requests in a thread of its own: many at once, or one after the other.
+
+Many at once is :mod:`hybrid.engine`'s. What that does not write, and everything where there is none
+of it, is answered alone, in the order in which it came, from one cache that is kept.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid.engine.errors import TooLongError
+from hybrid.engine.together import Together
 from hybrid.errors import UsageError
 from hybrid.formats.errors import HybridError
 from hybrid.serve.refusals import BUSY, OURS, Refusal, of_error
@@ -94,6 +100,8 @@ class Job:
     ----------
     waited_s
         Seconds that it waited for others.
+    begun_s
+        When that ended.
     left
         Set when nobody waits for the answer any more.
     ending
@@ -104,13 +112,15 @@ class Job:
         self.asked = asked
         self.emit = emit
         self._made_s = time.perf_counter()
+        self.begun_s = self._made_s
         self.waited_s = 0.0
         self.left = threading.Event()
         self.ending = False
 
     def begin(self) -> None:
         """Note how long it waited."""
-        self.waited_s = time.perf_counter() - self._made_s
+        self.begun_s = time.perf_counter()
+        self.waited_s = self.begun_s - self._made_s
 
     def check(self, _: object = None) -> None:
         """Raise Stopped when nobody waits for the answer any more."""
@@ -129,25 +139,30 @@ class _Watch:
 
 
 class Engine:
-    """Takes requests and has the model answer them in their order.
+    """Takes requests and has the model answer them, the first that came first.
 
-    The cache of the last one is kept: a request whose prompt begins the same goes on from there.
+    A request whose prompt begins like another's goes on from what is kept of that.
 
     Parameters
     ----------
     model
         Who answers.
     waiting
-        Requests that may wait while one is answered; more are refused.
+        Requests that may wait while others are answered; more are refused.
+    together
+        Writes several answers at once; one after the other unless given.
     """
 
-    def __init__(self, model: HybridModel, waiting: int) -> None:
+    def __init__(self, model: HybridModel, waiting: int, together: Together | None = None) -> None:
         self._model = model
+        self._together = together
+        self._most_running = 1 if together is None else together.parallel
         self._most_waiting = waiting
         self._kept = KeptCache()
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: list[Job] = []
+        self._alone: Job | None = None
         self._ending = False
         self._last_s = 1.0
         self._thread = threading.Thread(target=self._run, name="hybrid-engine", daemon=True)
@@ -157,7 +172,7 @@ class Engine:
     def jobs(self) -> int:
         """Requests that are answered or wait."""
         with self._changed:
-            return len(self._waiting) + (self._running is not None)
+            return len(self._waiting) + len(self._running)
 
     def submit(self, job: Job) -> None:
         """Take a request.
@@ -170,8 +185,8 @@ class Engine:
         with self._changed:
             if self._ending:
                 raise _ending()
-            ahead = len(self._waiting) + (self._running is not None)
-            if ahead > self._most_waiting:
+            ahead = len(self._waiting) + len(self._running)
+            if ahead >= self._most_waiting + self._most_running:
                 raise Refusal(
                     f"{ahead} requests are being answered or wait and no more than "
                     f"{self._most_waiting} may wait: ask again later",
@@ -184,7 +199,7 @@ class Engine:
             self._changed.notify_all()
 
     def leave(self, job: Job) -> None:
-        """Answer a request no further: its reader has gone. A running one ends within a token."""
+        """Answer a request no further: its reader has gone. A running one ends within a step."""
         job.left.set()
         with self._changed:
             waited = job in self._waiting
@@ -194,7 +209,7 @@ class Engine:
             job.emit(Failed(_gone()))
 
     def end(self, within_s: float) -> None:
-        """Take no more requests, refuse those that wait, and let the running one finish in time.
+        """Take no more requests, refuse those that wait, and let the running ones finish in time.
 
         One that takes longer is cut off; its reader is told.
         """
@@ -206,32 +221,76 @@ class Engine:
         for job in refused:
             job.emit(Failed(_ending()))
         with self._changed:
-            running = self._running
-            if self._changed.wait_for(lambda: self._running is None, within_s):
+            if self._changed.wait_for(lambda: not self._running, within_s):
                 return
-        if running is not None:
-            running.ending = True
-            running.left.set()
+            for job in self._running:
+                job.ending = True
+                job.left.set()
         self._thread.join(_LAST_S)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ending)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._ending)
+                if not (self._waiting or self._running):
                     return
-                job = self._running = self._waiting.popleft()
-            begun_s = time.perf_counter()
-            job.begin()
-            event = self._answer(job)
-            with self._changed:
-                self._last_s = time.perf_counter() - begun_s
-                self._running = None
-                self._changed.notify_all()
-            job.emit(event)
+                begun = self._admitted()
+            for job in begun:
+                job.begin()
+                if not self._joins(job):
+                    self._alone = job
+            if self._alone is not None and self._running == [self._alone]:
+                job, self._alone = self._alone, None
+                self._finish(job, self._answer(job))
+            elif self._together is not None:
+                self._together.round()
+
+    def _admitted(self) -> list[Job]:
+        """Take the request that is answered next, if it can be begun now.
+
+        None joins while one waits to be answered alone, until the others are complete.
+        """
+        if not self._waiting or self._alone or len(self._running) >= self._most_running:
+            return []
+        self._running.append(self._waiting.popleft())
+        return self._running[-1:]
+
+    def _joins(self, job: Job) -> bool:
+        """Begin a request beside the others, or end it; returns False for one that goes alone."""
+        asked, together = job.asked, self._together
+        if together is None:
+            return False
+        try:
+            job.check()
+            writing = self._model.writing(
+                asked.ids,
+                on_text=lambda text: job.emit(Piece(text)),
+                on_thought=_thoughts(job) if asked.apart else None,
+                stop_strings=asked.stop,
+                streamer=_Watch(job),
+                context=together.room or None,
+                max_new_tokens=asked.most,
+                **asked.options,
+            )
+
+            def on_end(error: BaseException | None) -> None:
+                done = Failed(_ending()) if job.ending else Done(writing.stream.generation())
+                self._finish(job, done if error is None else self._failed(job, error))
+
+            return together.admit(writing, asked.seed, job.check, on_end)
+        except Exception as error:
+            self._finish(job, self._failed(job, error))
+            return True
+
+    def _finish(self, job: Job, event: Event) -> None:
+        with self._changed:
+            self._last_s = time.perf_counter() - job.begun_s
+            self._running.remove(job)
+            self._changed.notify_all()
+        job.emit(event)
 
     def _answer(self, job: Job) -> Event:
-        """Write an answer, and return the event that ends it; no error ends the thread."""
+        """Write an answer alone, and return the event that ends it; no error ends the thread."""
         asked = job.asked
         try:
             job.check()
@@ -250,19 +309,28 @@ class Engine:
                 on_prompt=job.check,
                 **asked.options,
             )
-        except Stopped:
-            return Failed(_ending() if job.ending else _gone())
-        except UsageError as error:
-            return Failed(of_error(error, asked.field))
-        except HybridError as error:
-            return Failed(Refusal(str(error), status=500, kind=OURS))
         except Exception as error:
-            traceback.print_exc()
-            self._kept.forget()
-            name = type(error).__name__
-            told = f"the model stopped with an error of ours ({name}), which the server has shown"
-            return Failed(Refusal(told, status=500, kind=OURS))
+            if not isinstance(error, Stopped | HybridError):
+                self._kept.forget()
+            return self._failed(job, error)
         return Failed(_ending()) if job.ending else Done(generation)
+
+    def _failed(self, job: Job, error: BaseException) -> Failed:
+        """Return what a reader is told of an error; what is ours is shown here."""
+        if isinstance(error, Stopped):
+            return Failed(_ending() if job.ending else _gone())
+        if isinstance(error, TooLongError):
+            refusal = of_error(error, job.asked.field)
+            refusal.status, refusal.code = 413, "context_length_exceeded"
+            return Failed(refusal)
+        if isinstance(error, UsageError):
+            return Failed(of_error(error, job.asked.field))
+        if isinstance(error, HybridError):
+            return Failed(Refusal(str(error), status=500, kind=OURS))
+        traceback.print_exception(error)
+        name = type(error).__name__
+        told = f"the model stopped with an error of ours ({name}), which the server has shown"
+        return Failed(Refusal(told, status=500, kind=OURS))
 
 
 def _thoughts(job: Job) -> Callable[[str], None]:

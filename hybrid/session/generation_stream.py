@@ -100,6 +100,10 @@ class GenerationStream(BaseStreamer):
         self._sequences, self._prompt_tokens = ids.shape
         self._start_s = self._last_s = time.perf_counter()
 
+    def keep(self, tokens: int) -> None:
+        """Note that so many tokens at the prompt's beginning need not be computed."""
+        self._kept = tokens
+
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, ``[B, T]``, at first, then each step's new ids, ``[B]`` or ``[1, n]``.
 

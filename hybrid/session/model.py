@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,8 @@ from hybrid.ask.sizes import Size
 from hybrid.demo import demo_path
 from hybrid.errors import UsageError
 from hybrid.ledger.metrics import LANES, RunReport
-from hybrid.loading import model_directory
+from hybrid.loading import model_directory, set_threads
+from hybrid.loop.prepared import Prepared
 from hybrid.paths import write_whole
 from hybrid.session.answer_stream import AnswerStream
 from hybrid.session.generation import Generation
@@ -35,7 +36,8 @@ from hybrid.session.generation_options import (
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
 from hybrid.session.kept_cache import KeptCache
 from hybrid.session.prompt_ids import chat_ids, check_known, text_ids
-from hybrid.session.spine import Session, generate, open_session, report
+from hybrid.session.spine import Session, generate, open_session, prepare, report
+from hybrid.session.writing import Writing
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
 from hybrid.transformers_api import cache_argument
@@ -378,7 +380,36 @@ class HybridModel:
         is as of :meth:`chat`. A :class:`~hybrid.session.generation_stream.Stopped` that a
         callback or ``streamer`` raises ends the text where it is.
         """
-        check_length(ids.shape[-1], self.context)
+        writing = self.writing(
+            ids,
+            on_text=on_text,
+            on_thought=on_thought,
+            stop_strings=stop_strings,
+            streamer=streamer,
+            **options,
+        )
+        return self._generate(
+            ids, writing.stream, kept, settings=writing.settings, **writing.options
+        )
+
+    def writing(
+        self,
+        ids: torch.Tensor,
+        *,
+        on_text: OnText | None = None,
+        on_thought: OnText | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        streamer: Any = None,
+        context: int | None = None,
+        **options: Any,
+    ) -> Writing:
+        """Return how :meth:`write` writes: its options settled and its stream made, and no more.
+
+        ``context`` takes the place of the model's own, where it is shorter.
+        """
+        known = [tokens for tokens in (context, self.context) if tokens is not None]
+        context = min(known, default=None)
+        check_length(ids.shape[-1], context)
         if stop_strings is None:
             stop_strings = self.model.generation_config.stop_strings
         stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
@@ -386,7 +417,7 @@ class HybridModel:
             raise UsageError("a stop string is empty", hint="leave it out")
         config = text_settings(self.model.generation_config)
         check_one_sequence(options, prompts=len(ids))
-        limit = text_limit(config, options, ids.shape[1], self.context)
+        limit = text_limit(config, options, ids.shape[1], context)
         text: TextStream | AnswerStream = TextStream(self.tokenizer, ids[0].tolist(), stops)
         if on_thought is not None:
             text = AnswerStream(self.tokenizer, ids[0].tolist(), stops, on_thought)
@@ -402,7 +433,32 @@ class HybridModel:
         if options.get("generation_config") is not None:
             settled.setdefault("tokenizer", self.tokenizer)  # it may name stop strings
         settled = {"attention_mask": torch.ones_like(ids)} | settled
-        return self._generate(ids, stream, kept, settings=config, **settled)
+        return Writing(ids, stream, config, settled)
+
+    def prepare(self, writing: Writing) -> Prepared | None:
+        """Return the loop that writes a text, for who has the model's :meth:`turn`.
+
+        Its stream's clock starts. None where it is not a loop of ours on the CPU.
+        """
+        check_known(writing.ids, self.loaded.vocabulary, self.tokenizer)
+        stream, options = writing.stream, dict(writing.options)
+        options.pop("on_prompt", None)
+        prepared, chosen = prepare(
+            self._session, writing.ids, stream, settings=writing.settings, **options
+        )
+        stream.start(writing.ids, chosen=chosen)
+        return prepared
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Compute with the model alone meanwhile; its other callers wait."""
+        with self._turn:
+            self._writer = threading.get_ident()
+            try:
+                set_threads(self.threads)
+                yield
+            finally:
+                self._writer = None
 
     def _generate(
         self,

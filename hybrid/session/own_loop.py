@@ -7,9 +7,7 @@ from typing import Any
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.logits_process import LogitsProcessorList
 
-from hybrid.loop.loop import Loop
 from hybrid.loop.penalties import OccurrencePenalties
-from hybrid.loop.speculation import Drafts
 from hybrid.session.generation_options import setting
 
 #: What sends a call to another way of generating than token by token, and the values that do not.
@@ -35,12 +33,11 @@ def with_penalties(options: dict[str, Any], prompt_tokens: int) -> dict[str, Any
     return rest | {"logits_processor": LogitsProcessorList([*before, penalties])}
 
 
-def with_own_loop(
-    network: Any, options: dict[str, Any], streamer: Any, drafts: Drafts | None
-) -> dict[str, Any]:
-    """Return ``options`` with our loop, or as they are where they ask for another.
+def with_own_loop(network: Any, options: dict[str, Any], loop: Any) -> dict[str, Any]:
+    """Return ``options`` with a loop of ours, or as they are where they ask for another.
 
-    The loop itself still leaves a call to transformers' where it finds what it does not know.
+    :class:`~hybrid.loop.loop.Loop` itself still leaves a call to transformers' where it finds what
+    it does not know.
     """
     config = network.generation_config
     for name, nothing in _OTHER_WAYS.items():
@@ -58,4 +55,4 @@ def with_own_loop(
         criteria = StopStringCriteria(options["tokenizer"], stops)
         before = settled.get("stopping_criteria") or ()
         settled["stopping_criteria"] = StoppingCriteriaList([*before, criteria])
-    return settled | {"custom_generate": Loop(streamer, drafts)}
+    return settled | {"custom_generate": loop}

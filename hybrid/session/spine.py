@@ -24,6 +24,8 @@ from hybrid.ledger.alone import begin_run
 from hybrid.ledger.metrics import RunReport
 from hybrid.ledger.slow_paths import refusals
 from hybrid.loading import load_fast_model, set_threads
+from hybrid.loop.loop import Loop
+from hybrid.loop.prepared import Prepared, Preparing
 from hybrid.loop.speculation import Drafts, Speculation
 from hybrid.model import Model
 from hybrid.session.generation import Generation
@@ -138,7 +140,7 @@ def generate(
     drafts = _drafts(session, ids)
     settled = loop_options(network, with_penalties(options, ids.shape[1]), stream)
     if settled.get("streamer") is not None:
-        settled = with_own_loop(network, settled, stream, drafts)
+        settled = with_own_loop(network, settled, Loop(stream, drafts))
     cache = given_cache(options)
     kept = 0 if cache is None else int(cache.get_seq_length())
     set_threads(session.threads)
@@ -154,6 +156,31 @@ def generate(
         result = network.generate(ids.to(network.device), **settled)
         stream.take(result)
     return stream.generation(result)
+
+
+def prepare(
+    session: Session,
+    ids: torch.Tensor,
+    stream: GenerationStream,
+    settings: Any = None,
+    **options: Any,
+) -> tuple[Prepared | None, str]:
+    """Return what :func:`generate` would run, and how its tokens are chosen, in words.
+
+    None for a call that is not a loop of ours over one sequence on the CPU.
+    """
+    network = session.model.network
+    if settings is not None:
+        with replaced_settings(network, settings):
+            return prepare(session, ids, stream, **options)
+    chosen, preparing = sampling_told(network.generation_config, options), Preparing()
+    settled = loop_options(network, with_penalties(options, ids.shape[1]), stream)
+    if session.placement is not None or settled.pop("streamer", None) is None:
+        return None, chosen
+    settled = with_own_loop(network, settled, preparing)
+    if settled.get("custom_generate") is preparing:
+        network.generate(ids, **settled)
+    return preparing.found, chosen
 
 
 def _drafts(session: Session, ids: torch.Tensor) -> Drafts | None:

@@ -1,0 +1,67 @@
+"""Has transformers prepare a call of ``generate``, for who then runs the steps himself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid.loop.choice import Choice, knows
+from hybrid.loop.ends import Ends
+from hybrid.loop.loop import takes
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a call of ``generate`` comes to.
+
+    Attributes
+    ----------
+    ids
+        The prompt.
+    ends
+        What ends it.
+    """
+
+    ids: list[int]
+    ends: Ends
+    _processors: list[Any]
+    _draws: bool
+
+    def choice(self, vocabulary: int, generator: torch.Generator | None = None) -> Choice:
+        """Return what chooses its tokens of so many logits, drawn from a generator's numbers."""
+        return Choice(self._processors, self._draws, self.ids, vocabulary, generator)
+
+
+class Preparing:
+    """Stands for a loop, as ``custom_generate`` of ``generate``, and computes nothing.
+
+    Attributes
+    ----------
+    found
+        The call that it was given; None where :class:`~hybrid.loop.loop.Loop` would have left it to
+        transformers' loop.
+    """
+
+    def __init__(self) -> None:
+        self.found: Prepared | None = None
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Iterable[Any],
+        stopping_criteria: Iterable[Any],
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Take a call, and return its prompt."""
+        ends, processors = Ends.of(stopping_criteria), list(logits_processor)
+        ours = takes(model, input_ids, generation_config, model_kwargs) and knows(processors)
+        if ends is not None and ours:
+            ids, draws = input_ids[0].tolist(), bool(generation_config.do_sample)
+            self.found = Prepared(ids, ends, processors, draws)
+        return input_ids
