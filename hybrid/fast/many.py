@@ -53,6 +53,8 @@ class ManySequences:
     @staticmethod
     def unfit(fast: FastDecoder) -> str | None:
         """Return why a decoder's sequences cannot be computed together; None where they can."""
+        if fast.decoder.keeps_states:
+            return "its layers keep a state of a text, which does not lie in pages"
         if fast.growing:
             return "how its positions turn depends on how long a text is by now"
         return None
