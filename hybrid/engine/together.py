@@ -88,6 +88,11 @@ class Together:
         """Tokens whose keys and values are remembered, those of running texts among them."""
         return 0 if self._memory is None else self._memory.prefixes.tokens
 
+    def check_fits(self, tokens: int) -> None:
+        """Raise TooLongError when the memory has no room for a prompt of so many tokens."""
+        if self._memory is not None and tokens >= self.room:
+            raise TooLongError(tokens, self.room)
+
     def admit(
         self, writing: Writing, seed: int | None, check: Callable[[], None], on_end: OnEnd
     ) -> bool:
@@ -113,9 +118,8 @@ class Together:
         with self._model.turn(), torch.no_grad():
             if not self._ready() or self._memory is None:
                 return False
-            tokens, many = writing.ids.shape[1], self._memory.many
-            if tokens >= self.room:
-                raise TooLongError(tokens, self.room)
+            self.check_fits(writing.ids.shape[1])
+            many = self._memory.many
             prepared = self._model.prepare(writing)
             begin_run(self._model.loaded, 0)
         if prepared is None:
