@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +120,7 @@ class Together:
                 return False
             self.check_fits(writing.ids.shape[1])
             many = self._memory.many
-            prepared = self._model.prepare(writing)
+            prepared, drafts = self._model.prepare(writing)
             begin_run(self._model.loaded, 0)
         if prepared is None:
             return False
@@ -129,7 +129,7 @@ class Together:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        text = Running(prepared, writing.stream, check, generator, many.vocabulary, on_end)
+        text = Running(prepared, writing.stream, check, generator, many.vocabulary, on_end, drafts)
         text.follow(self.running)
         self.running.append(text)
         return True
@@ -142,7 +142,9 @@ class Together:
             return
         with self._model.turn(), torch.no_grad():
             step, piece = self._shares()
-            if step:
+            if step and len(self.running) == 1:
+                self._compute(step, self._single)
+            elif step:
                 self._compute(step, self._step)
             if piece:
                 self._compute(piece, self._piece)
@@ -243,7 +245,29 @@ class Together:
         ]
         rows = self._memory.many.step(given)
         for (text, _), row in zip(shares, rows, strict=True):
-            self._guarded(text, functools.partial(self._advance, text, row))
+            self._guarded(text, functools.partial(self._advance, text, row[None]))
+
+    def _single(self, shares: list[_Share]) -> None:
+        """Compute what one text gets alone; where its next token is due, with a draft of more."""
+        ((text, count),) = shares
+        assert self._memory is not None
+        assert text.sequence is not None
+        due = text.missing == 1
+        draft = text.draft(self.room) if due else []
+        try:
+            text.sequence.make_room(count + len(draft))
+        except PagesFull:
+            draft = []
+        begun_s = time.perf_counter()
+        rows = self._memory.many.step_one(text.sequence, [*text.pending(count), *draft])
+        seconds = time.perf_counter() - begun_s
+
+        def advance() -> None:
+            new = self._advance(text, rows[-1 - len(draft) :], draft)
+            if text.drafts is not None and due:
+                text.drafts.took(1 + len(draft), new, seconds)
+
+        self._guarded(text, advance)
 
     def _piece(self, shares: list[_Share]) -> None:
         assert self._memory is not None
@@ -254,24 +278,31 @@ class Together:
         rate = count / (time.perf_counter() - begun_s)
         known = self._tokens_per_s or rate
         self._tokens_per_s = known + _NEW * (rate - known)
-        self._guarded(text, lambda: self._advance(text, row))
+        self._guarded(text, lambda: self._advance(text, row[None]))
 
-    def _advance(self, text: Running, row: Tensor) -> None:
-        """Take what was computed of a text; ``row`` ``[V]`` are the logits after its last token."""
+    def _advance(self, text: Running, rows: Tensor, draft: Sequence[int] = ()) -> int:
+        """Take what was computed of a text; returns how many new tokens that has.
+
+        ``rows`` ``[T, V]`` are the logits after its last pending token and those of a draft.
+        """
         assert self._memory is not None
         assert text.sequence is not None
-        length = text.sequence.length()
+        length = text.sequence.length() - len(draft)
         if text.sequence.beyond:
             raise BeyondHalfError(length)
-        if bool(np.isnan(row.float().numpy().max())):
+        if bool(np.isnan(rows[0].float().numpy().max())):
             raise NotANumberError(length)
         if not text.new_tokens:
             whole = length // PAGE
             self._memory.prefixes.add(text.ids[: whole * PAGE], text.sequence.pages[:whole])
-        if length == len(text.ids) and text.accept(row):
+        if length < len(text.ids):
+            return 0
+        new, ended = text.accept(rows, draft)
+        if ended:
             self._end(text, None)
+        return new
 
-    def _guarded(self, text: Running, call: Callable[[], None]) -> None:
+    def _guarded(self, text: Running, call: Callable[[], object]) -> None:
         """Call what concerns one text alone, and end that where it raises."""
         try:
             call()
