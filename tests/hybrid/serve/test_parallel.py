@@ -222,5 +222,6 @@ def test_wrong_values_are_refused(
     given: list[str], match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before anything is loaded, with what is wrong."""
+    pytest.importorskip("uvicorn", reason="the server needs uvicorn")
     assert main(["serve", "--port", "0", *given]) == 2
     assert match in capsys.readouterr().err
