@@ -24,7 +24,8 @@ def open_together(
         Texts at once; with 1 they are written one after the other.
     cache_bytes
         Memory for all of their keys and values; unless given, for as many texts of ``context``
-        tokens and for one as long as the model takes, in half of the memory that is free.
+        tokens and for one as long as the model takes, in half of the memory that is free beside the
+        experts, and for one of ``context`` tokens at least.
     context
         Tokens that a text is to have room for.
 
@@ -42,8 +43,9 @@ def open_together(
     if parallel > 1 and decoder is not None:
         page = page_bytes([layer.stored[:2] for layer in decoder.decoder.layers])
         if cache_bytes is None:
-            tokens = max(parallel * context, model.context or 0) + PAGE
-            cache_bytes = min(-(-tokens // PAGE) * page, available_memory_bytes() // 2)
+            free = max(0, available_memory_bytes() - model.loaded.store.index.nbytes) // 2
+            tokens = max(parallel * context, model.context or 0)
+            cache_bytes = min(_bytes_of(tokens, page), max(free, _bytes_of(context, page)))
         if cache_bytes < 2 * page:
             raise UsageError(
                 f"--cache {in_words(cache_bytes)} holds less than {PAGE} tokens of a text and of "
@@ -60,3 +62,8 @@ def open_together(
     if model.placement is not None:
         return None, f"one answer after the other: the model lies on {model.placement.device}"
     return None, f"one answer after the other: {'' if path is None else path.path.reason}"
+
+
+def _bytes_of(tokens: int, page: int) -> int:
+    """Return the memory of so many tokens, in pages of so many bytes, with one to spare."""
+    return (-(-tokens // PAGE) + 1) * page
