@@ -61,6 +61,8 @@ class Pages:
     ----------
     states
         What the kernels are given, ``[sequences, layers]`` of :data:`~.records.STATE`.
+    stored
+        See above.
     page_bytes
         Of a page, all layers together.
     count
@@ -76,6 +78,7 @@ class Pages:
     """
 
     def __init__(self, stored: Sequence[tuple[int, int]], size_bytes: int, sequences: int) -> None:
+        self.stored = [list(each) for each in stored]
         self.heads = np.array([heads for heads, _ in stored], np.int64)
         self._dims = [dim for _, dim in stored]
         self._offsets, end = [], 0
@@ -178,11 +181,13 @@ class Pages:
             When no page is free.
         """
         (new,) = self.take(1)
-        size = self.page_bytes
-        to, source = self._memory[new * size :][:size], self._memory[page * size :][:size]
-        to[:] = source
+        self.content(new)[:] = self.content(page)
         self.give((page,))
         return new
+
+    def content(self, page: int) -> NDArray[np.uint8]:
+        """Return the bytes of a page, to read or to write."""
+        return self._memory[page * self.page_bytes : (page + 1) * self.page_bytes]
 
     def table(self, row: int) -> NDArray[np.int64]:
         """Where the pages of a sequence are, in bytes."""
@@ -209,7 +214,7 @@ class Pages:
         """Return a page's keys and values of a layer as new arrays ``[H, PAGE, dim]``."""
         heads, dim = int(self.heads[layer]), self._dims[layer]
         keys, values = self._offsets[layer]
-        halves = self._memory[page * self.page_bytes :][: self.page_bytes].view(np.float16)
+        halves = self.content(page).view(np.float16)
         strips = pad(dim, TILE) // TILE
         packed = halves[keys // 2 : values // 2].reshape(heads, PAGE // TILE, dim, TILE)
         found = packed.swapaxes(2, 3).reshape(heads, PAGE, dim)

@@ -49,6 +49,16 @@ def serve(
             show_default="what those of --context tokens take, at most half of what is free",
         ),
     ] = None,
+    prefix_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to keep what is remembered in when the server ends, for its next start.",
+            show_default="nothing is kept",
+        ),
+    ] = None,
+    prefix_cache_size: Annotated[
+        str, typer.Option(help="How much of it at most, those used last.")
+    ] = "4GiB",
     max_queue: Annotated[
         int, typer.Option(min=0, help="Requests that may wait while others are answered.")
     ] = 16,
@@ -92,12 +102,14 @@ def serve(
     cache_bytes = None if cache is None else parse_bytes(cache, "--cache")
     if cache_bytes is not None:
         at_most(cache_bytes, memory_bytes(), "--cache", "this machine")
+    kept_bytes = parse_bytes(prefix_cache_size, "--prefix-cache-size")
     template = None if chat_template is None else cli.read_text(chat_template)
     opened = open_address(host, port)
     with opened:
         loaded = cli.load(model, options, yes=yes)
         if template is not None:
             loaded.tokenizer.chat_template = template
+        from hybrid.engine.kept_prefixes import KeptPrefixes, tell
         from hybrid.engine.opening import open_together
         from hybrid.serve.app import make_app
         from hybrid.serve.engine import Engine
@@ -106,6 +118,10 @@ def serve(
         served = Served(loaded, model_name(model), options.context)
         room = options.context or min(_ROOM, served.context or _ROOM)
         together, told = open_together(loaded, parallel, cache_bytes, room)
+        kept = None
+        if prefix_cache is not None and together is not None:
+            kept = KeptPrefixes(prefix_cache, loaded, kept_bytes)
+            tell(together.load(kept))
         engine = Engine(loaded, max_queue, together)
         app = make_app(served, engine, key=key, origins=cors or ())
         url = listen(opened)
@@ -117,6 +133,8 @@ def serve(
                 file=sys.stderr,
             )
         answer(app, opened, engine, grace)
+        if kept is not None and together is not None and not together.running:
+            tell(together.save(kept))
 
 
 def model_name(model: str | None) -> str:

@@ -22,6 +22,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from cpu_experts.decoder.pages import PAGE, PagesFull
 from hybrid.engine.errors import BeyondHalfError, NotANumberError, TooLongError
+from hybrid.engine.kept_prefixes import KeptPrefixes
 from hybrid.engine.prefixes import Prefixes
 from hybrid.engine.running import OnEnd, Running
 from hybrid.fast.decode import STEP, FastDecoder
@@ -150,6 +151,16 @@ class Together:
                 self._compute(step, self._step)
             if piece:
                 self._compute(piece, self._piece)
+
+    def load(self, kept: KeptPrefixes) -> str:
+        """Read what is kept of texts, before any is written; returns what came of it, in words."""
+        assert self._memory is not None
+        return kept.load(self._memory.many.pages, self._memory.prefixes)
+
+    def save(self, kept: KeptPrefixes) -> str:
+        """Keep what is remembered of texts, once none is written any more; says what came of it."""
+        assert self._memory is not None
+        return kept.save(self._memory.many.pages, self._memory.prefixes)
 
     def check_integrity(self) -> None:
         """Assert that all memory is that of running texts, remembered or free."""

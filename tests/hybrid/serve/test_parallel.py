@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import random
+import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,3 +231,38 @@ def test_wrong_values_are_refused(
     pytest.importorskip("uvicorn", reason="the server needs uvicorn")
     assert main(["serve", "--port", "0", *given]) == 2
     assert match in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ends a program by a signal")
+def test_a_restart_goes_on_from_what_was_kept(tmp_path: Path, interruptible: None) -> None:
+    """The same request before and after: the same answer, its prompt known the second time."""
+    pytest.importorskip("uvicorn", reason="the server needs uvicorn")
+    answers = [_asked_of_a_program(tmp_path / "kept") for _ in range(2)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    known = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in answers]
+    assert known == [0, answers[0]["usage"]["prompt_tokens"] - 1]
+
+
+def _asked_of_a_program(folder: Path) -> dict[str, Any]:
+    """Start a server that keeps what it knows in a folder, ask it once, and end it."""
+    command = [sys.executable, "-m", "hybrid", "serve", "--port", "0", "--threads", "1"]
+    command += ["--prefix-cache", str(folder), "--prefix-cache-size", "1GiB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        url = None
+        for line in program.stderr:
+            if url := re.search(r"answers on http://([\d.:]+)/v1", line):
+                break
+        assert url is not None
+        connection = http.client.HTTPConnection(url[1], timeout=LONG_S)
+        body = {"prompt": "def main(argv):\n    " * 9, "max_tokens": 5, "temperature": 0}
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        answer = dict(json.loads(connection.getresponse().read()))
+        connection.close()
+        program.send_signal(signal.SIGTERM)
+        told = program.stderr.read()
+        assert program.wait(LONG_S) == 0
+    assert "tokens of texts are kept in" in told
+    return answer
