@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hybrid.ledger.metrics import GenerationTimes
-from hybrid.serve.engine import Done, Failed, Job, Piece
+from hybrid.serve.engine import Done, Engine, Failed, Job, Piece
 from hybrid.serve.refusals import BUSY, Refusal
 from hybrid.serve.served import Served
 from hybrid.session.model import HybridModel
@@ -385,6 +385,32 @@ def test_phone_width(browser: Any, serving: Any, script: Script) -> None:
         assert page.is_visible("#new")
         page.keyboard.press("Escape")
         assert not page.is_visible("#new")
+        page.close()
+
+
+def test_with_the_model(
+    browser: Any, served: Served, model: HybridModel, engine: Engine, listening: Any
+) -> None:
+    """The real engine's answer is on the page, and what its tokens took is in the strip."""
+    from hybrid.serve.app import make_app
+
+    asked = [{"role": "user", "content": "import os"}]
+    wanted = model.chat(asked, do_sample=False, max_new_tokens=12)
+    with listening(make_app(served, engine, tell=lambda line: None)) as url:
+        page = browser.new_page()
+        chat = Chat(page, url)
+        page.click("#open-settings")
+        page.fill("#temperature", "0")
+        page.fill("#max_tokens", "12")
+        page.click("#settings >> text=Done")
+        chat.ask("import os")
+        chat.done()
+        assert page.evaluate(
+            "Object.entries(localStorage).filter(([name]) => name.startsWith('hybrid.chat.'))"
+            ".map(([, chat]) => JSON.parse(chat).messages[1].content)"
+        ) == [wanted]
+        page.wait_for_selector("#rates >> text=12 out")
+        assert " ms" in page.locator("#lanes dd").nth(0).inner_text()
         page.close()
 
 

@@ -101,3 +101,8 @@ def test_beside_a_device() -> None:
     assert told["hit_rate"] == report.figures["hit_rate"].value
     assert told["device"].startswith("emulated")
     assert told["lanes"]["gpu"]["measured_s"] > 0
+    assert lanes.figures(500)["token"] == told["token"]  # a device's are measured alone
+    lanes.note(shared.write(shared.encode("import os\n"), **GREEDY | {"max_new_tokens": 1}))
+    told = lanes.figures()
+    assert told["token"] == {"predicted_s": None, "measured_s": None}
+    assert told["hit_rate"] is told["lanes"]["gpu"] is told["last"]["tokens_per_s"] is None

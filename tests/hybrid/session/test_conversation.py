@@ -204,6 +204,22 @@ def test_variables_reach_the_template(model: HybridModel) -> None:
         model.tokenizer.chat_template = before
 
 
+def test_the_template_s_end_ends_an_answer(
+    model: HybridModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the end tokens of settings, config and tokenizer; a text has those alone."""
+    words = byte_tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|over|>", "<|other|>"]})
+    words.chat_template = "{% for m in messages %}{{ m.content }}<|over|>{% endfor %}"
+    monkeypatch.setattr(model, "tokenizer", words)
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [7])
+    ids = torch.arange(4)[None]
+    over = words.convert_tokens_to_ids("<|over|>")
+    answer = model.writing(ids, on_thought=lambda piece: None, max_new_tokens=3)
+    assert answer.options["eos_token_id"] == [7, over]
+    assert model.writing(ids, max_new_tokens=3).options["eos_token_id"] == [7]
+
+
 def test_a_text_that_is_none_is_refused(model: HybridModel) -> None:
     """Bytes that a terminal handed on although they are not UTF-8, and letters without end."""
     with pytest.raises(UsageError, match=r"not UTF-8 at letter 2"):
