@@ -92,25 +92,24 @@ class Lanes:
             found["token"] = self._shared.get(STEP, found["token"])
             found["lanes"] = {name: self._shared.get(name) for name in LANES}
             return found
-        token_s, new = None, 2
+        token_s = None
         if context is None:
             if times is None:
                 return found
-            context, new = times.kept_tokens + times.prompt_tokens, times.new_tokens
+            new = times.new_tokens
+            context = times.kept_tokens + times.prompt_tokens + new // 2  # the mean token's
             token_s = times.decode_s / (new - 1) if new > 1 else None
         seconds, found["note"] = self._predicted(
-            max(1, context), max(2, new), (TEXT,) if times is None else times.extras
+            max(1, context), (TEXT,) if times is None else times.extras
         )
         found["token"] = found["lanes"]["cpu"] = _lane(seconds, token_s)
         return found
 
-    def _predict(
-        self, prompt: int, new: int, extras: tuple[str, ...]
-    ) -> tuple[float | None, str | None]:
+    def _predict(self, context: int, extras: tuple[str, ...]) -> tuple[float | None, str | None]:
         """Return the seconds that a token of a text alone should take, or why nobody knows."""
         model = self._served.model
         try:
-            found = predicted(model.loaded, prompt, new, threads=model.threads, extras=extras)
+            found = predicted(model.loaded, context, 2, threads=model.threads, extras=extras)
         except (PlannerError, UsageError) as error:  # no figure is worth an answer
             return None, error.message
         if found is not None:

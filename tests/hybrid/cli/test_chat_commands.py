@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hybrid.cli import main
-from hybrid.cli.chat import talk, template_variables
+from hybrid.cli.chat import _ask_to_drop, talk, template_variables
 from hybrid.errors import UsageError
 from hybrid.session.conversation import UNBOUNDED, Conversation
 from hybrid.session.saved_chat import SCHEMA, load_chat
@@ -249,6 +249,26 @@ def test_the_oldest_turns_are_dropped_when_asked() -> None:
     model = Listener("b" * 60, "c", context=100)
     say(model, "a" * 10, "x" * 10, may_drop=lambda _: True, system="s")
     assert contents(model.asked[-1]) == ["s", "x" * 10]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("", True), ("Y ", True), ("yes", True), ("n", False), (None, False)]
+)
+def test_the_question_at_a_terminal(
+    typed: str | None, meant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Return is a yes, the end of input a no; both numbers stand in the question."""
+    asked: list[str] = []
+
+    def ask(prompt: str) -> str:
+        asked.append(prompt)
+        if typed is None:
+            raise EOFError
+        return typed
+
+    monkeypatch.setattr("hybrid.cli.chat._ask_terminal", ask)
+    assert _ask_to_drop("81 of 100: drop the oldest turn?") is meant
+    assert asked == ["81 of 100: drop the oldest turn? [Y/n] "]
 
 
 def test_switches_of_thinking() -> None:
