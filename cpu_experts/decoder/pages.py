@@ -38,6 +38,12 @@ class PagesFull(HybridError):  # noqa: N818 (a state of the memory, which the ca
         self.missing = missing
 
 
+def page_bytes(stored: Sequence[tuple[int, int]]) -> int:
+    """Return the bytes of a page of layers that keep so many heads of a size."""
+    numbers = sum(heads * PAGE * (dim + pad(dim, TILE)) for heads, dim in stored)
+    return pad(2 * numbers, _LINE)
+
+
 class Pages:
     """The memory, and who holds which page of it.
 
@@ -72,12 +78,11 @@ class Pages:
     def __init__(self, stored: Sequence[tuple[int, int]], size_bytes: int, sequences: int) -> None:
         self.heads = np.array([heads for heads, _ in stored], np.int64)
         self._dims = [dim for _, dim in stored]
-        offsets, end = [], 0
+        self._offsets, end = [], 0
         for heads, dim in stored:
-            offsets.append((end, end + 2 * heads * PAGE * dim))
+            self._offsets.append((end, end + 2 * heads * PAGE * dim))
             end += 2 * heads * PAGE * (dim + pad(dim, TILE))
-        self._offsets = offsets
-        self.page_bytes = pad(end, _LINE)
+        self.page_bytes = page_bytes(stored)
         self.count = size_bytes // self.page_bytes
         if self.count < 1:
             raise ShapeError(
@@ -90,7 +95,7 @@ class Pages:
         self.states = np.zeros((sequences, len(stored)), STATE)
         self._tables = np.zeros((sequences, self.count), np.int64)
         at = self._memory.ctypes.data
-        for layer, (keys, values) in enumerate(offsets):
+        for layer, (keys, values) in enumerate(self._offsets):
             self.states["keys"][:, layer] = at + keys
             self.states["values"][:, layer] = at + values
         self.states["page"] = PAGE

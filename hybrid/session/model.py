@@ -21,6 +21,7 @@ from hybrid.errors import UsageError
 from hybrid.ledger.metrics import LANES, RunReport
 from hybrid.loading import model_directory, set_threads
 from hybrid.loop.prepared import Prepared
+from hybrid.loop.speculation import Drafts
 from hybrid.paths import write_whole
 from hybrid.session.answer_stream import AnswerStream
 from hybrid.session.chat_template import turn_ends
@@ -37,7 +38,14 @@ from hybrid.session.generation_options import (
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
 from hybrid.session.kept_cache import KeptCache
 from hybrid.session.prompt_ids import chat_ids, check_known, text_ids
-from hybrid.session.spine import Session, generate, open_session, prepare, report
+from hybrid.session.spine import (
+    Session,
+    drafts_of,
+    generate,
+    open_session,
+    prepare,
+    report,
+)
 from hybrid.session.writing import Writing
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
@@ -438,10 +446,11 @@ class HybridModel:
         settled = {"attention_mask": torch.ones_like(ids)} | settled
         return Writing(ids, stream, config, settled)
 
-    def prepare(self, writing: Writing) -> Prepared | None:
-        """Return the loop that writes a text, for who has the model's :meth:`turn`.
+    def prepare(self, writing: Writing) -> tuple[Prepared | None, Drafts | None]:
+        """Return the loop that writes a text, and its drafts, for who has the :meth:`turn`.
 
-        Its stream's clock starts. None where it is not a loop of ours on the CPU.
+        Its stream's clock starts. No loop where it is not one of ours on the CPU, no drafts where
+        there are to be none.
         """
         check_known(writing.ids, self.loaded.vocabulary, self.tokenizer)
         stream, options = writing.stream, dict(writing.options)
@@ -449,8 +458,9 @@ class HybridModel:
         prepared, chosen = prepare(
             self._session, writing.ids, stream, settings=writing.settings, **options
         )
-        stream.start(writing.ids, chosen=chosen)
-        return prepared
+        drafts = drafts_of(self._session, writing.ids)
+        stream.start(writing.ids, chosen=chosen, drafts=drafts)
+        return prepared, drafts
 
     @contextmanager
     def turn(self) -> Iterator[None]:

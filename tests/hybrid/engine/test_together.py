@@ -12,6 +12,7 @@ import torch
 
 import hybrid.engine.together
 from cpu_experts.decoder.pages import PAGE
+from drafts import Foretold
 from hybrid.engine.errors import NotANumberError, TooLongError
 from hybrid.engine.together import Together
 from hybrid.session.generation import Generation
@@ -283,6 +284,69 @@ def test_what_was_used_last_is_remembered(tiny: HybridModel) -> None:
         assert kept(0) == 2 * PAGE
         assert kept(other) == 0
     assert kept(1) == 0
+
+
+@pytest.mark.parametrize("options", [GREEDY, DRAWN])
+def test_drafts_change_no_text(tiny: HybridModel, options: dict[str, Any]) -> None:
+    """Right and wrong ones; one text alone is drafted for, until another joins it."""
+    together = Together(tiny, 2, SIZE)
+    ids = prompt(0, 100, tiny)
+    wanted = alone(tiny, ids, 60, 3, **options)
+    other = alone(tiny, prompt(1, 9, tiny), 90, 3, **options)
+    first = Text(together, tiny, ids, 60, 3, **options)
+    known = [*ids, *wanted]
+    drafts = Foretold(known, 4, {len(ids) + at for at in (6, 7, 20)}).begin_after(ids)
+    together.running[0].drafts = drafts
+    for _ in range(12):
+        together.round()
+        together.check_integrity()
+    assert len(drafts.sizes) > 8
+    assert first.generation.times.new_tokens > 20
+    steps = len(drafts.sizes)
+    beside = Text(together, tiny, prompt(1, 9, tiny), 90, 3, **options)
+    together.round()
+    assert len(drafts.sizes) == steps
+    finish(together, [first, beside])
+    assert first.ids == wanted
+    assert beside.ids == other
+
+
+@pytest.mark.parametrize("taken", [2, 3, 4, 7])
+def test_a_text_that_is_left_in_a_draft_is_remembered(tiny: HybridModel, taken: int) -> None:
+    """As far as it was seen, and no further."""
+    together = Together(tiny, 1, SIZE)
+    ids = prompt(0, 100, tiny)
+    known = [*ids, *alone(tiny, ids, 40, **GREEDY)]
+    pieces: list[str] = []
+
+    def on_text(piece: str) -> None:
+        pieces.append(piece)
+        if len(text.generation.ids[0]) == taken:
+            raise Stopped
+
+    text = Text(together, tiny, ids, 40, on_text=on_text, **GREEDY)
+    together.running[0].drafts = Foretold(known, 6).begin_after(ids)
+    while not text.ended:
+        together.round()
+    together.check_integrity()
+    found = text.ids
+    assert found == known[100 : 100 + len(found)]
+    more = [*ids, *found, *prompt(1, 5, tiny)]
+    again = Text(together, tiny, more, 9, **GREEDY)
+    finish(together, [again])
+    assert again.generation.times.kept_tokens == 100 + len(found) - 1
+    assert again.ids == alone(tiny, more, 9, **GREEDY)
+
+
+def test_drafts_are_asked_of_the_model(tiny_model: Path) -> None:
+    """As many as the user wants, and told of in the end."""
+    model = HybridModel.from_pretrained(tiny_model, threads=1, speculate=4)
+    together = Together(model, 1, SIZE)
+    text = Text(together, model, prompt(0, 9, model), 5, **GREEDY)
+    finish(together, [text])
+    told = text.generation.times.speculated
+    assert told is not None
+    assert told.asked == "lookup of 4"
 
 
 @pytest.mark.parametrize("seed", range(3))
