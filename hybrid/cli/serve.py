@@ -126,7 +126,11 @@ def serve(
         app = make_app(served, engine, key=key, origins=cors or ())
         url = listen(opened)
         print(f"hybrid: {told}", file=sys.stderr)
-        print(f"{served.name} answers on {url}/v1, Ctrl-C ends it", file=sys.stderr, flush=True)
+        print(
+            f"{served.name} answers on {url}/v1, a page to chat is on {url}/, Ctrl-C ends it",
+            file=sys.stderr,
+            flush=True,
+        )
         if key is None and not is_loopback(opened.getsockname()[0]):
             print(
                 f"hybrid: whoever reaches {url} can ask: --api-key would ask for a key",

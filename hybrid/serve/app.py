@@ -16,7 +16,9 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from hybrid.serve.bodies import check_key, parse_json, read_body
+from hybrid.serve.chat_page import add_chat_page
 from hybrid.serve.engine import Asked, Done, Engine, Event, Failed, Job, Piece
+from hybrid.serve.lanes import Lanes
 from hybrid.serve.openai_answers import Answer, encoded, event
 from hybrid.serve.openai_requests import TextRequest, read_chat, read_completion, read_text
 from hybrid.serve.refusals import OURS, Refusal
@@ -61,6 +63,7 @@ def make_app(
     desk = _Desk(served, engine, key, tell or _tell)
     for path, method, handler in desk.addresses():
         app.add_api_route(path, desk.guarded(handler), methods=[method], response_model=None)
+    add_chat_page(app)
     for status in (404, 405):
         app.add_exception_handler(status, desk.no_such_address)
     return app
@@ -71,6 +74,7 @@ class _Desk:
 
     def __init__(self, served: Served, engine: Engine, key: str | None, tell: Tell) -> None:
         self._served, self._engine, self._key, self._tell = served, engine, key, tell
+        self._lanes = Lanes(served)
         self._watching: set[asyncio.Task[None]] = set()
 
     def addresses(self) -> list[tuple[str, str, _Handler]]:
@@ -82,6 +86,7 @@ class _Desk:
             ("/v1/chat/completions", "POST", self._chat),
             ("/v1/completions", "POST", self._completion),
             ("/tokenize", "POST", self._tokenize),
+            ("/lanes", "GET", self._lanes_told),
         ]
 
     def guarded(self, handler: _Handler) -> Callable[[Any], Awaitable[Any]]:
@@ -121,6 +126,10 @@ class _Desk:
         self._served.check_name(request.path_params["name"])
         return _json(self._served.card())
 
+    async def _lanes_told(self, request: Any) -> Any:
+        given = request.query_params.get("context")
+        return _json(await asyncio.to_thread(self._lanes.answer, given))
+
     async def _tokenize(self, request: Any) -> Any:
         body = await read_body(request.stream(), request.headers.get("content-type"))
         ids = await asyncio.to_thread(lambda: read_text(parse_json(body), self._served))
@@ -157,6 +166,7 @@ class _Desk:
 
         def emit(each: Event) -> None:
             if isinstance(each, Done):
+                self._lanes.note(each.generation)
                 self._tell(f"{_named(request)}: {_figures(each.generation, job.waited_s)}")
             elif isinstance(each, Failed):
                 self._tell(f"{_named(request)}: {_refused(each.refusal)}")

@@ -24,6 +24,7 @@ from hybrid.loop.prepared import Prepared
 from hybrid.loop.speculation import Drafts
 from hybrid.paths import write_whole
 from hybrid.session.answer_stream import AnswerStream
+from hybrid.session.chat_template import turn_ends
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
     check_length,
@@ -437,6 +438,8 @@ class HybridModel:
             limit_name=limit.name,
         )
         ends = end_tokens(self.model, self.tokenizer)
+        if on_thought is not None:  # an answer, whose turn the chat template ends
+            ends = list(dict.fromkeys((*ends, *turn_ends(self.tokenizer))))
         settled = text_options(config, options, limit.tokens, ends)
         if options.get("generation_config") is not None:
             settled.setdefault("tokenizer", self.tokenizer)  # it may name stop strings
