@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from hybrid.loop.guided import GuidedLogits
 from hybrid.loop.penalties import OccurrencePenalties
 
 _NEVER = -torch.inf
@@ -219,6 +220,20 @@ class _NoEnd:
         self._left -= 1
 
 
+class _Guided:
+    def __init__(self, processor: Any, ids: Sequence[int], vocabulary: int) -> None:
+        self._guides = processor.guides
+
+    def __call__(self, row: Tensor) -> None:
+        for guide in self._guides:
+            guide.mask(row)
+
+    def take(self, token: int) -> None:
+        """Every guide goes on by it."""
+        for guide in self._guides:
+            guide.take(token)
+
+
 def _ordinary(processor: Any) -> bool:
     """Whether a processor has no settings but those that a call of ``generate`` gives it."""
     unusual = ("prompt_ignore_length", "logits_indices", "cu_seq_lens_q")
@@ -245,6 +260,7 @@ def _logits_of(processor: Any, vocabulary: int) -> Tensor:
 _STEPS: dict[type, Callable[[Any, Sequence[int], int], _Step]] = {
     RepetitionPenaltyLogitsProcessor: _Repetition,
     OccurrencePenalties: _Occurrence,
+    GuidedLogits: _Guided,
     MinLengthLogitsProcessor: _min_length,
     MinNewTokensLengthLogitsProcessor: _min_new_tokens,
     TemperatureLogitsWarper: _Temperature,

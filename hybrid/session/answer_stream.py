@@ -7,7 +7,7 @@ a header that names its channel, and ``final`` is the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from hybrid.session.chat_template import CHANNEL_TOKENS
@@ -29,6 +29,9 @@ _CHANNELS = {
     "<|call|>": "over",
 }
 """What the special tokens of channels begin."""
+CHANNEL, MESSAGE, CALL = "<|channel|>", "<|message|>", "<|call|>"
+"""How a message to a tool is told where messages have channels: header, arguments, end."""
+_TO = "to="
 _ANSWER, _THOUGHT, _HEADER = "answer", "thought", "header"
 _PROMPT_END = 16
 """Ids of the prompt in which a thought may have been begun."""
@@ -45,6 +48,9 @@ class AnswerStream:
         As of a TextStream.
     on_thought
         Called with each piece of a thought.
+    marks
+        Special tokens that are told as text: what calls of tools are marked with. With channels
+        these tell a message that is to a tool whole, its header before it.
 
     Attributes
     ----------
@@ -58,12 +64,16 @@ class AnswerStream:
         prompt_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
         on_thought: Callable[[str], None] | None = None,
+        marks: Collection[str] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._on_thought = on_thought or (lambda piece: None)
         self._cut = UntilStop(stop_strings)
         self._text = TextStream(tokenizer, prompt_ids)
         self._marks = _marks(tokenizer)
+        self._shown = {} if not marks else _ids_of(tokenizer, marks)
+        self._calls = CHANNEL in marks
+        self._calling = False  # this message is to a tool
         self._state, self._header, self._channel = _ANSWER, "", ""
         self._blank = True  # nothing of the answer has come yet
         self._thought = False  # a thought came before it
@@ -88,10 +98,15 @@ class AnswerStream:
         for token in ids:
             mark = self._marks.get(token)
             if mark is None:
-                answer += self._take(self._text.put([token]))
+                shown = self._shown.get(token)
+                if shown is None:
+                    answer += self._take(self._text.put([token]))
+                    continue
+                answer += self._take(self._text.finish() + shown)
+                self._text = TextStream(self._tokenizer)
             else:
                 answer += self._take(self._text.finish(), whole=True)
-                self._turn(mark)
+                answer += self._turn(mark)
                 self._text = TextStream(self._tokenizer)
         return answer
 
@@ -99,19 +114,28 @@ class AnswerStream:
         """Return what was held back, once no more ids will come."""
         return self._take(self._text.finish(), whole=True) + self._cut.rest()
 
-    def _turn(self, mark: str) -> None:
-        """Go on to what a special token begins."""
+    def _turn(self, mark: str) -> str:
+        """Go on to what a special token begins; returns what it tells."""
         if mark in ("channel", "role"):
+            kept = self._header if self._calls and mark == "channel" and _TO in self._header else ""
             self._channel = mark
-            self._state, self._header = _HEADER, ""
+            self._state, self._header = _HEADER, f"{kept} " if kept else ""
         elif mark == "message":
-            final = self._channel != "channel" or self._header.split()[:1] == ["final"]
-            self._state = _ANSWER if final else _THOUGHT
+            header = self._header.split()
+            final = self._channel != "channel" or header[:1] == ["final"]
+            self._calling = self._calls and _TO in self._header
+            self._state = _ANSWER if final or self._calling else _THOUGHT
+            if self._calling:
+                return self._tell(f"{CHANNEL}{self._header}{MESSAGE}")
         elif mark == "over":
             self._channel = ""
+            if self._calling:
+                self._calling = False
+                return self._tell(CALL)
         else:
             self._state = _ANSWER if mark in self._ends else _THOUGHT
             self._blank = True
+        return ""
 
     def _take(self, piece: str, *, whole: bool = False) -> str:
         """Hand a piece on to where it belongs; hold back an end that may become a tag."""
@@ -164,6 +188,13 @@ def _marks(tokenizer: Any) -> dict[int, str]:
     if set(added) >= CHANNEL_TOKENS:
         marks |= {added[token]: what for token, what in _CHANNELS.items() if token in added}
     return marks
+
+
+def _ids_of(tokenizer: Any, marks: Collection[str]) -> dict[int, str]:
+    """Return the texts of those special tokens that a tokenizer has, by their ids."""
+    added = tokenizer.added_tokens_decoder if hasattr(tokenizer, "added_tokens_decoder") else {}
+    found = ((token, each) for token, each in added.items() if each.special)
+    return {token: each.content for token, each in found if each.content in marks}
 
 
 def _first(text: str, tags: Sequence[str]) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import PathLike
@@ -380,13 +380,14 @@ class HybridModel:
         on_thought: OnText | None = None,
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
+        marks: Collection[str] = (),
         kept: KeptCache | None = None,
         **options: Any,
     ) -> Generation:
         """Write the text that follows ``ids``, ``[1, T]``, and return all that came of it.
 
-        Thoughts are told apart from the text only where ``on_thought`` is given. Everything else
-        is as of :meth:`chat`. A :class:`~hybrid.session.generation_stream.Stopped` that a
+        Thoughts are told apart from the text only where ``on_thought`` is given, and the special
+        tokens ``marks`` are then told as text. Everything else is as of :meth:`chat`. A :class:`~hybrid.session.generation_stream.Stopped` that a
         callback or ``streamer`` raises ends the text where it is.
         """
         writing = self.writing(
@@ -395,6 +396,7 @@ class HybridModel:
             on_thought=on_thought,
             stop_strings=stop_strings,
             streamer=streamer,
+            marks=marks,
             **options,
         )
         return self._generate(
@@ -409,6 +411,7 @@ class HybridModel:
         on_thought: OnText | None = None,
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
+        marks: Collection[str] = (),
         context: int | None = None,
         **options: Any,
     ) -> Writing:
@@ -429,7 +432,7 @@ class HybridModel:
         limit = text_limit(config, options, ids.shape[1], context)
         text: TextStream | AnswerStream = TextStream(self.tokenizer, ids[0].tolist(), stops)
         if on_thought is not None:
-            text = AnswerStream(self.tokenizer, ids[0].tolist(), stops, on_thought)
+            text = AnswerStream(self.tokenizer, ids[0].tolist(), stops, on_thought, marks)
         stream = GenerationStream(
             streamer=streamer,
             text=text,

@@ -19,11 +19,15 @@ def tokenizer(*special: str) -> PreTrainedTokenizerFast:
 
 
 def split(
-    words: PreTrainedTokenizerFast, text: str, prompt: str = "", stops: tuple[str, ...] = ()
+    words: PreTrainedTokenizerFast,
+    text: str,
+    prompt: str = "",
+    stops: tuple[str, ...] = (),
+    marks: tuple[str, ...] = (),
 ) -> tuple[str, str, bool]:
     """Answer, thoughts, and whether it ended within one; one id at a time."""
     thoughts: list[str] = []
-    stream = AnswerStream(words, words.encode(prompt), stops, thoughts.append)
+    stream = AnswerStream(words, words.encode(prompt), stops, thoughts.append, marks)
     answer = "".join(stream.put([token]) for token in words.encode(text)) + stream.finish()
     return answer, "".join(thoughts), stream.thinking
 
@@ -70,6 +74,33 @@ def test_channels() -> None:
         "{}",
     )
     assert split(words, "Hi")[0] == "Hi"
+
+
+def test_marks_of_calls_are_told() -> None:
+    """Special tokens that leave no text do where they are asked for, others still do not."""
+    words = tokenizer("[TOOL_CALLS]", "[ARGS]", "</s>")
+    text = "[TOOL_CALLS]f[ARGS]{}</s>"
+    assert split(words, text)[0] == "f{}"
+    assert split(words, text, marks=("[TOOL_CALLS]", "[ARGS]"))[0] == "[TOOL_CALLS]f[ARGS]{}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary to=functions.f <|constrain|>json",
+        "<|start|>assistant to=functions.f<|channel|>commentary <|constrain|>json",
+    ],
+)
+def test_messages_to_tools(header: str) -> None:
+    """A channel's message to a tool is told whole where calls are asked for."""
+    words = tokenizer(*HARMONY, "<|constrain|>", "<|call|>")
+    text = f"<|channel|>analysis<|message|>We<|end|>{header}<|message|>{{}}<|call|>"
+    answer, thoughts, _ = split(words, text, marks=("<|channel|>",))
+    assert thoughts == "We"
+    head, _, rest = answer.partition("<|message|>")
+    assert head.startswith("<|channel|>")
+    assert "to=functions.f" in head
+    assert rest == "{}<|call|>"
 
 
 def test_stop_strings_count_in_the_answer() -> None:
