@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hybrid.formats.registry import FORMATS
-from hybrid.hub import Downloaded, downloaded
+from hybrid.hub.kept import Downloaded, downloaded
 from hybrid.weights.copies import KeptCopy, kept_copies
 from planner.describe.words import in_words
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hybrid.errors import UsageError
+from hybrid.hub.names import repo_of
 from hybrid.paths import cache_dir
 
 #: Letters of the digest that ends a copy's name, and the dash before it.
@@ -59,8 +60,7 @@ class KeptCopy:
     @property
     def called(self) -> str:
         """What its source is called: a name of the hub, or a path."""
-        stored = [part for part in Path(self.source).parts if part.startswith("models--")]
-        return "/".join(stored[-1].split("--")[1:]) if stored else self.source
+        return repo_of(Path(self.source)) or self.source
 
     @property
     def can_be_made_again(self) -> bool:

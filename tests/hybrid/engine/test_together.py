@@ -132,9 +132,7 @@ def test_prompts_are_read_in_pieces_while_others_write(
     finish(together, [writes, *prompts])
 
 
-def test_who_leaves_ends_within_a_round(
-    tiny: HybridModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_leaves_ends_within_a_round(tiny: HybridModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its prompt and among its tokens; the others are as alone, and the memory is free."""
     monkeypatch.setattr(Together, "_piece_tokens", lambda self: 64)
     together = Together(tiny, 4, SIZE)
