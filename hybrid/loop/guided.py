@@ -1,4 +1,4 @@
-"""Lets guides say which tokens may follow: a grammar, a budget of thoughts, or who only looks on."""
+"""Lets guides say which tokens may follow: a grammar, a budget of thoughts."""
 
 from __future__ import annotations
 

@@ -378,8 +378,9 @@ class HybridModel:
         """Write the text that follows ``ids``, ``[1, T]``, and return all that came of it.
 
         Thoughts are told apart from the text only where ``on_thought`` is given, and the special
-        tokens ``marks`` are then told as text. Everything else is as of :meth:`chat`. A :class:`~hybrid.session.generation_stream.Stopped` that a
-        callback or ``streamer`` raises ends the text where it is.
+        tokens ``marks`` are then told as text. Everything else is as of :meth:`chat`. A
+        :class:`~hybrid.session.generation_stream.Stopped` that a callback or ``streamer`` raises
+        ends the text where it is.
         """
         writing = self.writing(
             ids,
