@@ -19,7 +19,8 @@ from hybrid.ask.dtypes import DTYPES, check_dtype
 from hybrid.errors import CheckpointError, UsageError, first_line
 from hybrid.formats.errors import HybridError
 from hybrid.grafts import fast_path_of
-from hybrid.hub import directory_of, hub_name
+from hybrid.hub.fetch import directory_of
+from hybrid.hub.names import hub_name
 from hybrid.machine import host
 from hybrid.machine.compute_dtype import automatic_dtype
 from hybrid.paths import expanded

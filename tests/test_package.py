@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_specs_ship_with_the_package() -> None:
 
     for folder in ("models", "hardware", "experiments"):
         assert shipped_names(folder), folder
+
+
+def test_every_file_ships() -> None:
+    """What is no Python lies in a package and is named as its data: the wheel has it."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped = {
+        file
+        for package, patterns in setup["package-data"].items()
+        for pattern in patterns
+        for file in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    for package in ("hybrid", "planner", "cpu_experts", "gpu_experts"):
+        for file in (ROOT / package).rglob("*"):
+            made = "__pycache__" in file.parts
+            if file.is_file() and not made and file.suffix not in (".py", ".md"):
+                assert file in shipped, file
 
 
 @pytest.mark.parametrize("installed", [False, True])

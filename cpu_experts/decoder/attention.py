@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from cpu_experts.decoder.delta import open_gate
 from cpu_experts.decoder.ops import normalize, rotate
 from cpu_experts.jit.addresses import bytes_at, floats_at, words_at
 from cpu_experts.jit.compiled import kernel
@@ -252,8 +253,8 @@ def _attend(layer, state, head, chunk, queries, scores, rows, buf, parts, part_a
 
 
 @kernel()
-def _merge(layer, head, chunks, parts, stats, attended):
-    """Add up the chunks of the query heads of one key-value head."""
+def _merge(layer, head, chunks, parts, stats, qkv, attended):
+    """Add up the chunks of the query heads of one key-value head, and open their gates."""
     dim = layer["head_dim"]
     many = layer["heads"] // layer["kv_heads"]
     for t in range(many):
@@ -278,6 +279,8 @@ def _merge(layer, head, chunks, parts, stats, attended):
                 out[i] += weight * part[i]
         for i in range(dim):
             out[i] /= total
+        if layer["gated"]:
+            open_gate(qkv[(2 * query_head + 1) * dim :], out, dim)
 
 
 @kernel()
@@ -315,8 +318,9 @@ def attention_items(
                 )  # fmt: skip
             for t in range(many):
                 prepare(
-                    layer["q_norm"], layer["clip"], qkv[:in_q], head * many + t, dim, cos, sin,
-                    paired, queries[t * dim :],
+                    layer["q_norm"], layer["clip"], qkv[:in_q],
+                    (head * many + t) * (1 + layer["gated"]), dim, cos, sin, paired,
+                    queries[t * dim :],
                 )  # fmt: skip
             scaling = layer["scaling"]
             for i in range(many * dim):
@@ -327,6 +331,6 @@ def attention_items(
             stats,
         )  # fmt: skip
         if fetch_add(counter, at + 2 + head) == chunks - 1:
-            _merge(layer, head, chunks, parts, stats, attended)
+            _merge(layer, head, chunks, parts, stats, qkv, attended)
             fetch_add(counter, at + 1)
     return layer["kv_heads"]

@@ -18,6 +18,7 @@ import numpy as np
 from numba import prange
 
 from cpu_experts.decoder.attention import attention_items
+from cpu_experts.decoder.delta import delta_items
 from cpu_experts.decoder.mla import query_items, value_items
 from cpu_experts.decoder.ops import (
     activate,
@@ -46,7 +47,8 @@ class Work(NamedTuple):
     """Buffers of a decode step; those called ``my_`` have a row for every thread.
 
     ``x`` is the hidden state ``[D]`` and ``x_row`` the same memory as ``[1, D]``; ``rows`` and
-    ``firsts`` count up from 0. ``spent`` ``[layers + 1, 3]`` adds up the first thread's ticks.
+    ``firsts`` count up from 0, ``alone`` is the token as a text. ``spent`` ``[layers + 1, 3]`` adds
+    up the first thread's ticks.
     """
 
     x: Any
@@ -66,6 +68,7 @@ class Work(NamedTuple):
     rows: Any
     zeros: Any
     firsts: Any
+    alone: Any
     my_normed: Any
     my_act: Any
     my_buf: Any
@@ -125,13 +128,9 @@ def _compressed_queries(layer, state, counter, cos, sin, paired, work, w):
 
 
 @kernel()
-def _attention(layer, state, counter, cos, sin, paired, work, w):
-    one = np.float32(1)
+def _look_back(layer, state, counter, cos, sin, paired, work, w):
+    """Attention between its projections; returns what it found, when all of it is there."""
     normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
-    o = layer["o"]
-    normalize(layer["norm"], work.x, normed)
-    items = project_items(counter, PROJECT, layer, normed, memory, work.rows, buf, work.qkv)
-    wait_for(counter, PROJECT + 1, items)
     compressed = layer["latent"]["rank"] > 0
     if compressed:
         _compressed_queries(layer, state, counter, cos, sin, paired, work, w)
@@ -141,13 +140,32 @@ def _attention(layer, state, counter, cos, sin, paired, work, w):
         work.attended,
     )  # fmt: skip
     wait_for(counter, ATTEND + 1, heads)
-    found = work.attended
-    if compressed:
-        found = work.expanded
-        items = value_items(
-            counter, EXPAND, layer, work.attended, normed, memory, work.rows, buf, found
-        )
-        wait_for(counter, EXPAND + 1, items)
+    if not compressed:
+        return work.attended
+    items = value_items(
+        counter, EXPAND, layer, work.attended, normed, memory, work.rows, buf, work.expanded
+    )
+    wait_for(counter, EXPAND + 1, items)
+    return work.expanded
+
+
+@kernel()
+def _attention(layer, states, counter, cos, sin, paired, work, w):
+    one = np.float32(1)
+    normed, buf, memory = work.my_normed[w], work.my_buf[w], work.my_act[w]
+    o = layer["o"]
+    normalize(layer["norm"], work.x, normed)
+    items = project_items(counter, PROJECT, layer, normed, memory, work.rows, buf, work.qkv)
+    wait_for(counter, PROJECT + 1, items)
+    if layer["delta"]["key_heads"]:
+        heads = delta_items(
+            counter, ATTEND, layer["delta"], states, work.alone, work.qkv.reshape(1, -1), buf,
+            work.attended.reshape(1, -1),
+        )  # fmt: skip
+        wait_for(counter, ATTEND + 1, heads)
+        found = work.attended
+    else:
+        found = _look_back(layer, states[0], counter, cos, sin, paired, work, w)
     for i in range(o["cols"]):
         normed[i] = found[i]
     act = activate(o["format"], normed, o["cols"], memory)
@@ -214,7 +232,7 @@ def _walk(layers, states, head, cos, sin, paired, work, logits, w):
     since = ticks()
     for i in range(layers.size):
         counter, spent = work.counters[i], work.spent[i]
-        _attention(layers[i], states[i], counter, cos, sin, paired, work, w)
+        _attention(layers[i], states[i : i + 1], counter, cos, sin, paired, work, w)
         since = spend(spent, ATTENTION, since, w)
         since = _feed_forward(layers[i], counter, spent, since, work, w)
     if head.size == 0:

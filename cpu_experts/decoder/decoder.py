@@ -17,7 +17,7 @@ from cpu_experts.decoder.layers import Layer, Matrix, Norm
 from cpu_experts.decoder.pages import PagedSequence, Pages
 from cpu_experts.decoder.records import HEAD, LAYER
 from cpu_experts.decoder.step import Work, decode_tokens
-from cpu_experts.decoder.step_buffers import Rows
+from cpu_experts.decoder.step_buffers import Rows, scratch_of
 from cpu_experts.decoder.step_buffers import padded as _padded
 from cpu_experts.decoder.texts import Texts, alike, apart
 from cpu_experts.jit.workers import LOCK, used_threads
@@ -73,6 +73,8 @@ class Decoder:
         self._rows: Rows | None = None
         self._tokens: Work | None = None
         self._stored = np.array([layer.stored[0] for layer in self.layers], np.int64)
+        turned = [layer.head_dim for layer in self.layers if layer.delta is None]
+        self._pairs = max(turned, default=0) // 2
 
     @property
     def scale(self) -> float:
@@ -82,6 +84,11 @@ class Decoder:
     def new_cache(self) -> KeyValues:
         """Return an empty cache; :meth:`~.kv.KeyValues.store` every layer first."""
         return KeyValues([layer.window for layer in self.layers])
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a layer keeps a state, from which single tokens cannot be taken back."""
+        return any(layer.delta is not None for layer in self.layers)
 
     def new_pages(self, size_bytes: int, sequences: int) -> Pages:
         """Return memory for the caches of up to so many sequences."""
@@ -291,8 +298,8 @@ class Decoder:
             When an array has another shape or type.
         """
         layer, tokens = self.layers[index], q.shape[0]
-        if layer.latent is not None:
-            raise ShapeError("attention of many tokens takes no compressed cache")
+        if layer.latent is not None or layer.delta is not None or layer.gated:
+            raise ShapeError("attention of many tokens takes heads without gates, and their keys")
         sides = (("q", q), ("k", k), ("v", v))
         for (name, side), matrix in zip(sides, layer.projections, strict=True):
             check_matrix(name, side, (tokens, matrix.rows))
@@ -319,7 +326,7 @@ class Decoder:
     ) -> F32:
         check_floats("x", x, self.hidden)
         check_floats("sin", sin, cos.size)
-        check_floats("cos", cos, min(cos.size, self.layers[0].head_dim // 2))
+        check_floats("cos", cos, min(cos.size, self._pairs))
         table = self._table[layers]
         if table.size:
             cache.make_room()
@@ -339,7 +346,7 @@ class Decoder:
         tokens = x.shape[0]
         check_matrix("x", x, (tokens, self.hidden))
         check_matrix("sin", sin, (tokens, None))
-        check_matrix("cos", cos, (tokens, min(sin.shape[1], self.layers[0].head_dim // 2)))
+        check_matrix("cos", cos, (tokens, min(sin.shape[1], self._pairs)))
         with LOCK:
             threads = used_threads()
             self._fill(threads)
@@ -409,9 +416,10 @@ class Decoder:
             rows=np.arange(count, dtype=np.int32),
             zeros=np.zeros(count, np.int32),
             firsts=np.arange(count, dtype=np.int64),
+            alone=alike(1, 1, None).records,
             my_normed=floats(threads, wide),
             my_act=np.zeros((threads, activation_bytes(wide) + 64), np.uint8),
-            my_buf=floats(threads, max(kernels.SCRATCH, many * TILE)),
+            my_buf=floats(threads, max(kernels.SCRATCH, many * TILE, *scratch_of(layers))),
             my_queries=floats(threads, many * dim),
             my_scores=floats(threads, many * CHUNK),
             my_key=floats(threads, dim),

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence, laid out for the one-token kernels."""
+"""Keys and values of one sequence, or the state of its layers, laid out for the kernels."""
 
 from __future__ import annotations
 
@@ -30,8 +30,30 @@ class _Layer:
     dim: int
 
 
+@dataclass
+class _Memory:
+    """Twice ``inputs [texts, taps, channels]`` and ``memory [texts, heads, key, value]``."""
+
+    inputs: F32
+    memory: F32
+
+    def point(self, state: Any, now: int) -> None:
+        """Tell the kernels that what there is lies in the first or second of the two."""
+        for name in ("inputs", "memory"):
+            pair = getattr(self, name)
+            state[name], state[f"{name}_after"] = (pair[i].ctypes.data for i in (now, 1 - now))
+
+
+def _current(state: Any) -> int:
+    """Which of a memory's two the kernels read."""
+    return int(state["memory"] > state["memory_after"])
+
+
 class KeyValues:
     """Keys and values of all layers in half precision, growing as tokens come.
+
+    A gated delta net keeps no keys and values, but a state of one size. What it was before the last
+    step is kept beside it, so that a step can be taken back.
 
     Parameters
     ----------
@@ -60,6 +82,8 @@ class KeyValues:
         self.held = np.full(len(windows), FREE, np.int64)
         self._windows = windows
         self._layers: list[_Layer | None] = [None] * len(windows)
+        self._memories: dict[int, _Memory] = {}
+        self._stepped = 0
         self._table = np.zeros(1, np.int64)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -68,6 +92,8 @@ class KeyValues:
         for layer, buffers in enumerate(self._layers):
             if buffers is not None:
                 self._point(layer, buffers)
+        for layer, memory in self._memories.items():
+            memory.point(self.states[layer], _current(self.states[layer]))
 
     def length(self, layer: int) -> int:
         """How many positions the layer holds."""
@@ -76,7 +102,8 @@ class KeyValues:
     @property
     def capacity(self) -> int:
         """The most positions that any layer has room for."""
-        return int(self.states["capacity"].max())
+        capacity = self.states["capacity"]
+        return int(capacity[capacity < FREE].max(initial=0))
 
     def store(self, layer: int, keys: F32, values: F32) -> None:
         """Replace what a layer holds by ``keys`` and ``values``, ``[H, T, dim]`` float32."""
@@ -104,8 +131,37 @@ class KeyValues:
             np.ascontiguousarray(values[:, :, : buffers.dim]),
         )
 
+    def store_memory(self, layer: int, inputs: F32, memory: F32) -> None:
+        """Replace the state of a gated delta net.
+
+        Parameters
+        ----------
+        inputs
+            The convolution's last ones, ``[texts, taps, channels]``.
+        memory
+            ``[texts, value_heads, key_dim, value_dim]``.
+        """
+        check_matrix("inputs", inputs, (None, None, None))
+        check_matrix("memory", memory, (len(inputs), None, None, None))
+        kept = _Memory(np.stack((inputs, inputs)), np.stack((memory, memory)))
+        self._memories[layer] = kept
+        state = self.states[layer]
+        kept.point(state, 0)
+        state["capacity"], self.heads[layer] = FREE, memory.shape[0] * memory.shape[1]
+
+    def read_memory(self, layer: int) -> tuple[F32, F32]:
+        """Return the state of a gated delta net as :meth:`store_memory` takes it, copied."""
+        kept, now = self._memories[layer], _current(self.states[layer])
+        return kept.inputs[now].copy(), kept.memory[now].copy()
+
     def drop(self, layer: int, count: int) -> None:
-        """Forget the last ``count`` positions of a layer."""
+        """Forget the last ``count`` positions of a layer; of a state exactly the last step's."""
+        memory = self._memories.get(layer)
+        if memory is not None:
+            if count != self._stepped:
+                raise ShapeError(f"{count} positions of a state's last step of {self._stepped}")
+            memory.point(self.states[layer], 1 - _current(self.states[layer]))
+            return
         self.states[layer]["length"] = max(0, self.length(layer) - count)
 
     @property
@@ -149,7 +205,14 @@ class KeyValues:
 
     def advance(self, count: int = 1) -> None:
         """Count the positions that a decode step has written."""
-        self.states["length"] += count
+        states = self.states
+        states["length"] += count
+        if self._memories:
+            self._stepped = count
+            for name in ("inputs", "memory"):
+                written = states[f"{name}_after"].copy()
+                states[f"{name}_after"] = states[name]
+                states[name] = written
 
     def advance_layer(self, layer: int, count: int) -> None:
         """Count ``count`` positions that one layer has written."""

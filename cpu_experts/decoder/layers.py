@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cpu_experts.checks import check_floats, check_packed
+from cpu_experts.checks import check_floats, check_matrix, check_packed
 from cpu_experts.decoder.records import SOFTMAX, SPARSEMIXER
 from cpu_experts.kernels.dots import dot_table
 from cpu_experts.kernels.records import Experts, address, fill_record
@@ -234,6 +234,108 @@ class Latent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a gated delta net's numbers lie in a layer's first products.
+
+    ``q``, ``k``, ``v``, ``z``, ``b`` and ``a`` are those of the first key head, a ``_step`` is how
+    far the next head's are behind (``b`` moves as ``a`` does).
+    """
+
+    q: int
+    q_step: int
+    k: int
+    k_step: int
+    v: int
+    v_step: int
+    z: int
+    z_step: int
+    b: int
+    a: int
+    a_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A gated delta net; see :mod:`cpu_experts.decoder.delta`.
+
+    Parameters
+    ----------
+    key_heads, value_heads, key_dim, value_dim
+        As many value heads as there are share each key head.
+    places
+        Where their numbers lie.
+    conv, bias
+        ``[taps, channels]`` and ``[channels]``: queries, keys and values, head by head.
+    forgets
+        ``[value_heads]``, below 0: what a softplus is multiplied with to the logarithm of what a
+        memory keeps.
+    steps
+        ``[value_heads]``, added inside that softplus.
+    norm
+        Of what is read, before its gate.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    places: Places
+    conv: F32
+    forgets: F32
+    steps: F32
+    norm: Norm
+    bias: F32 | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (self.key_dim, self.value_dim)
+        if self.value_heads % self.key_heads or any(size % TILE for size in sizes):
+            raise ShapeError(
+                f"{self.key_heads} key heads of {self.key_dim} and {self.value_heads} value heads"
+                f" of {self.value_dim}; heads share evenly, sizes are multiples of {TILE}"
+            )
+        check_matrix("conv", self.conv, (None, self.channels))
+        check_floats("bias", self.bias, self.channels)
+        check_floats("forgets", self.forgets, self.value_heads)
+        check_floats("steps", self.steps, self.value_heads)
+        if (
+            self.norm.weight.size != self.value_dim
+            or self.norm.centered
+            or self.norm.bias is not None
+        ):
+            raise ShapeError(f"a memory of {self.value_dim} takes a norm without mean and bias")
+
+    @property
+    def channels(self) -> int:
+        """Numbers that pass the convolution."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def taps(self) -> int:
+        """Inputs that the convolution sees."""
+        return int(self.conv.shape[0])
+
+    @property
+    def scratch(self) -> int:
+        """Float32 that a thread needs."""
+        shared = self.value_heads // self.key_heads
+        return 2 * self.key_dim + (shared + 3) * self.value_dim
+
+    def record(self, _: int) -> dict[str, Any]:
+        """Values of :data:`~cpu_experts.decoder.records.DELTA`."""
+        names = ("key_heads", "value_heads", "key_dim", "value_dim", "taps", "channels")
+        return {
+            **{name: getattr(self, name) for name in names},
+            **vars(self.places),
+            "conv": address(self.conv),
+            "bias": address(self.bias),
+            "forgets": address(self.forgets),
+            "steps": address(self.steps),
+            "norm": address(self.norm.weight),
+            "eps": self.norm.eps,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One decoder layer: ``x += residual * attention(norm(x))``, then the same with the FFN.
 
@@ -246,6 +348,12 @@ class Layer:
     heads, kv_heads, head_dim
         Of attention. With a compressed cache all heads see one key of ``head_dim``, and
         ``kv_heads`` are the groups of heads that threads take.
+    gated
+        Whether every head of ``q`` has a gate behind its query, whose sigmoid attention is
+        multiplied with.
+    delta
+        A gated delta net in attention's place: ``q``, ``k`` and ``v`` are its first products, heads
+        and their size those of its values, ``kv_heads`` its key heads.
     latent
         How the cache is compressed; then ``k`` makes what is kept, and there is no ``v``.
     q_norm, k_norm
@@ -275,6 +383,8 @@ class Layer:
     ffn_norm: Norm
     v: Matrix | None = None
     latent: Latent | None = None
+    delta: Delta | None = None
+    gated: bool = False
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     sinks: F32 | None = None
@@ -286,11 +396,14 @@ class Layer:
     shared: Experts | None = None
 
     def __post_init__(self) -> None:
-        wanted = [self.heads * self.head_dim, *2 * [self.kv_heads * self.head_dim]]
+        into = self.heads * self.head_dim
+        wanted = [into * (2 if self.gated else 1), *2 * [self.kv_heads * self.head_dim]]
         found = [matrix.rows for matrix in self.projections]
         if self.latent is not None:
             self.latent.check(self)
-        elif found != wanted or self.o.cols != wanted[0]:
+        elif self.delta is not None:
+            self._check_delta(self.delta)
+        elif found != wanted or self.o.cols != into:
             raise ShapeError(f"projections have {found} rows, the heads take {wanted}")
         if self.heads % self.kv_heads:
             raise ShapeError(f"{self.heads} heads do not share {self.kv_heads}")
@@ -299,11 +412,25 @@ class Layer:
             raise ShapeError("a layer has a router and experts, or neither")
         if self.experts is None and self.shared is None:
             raise ShapeError("a layer needs experts or an MLP")
-        for norm, size in ((self.q_norm, wanted[0]), (self.k_norm, wanted[1])):
+        for norm, size in ((self.q_norm, into), (self.k_norm, wanted[1])):
             if norm is not None and norm.weight.size not in (self.head_dim, size):
                 raise ShapeError(f"a norm of {norm.weight.size} for heads of {self.head_dim}")
             if norm is not None and (norm.centered or norm.bias is not None):
                 raise ShapeError("queries and keys take a norm without mean and bias")
+        if self.gated and self.q_norm is not None and self.q_norm.weight.size != self.head_dim:
+            raise ShapeError("queries with gates take a norm for every head by itself")
+
+    def _check_delta(self, delta: Delta) -> None:
+        rows = sum(matrix.rows for matrix in self.projections)
+        values = delta.value_heads * delta.value_dim
+        if rows != delta.channels + values + 2 * delta.value_heads or self.o.cols != values:
+            raise ShapeError(
+                f"a gated delta net of {delta.channels} channels, {rows} rows are given"
+            )
+        if (self.heads, self.kv_heads) != (delta.value_heads, delta.key_heads):
+            raise ShapeError(f"{self.heads} heads of {self.kv_heads} are not the delta net's")
+        if self.head_dim != delta.value_dim or self.latent is not None or self.window:
+            raise ShapeError("a gated delta net has no latent and no window")
 
     @property
     def projections(self) -> tuple[Matrix, ...]:
@@ -314,7 +441,7 @@ class Layer:
     def stored(self) -> tuple[int, int, int]:
         """Heads of the cache, their size, and how much of it is a compressed cache's key."""
         if self.latent is None:
-            return self.kv_heads, self.head_dim, 0
+            return self.kv_heads if self.delta is None else self.heads, self.head_dim, 0
         return 1, self.head_dim, self.latent.rope
 
     def fill(self, record: Any, threads: int) -> None:
@@ -323,10 +450,19 @@ class Layer:
             norm = getattr(self, name)
             if norm is not None:
                 fill_record(record[name], norm.record())
-        for name in ("q", "k", "v", "o", "router", "latent", "experts", "shared"):
+        for name in ("q", "k", "v", "o", "router", "latent", "delta", "experts", "shared"):
             part = getattr(self, name)
             if part is not None:
                 fill_record(record[name], part.record(threads))
-        for name in ("heads", "kv_heads", "head_dim", "window", "scaling", "clip", "residual"):
+        for name in (
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "window",
+            "gated",
+            "scaling",
+            "clip",
+            "residual",
+        ):
             record[name] = getattr(self, name)
         record["sinks"] = address(self.sinks)

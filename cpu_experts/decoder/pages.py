@@ -38,6 +38,12 @@ class PagesFull(HybridError):  # noqa: N818 (a state of the memory, which the ca
         self.missing = missing
 
 
+def page_bytes(stored: Sequence[tuple[int, int]]) -> int:
+    """Return the bytes of a page of layers that keep so many heads of a size."""
+    numbers = sum(heads * PAGE * (dim + pad(dim, TILE)) for heads, dim in stored)
+    return pad(2 * numbers, _LINE)
+
+
 class Pages:
     """The memory, and who holds which page of it.
 
@@ -55,6 +61,8 @@ class Pages:
     ----------
     states
         What the kernels are given, ``[sequences, layers]`` of :data:`~.records.STATE`.
+    stored
+        See above.
     page_bytes
         Of a page, all layers together.
     count
@@ -70,14 +78,14 @@ class Pages:
     """
 
     def __init__(self, stored: Sequence[tuple[int, int]], size_bytes: int, sequences: int) -> None:
+        self.stored = [list(each) for each in stored]
         self.heads = np.array([heads for heads, _ in stored], np.int64)
         self._dims = [dim for _, dim in stored]
-        offsets, end = [], 0
+        self._offsets, end = [], 0
         for heads, dim in stored:
-            offsets.append((end, end + 2 * heads * PAGE * dim))
+            self._offsets.append((end, end + 2 * heads * PAGE * dim))
             end += 2 * heads * PAGE * (dim + pad(dim, TILE))
-        self._offsets = offsets
-        self.page_bytes = pad(end, _LINE)
+        self.page_bytes = page_bytes(stored)
         self.count = size_bytes // self.page_bytes
         if self.count < 1:
             raise ShapeError(
@@ -90,7 +98,7 @@ class Pages:
         self.states = np.zeros((sequences, len(stored)), STATE)
         self._tables = np.zeros((sequences, self.count), np.int64)
         at = self._memory.ctypes.data
-        for layer, (keys, values) in enumerate(offsets):
+        for layer, (keys, values) in enumerate(self._offsets):
             self.states["keys"][:, layer] = at + keys
             self.states["values"][:, layer] = at + values
         self.states["page"] = PAGE
@@ -173,11 +181,13 @@ class Pages:
             When no page is free.
         """
         (new,) = self.take(1)
-        size = self.page_bytes
-        to, source = self._memory[new * size :][:size], self._memory[page * size :][:size]
-        to[:] = source
+        self.content(new)[:] = self.content(page)
         self.give((page,))
         return new
+
+    def content(self, page: int) -> NDArray[np.uint8]:
+        """Return the bytes of a page, to read or to write."""
+        return self._memory[page * self.page_bytes : (page + 1) * self.page_bytes]
 
     def table(self, row: int) -> NDArray[np.int64]:
         """Where the pages of a sequence are, in bytes."""
@@ -204,7 +214,7 @@ class Pages:
         """Return a page's keys and values of a layer as new arrays ``[H, PAGE, dim]``."""
         heads, dim = int(self.heads[layer]), self._dims[layer]
         keys, values = self._offsets[layer]
-        halves = self._memory[page * self.page_bytes :][: self.page_bytes].view(np.float16)
+        halves = self.content(page).view(np.float16)
         strips = pad(dim, TILE) // TILE
         packed = halves[keys // 2 : values // 2].reshape(heads, PAGE // TILE, dim, TILE)
         found = packed.swapaxes(2, 3).reshape(heads, PAGE, dim)

@@ -74,7 +74,40 @@ LATENT = np.dtype(
     align=True,
 )
 
-#: One decoder layer. ``window`` 0: attention sees everything. ``clip`` bounds q, k and v.
+#: A gated delta net, see :mod:`cpu_experts.decoder.delta`; ``key_heads`` 0: the layer has none.
+#: ``q``, ``k``, ``v``, ``z``, ``b`` and ``a`` are where a first head's numbers lie in the layer's
+#: first products, and the ``_step``\ s how far the next key head's are behind.
+DELTA = np.dtype(
+    [
+        ("key_heads", "i8"),
+        ("value_heads", "i8"),
+        ("key_dim", "i8"),
+        ("value_dim", "i8"),
+        ("taps", "i8"),
+        ("channels", "i8"),
+        ("q", "i8"),
+        ("q_step", "i8"),
+        ("k", "i8"),
+        ("k_step", "i8"),
+        ("v", "i8"),
+        ("v_step", "i8"),
+        ("z", "i8"),
+        ("z_step", "i8"),
+        ("b", "i8"),
+        ("a", "i8"),
+        ("a_step", "i8"),
+        ("conv", "i8"),
+        ("bias", "i8"),
+        ("forgets", "i8"),
+        ("steps", "i8"),
+        ("norm", "i8"),
+        ("eps", "f4"),
+    ],
+    align=True,
+)
+
+#: One decoder layer. ``gated``: every query head has a gate behind it. ``window`` 0: attention sees
+#: everything. ``clip`` bounds q, k and v.
 LAYER = np.dtype(
     [
         ("norm", NORM),
@@ -89,7 +122,9 @@ LAYER = np.dtype(
         ("kv_heads", "i8"),
         ("head_dim", "i8"),
         ("window", "i8"),
+        ("gated", "i8"),
         ("latent", LATENT),
+        ("delta", DELTA),
         ("ffn_norm", NORM),
         ("router", ROUTER),
         ("experts", EXPERTS),
@@ -106,7 +141,8 @@ HEAD = np.dtype([("norm", NORM), ("matrix", MATRIX), ("scale", "f4")], align=Tru
 
 #: One layer's keys and values: ``length`` positions are filled, the next token comes behind. They
 #: lie in pages of ``page`` positions, a multiple of 16: ``table`` is the address of a word for
-#: each, how many bytes behind ``keys`` and ``values`` it is.
+#: each, how many bytes behind ``keys`` and ``values`` it is. Of a gated delta net ``inputs`` and
+#: ``memory`` are read, and what they are next is written ``_after``.
 STATE = np.dtype(
     [
         ("keys", "i8"),
@@ -116,6 +152,10 @@ STATE = np.dtype(
         ("beyond", "i8"),
         ("table", "i8"),
         ("page", "i8"),
+        ("inputs", "i8"),
+        ("inputs_after", "i8"),
+        ("memory", "i8"),
+        ("memory_after", "i8"),
     ],
     align=True,
 )

@@ -17,6 +17,7 @@ import numpy as np
 from numba import prange
 
 from cpu_experts.decoder.decode_step import ATTENTION, DENSE, ROUTED, spend
+from cpu_experts.decoder.delta import delta_items
 from cpu_experts.decoder.ops import route
 from cpu_experts.decoder.step_attention import (
     attend_tokens,
@@ -93,14 +94,12 @@ class Work(NamedTuple):
 
 
 @kernel()
-def _attention(layer, states, counter, cos, sin, paired, work, count, texts, owners, w):
+def _look_back(layer, states, counter, cos, sin, paired, work, count, texts, owners, w):
+    """Attention between its projections; returns what it found, when all of it is there."""
     one, buf, order, acts = np.float32(1), work.my_buf[w], work.order, work.acts
-    q, o, latent, heads = layer["q"], layer["o"], layer["latent"], layer["heads"]
-    formats = (q["format"], layer["k"]["format"], layer["v"]["format"])
+    latent, heads = layer["latent"], layer["heads"]
     looking = work.looking[: count * heads * layer["head_dim"]]
     by_token = looking.reshape(count, heads * layer["head_dim"])
-    normalize_tokens(counter, NORM, layer["norm"], formats, work.x, order, count, work.normed, acts)
-    project_all(counter, PROJECT, layer, formats, work.normed, acts, order, count, buf, work.qkv)
     compressed = latent["rank"] > 0
     if compressed:
         queries, q_b = work.qkv, latent["q_b"]
@@ -124,15 +123,30 @@ def _attention(layer, states, counter, cos, sin, paired, work, count, texts, own
     attend_tokens(
         counter, ATTEND, layer, states, texts, looking, order, work.my_places[w],
         work.my_scores[w], buf, work.my_stats[w], work.my_sums[w], work.parts, work.stats,
-        work.attended,
+        work.qkv, work.attended,
     )  # fmt: skip
+    if not compressed:
+        return work.attended
+    expand_values(
+        counter, EXPAND, layer, work.attended, count, order, work.my_normed[w], work.my_act[w],
+        buf, work.expanded,
+    )  # fmt: skip
+    return work.expanded
+
+
+@kernel()
+def _attention(layer, states, counter, cos, sin, paired, work, count, texts, owners, w):
+    one, buf, order, acts = np.float32(1), work.my_buf[w], work.order, work.acts
+    q, o, delta = layer["q"], layer["o"], layer["delta"]
+    formats = (q["format"], layer["k"]["format"], layer["v"]["format"])
+    normalize_tokens(counter, NORM, layer["norm"], formats, work.x, order, count, work.normed, acts)
+    project_all(counter, PROJECT, layer, formats, work.normed, acts, order, count, buf, work.qkv)
     found = work.attended
-    if compressed:
-        found = work.expanded
-        expand_values(
-            counter, EXPAND, layer, work.attended, count, order, work.my_normed[w], work.my_act[w],
-            buf, found,
-        )  # fmt: skip
+    if delta["key_heads"]:
+        items = delta_items(counter, ATTEND, delta, states, texts, work.qkv, buf, found)
+        wait_for(counter, ATTEND + 1, items)
+    else:
+        found = _look_back(layer, states, counter, cos, sin, paired, work, count, texts, owners, w)
     activate_tokens(counter, ACTIVATE, o["format"], found, o["cols"], count, acts)
     act, stride = given((o["format"], _ZERO, _ZERO), o["format"], found, acts)
     scale = layer["residual"] * one

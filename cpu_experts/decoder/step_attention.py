@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_experts.decoder.attention import CHUNK, keep, prepare
+from cpu_experts.decoder.delta import open_gate
 from cpu_experts.decoder.mla import turned
 from cpu_experts.decoder.ops import activate, normalize
 from cpu_experts.decoder.prompt import ROWS, SPAN, look
@@ -54,7 +55,8 @@ def prepare_heads(
         keep(state, stored, slot, dim, key, values, clip)
         for t in range(head * many, (head + 1) * many):
             query = looking[n, t * dim : (t + 1) * dim]
-            prepare(layer["q_norm"], clip, row[:in_q], t, dim, cos[n], sin[n], paired, query)
+            at_query = t * (1 + layer["gated"])
+            prepare(layer["q_norm"], clip, row[:in_q], at_query, dim, cos[n], sin[n], paired, query)
             for i in range(dim):
                 query[i] *= scaling
         fetch_add(counter, at + 1)
@@ -166,7 +168,7 @@ def _merge(chunks, rows, dim, parts, stats, first, out, out_at):
 @kernel()
 def attend_tokens(
     counter, at, layer, states, texts, looking, order, places, scores, buf, own_stats, own_sums,
-    parts, stats, attended,
+    parts, stats, qkv, attended,
 ):  # fmt: skip
     """Take (key-value head, tokens, chunk) items; returns when all tokens have attended.
 
@@ -239,5 +241,10 @@ def attend_tokens(
                         chunks, rows_all, dim, parts, stats, first + r, attended[n + r // many],
                         (head * many + r % many) * dim,
                     )  # fmt: skip
+            if layer["gated"]:
+                for r in range(rows):
+                    own, query_head = n + r // many, head * many + r % many
+                    of_head = attended[own, query_head * dim : (query_head + 1) * dim]
+                    open_gate(qkv[own, (2 * query_head + 1) * dim :], of_head, dim)
             fetch_add(counter, at + 1)
     wait_for(counter, at + 1, total)

@@ -22,6 +22,11 @@ def padded(*shape: int) -> F32:
     return np.zeros((*shape[:-1], pad(int(shape[-1]), TILE) + TILE), np.float32)
 
 
+def scratch_of(layers: Sequence[Layer]) -> list[int]:
+    """Return the float32 that gated delta nets need of a thread."""
+    return [layer.delta.scratch for layer in layers if layer.delta is not None]
+
+
 def _bytes(count: int, each: int) -> Any:
     """Room for ``count`` times ``each`` bytes, which also holds whole float32."""
     return np.zeros(pad(count * each, 64), np.uint8)
@@ -78,7 +83,7 @@ def allocate(
         order=np.arange(max(tokens * chosen, rows), dtype=np.int32),
         zeros=np.zeros(1, np.int64),
         everyone=np.zeros(2, np.int64),
-        my_buf=padded(threads, max(kernels.SCRATCH, rows * TILE)),
+        my_buf=padded(threads, max(kernels.SCRATCH, rows * TILE, *scratch_of(layers))),
         my_places=np.zeros((threads, rows + TILE), np.int32),
         my_scores=padded(threads, rows * prompt.SPAN),
         my_stats=np.zeros((threads, rows, TILE), np.float32),

@@ -22,7 +22,8 @@ from hybrid.gguf.config import config_of as config_of_gguf
 from hybrid.gguf.header import is_gguf, models_in, read_gguf
 from hybrid.gguf.stored import Stored
 from hybrid.gguf.stored import stored as stored_weights
-from hybrid.hub import HubName, config_of, header_of, hub_name
+from hybrid.hub.fetch import config_of, header_of
+from hybrid.hub.names import HubName, hub_name
 from planner.describe.checked_table import read_table
 from planner.describe.families import from_hf_config, from_table, settings_of
 from planner.describe.model import ModelSpec

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import UsageError
+from hybrid.hub.names import repo_of
 from planner.describe.checked_table import nearest, parse_table, read_table
 from planner.describe.hardware import HardwareSpec
 from planner.describe.routing_law import PublishedLaw, read_laws
@@ -53,9 +54,8 @@ def resolve(name: str, kind: str) -> dict[str, Any]:
 def directory_name(directory: Path) -> str:
     """Return what the model in a directory is called: the hub's cache calls it by a hash."""
     folder = directory.resolve()
-    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        return folder.parents[1].name.rpartition("--")[2]
-    return folder.name
+    repo = repo_of(folder) if folder.parent.name == "snapshots" else None
+    return folder.name if repo is None else repo.rpartition("/")[2]
 
 
 def find_hardware(name: str | Path) -> HardwareSpec:

@@ -410,5 +410,52 @@ def planner(
         rows.deliver(result, as_json, planner_table)
 
 
+@bench_app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="As for 'hybrid serve', which is started with it."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A server that runs already, such as http://127.0.0.1:8080.")
+    ] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option(min=1, max=256, help="Clients at once; repeatable.")
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(min=1, max=_MOST_REPEATS, help="Questions of each client.")
+    ] = 8,
+    prompt: Annotated[int, typer.Option(min=1, help="Words of a prompt, the median.")] = 100,
+    generate: Annotated[int, typer.Option(min=2, help="New tokens, the median.")] = 64,
+    pause: Annotated[
+        float, typer.Option(min=0, max=3600, help="Mean seconds from an answer to a question.")
+    ] = 0.2,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="Answers at once of the server that is started.")
+    ] = 4,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: _JSON = False,
+    record: _RECORD = None,
+) -> None:
+    """A server under load: tokens/s, time to the first token and per token of 1, 4, 16 clients."""
+    with _measuring(record) as rows:
+        from hybrid.bench.serving import CLIENTS, run_serve_bench, serve_table
+
+        result = run_serve_bench(
+            model,
+            url=url,
+            options=["--parallel", str(parallel), "--max-queue", "256"],
+            clients=clients or CLIENTS,
+            requests=requests,
+            prompt=prompt,
+            generate=generate,
+            pause_s=pause,
+            threads=threads,
+            progress=_say,
+            finished=rows.finished,
+        )
+        rows.deliver(result, as_json, serve_table)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)

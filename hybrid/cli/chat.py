@@ -13,6 +13,7 @@ import typer
 
 from hybrid.ask.options import Options
 from hybrid.cli import generation as cli
+from hybrid.cli.chat_commands import Commands
 from hybrid.cli.options import (
     MaxNewTokens,
     Model,
@@ -29,9 +30,13 @@ from hybrid.errors import UsageError
 if TYPE_CHECKING:
     from hybrid.session.conversation import Conversation
 
-_WELCOME = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
-_WHEN_FULL = ("drop", "stop")
-_EXITS = {"/exit", "/quit", "/bye"}
+_WELCOME = "/help lists what there is beside messages, Ctrl-C stops an answer, Ctrl-D ends it all"
+_CUT = {
+    "max_new_tokens": "the answer has as many tokens as --max-new-tokens allows",
+    "context full": "the answer reached the end of the model's context",
+}
+"""Why an answer is not whole."""
+_WHEN_FULL = ("ask", "drop", "stop")
 
 
 @with_options(sampling=sampling_options, options=session_options)
@@ -46,19 +51,30 @@ def chat(
         typer.Option(help="A Jinja file to use instead of the model's own chat template."),
     ] = None,
     think: Annotated[
-        bool,
-        typer.Option("--think/--no-think", help="Let the model think before it answers, or not."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--think/--no-think",
+            help="Have the model think before it answers, or not; as its template has it unless "
+            "given.",
+            show_default=False,
+        ),
+    ] = None,
+    reasoning_effort: Annotated[
+        str | None,
+        typer.Option(help="How much to think: a word that the chat template knows, such as low."),
+    ] = None,
     template_arg: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE for the chat template; can be given several times."),
     ] = None,
     when_full: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="When the context has no room for the next answer: drop the oldest turns, or stop."
+            help="When the context has no room for the next answer: ask whether to drop the oldest "
+            "turns (at a terminal), drop them (elsewhere), or stop.",
+            show_default=False,
         ),
-    ] = "drop",
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     sampling: Sampling,
     stop: Stop = None,
@@ -67,27 +83,30 @@ def chat(
 ) -> None:
     """Talk with a model.
 
-    A line is a message; one that ends in a backslash goes on in the next line.
+    A line is a message; one that ends in a backslash goes on in the next line. Lines that begin
+    with a slash are commands, which /help lists.
     """
-    if when_full not in _WHEN_FULL:
-        raise UsageError(
-            f"--when-full is {when_full!r}", hint=f"choose one of {', '.join(_WHEN_FULL)}"
-        )
+    interactive = sys.stdin.isatty()
+    when_full = _when_full(when_full, interactive)
     stop, template_arg = (
         cli.given_texts(given, option)
         for given, option in ((stop, "--stop"), (template_arg, "--template-arg"))
     )
     system = None if system is None else cli.given_text(system, "--system")
+    if reasoning_effort is not None:
+        reasoning_effort = cli.given_text(reasoning_effort, "--reasoning-effort")
     template = None if chat_template is None else cli.read_text(chat_template)
     loaded = cli.load(model, options, yes=yes)
     if template is not None:
         loaded.tokenizer.chat_template = template
     loaded.require_chat_template()
     variables = template_variables(
-        template_arg or [], think=think, template=str(loaded.tokenizer.chat_template)
+        template_arg or [],
+        think=think,
+        effort=reasoning_effort,
+        template=str(loaded.tokenizer.chat_template),
     )
     cli.set_seed(sampling.seed)
-    interactive = sys.stdin.isatty()
     if interactive:
         print(_WELCOME, file=sys.stderr)
     from hybrid.session.conversation import Conversation
@@ -96,7 +115,7 @@ def chat(
         loaded,
         system=system,
         template_args=variables,
-        drop_oldest=when_full == "drop",
+        may_drop=_ask_to_drop if when_full == "ask" else lambda _: when_full == "drop",
         tell=lambda line: print(f"hybrid: {line}", file=sys.stderr),
     )
     with cli.prompt_progress(loaded):
@@ -111,17 +130,42 @@ def chat(
         )
 
 
-def template_variables(given: list[str], *, think: bool, template: str) -> dict[str, Any]:
-    """Return the variables of a chat template that were given as ``NAME=VALUE``.
+def _when_full(given: str | None, interactive: bool) -> str:
+    """Return what to do when the context is full."""
+    if given is None:
+        return "ask" if interactive else "drop"
+    if given not in _WHEN_FULL:
+        raise UsageError(f"--when-full is {given!r}", hint=f"choose one of {', '.join(_WHEN_FULL)}")
+    if given == "ask" and not interactive:
+        raise UsageError(
+            "--when-full ask: messages come from a pipe, there is nobody to ask",
+            hint="choose drop or stop",
+        )
+    return given
+
+
+def _ask_to_drop(question: str) -> bool:
+    """Ask at the terminal; only a clear yes, or Return, is one."""
+    try:
+        return _ask_terminal(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
+    except EOFError:
+        return False
+
+
+def template_variables(
+    given: list[str], *, think: bool | None, effort: str | None = None, template: str
+) -> dict[str, Any]:
+    """Return the variables of a chat template that were given as ``NAME=VALUE`` and otherwise.
 
     A value that is JSON is what that says, any other is a text.
 
     Raises
     ------
     UsageError
-        When one has no name, or thinking is to be off and the template has no switch for that.
+        When one has no name, or the template has no switch for thinking, or for how much of it,
+        and is to have one.
     """
-    from hybrid.session.chat_template import thinking_switches
+    from hybrid.session.chat_template import takes_variable, thinking_switches
 
     variables: dict[str, Any] = {}
     for pair in given:
@@ -135,14 +179,22 @@ def template_variables(given: list[str], *, think: bool, template: str) -> dict[
             variables[name] = json.loads(value)
         except (ValueError, RecursionError):
             variables[name] = value
-    if not think:
-        switches = thinking_switches(template)
+    if think is not None:
+        option = "--think" if think else "--no-think"
+        switches = thinking_switches(template, on=think)
         if not switches:
             raise UsageError(
-                "--no-think: the chat template has no switch for thinking",
-                hint="leave --no-think out, or give the template's own with --template-arg",
+                f"{option}: the chat template has no switch for thinking",
+                hint=f"leave {option} out, or give the template's own with --template-arg",
             )
         variables = switches | variables
+    if effort is not None:
+        if not takes_variable(template, "reasoning_effort"):
+            raise UsageError(
+                f"--reasoning-effort {effort!r}: the chat template does not ask for it",
+                hint="leave it out, or give the template's own with --template-arg",
+            )
+        variables = {"reasoning_effort": effort} | variables
     return variables
 
 
@@ -167,17 +219,19 @@ def talk(
     options
         For ``Conversation.ask``.
     """
-    while True:
+
+    def answer(text: str) -> None:
+        _answer(conversation, text, options)
+        summary.tell()
+
+    commands = Commands(conversation, answer, summary)
+    while not commands.over:
         try:
             text = _read_message(read_line)
-            if text.strip() in _EXITS:
-                return
-            if text.strip() == "/clear":
-                conversation.clear()
-                print("the conversation is forgotten", file=sys.stderr)
+            if text.lstrip().startswith("/") and not text.lstrip().startswith("//"):
+                commands.run(text.strip())
             elif text.strip():
-                _answer(conversation, text, options)
-                summary.tell()
+                answer(text.replace("//", "/", 1) if text.lstrip().startswith("//") else text)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -197,6 +251,10 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> N
     except KeyboardInterrupt:
         end_line(interrupted=True)
         print("[stopped]", file=sys.stderr)
+    ended = conversation.last.ended if conversation.last else ""
+    if ended in _CUT:
+        end_line()
+        print(f"[cut: {_CUT[ended]}]", file=sys.stderr)
 
 
 class Thoughts:

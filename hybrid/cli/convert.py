@@ -69,6 +69,12 @@ def convert(
             "multiply. Without DST that is all.",
         ),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Refuse weights that cannot be kept exactly as they were published."
+        ),
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -108,7 +114,7 @@ def convert(
         if dst is None:
             return
     if dst is None or check:
-        _check(source, experts, dense, verify)
+        _check(source, experts, dense, exact=exact, verify=verify)
         return
     check_files(checkpoint_at(source))  # before torch, which takes seconds, is imported
     from hybrid.weights import checkpoint
@@ -122,6 +128,7 @@ def convert(
             experts=experts,
             dense=dense,
             importance=importance,
+            exact=exact,
             verify=verify,
             progress=progress,
             tell=_say,
@@ -154,7 +161,7 @@ def _experts(made: ConvertResult | CheckResult) -> str:
     )
 
 
-def _check(src: Path, experts: str | None, dense: str | None, verify: bool) -> None:
+def _check(src: Path, experts: str | None, dense: str | None, *, exact: bool, verify: bool) -> None:
     """Tell all that was found; the exit code is that of an error where something hinders."""
     source = checkpoint_at(src)
     errors, notes = findings(source, source.checks)  # before torch is imported
@@ -164,7 +171,7 @@ def _check(src: Path, experts: str | None, dense: str | None, verify: bool) -> N
 
     with conversion_progress(f"Reading {directory_name(src)}") as progress:
         found = checkpoint.check(
-            src, experts=experts, dense=dense, verify=verify, progress=progress
+            src, experts=experts, dense=dense, exact=exact, verify=verify, progress=progress
         )
     _tell(found.errors, found.notes)
     _say(f"{src} can be converted: {_experts(found)}, dense weights {size(found.dense_bytes)}")

@@ -11,7 +11,10 @@ from hybrid.ask.asked_model import AskedModel, find_model
 from hybrid.ask.options import Options
 from hybrid.errors import UsageError
 from hybrid.formats.registry import weight_bytes
-from hybrid.hub import Manifest, UnreachableError, download, hub_name, kept_copy, manifest
+from hybrid.hub.fetch import Manifest, download, manifest
+from hybrid.hub.kept import kept_copy
+from hybrid.hub.names import hub_name
+from hybrid.hub.refusals import UnreachableError
 from hybrid.paths import cache_dir, require_room
 from hybrid.planning.plan import machine_for, plan_on
 from hybrid.weights.declared_formats import check_format

@@ -27,6 +27,7 @@ _PACKAGES = ("torch", "transformers", "numpy", "numba", "llvmlite", "tokenizers"
 _VARIABLES = (
     "HYBRID_SIMD",
     "HYBRID_CACHE",
+    "HYBRID_CACHE_LIMIT",
     "NUMBA_CACHE_DIR",
     "NUMBA_NUM_THREADS",
     "NUMBA_THREADING_LAYER",

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from hybrid.formats.registry import FORMATS
-from hybrid.hub import Downloaded, downloaded
-from hybrid.weights.copies import KeptCopy, kept_copies
+from hybrid.hub.kept import Downloaded, downloaded
+from hybrid.weights.copies import KeptCopy, formats_of, kept_copies
 from planner.describe.words import in_words
 
 _HEAD = ("copy", "size", "experts", "dense", "last used", "made of")
@@ -34,6 +33,7 @@ def list_models(
                     "name": copy.path.name,
                     **{k: str(v) if k == "path" else v for k, v in asdict(copy).items()},
                     "can_be_made_again": copy.can_be_made_again,
+                    "kept_as": None if (kept := formats_of(copy)) is None else asdict(kept),
                 }
                 for copy in copies
             ],
@@ -52,11 +52,17 @@ def list_models(
 
 def _row(copy: KeptCopy) -> tuple[str, ...]:
     gone = "" if copy.can_be_made_again else " (no longer there)"
+    kept = formats_of(copy)
+    if kept is None:  # what was asked for
+        experts, dense = copy.experts or "as the model", copy.dense or "as the model"
+    else:
+        experts = ", ".join(kept.experts) or "none"
+        dense = ", ".join(kept.dense) or "as the model"
     return (
         copy.path.name if copy.whole else f"{copy.path.name} (not finished)",
         in_words(copy.nbytes),
-        copy.experts or "as the file",
-        copy.dense or ("as the file" if copy.experts not in FORMATS else "as the model"),
+        experts,
+        dense,
         _when(copy.used_s),
         f"{copy.called or 'unknown'}{gone}",
     )

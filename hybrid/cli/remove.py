@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from hybrid.errors import UsageError
-from hybrid.hub import Downloaded, downloaded, hub_name, remove_download
+from hybrid.hub.kept import Downloaded, downloaded, remove_download
+from hybrid.hub.names import hub_name
 from hybrid.weights.copies import KeptCopy, kept_copies, remove_copy
 from planner.describe.words import in_words
 

@@ -28,6 +28,14 @@ class Prefix(NamedTuple):
     pages: list[int]
 
 
+class Known(NamedTuple):
+    """A page and its tokens, ``behind`` the one of that number in a list, or -1."""
+
+    behind: int
+    ids: tuple[int, ...]
+    page: int
+
+
 class _Node:
     """A page and its tokens; ``children`` go on behind them."""
 
@@ -101,6 +109,34 @@ class Prefixes:
                 self.tokens += len(part)
             self._touch(child)
             node = child
+
+    def latest(self, count: int) -> list[Known]:
+        """Return up to so many pages, those that would be forgotten last, each behind its own."""
+        found: list[Known] = []
+        places: dict[_Node, int] = {self._root: -1}
+        for leaf in sorted(self._leaves(), key=lambda leaf: leaf.priority, reverse=True):
+            path = [leaf]
+            while path[-1].parent is not None and path[-1].parent not in places:
+                path.append(path[-1].parent)
+            for node in path[::-1][: count - len(found)]:
+                assert node.parent is not None
+                places[node] = len(found)
+                found.append(Known(places[node.parent], node.ids, node.page))
+        return found
+
+    def restore(self, known: Sequence[Known]) -> None:
+        """Take what :meth:`latest` returned, in pages that are its own from here on.
+
+        Nothing is known before.
+        """
+        nodes: list[_Node] = []
+        for behind, ids, page in known:
+            parent = self._root if behind < 0 else nodes[behind]
+            node = parent.children[ids] = _Node(ids, page, parent)
+            self.tokens += len(ids)
+            nodes.append(node)
+        for node in nodes[::-1]:  # what is first in the list was used last
+            self._touch(node)
 
     def reclaim(self, missing: int) -> None:
         """Forget what it takes to free so many pages, or all that frees any."""

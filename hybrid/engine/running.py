@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from cpu_experts.decoder.pages import PAGE, PagedSequence
+from hybrid.ask.speculate import MOST_DRAFTED
 from hybrid.engine.prefixes import common
 from hybrid.loop.prepared import Prepared
+from hybrid.loop.speculation import Drafts
 from hybrid.session.generation_stream import GenerationStream
 
 OnEnd = Callable[[BaseException | None], None]
@@ -36,6 +38,8 @@ class Running:
         How many logits there are.
     on_end
         See :data:`OnEnd`.
+    drafts
+        What drafts its tokens where nothing is computed beside it; None where nothing is to.
 
     Attributes
     ----------
@@ -57,11 +61,12 @@ class Running:
         generator: torch.Generator,
         vocabulary: int,
         on_end: OnEnd,
+        drafts: Drafts | None = None,
     ) -> None:
         self.ids = list(prepared.ids)
         self.sequence: PagedSequence | None = None
         self.stream, self.check, self.on_end = stream, check, on_end
-        self.aside = False
+        self.aside, self.drafts = False, drafts
         self._choice = prepared.choice(vocabulary, generator)
         self._ends = prepared.ends
         self._prompt = len(self.ids)
@@ -113,9 +118,49 @@ class Running:
             self.stream.keep(reused)
             self.stream.put(torch.tensor([self.ids]))
 
-    def accept(self, logits: Tensor) -> bool:
-        """Choose the next token by ``logits`` ``[V]``; returns whether it was the last."""
-        token = self._choice.choose(logits)
+    def draft(self, room: int) -> list[int]:
+        """Return tokens that are likely to follow, ``room`` at most in the memory."""
+        if self.drafts is None:
+            return []
+        longest = room if self._ends.longest is None else min(room, self._ends.longest)
+        return self.drafts.propose(min(MOST_DRAFTED, longest - len(self.ids) - 1))
+
+    def accept(self, logits: Tensor, draft: Sequence[int] = ()) -> tuple[int, bool]:
+        """Choose the tokens that follow by ``logits`` ``[T, V]``, as far as they were drafted.
+
+        The sequence holds the draft: what was not chosen of it is cut off before anybody sees
+        another token.
+
+        Returns
+        -------
+        How many were chosen, and whether the text ended with the last one.
+        """
+        for place in range(len(draft) + 1):
+            ended = self._add(self._choice.choose(logits[place]))
+            token = self.ids[-1]
+            last = ended or place == len(draft) or token != draft[place]
+            if last:
+                self._cut()
+            try:
+                self.stream.put(self._buffer[0, len(self.ids) - 1 : len(self.ids)].clone())
+            except BaseException:
+                self._cut()
+                raise
+            if self.drafts is not None:
+                self.drafts.add(token)
+            if last:
+                break
+        if ended:
+            self.stream.end()
+        return place + 1, ended
+
+    def _cut(self) -> None:
+        """Forget what the sequence holds beyond the last but one token."""
+        if self.sequence is not None and self.sequence.length() >= len(self.ids):
+            self.sequence.cut(len(self.ids) - 1)
+
+    def _add(self, token: int) -> bool:
+        """Take the next token; returns whether it is the last."""
         length = len(self.ids)
         if length == len(self._numbers):
             more = max(_GROWTH, length)
@@ -123,8 +168,4 @@ class Running:
             self._numbers = self._buffer.numpy()[0]
         self._numbers[length] = token
         self.ids.append(token)
-        ended = self._ends.met(token, length + 1, self._buffer)
-        self.stream.put(self._buffer[0, length : length + 1].clone())
-        if ended:
-            self.stream.end()
-        return ended
+        return self._ends.met(token, length + 1, self._buffer)

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from cpu_experts.decoder.pages import PAGE, PagesFull
 from hybrid.engine.errors import BeyondHalfError, NotANumberError, TooLongError
+from hybrid.engine.kept_prefixes import KeptPrefixes
 from hybrid.engine.prefixes import Prefixes
 from hybrid.engine.running import OnEnd, Running
 from hybrid.fast.decode import STEP, FastDecoder
@@ -88,6 +91,11 @@ class Together:
         """Tokens whose keys and values are remembered, those of running texts among them."""
         return 0 if self._memory is None else self._memory.prefixes.tokens
 
+    def check_fits(self, tokens: int) -> None:
+        """Raise TooLongError when the memory has no room for a prompt of so many tokens."""
+        if self._memory is not None and tokens >= self.room:
+            raise TooLongError(tokens, self.room)
+
     def admit(
         self, writing: Writing, seed: int | None, check: Callable[[], None], on_end: OnEnd
     ) -> bool:
@@ -113,10 +121,9 @@ class Together:
         with self._model.turn(), torch.no_grad():
             if not self._ready() or self._memory is None:
                 return False
-            tokens, many = writing.ids.shape[1], self._memory.many
-            if tokens >= self.room:
-                raise TooLongError(tokens, self.room)
-            prepared = self._model.prepare(writing)
+            self.check_fits(writing.ids.shape[1])
+            many = self._memory.many
+            prepared, drafts = self._model.prepare(writing)
             begin_run(self._model.loaded, 0)
         if prepared is None:
             return False
@@ -125,7 +132,7 @@ class Together:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        text = Running(prepared, writing.stream, check, generator, many.vocabulary, on_end)
+        text = Running(prepared, writing.stream, check, generator, many.vocabulary, on_end, drafts)
         text.follow(self.running)
         self.running.append(text)
         return True
@@ -138,10 +145,22 @@ class Together:
             return
         with self._model.turn(), torch.no_grad():
             step, piece = self._shares()
-            if step:
+            if step and len(self.running) == 1:
+                self._compute(step, self._single)
+            elif step:
                 self._compute(step, self._step)
             if piece:
                 self._compute(piece, self._piece)
+
+    def load(self, kept: KeptPrefixes) -> str:
+        """Read what is kept of texts, before any is written; returns what came of it, in words."""
+        assert self._memory is not None
+        return kept.load(self._memory.many.pages, self._memory.prefixes)
+
+    def save(self, kept: KeptPrefixes) -> str:
+        """Keep what is remembered of texts, once none is written any more; says what came of it."""
+        assert self._memory is not None
+        return kept.save(self._memory.many.pages, self._memory.prefixes)
 
     def check_integrity(self) -> None:
         """Assert that all memory is that of running texts, remembered or free."""
@@ -159,7 +178,7 @@ class Together:
         else:
             fast, self.refused = path.ready(network)
         if fast is not None:
-            self.refused = ManySequences.unfit(fast)
+            self.refused = ManySequences.unfit(fast) or _with_state(network)
         if fast is None or self.refused is not None:
             return False
         if self._memory is None or self._memory.fast is not fast:
@@ -239,7 +258,29 @@ class Together:
         ]
         rows = self._memory.many.step(given)
         for (text, _), row in zip(shares, rows, strict=True):
-            self._guarded(text, functools.partial(self._advance, text, row))
+            self._guarded(text, functools.partial(self._advance, text, row[None]))
+
+    def _single(self, shares: list[_Share]) -> None:
+        """Compute what one text gets alone; where its next token is due, with a draft of more."""
+        ((text, count),) = shares
+        assert self._memory is not None
+        assert text.sequence is not None
+        due = text.missing == 1
+        draft = text.draft(self.room) if due else []
+        try:
+            text.sequence.make_room(count + len(draft))
+        except PagesFull:
+            draft = []
+        begun_s = time.perf_counter()
+        rows = self._memory.many.step_one(text.sequence, [*text.pending(count), *draft])
+        seconds = time.perf_counter() - begun_s
+
+        def advance() -> None:
+            new = self._advance(text, rows[-1 - len(draft) :], draft)
+            if text.drafts is not None and due:
+                text.drafts.took(1 + len(draft), new, seconds)
+
+        self._guarded(text, advance)
 
     def _piece(self, shares: list[_Share]) -> None:
         assert self._memory is not None
@@ -250,24 +291,31 @@ class Together:
         rate = count / (time.perf_counter() - begun_s)
         known = self._tokens_per_s or rate
         self._tokens_per_s = known + _NEW * (rate - known)
-        self._guarded(text, lambda: self._advance(text, row))
+        self._guarded(text, lambda: self._advance(text, row[None]))
 
-    def _advance(self, text: Running, row: Tensor) -> None:
-        """Take what was computed of a text; ``row`` ``[V]`` are the logits after its last token."""
+    def _advance(self, text: Running, rows: Tensor, draft: Sequence[int] = ()) -> int:
+        """Take what was computed of a text; returns how many new tokens that has.
+
+        ``rows`` ``[T, V]`` are the logits after its last pending token and those of a draft.
+        """
         assert self._memory is not None
         assert text.sequence is not None
-        length = text.sequence.length()
+        length = text.sequence.length() - len(draft)
         if text.sequence.beyond:
             raise BeyondHalfError(length)
-        if bool(np.isnan(row.float().numpy().max())):
+        if bool(np.isnan(rows[0].float().numpy().max())):
             raise NotANumberError(length)
         if not text.new_tokens:
             whole = length // PAGE
             self._memory.prefixes.add(text.ids[: whole * PAGE], text.sequence.pages[:whole])
-        if length == len(text.ids) and text.accept(row):
+        if length < len(text.ids):
+            return 0
+        new, ended = text.accept(rows, draft)
+        if ended:
             self._end(text, None)
+        return new
 
-    def _guarded(self, text: Running, call: Callable[[], None]) -> None:
+    def _guarded(self, text: Running, call: Callable[[], object]) -> None:
         """Call what concerns one text alone, and end that where it raises."""
         try:
             call()
@@ -297,6 +345,15 @@ class Together:
         for other in self.running:
             other.aside = False
         text.on_end(error)
+
+
+def _with_state(network: Any) -> str | None:
+    """Return why a network's layers do not all keep keys and values; None where they do."""
+    cache = DynamicCache(config=network.config.get_text_config(decoder=True))
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            return f"layer {index} keeps a state, which pages of keys and values do not hold"
+    return None
 
 
 class _Memory(NamedTuple):

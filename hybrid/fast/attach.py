@@ -350,6 +350,8 @@ class FastPath:
             begins = _begins(arguments["attention_mask"], cache.get_seq_length(), tokens)
             if begins is None:
                 return None, "masked positions"
+        if begins is not None and decoder.decoder.keeps_states and int(begins.max()) > 0:
+            return None, "a prompt of masked positions"
         if is_prompt(texts, tokens):
             if texts > 1:
                 return None, f"prompts of {texts} sequences at once"

@@ -20,9 +20,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from cpu_experts.decoder.decoder import Decoder
+from cpu_experts.decoder.layers import Layer
 from hybrid.fast.decoder_parts import rotary_row, rotary_sides
 from hybrid.fast.kv_cache import CacheForm, Sequence
 from hybrid.fast.prompt import OnPrompt, Piece, Teller, attention_in_pieces, in_pieces
+from hybrid.fast.state_layer import StateShape
 from hybrid.formats.registry import is_quantized
 from hybrid.stopwatch import Stopwatch
 from hybrid.transformers_api import cache_argument, causal_output, given_cache
@@ -75,10 +77,13 @@ class FastDecoder:
         self.form = CacheForm(
             shapes=tuple(layer.stored for layer in decoder.layers),
             windows=tuple(layer.window for layer in decoder.layers),
+            states=tuple(_state(layer) for layer in decoder.layers),
             dtype=model.dtype,
         )
         latents = [layer.latent for layer in decoder.layers if layer.latent is not None]
         self.compressed = bool(latents)
+        plain = not any(layer.gated or layer.delta for layer in decoder.layers)
+        self.attends = plain and not self.compressed
         self.rounds_less = any(is_quantized(latent.kv_b.format) for latent in latents)
         self.layers = self._base.layers
         self.growing = getattr(self._base.rotary_emb, "rope_type", "default") in GROWING
@@ -188,7 +193,7 @@ class FastDecoder:
         if positions is None:
             positions = torch.arange(total)[None] + cache.get_seq_length()
         keep = arguments.get("logits_to_keep", 0)
-        kept, teller, ours = [], Teller(on_prompt, total), not self.compressed
+        kept, teller, ours = [], Teller(on_prompt, total), self.attends
         whole = self._grows_within(int(positions.max()))
         for cut, logits_kept in [(slice(0, total), keep)] if whole else in_pieces(ids, keep):
             piece = functools.partial(
@@ -258,6 +263,15 @@ class FastDecoder:
             (rotary_row(c, self._pairs), rotary_row(s, self._pairs))
             for c, s in zip(cos[0], sin[0], strict=True)
         ]
+
+
+def _state(layer: Layer) -> StateShape | None:
+    """What a layer keeps, if that is a state."""
+    delta = layer.delta
+    if delta is None:
+        return None
+    heads = delta.value_heads
+    return StateShape(delta.taps, delta.channels, heads, delta.key_dim, delta.value_dim)
 
 
 def is_prompt(texts: int, tokens: int) -> bool:

@@ -9,22 +9,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from cpu_experts.decoder import ops as kernels
 from cpu_experts.decoder.decoder import Decoder
-from cpu_experts.decoder.layers import Latent, Layer, Matrix, Norm
+from cpu_experts.decoder.layers import Latent, Layer
 from cpu_experts.kernels.records import Experts
 from hybrid.anatomy.names import EXPERTS_BLOCKS, MLP_PROJECTIONS, SHARED_EXPERTS, SHARED_GATE
-from hybrid.anatomy.norms import read_norm
 from hybrid.anatomy.samples import UnfitError, close, floats, sample
 from hybrid.anatomy.widened import widened
+from hybrid.fast.delta_parts import read_delta
+from hybrid.fast.dense_parts import Packer, matrix_of, norm_of, only
 from hybrid.fast.packed_rows import packed_rows
 from hybrid.fast.router_parts import read_router
 from hybrid.formats.errors import HybridError
@@ -32,89 +39,15 @@ from hybrid.formats.strips import F32
 from hybrid.grafts import runner_of
 from hybrid.machine import host
 from hybrid.packed.dense import (
-    Arena,
-    PackedMlp,
     QuantizedLinear,
-    pack_linear,
-    pack_mlp,
     pack_tied,
     packed_size,
-    replace_modules,
 )
 from hybrid.transformers_api import cache_argument
 from planner.describe.words import in_words
 
 #: Heads that one item of attention over a compressed cache looks at it for, at most.
 _HEADS_AN_ITEM = 8
-
-
-def _only(module: nn.Module, allowed: str, what: str) -> None:
-    strange = [name for name, _ in module.named_children() if name not in allowed.split()]
-    if strange:
-        raise UnfitError(f"{what} has {', '.join(strange)}")
-
-
-def _norm(module: Any) -> Norm:
-    """Return a norm as the kernels take it."""
-    norm = read_norm(module)
-    return Norm(
-        weight=np.ascontiguousarray(norm.weight.numpy()),
-        eps=norm.eps,
-        bias=floats(getattr(module, "bias", None)),
-        centered=norm.kind == "centred",
-    )
-
-
-class _Packer:
-    """Lays a model's dense weights out for the kernels, beside its modules or in their place.
-
-    Parameters
-    ----------
-    replace
-        Whether packed modules take the ordinary ones' places, whose weights are emptied.
-
-    Attributes
-    ----------
-    arena
-        Where what is read for every token lies.
-    """
-
-    def __init__(self, replace: bool) -> None:
-        self.arena = Arena()
-        self._replace = replace
-
-    def linear(self, owner: Any, name: str) -> QuantizedLinear:
-        """Return a projection's packed weights."""
-        module = getattr(owner, name)
-        if type(module) is nn.Linear:
-            module = pack_linear(module)
-            self._put(owner, name, module)
-        if type(module) is not QuantizedLinear:
-            raise UnfitError(f"{name} is a {type(module).__name__}")
-        weights: Any = module.packed
-        if not (weights.is_inference() or weights.is_shared()):  # those stay where they are
-            self.arena.move(weights)
-        return module
-
-    def mlp(self, owner: Any, name: str) -> PackedMlp:
-        """Return a gated MLP's packed weights."""
-        module = getattr(owner, name)
-        if not isinstance(module, PackedMlp):
-            _only(
-                module, f"{' '.join(MLP_PROJECTIONS)} act_fn", f"{name} ({type(module).__name__})"
-            )
-            packed = pack_mlp(module)
-            if packed is None:
-                kind = type(module).__name__
-                raise UnfitError(f"{kind} has another form than gate, up and down")
-            self._put(owner, name, packed)
-            module = packed
-        self.arena.move(module.block)
-        return module
-
-    def _put(self, owner: Any, name: str, packed: nn.Module) -> None:
-        if self._replace:
-            replace_modules([(owner, name, packed)])
 
 
 def _check_room(model: Any, layers: nn.Module) -> None:
@@ -132,18 +65,6 @@ def _check_room(model: Any, layers: nn.Module) -> None:
             "free memory, or convert with --dense q8_0: quantized projections are not copied; "
             "HybridModel makes no copies, either",
         )
-
-
-def _matrix(owner: Any, name: str, packer: _Packer) -> Matrix:
-    """Return a projection."""
-    module = packer.linear(owner, name)
-    return Matrix(
-        weight=module.packed.numpy(),
-        rows=module.rows,
-        cols=module.cols,
-        format=module.weight_format,
-        bias=floats(module.bias),
-    )
 
 
 def read_rotary(model: Any, rotary: Any, head_dim: int) -> tuple[bool, int]:
@@ -181,7 +102,7 @@ def rotary_row(values: Tensor, pairs: int) -> F32:
     return np.ascontiguousarray(values.detach().float().reshape(-1)[:pairs].numpy())
 
 
-def _shared(block: Any, packer: _Packer) -> tuple[Experts | None, Tensor | None]:
+def _shared(block: Any, packer: Packer) -> tuple[Experts | None, Tensor | None]:
     """The shared expert of a block, packed, and the row that weighs it."""
     for name in SHARED_EXPERTS:
         if getattr(block, name, None) is not None:
@@ -190,24 +111,24 @@ def _shared(block: Any, packer: _Packer) -> tuple[Experts | None, Tensor | None]
     return None, None
 
 
-def _mlp(owner: Any, name: str, packer: _Packer) -> Experts:
+def _mlp(owner: Any, name: str, packer: Packer) -> Experts:
     module = packer.mlp(owner, name)
     return Experts(blocks=module.block.numpy()[None], shape=module.shape)
 
 
-def _read_layer(layer: Any, window: int, packer: _Packer) -> Layer:
-    _only(
+def _read_layer(layer: Any, window: int, packer: Packer) -> Layer:
+    only(
         layer,
-        "self_attn input_layernorm post_attention_layernorm mlp block_sparse_moe",
+        "self_attn linear_attn input_layernorm post_attention_layernorm mlp block_sparse_moe",
         f"a layer ({type(layer).__name__})",
     )
-    attention = layer.self_attn
+    attention = mixer_of(layer)
     name, other = EXPERTS_BLOCKS
     name = name if hasattr(layer, name) else other
     block = getattr(layer, name)
     router = experts = None
     if hasattr(block, "experts"):
-        _only(
+        only(
             block,
             "gate router experts shared_expert shared_experts shared_expert_gate",
             f"the experts' block ({type(block).__name__})",
@@ -221,32 +142,36 @@ def _read_layer(layer: Any, window: int, packer: _Packer) -> Layer:
         experts = Experts(blocks=runner.blocks, shape=runner.shape)
     else:
         shared = _mlp(layer, name, packer)
-    read = _read_latent if hasattr(attention, "kv_b_proj") else _read_heads
+    read: Callable[[Any, Packer], dict[str, Any]] = _read_heads
+    if hasattr(attention, "kv_b_proj"):
+        read = _read_latent
+    elif hasattr(attention, "conv1d"):
+        read = read_delta
     return Layer(
         **read(attention, packer),
-        norm=_norm(layer.input_layernorm),
-        scaling=float(attention.scaling),
+        norm=norm_of(layer.input_layernorm),
+        scaling=float(getattr(attention, "scaling", 1.0)),
         window=window,
         residual=float(getattr(layer, "residual_multiplier", 1.0)),
-        ffn_norm=_norm(layer.post_attention_layernorm),
+        ffn_norm=norm_of(layer.post_attention_layernorm),
         router=router,
         experts=experts,
         shared=shared,
     )
 
 
-def _read_heads(attention: Any, packer: _Packer) -> dict[str, Any]:
+def _read_heads(attention: Any, packer: Packer) -> dict[str, Any]:
     """What attention with keys and values for its heads is to a layer."""
-    _only(
+    only(
         attention,
         "q_proj k_proj v_proj o_proj q_norm k_norm rotary_emb rotary_fn",
         f"attention ({type(attention).__name__})",
     )
     head_dim = attention.head_dim
-    q, k, v, o = (_matrix(attention, f"{x}_proj", packer) for x in "qkvo")
+    q, k, v, o = (matrix_of(attention, f"{x}_proj", packer) for x in "qkvo")
     clip = getattr(attention.config, "clip_qkv", None)
     norms = [
-        _norm(module) if isinstance(module, nn.Module) else None
+        norm_of(module) if isinstance(module, nn.Module) else None
         for module in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
     ]
     return {
@@ -254,9 +179,10 @@ def _read_heads(attention: Any, packer: _Packer) -> dict[str, Any]:
         "k": k,
         "v": v,
         "o": o,
-        "heads": q.rows // head_dim,
+        "heads": o.cols // head_dim,
         "kv_heads": k.rows // head_dim,
         "head_dim": head_dim,
+        "gated": q.rows == 2 * o.cols,
         "q_norm": norms[0],
         "k_norm": norms[1],
         "sinks": floats(getattr(attention, "sinks", None)),
@@ -264,9 +190,14 @@ def _read_heads(attention: Any, packer: _Packer) -> dict[str, Any]:
     }
 
 
-def _read_latent(attention: Any, packer: _Packer) -> dict[str, Any]:
+def mixer_of(layer: Any) -> Any:
+    """Return the module in which a layer's tokens see one another."""
+    return layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+
+
+def _read_latent(attention: Any, packer: Packer) -> dict[str, Any]:
     """What attention over a compressed cache is to a layer."""
-    _only(
+    only(
         attention,
         "q_proj q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj",
         f"attention ({type(attention).__name__})",
@@ -274,7 +205,7 @@ def _read_latent(attention: Any, packer: _Packer) -> dict[str, Any]:
     rank, rope = int(attention.kv_lora_rank), int(attention.qk_rope_head_dim)
     nope, value = int(attention.qk_nope_head_dim), int(attention.v_head_dim)
     low_rank = getattr(attention, "q_b_proj", None) is not None
-    kv_b = _matrix(attention, "kv_b_proj", packer)
+    kv_b = matrix_of(attention, "kv_b_proj", packer)
     heads = kv_b.rows // (nope + value)
     of_keys = attention.kv_b_proj.weight.view(heads, -1, rank)[:, :nope]
     latent = Latent(
@@ -282,16 +213,16 @@ def _read_latent(attention: Any, packer: _Packer) -> dict[str, Any]:
         rope=rope,
         nope=nope,
         value=value,
-        kv_norm=_norm(attention.kv_a_layernorm),
+        kv_norm=norm_of(attention.kv_a_layernorm),
         absorb=packed_rows(of_keys.transpose(1, 2).reshape(-1, nope), None, packer.arena),
         kv_b=kv_b,
-        q_norm=_norm(attention.q_a_layernorm) if low_rank else None,
-        q_b=_matrix(attention, "q_b_proj", packer) if low_rank else None,
+        q_norm=norm_of(attention.q_a_layernorm) if low_rank else None,
+        q_b=matrix_of(attention, "q_b_proj", packer) if low_rank else None,
     )
     return {
-        "q": _matrix(attention, "q_a_proj" if low_rank else "q_proj", packer),
-        "k": _matrix(attention, "kv_a_proj_with_mqa", packer),
-        "o": _matrix(attention, "o_proj", packer),
+        "q": matrix_of(attention, "q_a_proj" if low_rank else "q_proj", packer),
+        "k": matrix_of(attention, "kv_a_proj_with_mqa", packer),
+        "o": matrix_of(attention, "o_proj", packer),
         "heads": heads,
         "kv_heads": heads // math.gcd(heads, _HEADS_AN_ITEM),
         "head_dim": rank + rope,
@@ -352,16 +283,17 @@ def read_decoder(model: Any, *, replace: bool) -> tuple[Decoder, int]:
         When some part of it is none that the kernels compute.
     """
     base, config = model.get_decoder(), model.config.get_text_config()
-    _only(base, "embed_tokens layers norm rotary_emb", f"the decoder ({type(base).__name__})")
+    only(base, "embed_tokens layers norm rotary_emb", f"the decoder ({type(base).__name__})")
     if not hasattr(base, "rotary_emb"):
         raise UnfitError("there is no single rotary embedding")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise UnfitError("dense weights are not on the CPU")
     kinds = DynamicCache(config=config).layers
-    if any(type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds):
-        raise UnfitError("its cache keeps something else than keys and values")
+    ordinary = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+    if any(type(kind) not in ordinary for kind in kinds):
+        raise UnfitError("its cache keeps something else than keys, values and states")
     windows = [int(getattr(kind, "sliding_window", 0)) for kind in kinds] or [0] * len(base.layers)
-    packer = _Packer(replace)
+    packer = Packer(replace)
     try:
         if replace:
             pack_tied(model)
@@ -371,11 +303,15 @@ def read_decoder(model: Any, *, replace: bool) -> tuple[Decoder, int]:
             _read_layer(layer, window, packer)
             for layer, window in zip(base.layers, windows, strict=True)
         ]
-        if layers[0].latent is None:
-            paired, pairs = read_rotary(model, base.rotary_emb, layers[0].head_dim)
+        attending = [layer for layer in layers if layer.delta is None]
+        if not attending:
+            raise UnfitError("no layer looks at keys")
+        latent = attending[0].latent
+        if latent is None:
+            paired, pairs = read_rotary(model, base.rotary_emb, attending[0].head_dim)
         else:
             paired, apart, pairs = _read_latent_rotary(
-                base.layers[0].self_attn, base.rotary_emb, layers[0].latent.rank
+                base.layers[0].self_attn, base.rotary_emb, latent.rank
             )
             layers = [
                 dataclasses.replace(
@@ -385,8 +321,8 @@ def read_decoder(model: Any, *, replace: bool) -> tuple[Decoder, int]:
             ]
         decoder = Decoder(
             layers,
-            norm=_norm(base.norm),
-            lm_head=_matrix(model, "lm_head", packer),
+            norm=norm_of(base.norm),
+            lm_head=matrix_of(model, "lm_head", packer),
             scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
             paired=paired,
         )

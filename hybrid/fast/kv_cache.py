@@ -22,10 +22,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from cpu_experts.decoder.attention import LARGEST_HALF
 from cpu_experts.decoder.kv import FREE, KeyValues
+from hybrid.fast.state_layer import SharedState, StateShape, state_fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +45,15 @@ class CacheForm:
         how much of it is a compressed cache's key.
     windows
         For every layer how many positions its attention sees, 0 for all.
+    states
+        What every layer keeps that keeps a state, and None for the others.
     dtype
         Of the tensors that transformers' code keeps.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
     windows: tuple[int, ...]
+    states: tuple[StateShape | None, ...]
     dtype: torch.dtype
 
     @cached_property
@@ -234,7 +243,9 @@ class Sequence:
         self.form, self.texts = form, 0
         self.plain = set(range(len(layers)))
         for index, layer in enumerate(layers):
-            kind = _SharedSlidingLayer if layer.is_sliding else _SharedFullLayer
+            kind: Any = _SharedSlidingLayer if _window(layer) else _SharedFullLayer
+            if type(layer) is LinearAttentionLayer:
+                kind = SharedState
             layers[index] = kind.adopt(layer, self, index)
         self._layers = layers
         self._sliding = [layer for layer in layers if layer.is_sliding]
@@ -261,7 +272,9 @@ class Sequence:
     def owns(self, layers: list[Any]) -> bool:
         """Whether these are the layers that it was made of."""
         return layers is self._layers and all(
-            isinstance(layer, _SharedLayer) and layer._sequence is self and layer._index == index
+            isinstance(layer, _SharedLayer | SharedState)
+            and layer._sequence is self
+            and layer._index == index
             for index, layer in enumerate(layers)
         )
 
@@ -313,23 +326,27 @@ def can_share(cache: Any, form: CacheForm, texts: int = 1) -> bool:
         return False
     layers: list[Any] = cache.layers
     if not layers:
-        return cache.layer_class_to_replicate is DynamicLayer
+        return cache.layer_class_to_replicate is DynamicLayer and not any(form.states)
     if len(layers) != len(form.shapes):
         return False
     sequence = _found(cache)
     if sequence is not None:
         return sequence.owns(layers) and sequence.fits(form, texts)
-    return all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        and _fits(layer, (layer.keys, layer.values), form, index, texts)
-        for index, layer in enumerate(layers)
-    )
+    return all(_takes(layer, form, index, texts) for index, layer in enumerate(layers))
+
+
+def _takes(layer: Any, form: CacheForm, index: int, texts: int) -> bool:
+    """Whether the kernels can take over an ordinary layer of so many texts."""
+    if type(layer) is LinearAttentionLayer:
+        return state_fits(layer, (layer.conv_states, layer.recurrent_states), form, index, texts)
+    ordinary = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return ordinary and _fits(layer, (layer.keys, layer.values), form, index, texts)
 
 
 def _found(cache: DynamicCache) -> Sequence | None:
     """Return the sequence that a cache's layers belong to, if they do."""
     first = cache.layers[0] if cache.layers else None
-    return first._sequence if isinstance(first, _SharedLayer) else None
+    return first._sequence if isinstance(first, _SharedLayer | SharedState) else None
 
 
 def _fits_window(layer: Any, window: int) -> bool:
@@ -343,7 +360,7 @@ def _fits(layer: Any, tensors: tuple[Any, Any], form: CacheForm, index: int, tex
 
     It writes none that are beyond half precision.
     """
-    if not _fits_window(layer, form.windows[index]):
+    if form.states[index] is not None or not _fits_window(layer, form.windows[index]):
         return False
     if not layer.is_initialized:
         return True

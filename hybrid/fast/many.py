@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cpu_experts.decoder.pages import PagedSequence, Pages
@@ -48,11 +49,13 @@ class ManySequences:
         self.pages, self.vocabulary = pages, fast.decoder.vocabulary
         self._fast, self._network = fast, network
         self._dtype = fast.form.dtype
-        self._logits = torch.empty(0, fast.decoder.vocabulary)
+        self._logits = torch.empty(0, self.vocabulary)
 
     @staticmethod
     def unfit(fast: FastDecoder) -> str | None:
         """Return why a decoder's sequences cannot be computed together; None where they can."""
+        if fast.decoder.keeps_states:
+            return "its layers keep a state of a text, which does not lie in pages"
         if fast.growing:
             return "how its positions turn depends on how long a text is by now"
         return None
@@ -71,23 +74,41 @@ class ManySequences:
             When there is no room for them; every sequence is as before then.
         """
         if len(self._logits) < len(given):
-            self._logits = torch.empty(len(given), self._logits.shape[1])
-        logits, fast = self._logits[: len(given)], self._fast
-        sequences = [sequence for sequence, _ in given]
-        counts = [len(ids) for _, ids in given]
+            self._logits = torch.empty(len(given), self.vocabulary)
+        logits = self._logits[: len(given)]
+        counts = np.array([len(ids) for _, ids in given])
+        self._compute(given, logits, (np.cumsum(counts) - 1).astype(np.int32))
+        return logits.to(self._dtype)
+
+    def _compute(self, given: Sequence[Given], logits: Tensor, kept: NDArray[np.int32]) -> None:
+        """Write the ``kept`` tokens' logits; the kernels of one token take a single one."""
+        fast, sequences = self._fast, [sequence for sequence, _ in given]
         x = fast.embedded(torch.tensor([token for _, ids in given for token in ids])[None])
         places = [sequence.length() + n for sequence, ids in given for n in range(len(ids))]
         if len(places) == 1:
             cos, sin = fast.rotary(places[0])
             with fast.watch:
                 fast.decoder.step(x[0], cos, sin, sequences[0], logits[0].numpy())
-        else:
-            cos, sin = (np.stack(side) for side in zip(*map(fast.rotary, places), strict=True))
-            kept = np.cumsum(counts, dtype=np.int32) - 1
-            with fast.step_watch:
-                fast.decoder.step_sequences(
-                    x, cos, sin, sequences, counts, logits.numpy(), kept=kept.astype(np.int32)
-                )
+            return
+        cos, sin = (np.stack(side) for side in zip(*map(fast.rotary, places), strict=True))
+        counts = [len(ids) for _, ids in given]
+        with fast.step_watch:
+            fast.decoder.step_sequences(x, cos, sin, sequences, counts, logits.numpy(), kept=kept)
+
+    def step_one(self, sequence: PagedSequence, ids: Sequence[int]) -> Tensor:
+        """Compute the next tokens of one sequence; returns the logits ``[T, V]`` after each.
+
+        Raises
+        ------
+        PagesFull
+            As :meth:`step` does.
+        """
+        if len(ids) == 1:
+            return self.step([(sequence, ids)])
+        if len(self._logits) < len(ids):
+            self._logits = torch.empty(len(ids), self.vocabulary)
+        logits, count = self._logits[: len(ids)], len(ids)
+        self._compute([(sequence, ids)], logits, np.arange(count, dtype=np.int32))
         return logits.to(self._dtype)
 
     def prompt(self, sequence: PagedSequence, ids: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ too: a mistake in them must not hide behind a massive one.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -25,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from cpu_experts.decoder.attention import LARGEST_HALF
 from cpu_experts.decoder.kv import KeyValues
 from hybrid.anatomy.samples import WrongError
 from hybrid.anatomy.widened import widened
 from hybrid.fast.decode import FastDecoder
-from hybrid.fast.decoder_parts import read_decoder
+from hybrid.fast.decoder_parts import mixer_of, read_decoder
 from hybrid.fast.prompt import Piece
 from hybrid.grafts import hook_after
 from hybrid.transformers_api import cache_argument
@@ -161,7 +163,7 @@ class _Test:
         for token, position in zip(ids[0], self._positions, strict=True):
             at = torch.tensor([[position]])
             passes.append(self._record(cache, input_ids=token.reshape(1, 1), position_ids=at))
-        attend = None if self._fast.compressed else self._piece(ids.shape[1])
+        attend = self._piece(ids.shape[1]) if self._fast.attends else None
         reference = self._new_cache()
         expected = []
         several = self._fast.packed(self._new_cache()).kv
@@ -200,8 +202,7 @@ class _Test:
             call = given.layers[index]
             after = given.again(call, twin, reference)
             if given is passes[0]:
-                layer: Any = reference.layers[index]
-                self._prompt.update(layer.keys, layer.values, index)
+                self._prompt.layers[index] = copy.deepcopy(reference.layers[index])
                 yield after[0] - call.hidden.float()[0]
             else:
                 yield (after - call.hidden.float()).reshape(-1)
@@ -257,7 +258,7 @@ class _Test:
         calls: dict[str, list[_Call]] = {"layers": [], "attention": [], "rotary": []}
         places = [("rotary", self._base.rotary_emb)]
         for layer in self._base.layers:
-            places += [("layers", layer), ("attention", layer.self_attn)]
+            places += [("layers", layer), ("attention", mixer_of(layer))]
         with _noting(calls, places):
             output = type(self._model).forward(
                 self._model, use_cache=True, **cache_argument(cache), **arguments
@@ -315,7 +316,8 @@ def _wide(value: Any) -> Any:
 def _check_range(cache: DynamicCache) -> None:
     """Raise WrongError where the reference's keys or values are none that the kernels keep."""
     layers: list[Any] = cache.layers
-    for tensor in (tensor for layer in layers for tensor in (layer.keys, layer.values)):
+    kept = [layer for layer in layers if type(layer) is not LinearAttentionLayer]
+    for tensor in (tensor for layer in kept for tensor in (layer.keys, layer.values)):
         if not bool((tensor.abs() <= float(LARGEST_HALF)).all()):
             raise WrongError(_BEYOND)
 

@@ -1,4 +1,4 @@
-"""Lets guides say which tokens may follow: a grammar, a budget of thoughts."""
+"""Lets guides say which tokens may follow: a grammar, a thinking budget, or one who looks on."""
 
 from __future__ import annotations
 

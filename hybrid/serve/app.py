@@ -16,8 +16,10 @@ from starlette.requests import ClientDisconnect
 
 from hybrid.serve.answering import Answering, collected, streamed
 from hybrid.serve.bodies import check_key, parse_json, read_body
+from hybrid.serve.chat_page import add_chat_page
 from hybrid.serve.engine import Done, Engine, Failed, Job
 from hybrid.serve.events import Answer, encoded
+from hybrid.serve.lanes import Lanes
 from hybrid.serve.openai_answers import ChatAnswer, TextAnswer
 from hybrid.serve.openai_requests import read_chat, read_completion, read_ids, read_text
 from hybrid.serve.refusals import OURS, Refusal
@@ -63,6 +65,7 @@ def make_app(
     desk = _Desk(served, engine, key, tell or _tell)
     for path, method, handler in desk.addresses():
         app.add_api_route(path, desk.guarded(handler), methods=[method], response_model=None)
+    add_chat_page(app)
     for status in (404, 405):
         app.add_exception_handler(status, desk.no_such_address)
     return app
@@ -73,6 +76,7 @@ class _Desk:
 
     def __init__(self, served: Served, engine: Engine, key: str | None, tell: Tell) -> None:
         self._served, self._engine, self._key, self._tell = served, engine, key, tell
+        self._lanes = Lanes(served)
         self._watching: set[asyncio.Task[None]] = set()
 
     def addresses(self) -> list[tuple[str, str, _Handler]]:
@@ -85,6 +89,7 @@ class _Desk:
             ("/v1/completions", "POST", self._completion),
             ("/tokenize", "POST", self._tokenize),
             ("/detokenize", "POST", self._detokenize),
+            ("/lanes", "GET", self._lanes_told),
         ]
 
     def guarded(self, handler: _Handler) -> Callable[[Any], Awaitable[Any]]:
@@ -124,6 +129,10 @@ class _Desk:
         self._served.check_name(request.path_params["name"])
         return _json(self._served.card())
 
+    async def _lanes_told(self, request: Any) -> Any:
+        given = request.query_params.get("context")
+        return _json(await asyncio.to_thread(self._lanes.answer, given))
+
     async def _tokenize(self, request: Any) -> Any:
         given = await self._given(request)
         ids = await asyncio.to_thread(lambda: read_text(given(), self._served))
@@ -159,6 +168,7 @@ class _Desk:
 
         def on_end(job: Job, event: Done | Failed) -> None:
             if isinstance(event, Done):
+                self._lanes.note(event.generation)
                 self._tell(f"{_named(request)}: {_figures(event.generation, job.waited_s)}")
             else:
                 self._tell(f"{_named(request)}: {_refused(event.refusal)}")

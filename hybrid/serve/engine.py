@@ -262,6 +262,7 @@ class Engine:
             return False
         try:
             job.check()
+            together.check_fits(asked.ids.shape[1])
             writing = self._model.writing(
                 asked.ids,
                 on_text=lambda text: job.emit(Piece(text)),

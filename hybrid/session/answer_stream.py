@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from hybrid.session.chat_template import CHANNEL_TOKENS
 from hybrid.textstream import TextStream, UntilStop, overlap
 
 TAGS = (
@@ -184,7 +185,7 @@ def _marks(tokenizer: Any) -> dict[int, str]:
     """Return what the ids of a tokenizer's own marks begin or end."""
     added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
     marks = {added[tag]: tag for pair in TAGS for tag in pair if tag in added}
-    if {"<|channel|>", "<|message|>"} <= set(added):
+    if set(added) >= CHANNEL_TOKENS:
         marks |= {added[token]: what for token, what in _CHANNELS.items() if token in added}
     return marks
 

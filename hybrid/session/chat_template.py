@@ -11,6 +11,11 @@ from jinja2.exceptions import SecurityError
 
 from hybrid.errors import UsageError, first_line
 
+CHANNEL_TOKENS = {"<|channel|>", "<|message|>"}
+"""The special tokens that a tokenizer of channels (gpt-oss) has."""
+_ANSWER = "answered-so"
+"""What stands where an answer would, to see what a template puts behind it."""
+
 
 def templated(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
@@ -55,10 +60,44 @@ def templated(
     return text
 
 
-def thinking_switches(template: str) -> dict[str, bool]:
-    """Return the variables by which a template switches thinking off."""
+def thinking_switches(template: str, *, on: bool = False) -> dict[str, bool]:
+    """Return the variables by which a template switches thinking off, or on."""
     names = ("enable_thinking", "thinking", "think")
-    return {name: False for name in names if re.search(rf"(?<![\w.'\"]){name}\b", template)}
+    return {name: on for name in names if takes_variable(template, name)}
+
+
+def takes_variable(template: str, name: str) -> bool:
+    """Whether a template speaks of a variable of this name, and not of a part of another."""
+    return re.search(rf"(?<![\w.'\"]){name}\b", template) is not None
+
+
+def thought_field(template: str) -> str | None:
+    """Return the part of a message in which a template wants thoughts back; None: it does not."""
+    fields = ("reasoning_content", "thinking", "reasoning")
+    read = (rf"""\w\s*(?:\.\s*|\[\s*['"]|\.get\(\s*['"]){name}\b""" for name in fields)
+    return next(
+        (name for name, text in zip(fields, read, strict=True) if re.search(text, template)), None
+    )
+
+
+def turn_ends(tokenizer: Any) -> list[int]:
+    """Return the id of the special token that a chat template ends an answer with, if it has one.
+
+    A template of channels ends each of their messages so, not only the answer: of that there is
+    none.
+    """
+    added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
+    if not added or set(added) >= CHANNEL_TOKENS:
+        return []
+    said = (("user", "?"), ("assistant", _ANSWER), ("user", "?"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # whatever a template dislikes about these is told of messages that are sent
+        return []
+    rest = text.partition(_ANSWER)[2].lstrip()
+    begun = [token for token in added if token and rest.startswith(token)]
+    return [added[max(begun, key=len)]] if begun else []
 
 
 def _wants(text: str) -> str:

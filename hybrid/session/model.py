@@ -21,8 +21,10 @@ from hybrid.errors import UsageError
 from hybrid.ledger.metrics import LANES, RunReport
 from hybrid.loading import model_directory, set_threads
 from hybrid.loop.prepared import Prepared
+from hybrid.loop.speculation import Drafts
 from hybrid.paths import write_whole
 from hybrid.session.answer_stream import AnswerStream
+from hybrid.session.chat_template import turn_ends
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
     check_length,
@@ -36,7 +38,14 @@ from hybrid.session.generation_options import (
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
 from hybrid.session.kept_cache import KeptCache
 from hybrid.session.prompt_ids import chat_ids, check_known, text_ids
-from hybrid.session.spine import Session, generate, open_session, prepare, report
+from hybrid.session.spine import (
+    Session,
+    drafts_of,
+    generate,
+    open_session,
+    prepare,
+    report,
+)
 from hybrid.session.writing import Writing
 from hybrid.sharing.executor import Executor
 from hybrid.textstream import TextStream, as_ids
@@ -433,16 +442,19 @@ class HybridModel:
             limit_name=limit.name,
         )
         ends = end_tokens(self.model, self.tokenizer)
+        if on_thought is not None:  # an answer, whose turn the chat template ends
+            ends = list(dict.fromkeys((*ends, *turn_ends(self.tokenizer))))
         settled = text_options(config, options, limit.tokens, ends)
         if options.get("generation_config") is not None:
             settled.setdefault("tokenizer", self.tokenizer)  # it may name stop strings
         settled = {"attention_mask": torch.ones_like(ids)} | settled
         return Writing(ids, stream, config, settled)
 
-    def prepare(self, writing: Writing) -> Prepared | None:
-        """Return the loop that writes a text, for who has the model's :meth:`turn`.
+    def prepare(self, writing: Writing) -> tuple[Prepared | None, Drafts | None]:
+        """Return the loop that writes a text, and its drafts, for who has the :meth:`turn`.
 
-        Its stream's clock starts. None where it is not a loop of ours on the CPU.
+        Its stream's clock starts. No loop where it is not one of ours on the CPU, no drafts where
+        there are to be none.
         """
         check_known(writing.ids, self.loaded.vocabulary, self.tokenizer)
         stream, options = writing.stream, dict(writing.options)
@@ -450,8 +462,9 @@ class HybridModel:
         prepared, chosen = prepare(
             self._session, writing.ids, stream, settings=writing.settings, **options
         )
-        stream.start(writing.ids, chosen=chosen)
-        return prepared
+        drafts = drafts_of(self._session, writing.ids)
+        stream.start(writing.ids, chosen=chosen, drafts=drafts)
+        return prepared, drafts
 
     @contextmanager
     def turn(self) -> Iterator[None]:

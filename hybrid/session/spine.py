@@ -137,7 +137,7 @@ def generate(
             return generate(session, ids, stream, **options)
     on_prompt = stream.before_first(options.pop("on_prompt", None))
     told = nullcontext() if on_prompt is None else prompts_told(network, on_prompt)
-    drafts = _drafts(session, ids)
+    drafts = drafts_of(session, ids)
     settled = loop_options(network, with_penalties(options, ids.shape[1]), stream)
     if settled.get("streamer") is not None:
         settled = with_own_loop(network, settled, Loop(stream, drafts))
@@ -183,7 +183,7 @@ def prepare(
     return preparing.found, chosen
 
 
-def _drafts(session: Session, ids: torch.Tensor) -> Drafts | None:
+def drafts_of(session: Session, ids: torch.Tensor) -> Drafts | None:
     """Return what drafts tokens after ``ids`` ``[B, T]``; None where nothing may."""
     if session.speculation is None or len(ids) != 1:
         return None

@@ -20,16 +20,17 @@ from hybrid.weights.tally import Tally
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Rows of a tensor of a GGUF file, ``[rows, bytes]``."""
+    """Rows of a tensor of a GGUF file, ``[rows, bytes]``, and who counts what becomes of them."""
 
     tensor: GgufTensor
     raw: U8
+    tally: Tally
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def __getitem__(self, rows: slice) -> Blocks:
-        return Blocks(self.tensor, self.raw[rows])
+        return Blocks(self.tensor, self.raw[rows], self.tally)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,16 +112,18 @@ def packed(rows: Rows, fmt: str, multiple: int = 1, importance: F32 | None = Non
     """
     missing = -len(rows) % multiple
     if isinstance(rows, Blocks) and rows.tensor.type.name == fmt:
+        rows.tally.keep(fmt, rows.shape[0] * rows.shape[1])
         return from_gguf(np.pad(rows.raw, ((0, missing), (0, 0))), fmt)
-    if not isinstance(rows, Coded):
+    if isinstance(rows, Tensor):
         return pack(np.pad(floats(rows), ((0, missing), (0, 0))), fmt, None, importance)
-    if not np.isfinite(rows.elements["scale"]).all():
-        raise _not_finite()
-    held = from_elements(rows.elements, fmt, len(rows) + missing)
-    if held is not None and held[1]:
-        rows.tally.keep(fmt, rows.elements.size)
-        return held[0]
-    values = floats(rows)
+    if isinstance(rows, Blocks):
+        values, held = floats(rows), None
+    else:
+        held = _elements(rows, fmt, len(rows) + missing)
+        if held is not None and held[1]:
+            rows.tally.keep(fmt, rows.elements.size)
+            return held[0]
+        values = floats(rows)
     if held is None:
         found = pack(np.pad(values, ((0, missing), (0, 0))), fmt, None, importance)
     else:
@@ -129,3 +132,10 @@ def packed(rows: Rows, fmt: str, multiple: int = 1, importance: F32 | None = Non
         are = unpack(found, len(rows) + missing, rows.shape[1], fmt)[: len(rows)]
         rows.tally.change(fmt, values, are)
     return found
+
+
+def _elements(rows: Coded, fmt: str, count: int) -> tuple[U8, bool] | None:
+    """Return elements in strips of a format, and whether exactly; None where it holds none."""
+    if not np.isfinite(rows.elements["scale"]).all():
+        raise _not_finite()
+    return from_elements(rows.elements, fmt, count)

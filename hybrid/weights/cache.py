@@ -19,7 +19,15 @@ from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import UsageError
 from hybrid.paths import expanded, make_cache_folder, make_folder, write_whole
 from hybrid.weights.checkpoint import Source, convert
-from hybrid.weights.copies import beside, copies_folder, note_of, remove_copy, touch
+from hybrid.weights.copies import (
+    beside,
+    cache_limit,
+    copies_folder,
+    keep_to_limit,
+    note_of,
+    remove_copy,
+    touch,
+)
 from hybrid.weights.declared_formats import is_coded
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.progress import conversion_progress
@@ -60,6 +68,7 @@ def converted_copy(
             refresh_side_files(source, copy)
         touch(copy)
         return copy, StoreIndex.read(copy / INDEX_NAME).id
+    limit = cache_limit() if folder is None else None
     if folder is None:
         make_cache_folder(home.name)
     else:
@@ -76,6 +85,8 @@ def converted_copy(
         if note.stem != copy.name and note_of(note) == made_from:
             with suppress(UsageError):  # of a conversion that is under way, or of another user
                 remove_copy(home / note.stem)
+    if limit is not None:
+        keep_to_limit(limit, copy, _say)
     return copy, StoreIndex.read(copy / INDEX_NAME).id
 
 

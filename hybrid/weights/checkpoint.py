@@ -104,6 +104,7 @@ def convert(
     experts: str | None = None,
     dense: str | None = None,
     importance: Importance | None = None,
+    exact: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -120,6 +121,8 @@ def convert(
         Formats as in :class:`hybrid.weights.config.HybridConfig`.
     importance
         What errors of the matrices' inputs count for where something is quantized.
+    exact
+        Refuse weights that cannot stay exactly what they are.
     verify
         Compare the source files with the digests that ``hf download`` leaves beside them,
         where it did, and every written expert with its checksum.
@@ -137,7 +140,8 @@ def convert(
         When ``src`` is missing, unreadable, damaged or incomplete, or its tokenizer cannot be
         loaded.
     UnsupportedModelError
-        When it writes no text, or its experts cannot run from a store.
+        When it writes no text, its experts cannot run from a store, or its weights cannot stay what
+        they are and have to.
     DiskSpaceError
         When ``dst`` has too little room; what was written is kept for the next run.
 
@@ -150,7 +154,7 @@ def convert(
     check_formats(experts, dense)
     place = destination(src, dst)
     with (
-        _ready(src, experts, dense, importance, verify=verify) as ready,
+        _ready(src, experts, dense, importance, exact=exact, verify=verify) as ready,
         Partial(place) as partial,
         _one_thread(),
     ):
@@ -211,6 +215,7 @@ def _ready(
     dense: str | None,
     importance: Importance | None = None,
     *,
+    exact: bool,
     verify: bool,
 ) -> Iterator[_Ready]:
     """Check all that can be known before work starts, cheapest first; nothing is written."""
@@ -229,6 +234,7 @@ def _ready(
     specs = find_experts(model)
     matrices = dense_matrices(model, specs)
     with opened_weights(checkpoint, source.config, model, specs) as weights:
+        weights.tally.exact = exact
         chosen = chosen_formats(checkpoint, weights, matrices, experts, dense)
         notes += chosen.notes
         packed = {path: fmt for path, fmt in chosen.dense.items() if packs_dense(fmt)}
@@ -277,6 +283,7 @@ def check(
     *,
     experts: str | None = None,
     dense: str | None = None,
+    exact: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
@@ -300,7 +307,7 @@ def check(
     if errors:
         return CheckResult(errors, notes)
     try:
-        with _ready(src, experts, dense, verify=verify) as ready, _one_thread():
+        with _ready(src, experts, dense, exact=exact, verify=verify) as ready, _one_thread():
             index, plan = ready.index, ready.plan
             if verify:
                 told = _Told(progress, index.nbytes - PAGE_BYTES + plan.nbytes)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hybrid.errors import UsageError
+from hybrid.ask.sizes import parse_bytes
+from hybrid.errors import StoreError, UsageError
+from hybrid.hub.names import repo_of
 from hybrid.paths import cache_dir
+from hybrid.weights.store import INDEX_NAME, StoreIndex
+from planner.describe.words import in_words
 
+#: The environment variable that says how much all copies may take.
+LIMIT = "HYBRID_CACHE_LIMIT"
 #: Letters of the digest that ends a copy's name, and the dash before it.
 _DIGEST = 17
 
@@ -59,8 +67,7 @@ class KeptCopy:
     @property
     def called(self) -> str:
         """What its source is called: a name of the hub, or a path."""
-        stored = [part for part in Path(self.source).parts if part.startswith("models--")]
-        return "/".join(stored[-1].split("--")[1:]) if stored else self.source
+        return repo_of(Path(self.source)) or self.source
 
     @property
     def can_be_made_again(self) -> bool:
@@ -97,6 +104,74 @@ def kept_copies() -> list[KeptCopy]:
                 )
             )
     return sorted(found, key=lambda copy: -copy.used_s)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Formats that a copy's weights are kept in, most of them first.
+
+    Attributes
+    ----------
+    experts
+        Of layers with experts, as one word each (``Block.format_name``).
+    dense
+        Of other matrices that are packed; all else is as the model has it.
+    """
+
+    experts: tuple[str, ...]
+    dense: tuple[str, ...]
+
+
+def formats_of(copy: KeptCopy) -> Formats | None:
+    """Return the formats of a copy; None of one that is not whole, or damaged."""
+    try:
+        index = StoreIndex.read(copy.path / INDEX_NAME)
+    except StoreError:
+        return None
+    experts = Counter(layer.shape(index.format).format_name for layer in index.layers)
+    dense = Counter(str(index.format_of(path)) for path in index.dense)
+    return Formats(
+        tuple(name for name, _ in experts.most_common()),
+        tuple(name for name, _ in dense.most_common()),
+    )
+
+
+def cache_limit() -> int | None:
+    """Return how many bytes all copies may take, as ``HYBRID_CACHE_LIMIT`` says; None for any.
+
+    Raises
+    ------
+    UsageError
+        When it is no size.
+    """
+    limit = os.environ.get(LIMIT)
+    return parse_bytes(limit, LIMIT) if limit else None
+
+
+def keep_to_limit(most: int, used: Path, tell: Callable[[str], None]) -> None:
+    """Remove the copies that were not used for longest until all take ``most`` bytes.
+
+    Only whole copies that can be made again go, and never ``used``.
+    """
+    copies = kept_copies()
+    taken = sum(copy.nbytes for copy in copies)
+    for copy in reversed(copies):
+        if taken <= most:
+            return
+        if copy.path == used or not copy.whole or not copy.can_be_made_again:
+            continue
+        with suppress(UsageError):  # being made by another program, or of another user
+            remove_copy(copy.path)
+            taken -= copy.nbytes
+            tell(
+                f"removed {copy.path.name} ({in_words(copy.nbytes)}), the copy not used for "
+                f"longest: {LIMIT} is {in_words(most)}"
+            )
+    if taken > most:
+        tell(
+            f"the cache takes {in_words(taken)}, {LIMIT} is {in_words(most)}: no other copy can "
+            "be made again"
+        )
 
 
 def touch(copy: Path) -> None:

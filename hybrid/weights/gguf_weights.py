@@ -42,8 +42,8 @@ class GgufInfo:
 class GgufReader:
     """The tensors of a model, by the model's names, read of a GGUF file."""
 
-    def __init__(self, file: WeightFile, weights: Mapping[str, Weight]) -> None:
-        self._file, self._weights = file, weights
+    def __init__(self, file: WeightFile, weights: Mapping[str, Weight], tally: Tally) -> None:
+        self._file, self._weights, self._tally = file, weights, tally
         self.tensors = {name: _info(weight) for name, weight in weights.items()}
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class GgufReader:
         weight = self._weights[key]
         if weight.undo is not None:
             return None
-        return Blocks(weight.sources[0], self._file.blocks(weight, start, stop))
+        return Blocks(weight.sources[0], self._file.blocks(weight, start, stop), self._tally)
 
 
 class GgufWeights:
@@ -92,7 +92,7 @@ class GgufWeights:
     left_out
         Tensors of the file that the model does not take.
     tally
-        Of nothing: what is quantized anew is known beforehand.
+        What becomes of weights that no format holds as they are.
 
     Raises
     ------
@@ -119,7 +119,7 @@ class GgufWeights:
                 raise _missing(file.header, name, wanted[name].shape)
         weights = {name: weight for name, weight in found.items() if weight is not None}
         self.weights = weights
-        self.reader = GgufReader(file, weights)
+        self.reader = GgufReader(file, weights, self.tally)
         self.dense = {
             name: Target(name, None, {name: [name]}, {name: wanted[name]}) for name in weights
         }
@@ -166,7 +166,8 @@ class GgufWeights:
             yield self._rows(down, expert, start, stop)
 
     def _rows(self, tensor: GgufTensor, expert: int, start: int, stop: int) -> Rows:
-        return Blocks(tensor, self.file.expert_blocks(tensor, expert, start, stop))
+        raw = self.file.expert_blocks(tensor, expert, start, stop)
+        return Blocks(tensor, raw, self.tally)
 
 
 def dense_formats(weights: GgufWeights, matrices: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -186,8 +187,8 @@ def most_common(layers: Iterable[tuple[str, str]]) -> str:
 
 def requantized(
     weights: GgufWeights, layers: Iterable[tuple[str, str]], dense: Mapping[str, str]
-) -> Iterator[str]:
-    """Say in one line which weights are not kept as they are; of what nobody asked for.
+) -> dict[tuple[str, str], None]:
+    """Return types of a file that are not kept as they are, and their formats, where nobody asked.
 
     Parameters
     ----------
@@ -204,9 +205,7 @@ def requantized(
         if weight is not None and weight.exact_type != fmt:
             old = weight.sources[0].type.name + ("" if weight.exact_type else ", transposed,")
             changed[old, fmt] = None
-    if changed:
-        listed = ", ".join(f"{old} to {new}" for old, new in changed)
-        yield f"quantized anew, for no kernels take what the file has: {listed}"
+    return changed
 
 
 def _info(weight: Weight) -> GgufInfo:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hybrid.ask.published import Convention
 from hybrid.weights.blocks import Coded
-from hybrid.weights.published import Matrix, matrices
+from hybrid.weights.published import matrices
+from hybrid.weights.published_matrix import Matrix
 from hybrid.weights.source_files import TensorInfo
 from hybrid.weights.tally import Tally
 from hybrid.weights.tensor_files import TensorReader

@@ -12,6 +12,7 @@ import torch
 from hybrid.anatomy.experts import ExpertsSpec
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.ask.published import convention
+from hybrid.errors import UnsupportedModelError, UsageError
 from hybrid.gguf.tensors import WeightFile
 from hybrid.weights import published_formats
 from hybrid.weights.checks import Checkpoint
@@ -80,11 +81,24 @@ def chosen_formats(
 ) -> Formats:
     """Return the formats that are asked for, and where none is, those that the checkpoint has.
 
+    Where the tally of ``weights`` is to be exact, nothing may become anything else.
+
     Parameters
     ----------
     matrices
         The modules outside the experts that may have a format.
+
+    Raises
+    ------
+    UsageError, UnsupportedModelError
+        When weights are to be exactly what they were, and cannot be.
     """
+    exact = weights.tally.exact
+    if exact and (experts or dense):
+        raise UsageError(
+            f"--exact keeps what was published, {experts or dense} was asked for",
+            hint="leave out one of them",
+        )
     asked = {} if dense is None else dict.fromkeys(matrices, dense)
     if isinstance(weights, WeightMap):
         own = asked or published_formats.dense_formats(weights, matrices)
@@ -92,6 +106,12 @@ def chosen_formats(
         weights.tally.watched |= {fmt for layer in layers for fmt in layer}
         weights.tally.watched |= set() if asked else set(own.values())
         notes = published_formats.kept(layers, {} if asked else own)
+        if exact and weights.specs and not layers:
+            raise UsageError(
+                f"--exact keeps what was published, and experts that nobody quantized become "
+                f"{DEFAULT_EXPERTS}",
+                hint="leave out --exact, and choose a format with --experts, such as bf16",
+            )
         format_ = experts or (most_common(layers) if layers else DEFAULT_EXPERTS)
         return Formats(format_, layers, own, tuple(notes))
     assert isinstance(weights, GgufWeights)
@@ -99,4 +119,15 @@ def chosen_formats(
     layers = () if experts else weights.expert_formats
     kept = experts or (most_common(layers) if layers else DEFAULT_EXPERTS)
     changed = requantized(weights, layers, {} if asked else own)
-    return Formats(kept, layers, own, tuple(changed))
+    if not changed:
+        return Formats(kept, layers, own)
+    weights.tally.watched |= {new for _, new in changed}
+    listed = ", ".join(f"{old} to {new}" for old, new in changed)
+    if weights.tally.exact:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} has weights that no kernels take as they are, and --exact keeps "
+            f"them so: {listed}",
+            hint="leave out --exact: the error is said when it is done",
+        )
+    note = f"quantized anew, for no kernels take what the file has: {listed}"
+    return Formats(kept, layers, own, (note,))

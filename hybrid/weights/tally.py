@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hybrid.formats.errors import FormatError
 from hybrid.formats.strips import F32
 
 
@@ -30,10 +31,13 @@ class Tally:
         Formats that were chosen for them; of others, which somebody asked for, nothing is counted.
     kept
         Weights that are exactly what they were.
+    exact
+        Whether to refuse weights that cannot stay what they were.
     """
 
     watched: set[str] = field(default_factory=set)
     kept: int = 0
+    exact: bool = False
     _changed: dict[str, _Changed] = field(default_factory=dict)
 
     def keep(self, fmt: str, weights: int) -> None:
@@ -42,7 +46,19 @@ class Tally:
             self.kept += weights
 
     def change(self, fmt: str, were: F32, are: F32) -> None:
-        """Count weights that are something else."""
+        """Count weights that are something else.
+
+        Raises
+        ------
+        FormatError
+            When they have to be what they were, and are not.
+        """
+        if self.exact and not np.array_equal(were, are):
+            raise FormatError(
+                f"{int((were != are).sum())} of {were.size} weights are something else in {fmt}, "
+                "and --exact keeps what was published",
+                hint="leave out --exact: the error is said when it is done",
+            )
         found = self._changed.setdefault(fmt, _Changed())
         error = (are - were).astype(np.float64)
         found.weights += were.size

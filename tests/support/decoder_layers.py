@@ -109,6 +109,12 @@ def make_latent_layer(fmt: str = "f32", apart: bool = False, low_rank: bool = Fa
 VARIANTS: dict[str, dict[str, Any]] = {
     "norm of every head": {"q_norm": make_norm(DIM), "k_norm": make_norm(DIM)},
     "norm over all heads": {"q_norm": make_norm(4 * DIM), "k_norm": make_norm(2 * DIM)},
+    "gates": {
+        "q": make_matrix(8 * DIM, D, "f32"),
+        "gated": True,
+        "q_norm": make_norm(DIM),
+        "k_norm": make_norm(DIM),
+    },
     "biases": {
         "q": make_matrix(4 * DIM, D, "f32", bias=True),
         "o": make_matrix(D, 4 * DIM, "f32", bias=True),

@@ -31,12 +31,29 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     "deepseek_v2 with plain queries": {"q_lora_rank": None, "first_k_dense_replace": 1},
     "glm4_moe_lite": {},
 }
+#: Families with layers that keep a state, beside those with keys and values.
+STATEFUL: dict[str, dict[str, Any]] = {
+    family: {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+    }
+    for family in ("qwen3_next", "qwen3_5_moe_text")
+}
 STORES = {"f32": ("f32", None), "q8_0": ("q8_0", "q8_0")}
 NEW_TOKENS = 20
 PROMPT = torch.tensor([[5, 9, 33, 21, 7, 80, 2]])
 _PACKED = (QuantizedLinear, QuantizedEmbedding, PackedMlp)
 #: Two sequences of the same length.
 BATCH = torch.cat((PROMPT, PROMPT.flip(1)))
+
+
+def changes_of(family: str) -> dict[str, Any]:
+    """Return what a family's tiny config needs for the kernels."""
+    return RANKS | COMPRESSED[family] if family in COMPRESSED else STATEFUL.get(family, {})
 
 
 def save_family(family: str, directory: Path, massive: bool = False, **changes: Any) -> None:

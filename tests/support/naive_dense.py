@@ -78,7 +78,11 @@ def attention(
     if layer.latent is not None:
         return latent_attention(layer, seen, cos, sin, paired, past, kept, tolerance)
     assert layer.v is not None
-    q = heads(layer.q_norm, multiply(layer.q, seen), dim, layer.clip)
+    queries, gates = multiply(layer.q, seen), np.ones(layer.heads * dim)
+    if layer.gated:
+        sides = queries.reshape(layer.heads, 2, dim)
+        queries, gates = sides[:, 0].reshape(-1), 1 / (1 + np.exp(-sides[:, 1].reshape(-1)))
+    q = heads(layer.q_norm, queries, dim, layer.clip)
     k = heads(layer.k_norm, multiply(layer.k, seen), dim, layer.clip)
     v = heads(None, multiply(layer.v, seen), dim, layer.clip)
     q, k = (np.stack([rotate(head, cos, sin, paired) for head in side]) for side in (q, k))
@@ -95,7 +99,8 @@ def attention(
             scores = np.append(scores, layer.sinks[head])
         weights = softmax(scores)[: len(scores) - (layer.sinks is not None)]
         out.append(weights @ values[group, -window:])
-    return layer.residual * multiply(layer.o, np.concatenate(out)), (keys, values)
+    found = np.concatenate(out) * gates
+    return layer.residual * multiply(layer.o, found), (keys, values)
 
 
 def latent_attention(

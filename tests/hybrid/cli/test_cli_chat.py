@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -35,13 +36,16 @@ class Listener:
     def __init__(self, *answers: str | BaseException) -> None:
         self.answers = list(answers)
         self.asked: list[Said] = []
-        self.context = None
+        self.options: list[dict[str, Any]] = []
+        self.context: int | None = None
+        self.ended = "end token"
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
         self.asked.append([(m["role"], m["content"]) for m in messages])
         return torch.zeros(1, len(messages))
 
-    def answer(self, ids: torch.Tensor, *, on_text: Any, **options: Any) -> None:
+    def write(self, ids: torch.Tensor, *, on_text: Any, **options: Any) -> SimpleNamespace:
+        self.options.append(options)
         assert ids.shape[1] == len(self.asked[-1])
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
@@ -50,6 +54,7 @@ class Listener:
             if piece == "^C":
                 raise KeyboardInterrupt
             on_text(piece)
+        return SimpleNamespace(ended=self.ended)
 
 
 def feed(*lines: str | BaseException) -> Any:

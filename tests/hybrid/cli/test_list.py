@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from gguf_files import recipe, write_gguf
 from hybrid.cli import main
+from hybrid.errors import UsageError
 from hybrid.weights.cache import converted_copy
 from hybrid.weights.copies import beside, kept_copies
 
@@ -61,6 +63,8 @@ def test_copies_are_listed_as_they_are_used(model: Path, capsys: Captured) -> No
     assert found[0]["nbytes"] == sum(file.stat().st_size for file in first.iterdir())
     assert (found[1]["experts"], found[1]["dense"]) == ("q4_0", "q8_0")
     assert found[0]["source"] == str(model)
+    assert found[0]["kept_as"] == {"experts": ["q8_0"], "dense": []}
+    assert found[1]["kept_as"] == {"experts": ["q4_0"], "dense": ["q8_0"]}
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["copy", "size", "experts", "dense", "last", "used", "made", "of"]
@@ -108,6 +112,41 @@ def test_unfinished_and_busy_copies(model: Path, capsys: Captured) -> None:
     assert "is being converted by another program" in capsys.readouterr().err
     assert main(["remove", copy.name]) == 0
     assert not list(copy.parent.glob(f"{copy.name}*"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_formats_that_a_model_had_are_named(tmp_path: Path, capsys: Captured) -> None:
+    """Where none was asked for, those that the copy has, most of them first."""
+    file = write_gguf(tmp_path / "tiny.gguf", recipe("qwen3moe"), matrices="Q5_1")
+    copy, _ = converted_copy(file, None, None)
+    assert main(["list"]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.startswith(copy.name)
+    assert row.split()[3:5] == ["q5_1", "q5_1"]
+
+
+def test_a_limit_takes_what_can_be_made_again(
+    cache: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """The copies that were not used for longest go, but for those whose model is gone."""
+    gone = shutil.copytree(model, tmp_path / "gone")
+    kept = [converted_copy(gone, "q4_0", None)[0]]
+    kept += [converted_copy(model, fmt, None)[0] for fmt in ("q8_0", "q4_0")]
+    for used_s, copy in enumerate(kept):
+        os.utime(beside(copy, ".json"), (1e9 + used_s, 1e9 + used_s))
+    shutil.rmtree(gone)
+    monkeypatch.setenv("HYBRID_CACHE_LIMIT", str(sum(copy.nbytes for copy in kept_copies()) + 1000))
+    capsys.readouterr()
+    new, _ = converted_copy(model, "q5_1", None)
+    assert [copy.is_dir() for copy in (*kept, new)] == [True, False, True, True]
+    assert f"removed {kept[1].name}" in capsys.readouterr().err
+    monkeypatch.setenv("HYBRID_CACHE_LIMIT", "1KiB")
+    new, _ = converted_copy(model, "q4_1", None)
+    assert {copy.path for copy in kept_copies()} == {kept[0], new}
+    assert "no other copy can be made again" in capsys.readouterr().err
+    monkeypatch.setenv("HYBRID_CACHE_LIMIT", "much")
+    with pytest.raises(UsageError, match="HYBRID_CACHE_LIMIT 'much' is not a size"):
+        converted_copy(model, "q5_0", None)
 
 
 @pytest.mark.usefixtures("cache")

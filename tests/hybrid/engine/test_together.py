@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,82 +11,20 @@ import torch
 
 import hybrid.engine.together
 from cpu_experts.decoder.pages import PAGE
+from drafts import Foretold
 from hybrid.engine.errors import NotANumberError, TooLongError
 from hybrid.engine.together import Together
-from hybrid.session.generation import Generation
 from hybrid.session.generation_stream import Stopped
 from hybrid.session.model import HybridModel
+from together_texts import GREEDY, SIZE, Text, alone, finish, prompt
 
-GREEDY = {"do_sample": False}
 DRAWN = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1}
-SIZE = 1 << 24
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Path) -> HybridModel:
     """A model without an end token: it writes as much as it is asked to."""
     return HybridModel.from_pretrained(tiny_model, threads=1, dtype="float32", speculate="off")
-
-
-class Text:
-    """A text of a :class:`Together`, and what comes of it."""
-
-    def __init__(
-        self,
-        together: Together,
-        model: HybridModel,
-        ids: Any,
-        most: int,
-        seed: int | None = None,
-        on_text: Callable[[str], None] | None = None,
-        **options: Any,
-    ) -> None:
-        self.left, self.ended = False, False
-        self.error: BaseException | None = None
-        ids = torch.as_tensor(ids).reshape(1, -1)
-        self.writing = model.writing(
-            ids, context=together.room, max_new_tokens=most, on_text=on_text, **options
-        )
-        assert together.admit(self.writing, seed, self._check, self._end)
-
-    def _check(self) -> None:
-        if self.left:
-            raise Stopped
-
-    def _end(self, error: BaseException | None) -> None:
-        assert not self.ended
-        self.ended, self.error = True, error
-
-    @property
-    def generation(self) -> Generation:
-        return self.writing.stream.generation()
-
-    @property
-    def ids(self) -> list[int]:
-        return self.generation.ids[0].tolist()
-
-
-def finish(together: Together, texts: list[Text]) -> None:
-    """Go round until all have ended, looking at the memory each time."""
-    for _ in range(2000):
-        if all(text.ended for text in texts):
-            return
-        together.round()
-        together.check_integrity()
-    raise AssertionError("texts do not end")
-
-
-def alone(model: HybridModel, ids: Any, most: int, seed: int | None = None, **options: Any) -> Any:
-    """The tokens of a text that nothing is computed beside."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    ids = torch.as_tensor(ids).reshape(1, -1)
-    return model.write(ids, max_new_tokens=most, **options).ids[0].tolist()
-
-
-def prompt(seed: int, length: int, model: HybridModel) -> list[int]:
-    numbers = torch.Generator().manual_seed(seed)
-    return torch.randint(3, model.loaded.vocabulary, (length,), generator=numbers).tolist()
 
 
 @pytest.mark.parametrize("options", [GREEDY, DRAWN])
@@ -283,6 +220,69 @@ def test_what_was_used_last_is_remembered(tiny: HybridModel) -> None:
         assert kept(0) == 2 * PAGE
         assert kept(other) == 0
     assert kept(1) == 0
+
+
+@pytest.mark.parametrize("options", [GREEDY, DRAWN])
+def test_drafts_change_no_text(tiny: HybridModel, options: dict[str, Any]) -> None:
+    """Right and wrong ones; one text alone is drafted for, until another joins it."""
+    together = Together(tiny, 2, SIZE)
+    ids = prompt(0, 100, tiny)
+    wanted = alone(tiny, ids, 60, 3, **options)
+    other = alone(tiny, prompt(1, 9, tiny), 90, 3, **options)
+    first = Text(together, tiny, ids, 60, 3, **options)
+    known = [*ids, *wanted]
+    drafts = Foretold(known, 4, {len(ids) + at for at in (6, 7, 20)}).begin_after(ids)
+    together.running[0].drafts = drafts
+    for _ in range(12):
+        together.round()
+        together.check_integrity()
+    assert len(drafts.sizes) > 8
+    assert first.generation.times.new_tokens > 20
+    steps = len(drafts.sizes)
+    beside = Text(together, tiny, prompt(1, 9, tiny), 90, 3, **options)
+    together.round()
+    assert len(drafts.sizes) == steps
+    finish(together, [first, beside])
+    assert first.ids == wanted
+    assert beside.ids == other
+
+
+@pytest.mark.parametrize("taken", [2, 3, 4, 7])
+def test_a_text_that_is_left_in_a_draft_is_remembered(tiny: HybridModel, taken: int) -> None:
+    """As far as it was seen, and no further."""
+    together = Together(tiny, 1, SIZE)
+    ids = prompt(0, 100, tiny)
+    known = [*ids, *alone(tiny, ids, 40, **GREEDY)]
+    pieces: list[str] = []
+
+    def on_text(piece: str) -> None:
+        pieces.append(piece)
+        if len(text.generation.ids[0]) == taken:
+            raise Stopped
+
+    text = Text(together, tiny, ids, 40, on_text=on_text, **GREEDY)
+    together.running[0].drafts = Foretold(known, 6).begin_after(ids)
+    while not text.ended:
+        together.round()
+    together.check_integrity()
+    found = text.ids
+    assert found == known[100 : 100 + len(found)]
+    more = [*ids, *found, *prompt(1, 5, tiny)]
+    again = Text(together, tiny, more, 9, **GREEDY)
+    finish(together, [again])
+    assert again.generation.times.kept_tokens == 100 + len(found) - 1
+    assert again.ids == alone(tiny, more, 9, **GREEDY)
+
+
+def test_drafts_are_asked_of_the_model(tiny_model: Path) -> None:
+    """As many as the user wants, and told of in the end."""
+    model = HybridModel.from_pretrained(tiny_model, threads=1, speculate=4)
+    together = Together(model, 1, SIZE)
+    text = Text(together, model, prompt(0, 9, model), 5, **GREEDY)
+    finish(together, [text])
+    told = text.generation.times.speculated
+    assert told is not None
+    assert told.asked == "lookup of 4"
 
 
 @pytest.mark.parametrize("seed", range(3))

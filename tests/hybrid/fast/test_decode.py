@@ -15,9 +15,10 @@ from fast_models import (
     FAMILIES,
     NEW_TOKENS,
     PROMPT,
-    RANKS,
+    STATEFUL,
     STORES,
     CountedTokens,
+    changes_of,
     install_fast_decode,
     load_family,
     open_model,
@@ -31,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("half_precision_caches")
 
 
 @pytest.mark.parametrize(
-    ("family", "store"), [*product(FAMILIES, STORES), *product(COMPRESSED, ["f32"])]
+    ("family", "store"), [*product(FAMILIES, STORES), *product([*COMPRESSED, *STATEFUL], ["f32"])]
 )
 def test_a_family_decodes_as_transformers_does(
     family: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill and 20 tokens: the same tokens, the same logits, on the fast path."""
-    changes: dict[str, Any] = RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    changes: dict[str, Any] = changes_of(family)
     model = load_family(family.split()[0], tmp_path, store, **changes)
     tokens, logits = write_greedily(model)
     path = install_fast_decode(model)
@@ -53,10 +54,10 @@ def test_a_family_decodes_as_transformers_does(
     assert distances.max() < (5e-3 if store == "f32" else 0.2)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *COMPRESSED])
+@pytest.mark.parametrize("family", [*FAMILIES, *COMPRESSED, *STATEFUL])
 def test_massive_activations_in_float32(family: str, tmp_path: Path) -> None:
     """A stream with values in the thousands takes the fast path, to the same tokens."""
-    changes: dict[str, Any] = RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    changes: dict[str, Any] = changes_of(family)
     model = load_family(family.split()[0], tmp_path, massive=True, **changes)
     tokens, logits = write_greedily(model)
     path = install_fast_decode(model)
@@ -67,14 +68,14 @@ def test_massive_activations_in_float32(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "store"), [*product(FAMILIES, STORES), *product(COMPRESSED, ["f32"])]
+    ("family", "store"), [*product(FAMILIES, STORES), *product([*COMPRESSED, *STATEFUL], ["f32"])]
 )
 def test_massive_activations_in_bfloat16(family: str, store: str, tmp_path: Path) -> None:
     """In bfloat16 the path is taken, too, and is at least as exact as transformers' code there.
 
     Exact is the same model in float32. All read the same tokens, one by one after the prompt.
     """
-    changes: dict[str, Any] = RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    changes: dict[str, Any] = changes_of(family)
     model = load_family(
         family.split()[0], tmp_path, store, dtype=torch.bfloat16, massive=True, **changes
     )
@@ -108,7 +109,7 @@ def test_quantized_products_of_a_compressed_cache(family: str, tmp_path: Path) -
 
     transformers' code rounds every latent to int8 and then makes keys of it, ours rounds none.
     """
-    changes = RANKS | COMPRESSED[family]
+    changes = changes_of(family)
     model = load_family(family.split()[0], tmp_path, "q8_0", **changes)
     tokens = write_greedily(model)[0]
     path = install_fast_decode(model)

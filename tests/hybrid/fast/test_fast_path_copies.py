@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-import hybrid.fast.decoder_parts
+import hybrid.fast.dense_parts
 from fast_models import (
     BATCH,
     PROMPT,
@@ -162,7 +162,7 @@ def test_an_interrupted_first_text(
         if calls[0] == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hybrid.fast.decoder_parts, "replace_modules", stopped)
+    monkeypatch.setattr(hybrid.fast.dense_parts, "replace_modules", stopped)
     with pytest.raises(KeyboardInterrupt):
         write(model)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import hybrid.fast.many
 from cpu_experts.decoder.pages import PAGE, Pages, PagesFull
-from fast_models import COMPRESSED, FAMILIES, RANKS, install_fast_decode, load_family
+from fast_models import COMPRESSED, FAMILIES, changes_of, install_fast_decode, load_family
 from hybrid.fast.many import ManySequences
 from hybrid.transformers_api import cache_argument
 from tiny_families import VOCAB
@@ -24,7 +24,7 @@ IDS = torch.randint(0, VOCAB, (4, 160), generator=torch.Generator().manual_seed(
 
 
 def _load(family: str, folder: Path, **changes: Any) -> Any:
-    changes |= RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    changes |= changes_of(family)
     model = load_family(family.split()[0], folder, "f32", **changes)
     assert install_fast_decode(model).fast, model.hybrid_fast.path.reason
     return model

@@ -134,7 +134,7 @@ def test_far_positions_turn_as_transformers_turns_them(qwen: Any, scaling: dict[
     config.max_position_embeddings = 32768 if scaling["rope_type"] == "dynamic" else 131072
     config.rope_parameters = scaling | {"rope_theta": 1e6}
     kind = type(qwen.model.rotary_emb)
-    base = SimpleNamespace(rotary_emb=kind(config))
+    base = SimpleNamespace(rotary_emb=kind(config), layers=[])
     model = SimpleNamespace(get_decoder=lambda: base, dtype=torch.float32, config=config)
     fast = FastDecoder(model, qwen.hybrid_fast.decoder.decoder, 8)
     for position in (0, 511, 512, 32767, 32768, 32769, 50000, 131071):

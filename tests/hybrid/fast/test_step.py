@@ -17,9 +17,10 @@ import hybrid.fast.decode
 from fast_models import (
     COMPRESSED,
     FAMILIES,
-    RANKS,
+    STATEFUL,
     STORES,
     CountedTokens,
+    changes_of,
     install_fast_decode,
     load_family,
     write,
@@ -33,7 +34,7 @@ IDS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(3
 
 
 def _load(family: str, folder: Path, store: str = "f32", **changes: Any) -> Any:
-    changes |= RANKS | COMPRESSED[family] if family in COMPRESSED else {}
+    changes |= changes_of(family)
     model = load_family(family.split()[0], folder, store, **changes)
     assert install_fast_decode(model).fast, model.hybrid_fast.path.reason
     return model
@@ -68,7 +69,7 @@ def _cut(forward: Any, config: Any, cuts: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "store"), [*product(FAMILIES, STORES), *product(COMPRESSED, ["f32"])]
+    ("family", "store"), [*product(FAMILIES, STORES), *product([*COMPRESSED, *STATEFUL], ["f32"])]
 )
 def test_a_family_in_steps(
     family: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

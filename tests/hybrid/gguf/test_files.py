@@ -16,10 +16,10 @@ import pytest
 from gguf_files import drawn, recipe, write_gguf
 from hybrid import plan
 from hybrid.cli import main
-from hybrid.errors import CheckpointError, UnsupportedModelError
+from hybrid.errors import CheckpointError, UnsupportedModelError, UsageError
 from hybrid.formats.block import unpack_expert
 from hybrid.formats.errors import HybridError
-from hybrid.formats.matrix import unpack
+from hybrid.formats.matrix import pack, unpack
 from hybrid.gguf.header import read_gguf
 from hybrid.gguf.types import TYPES
 from hybrid.weights.checkpoint import check, convert
@@ -84,6 +84,53 @@ def test_what_has_no_format_is_quantized_anew(tmp_path: Path) -> None:
     assert check(file).notes == [
         "quantized anew, for no kernels take what the file has: q8_0, transposed, to q8_0"
     ]
+
+
+def _wide() -> dict[str, Any]:
+    """A recipe whose rows are whole super-blocks."""
+    made = recipe("qwen3moe")
+    widths = {"embedding_length": 256, "expert_feed_forward_length": 256}
+    made["metadata"] |= {f"qwen3moe.{key}": value for key, value in widths.items()}
+    for name, shape in made["tensors"].items():
+        wide = [256 if size == 64 else size for size in shape]
+        made["tensors"][name] = [256 if size == 32 and "_exps" in name else size for size in wide]
+    for name in ("attn_k", "attn_v"):
+        for layer in range(3):
+            made["tensors"][f"blk.{layer}.{name}.weight"] = [64, 256]
+    return made
+
+
+def test_types_without_kernels_are_said_with_their_error(tmp_path: Path) -> None:
+    """What the new format costs is told as it is; with --exact such a file is refused."""
+    made = _wide()
+    file = write_gguf(tmp_path / "tiny.gguf", made, matrices="TQ2_0")
+    told: list[str] = []
+    convert(file, tmp_path / "out", tell=told.append)
+    assert told[0].endswith("tq2_0 to q4_k")
+    errors = squares = 0.0
+    for name, shape in made["tensors"].items():
+        if len(shape) > 1 and shape[-1] == 256 and "gate_inp" not in name:
+            were = _as_stored(drawn(name, shape), "TQ2_0").reshape(-1, 256)
+            are = unpack(pack(were, "q4_k"), len(were), 256, "q4_k")
+            errors += float(((are - were).astype(float) ** 2).sum())
+            squares += float((were.astype(float) ** 2).sum())
+    share = 100 * (errors / squares) ** 0.5
+    assert told[1:] == [
+        "100 % of the quantized weights are not exactly what was published: in q4_k they differ "
+        f"by {share:.2g} % (root mean square)"
+    ]
+    with pytest.raises(UnsupportedModelError, match="--exact keeps them so: tq2_0 to q4_k"):
+        convert(file, tmp_path / "exact", exact=True)
+    assert not (tmp_path / "exact").exists()
+    assert main(["convert", str(file), "--check", "--exact"]) == 2
+
+
+def test_exactly_what_was_published(tmp_path: Path) -> None:
+    """Blocks with kernels of their own pass --exact, and it takes no other format beside it."""
+    file = write_gguf(tmp_path / "tiny.gguf", recipe("qwen3moe"), matrices="Q4_1")
+    assert convert(file, tmp_path / "out", exact=True).format == "q4_1"
+    with pytest.raises(UsageError, match="--exact keeps what was published, q8_0 was asked for"):
+        convert(file, tmp_path / "other", experts="q8_0", exact=True)
 
 
 def test_split_files(whole: Path, tmp_path: Path) -> None:

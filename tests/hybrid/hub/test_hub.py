@@ -20,16 +20,10 @@ from hybrid.cli import main
 from hybrid.cli.download import obtain
 from hybrid.errors import CheckpointError, DiskSpaceError, HybridError
 from hybrid.gguf.header import read_gguf
-from hybrid.hub import (
-    HubName,
-    UnreachableError,
-    config_of,
-    directory_of,
-    download,
-    hub_name,
-    kept_copy,
-    manifest,
-)
+from hybrid.hub.fetch import config_of, directory_of, download, manifest
+from hybrid.hub.kept import kept_copy
+from hybrid.hub.names import HubName, hub_name
+from hybrid.hub.refusals import UnreachableError
 from hybrid.loading import load_fast_model
 from hybrid.machine.machines import Machine
 from local_hub import COMMIT, Hub, serving

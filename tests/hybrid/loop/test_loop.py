@@ -169,11 +169,11 @@ def test_other_ways_of_generating(network: Any, name: str, monkeypatch: pytest.M
     ids = IDS.repeat(2, 1) if name == "a batch" else IDS
     given = _options(OTHER.get(name, {}))
     with _transformers_loops(monkeypatch) as ran:
-        settled = with_own_loop(network, given, GenerationStream(), None)
+        settled = with_own_loop(network, given, Loop(GenerationStream()))
         network.generate(ids, **settled)
     assert len(ran) == 1
     with _transformers_loops(monkeypatch) as ran:
-        network.generate(IDS, **with_own_loop(network, _options({}), _started(), None))
+        network.generate(IDS, **with_own_loop(network, _options({}), Loop(_started())))
     assert ran == []
 
 
@@ -193,12 +193,12 @@ def test_stop_strings_of_ids(network: Any) -> None:
     assert len(PROMPT) < wanted.shape[1] < len(known)
     for count in (1, 4):
         drafts = Foretold(known, count).begin_after(PROMPT)
-        settled = with_own_loop(network, given, _started(), drafts)
+        settled = with_own_loop(network, given, Loop(_started(), drafts))
         assert isinstance(settled["custom_generate"], Loop)
         assert torch.equal(network.generate(IDS, **settled), wanted)
     alone = {name: value for name, value in given.items() if name != "tokenizer"}
     with pytest.raises(ValueError, match="tokenizer"):
-        network.generate(IDS, **with_own_loop(network, alone, _started(), None))
+        network.generate(IDS, **with_own_loop(network, alone, Loop(_started())))
 
 
 def test_penalties_of_what_was_generated(network: Any) -> None:
@@ -218,7 +218,7 @@ def test_penalties_of_what_was_generated(network: Any) -> None:
         wanted = network.generate(IDS, **given, logits_processor=[Plain()])
         asked = given | {"presence_penalty": 0.75, "frequency_penalty": 0.5}
         settled = with_penalties(asked, len(PROMPT))
-        for way in (settled, with_own_loop(network, settled, _started(), None)):
+        for way in (settled, with_own_loop(network, settled, Loop(_started()))):
             torch.manual_seed(7)
             assert torch.equal(network.generate(IDS, **way), wanted)
         texts[len(drawn)] = wanted.tolist()

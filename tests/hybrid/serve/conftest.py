@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hybrid.engine.together import Together
 from hybrid.serve.engine import Engine
 from hybrid.serve.served import Served
 from hybrid.session.model import HybridModel
@@ -25,9 +26,11 @@ def told() -> list[str]:
     return []
 
 
-@pytest.fixture
-def engine(model: HybridModel) -> Iterator[Engine]:
-    made = Engine(model, waiting=8)
+@pytest.fixture(params=["alone", "together"])
+def engine(model: HybridModel, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """One that answers one after the other, and one that answers several at once."""
+    together = Together(model, 3, 1 << 26) if request.param == "together" else None
+    made = Engine(model, waiting=8, together=together)
     yield made
     made.end(0)
 

@@ -13,12 +13,10 @@ import torch
 
 from hybrid.errors import UsageError
 from hybrid.fast.prompt import PromptProgress
-from hybrid.serve.engine import Asked, Done, Engine, Event, Failed, Job, Piece
+from hybrid.serve.engine import Asked, Done, Engine, Job, Piece
 from hybrid.serve.refusals import Refusal
 from hybrid.session.model import HybridModel
-
-GREEDY = {"do_sample": False}
-LONG_S = 60
+from readers import GREEDY, LONG_S, Reader, text_of
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +40,6 @@ class Gate:
             raise ids
         on_text(f"<{ids}>")
         return ids
-
-
-class Reader:
-    """Keeps the events of a job."""
-
-    def __init__(self, asked: Any, engine: Engine, job: type[Job] = Job) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.job = job(Asked(asked, 5) if not isinstance(asked, Asked) else asked, self.events.put)
-        engine.submit(self.job)
-
-    def all(self) -> list[Event]:
-        """Wait for the last event, and return all of them."""
-        found: list[Event] = []
-        while not found or isinstance(found[-1], Piece):
-            found.append(self.events.get(timeout=LONG_S))
-        return found
-
-    def refusal(self) -> Refusal:
-        (event,) = self.all()
-        assert isinstance(event, Failed)
-        return event.refusal
 
 
 @pytest.fixture
@@ -176,10 +153,6 @@ def real(tiny: HybridModel) -> Iterator[Engine]:
     made = Engine(tiny, waiting=8)
     yield made
     made.end(0)
-
-
-def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Piece))
 
 
 def test_an_answer_ends_within_a_token(real: Engine, tiny: HybridModel) -> None:

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hybrid.session.answer_stream import AnswerStream
-from hybrid.session.chat_template import thinking_switches
+from hybrid.session.chat_template import thinking_switches, turn_ends
 from tiny_model import byte_tokenizer
 
 HARMONY = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]
@@ -119,3 +119,29 @@ def test_switches_of_templates() -> None:
     assert thinking_switches("{% if enable_thinking is defined %}") == {"enable_thinking": False}
     assert thinking_switches("{% if not thinking %}") == {"thinking": False}
     assert thinking_switches("{{ message.thinking }} {{ 'thinking' }} enable_thinkings") == {}
+
+
+ENDS = {
+    "chatml": ("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_end|>"),
+    "blank before": ("[INST]{{ m.content }} </s>", "</s>"),
+    "next role": ("<|{{ m.role }}|>{{ m.content }}", "<|user|>"),
+    "plain": ("{{ m.role }}: {{ m.content }}\n", None),
+    "refused": ("{{ raise_exception('no') }}", None),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_token_that_ends_a_turn(case: str) -> None:
+    """It is read off the template: what it puts behind an answer, if that is a token of its own."""
+    part, wanted = ENDS[case]
+    words = tokenizer("<|im_end|>", "<|im_start|>", "</s>", "<|user|>")
+    words.chat_template = f"{{% for m in messages %}}{part}{{% endfor %}}"
+    ids = [] if wanted is None else [words.convert_tokens_to_ids(wanted)]
+    assert turn_ends(words) == ids
+
+
+def test_channels_end_no_turn() -> None:
+    """Each of their messages ends so, and the first is a thought."""
+    words = tokenizer(*HARMONY)
+    words.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    assert turn_ends(words) == []

@@ -39,7 +39,7 @@ class Thinker:
         self.encoded.append([message["content"] for message in messages])
         return torch.zeros(1, sum(len(message["content"]) for message in messages))
 
-    def answer(self, ids: torch.Tensor, *, on_text: Any, on_thought: Any, **_: Any) -> None:
+    def write(self, ids: torch.Tensor, *, on_text: Any, on_thought: Any, **_: Any) -> Any:
         self.asked.append(self.encoded[-1])
         assert ids.shape[1] == len("".join(self.encoded[-1]))
         thought, _bar, answer = self.answers.pop(0).rpartition("|")
@@ -147,7 +147,7 @@ def test_the_oldest_turns_make_room() -> None:
 def test_a_full_context_is_refused_on_request() -> None:
     """With both numbers and the way out; the conversation stays."""
     thinker = Thinker(60, "a" * 20, "never")
-    conversation = Conversation(thinker, drop_oldest=False)
+    conversation = Conversation(thinker, may_drop=lambda _: False)
     conversation.ask("x" * 10, max_new_tokens=30)
     with pytest.raises(UsageError, match=r"has 50 tokens .* context is 60") as caught:
         conversation.ask("y" * 20, max_new_tokens=30)
@@ -202,6 +202,22 @@ def test_variables_reach_the_template(model: HybridModel) -> None:
         assert model.tokenizer.decode(ids[0]) == "a<think></think>"
     finally:
         model.tokenizer.chat_template = before
+
+
+def test_the_template_s_end_ends_an_answer(
+    model: HybridModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the end tokens of settings, config and tokenizer; a text has those alone."""
+    words = byte_tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|over|>", "<|other|>"]})
+    words.chat_template = "{% for m in messages %}{{ m.content }}<|over|>{% endfor %}"
+    monkeypatch.setattr(model, "tokenizer", words)
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [7])
+    ids = torch.arange(4)[None]
+    over = words.convert_tokens_to_ids("<|over|>")
+    answer = model.writing(ids, on_thought=lambda piece: None, max_new_tokens=3)
+    assert answer.options["eos_token_id"] == [7, over]
+    assert model.writing(ids, max_new_tokens=3).options["eos_token_id"] == [7]
 
 
 def test_a_text_that_is_none_is_refused(model: HybridModel) -> None:

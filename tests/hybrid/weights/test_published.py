@@ -249,6 +249,8 @@ def test_groups_in_an_order_of_their_own(by: str, tmp_path: Path) -> None:
     told: list[str] = []
     assert convert(src, tmp_path / "own", tell=told.append).format == "q4_k"
     assert any("100 % of the quantized weights are not exactly" in line for line in told)
+    with pytest.raises(CheckpointError, match="something else in q4_k, and --exact keeps"):
+        convert(src, tmp_path / "exact", exact=True)
     convert(src, tmp_path / "f32", experts="f32")
     for key, values in experts_in(tmp_path / "f32", PROJECTIONS).items():
         np.testing.assert_array_equal(values, meant[key].numpy(), err_msg=key)
