@@ -66,23 +66,29 @@ class Grammar:
 
     def calls(self, form: CallFormat, tools: Sequence[Tool], several: bool) -> str:
         """Return the rule of calls of one of ``tools``, or of ``several`` calls."""
-        more = "*" if several else "{0,0}"
         if form is HARMONY:
             return self._rule(f"{self._thoughts()} ({self._each(tools, self._channel_call)})")
         if form is DEEPSEEK:
             each = self._each(tools, self._seek_call)
             begin, end = self.text(SEEK_CALLS), self.text(SEEK_CALLS_END)
-            return self._rule(f"{begin} ({each}) ({self.text(chr(10))} ({each})){more} {end}")
+            more = self._more(f"{self.text(chr(10))} ({each})", several)
+            return self._rule(f"{begin} ({each}) {more} {end}")
         if form is MISTRAL_FORMAT and MISTRAL_ARGS in self._template:
             each = self._each(tools, self._mistral_call)
-            return self._rule(f"({each}) ({each}){more}")
+            return self._rule(f"({each}) {self._more(each, several)}")
         if form is MISTRAL_FORMAT:
             each = self._each(tools, self._object_call)
             begin = self.text(f"{MISTRAL}[")
-            return self._rule(f'{begin} ({each}) (", " ({each})){more} "]"')
+            more = self._more(f'", " ({each})', several)
+            return self._rule(f'{begin} ({each}) {more} "]"')
         writers = {CODER.name: self._coder_call, GLM.name: self._glm_call}
         each = self._each(tools, writers.get(form.name, self._tagged_call))
-        return self._rule(f"({each}) ({self.text(chr(10))} ({each})){more}")
+        return self._rule(f"({each}) {self._more(f'{self.text(chr(10))} ({each})', several)}")
+
+    @staticmethod
+    def _more(each: str, several: bool) -> str:
+        """What may follow a first call."""
+        return f"({each})*" if several else ""
 
     def text(self, text: str) -> str:
         """Return a text as it stands in a rule, special tokens of it by their ids."""
@@ -166,7 +172,9 @@ class Grammar:
                 texts = " | ".join(self.text(str(value)) for value in each["enum"])
                 body = f"({texts}) {self.text(end)}"
             elif kind == "string":
-                body = self._rule(r"/(.|\n)*/", f"[suffix={json.dumps(end)}]")
+                most = each.get("maxLength")
+                times = f"{{0,{most}}}" if type(most) is int and most > 0 else "*"
+                body = self._rule(rf"/(.|\n){times}/", f"[suffix={json.dumps(end)}]")
             else:
                 inner = {**each, **around} if isinstance(each, Mapping) else each
                 body = f"{self.value(inner)} {self.text(end)}"

@@ -57,10 +57,6 @@ CHATS: dict[str, tuple[dict[str, Any], str | None]] = {
     "odd name": ({"tools": [tool("a b")]}, "tools[0].function.name"),
     "no object": ({"tools": [tool("a", {"type": "array"})]}, "tools[0].function.parameters.type"),
     "no schema": ({"tools": [tool("a", [])]}, "tools[0].function.parameters"),
-    "no such tool": (
-        {"tools": [TOOL], "tool_choice": tool("g", None)},
-        "tool_choice.function.parameters",
-    ),
     "odd choice": ({"tools": [TOOL], "tool_choice": 5}, "tool_choice"),
     "choice of another": (
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
