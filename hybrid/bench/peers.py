@@ -37,7 +37,7 @@ from hybrid.measure.interference import DISTURBED, Others
 from hybrid.measure.random_model import write_random_model
 from hybrid.model import Model
 from hybrid.paths import expanded, temporary_folder
-from hybrid.weights.checkpoint import Source
+from hybrid.weights.source import Source
 from planner.describe.context import longest_context
 
 #: The shape that is compared unless another is given: what it is, and how much of it.

@@ -34,9 +34,10 @@ from hybrid.machine import host
 from hybrid.model import Model
 from hybrid.paths import expanded, temporary_folder
 from hybrid.transformers_api import cache_argument, returned_cache
-from hybrid.weights.checkpoint import Source, convert
+from hybrid.weights.checkpoint import convert
 from hybrid.weights.importance import Importance
 from hybrid.weights.progress import conversion_progress
+from hybrid.weights.source import Source
 from hybrid.weights.tokenizer import load_tokenizer
 from planner.describe.context import longest_context
 

@@ -12,13 +12,13 @@ import typer
 from hybrid.ask.formats import DEFAULT_EXPERTS, in_words
 from hybrid.ask.names import directory_name
 from hybrid.ask.options import Options
-from hybrid.cli.download import obtain
+from hybrid.cli.download import obtain, obtain_piecewise
 from hybrid.cli.exit_codes import ERROR
 from hybrid.errors import UsageError
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import FORMATS, dense_formats
 from hybrid.paths import check_temporary_folder, expanded
-from hybrid.weights.checks import check_files, findings
+from hybrid.weights.checks import Checkpoint, check_files, findings
 from hybrid.weights.gguf_checkpoint import checkpoint_at
 from hybrid.weights.partial import destination
 from hybrid.weights.progress import conversion_progress
@@ -82,6 +82,15 @@ def convert(
             help="Check SRC against the digests its download left, and DST against its own.",
         ),
     ] = False,
+    keep_source: Annotated[
+        str,
+        typer.Option(
+            "--keep-source",
+            metavar="yes|no",
+            help="Whether what is downloaded of the hub stays in its cache; with 'no' each weight "
+            "file is removed as soon as it is packed.",
+        ),
+    ] = "yes",
     check: Annotated[
         bool,
         typer.Option(
@@ -108,6 +117,18 @@ def convert(
         raise UsageError("DST is missing", hint="name the directory to make, or add --check")
     if dst is not None:  # before a download
         destination(expanded(src), expanded(dst))
+    if keep_source not in ("yes", "no"):
+        raise UsageError(f"--keep-source {keep_source!r} is not known", hint="choose yes or no")
+    if keep_source == "no":
+        if dst is None or check or collect_importance is not None:
+            raise UsageError(
+                "--keep-source no converts while it downloads: it needs DST, and neither --check "
+                "nor --collect-importance",
+                hint="leave out --keep-source",
+            )
+        arriving = obtain_piecewise(src, expanded(dst), options)
+        _convert(arriving, dst, experts, dense, imatrix, exact=exact, verify=verify)
+        return
     source = expanded(obtain(src, options, yes=True))
     if collect_importance is not None and imatrix is not None:
         _collect(source, collect_importance, imatrix)
@@ -116,12 +137,27 @@ def convert(
     if dst is None or check:
         _check(source, experts, dense, exact=exact, verify=verify)
         return
-    check_files(checkpoint_at(source))  # before torch, which takes seconds, is imported
+    checkpoint = checkpoint_at(source)
+    _convert(checkpoint, dst, experts, dense, imatrix, exact=exact, verify=verify)
+
+
+def _convert(
+    source: Checkpoint,
+    dst: Path,
+    experts: str | None,
+    dense: str | None,
+    imatrix: Path | None,
+    *,
+    exact: bool,
+    verify: bool,
+) -> None:
+    """Convert, and say what was made."""
+    check_files(source)  # before torch, which takes seconds, is imported
     from hybrid.weights import checkpoint
     from hybrid.weights.importance import Importance
 
     importance = None if imatrix is None else Importance.read(expanded(imatrix))
-    with conversion_progress(f"Converting {directory_name(source)}") as progress:
+    with conversion_progress(f"Converting {source.name}") as progress:
         result = checkpoint.convert(
             source,
             dst,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from hybrid.hub.names import hub_name
 from hybrid.hub.refusals import UnreachableError
 from hybrid.paths import cache_dir, require_room
 from hybrid.planning.plan import machine_for, plan_on
-from hybrid.weights.declared_formats import check_format
+from hybrid.weights.arriving import ArrivingCheckpoint
+from hybrid.weights.declared_formats import check_format, is_coded
 from planner.describe.words import in_words
 from planner.foretell.dryrun import PlanResult
 
@@ -52,21 +54,61 @@ def obtain(model: str, options: Options, *, yes: bool) -> Path:
     return download(wanted)
 
 
-def _announce(wanted: Manifest, options: Options, *, yes: bool) -> None:
+def obtain_piecewise(model: str, dst: Path, options: Options) -> ArrivingCheckpoint:
+    """Return a model of the hub whose weights come while they are packed into ``dst``.
+
+    Raises
+    ------
+    UsageError
+        When it is none of the hub.
+    CheckpointError, DiskSpaceError, UnsupportedModelError
+        When it cannot be fetched, or its weights are in a format that cannot be read so.
+    """
+    published = hub_name(model)
+    if published is None:
+        raise UsageError(
+            f"{model} is no name of the hub: there is nothing to download",
+            hint="leave out --keep-source, or give ORG/NAME",
+        )
+    wanted = manifest(published)
+    if wanted.name.quant is not None:
+        raise UsageError(
+            f"{wanted.name} is a GGUF file, which is packed when all of it is there",
+            hint="leave out --keep-source; 'hybrid remove --download' takes it out of the cache",
+        )
+    _announce(wanted, options, yes=True, kept=False)
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        disable_progress_bars,
+    )
+
+    disable_progress_bars()  # of files that come beside the progress of the conversion
+    key = hashlib.sha256(f"{wanted.name.repo}@{wanted.commit}".encode()).hexdigest()[:16]
+    checkpoint = ArrivingCheckpoint(wanted, dst.with_name(f"{dst.name}.source-{key}"))
+    if is_coded(checkpoint.path, checkpoint.config):
+        checkpoint.remove()
+        raise UsageError(
+            f"{wanted.name} is quantized: its formats are known when all of it is there",
+            hint="leave out --keep-source; 'hybrid remove --download' takes it out of the cache",
+        )
+    return checkpoint
+
+
+def _announce(wanted: Manifest, options: Options, *, yes: bool, kept: bool = True) -> None:
     """Say what a download takes and how its model will run; refuse what has no room."""
     asked = find_model(wanted.name).in_formats(options.experts, options.dense)
     check_format(None, asked.config)
     packed = packed_bytes(asked)
     _say(
         f"{wanted.name}: {in_words(wanted.missing_bytes)} to download, its packed weights take "
-        f"about {in_words(packed)} more"
+        f"about {in_words(packed)}{' more' if kept else ''}"
     )
-    require_room(
-        cache_dir(),
-        packed,
-        f"{wanted.name} with packed weights takes {{}}",
-        hint="free some space, or set HYBRID_CACHE to a folder on another disk",
-    )
+    if kept:  # the download, beside what is packed into the cache
+        require_room(
+            cache_dir(),
+            packed,
+            f"{wanted.name} with packed weights takes {{}}",
+            hint="free some space, or set HYBRID_CACHE to a folder on another disk",
+        )
     machine = machine_for(asked, None, options)
     if machine is not None:
         _foretell(plan_on(machine, asked, options), yes=yes)

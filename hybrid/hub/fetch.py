@@ -162,13 +162,19 @@ def header_of(name: HubName) -> GgufHeader:
             )
         parts = []
         for file in files:
-            fetch = functools.partial(_first_bytes, name, str(info.sha), file)
+            fetch = functools.partial(first_bytes, name, str(info.sha), file)
             parts.append(read_head(Path(name.repo) / file, there[file], fetch))
     return parts[0] if len(parts) == 1 else joined(parts)
 
 
-def _first_bytes(name: HubName, commit: str, file: str, size: int) -> bytes:
-    """Fetch so many first bytes of a file."""
+def first_bytes(name: HubName, commit: str, file: str, size: int) -> bytes:
+    """Fetch so many first bytes of a file.
+
+    Raises
+    ------
+    CheckpointError
+        When there is no such file, nobody may read it, or the hub cannot be reached.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -176,11 +182,30 @@ def _first_bytes(name: HubName, commit: str, file: str, size: int) -> bytes:
         hf_raise_for_status,
     )
 
-    url = hf_hub_url(name.repo, file, revision=commit, endpoint=endpoint())
-    asked = {**build_hf_headers(), "Range": f"bytes=0-{size - 1}"}
-    answer = get_session().get(url, headers=asked, follow_redirects=True)
-    hf_raise_for_status(answer)
+    with in_our_words(name, file):
+        url = hf_hub_url(name.repo, file, revision=commit, endpoint=endpoint())
+        asked = {**build_hf_headers(), "Range": f"bytes=0-{size - 1}"}
+        answer = get_session().get(url, headers=asked, follow_redirects=True)
+        hf_raise_for_status(answer)
     return bytes(answer.content[:size])
+
+
+def fetch_file(name: HubName, commit: str, file: str, folder: Path) -> Path:
+    """Bring one file into a folder of its own, not the cache; goes on where it stopped.
+
+    Raises
+    ------
+    CheckpointError
+        When the connection ends, or the file may not be read.
+    """
+    with in_our_words(name, file):
+        import huggingface_hub
+
+        return Path(
+            huggingface_hub.hf_hub_download(
+                name.repo, file, revision=commit, local_dir=folder, endpoint=endpoint()
+            )
+        )
 
 
 def directory_of(name: HubName) -> Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hybrid.errors import CheckpointError, first_line
+from hybrid.errors import CheckpointError, DiskSpaceError, first_line
 from hybrid.hub.names import HubName
 
 
@@ -27,6 +28,13 @@ def in_our_words(name: HubName, what: str) -> Iterator[None]:
     except (EntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError) as error:
         cause = error.__cause__  # a file that is not here hides why it could not be fetched
         raise _told(name, what, cause if isinstance(cause, HfHubHTTPError) else error) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskSpaceError(
+            f"the disk is full, and {what} of {name} has yet to come",
+            hint="free some space and run the same command again: it goes on from there",
+        ) from error
 
 
 def _told(name: HubName, what: str, error: BaseException) -> CheckpointError:

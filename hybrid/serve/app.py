@@ -6,8 +6,7 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,20 +14,23 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from hybrid.serve.answering import Answering, collected, streamed
 from hybrid.serve.bodies import check_key, parse_json, read_body
 from hybrid.serve.chat_page import add_chat_page
-from hybrid.serve.engine import Asked, Done, Engine, Event, Failed, Job, Piece
+from hybrid.serve.engine import Done, Engine, Failed, Job
+from hybrid.serve.events import Answer, encoded
 from hybrid.serve.lanes import Lanes
-from hybrid.serve.openai_answers import Answer, encoded, event
-from hybrid.serve.openai_requests import TextRequest, read_chat, read_completion, read_text
+from hybrid.serve.openai_answers import ChatAnswer, TextAnswer
+from hybrid.serve.openai_requests import read_chat, read_completion, read_ids, read_text
 from hybrid.serve.refusals import OURS, Refusal
 from hybrid.serve.served import Served
+from hybrid.serve.wanted import Wanted
 from hybrid.session.generation import Generation
 
 _JSON = "application/json"
 Tell = Callable[[str], None]
 _Handler = Callable[[Any], Awaitable[Any]]
-_Read = Callable[[object, Served], TextRequest]
+_Read = Callable[[object, Served], Wanted]
 
 
 def make_app(
@@ -86,6 +88,7 @@ class _Desk:
             ("/v1/chat/completions", "POST", self._chat),
             ("/v1/completions", "POST", self._completion),
             ("/tokenize", "POST", self._tokenize),
+            ("/detokenize", "POST", self._detokenize),
             ("/lanes", "GET", self._lanes_told),
         ]
 
@@ -131,85 +134,77 @@ class _Desk:
         return _json(await asyncio.to_thread(self._lanes.answer, given))
 
     async def _tokenize(self, request: Any) -> Any:
-        body = await read_body(request.stream(), request.headers.get("content-type"))
-        ids = await asyncio.to_thread(lambda: read_text(parse_json(body), self._served))
+        given = await self._given(request)
+        ids = await asyncio.to_thread(lambda: read_text(given(), self._served))
         return _json({"tokens": ids[0].tolist()})
 
+    async def _detokenize(self, request: Any) -> Any:
+        given = await self._given(request)
+        served = self._served
+        text = await asyncio.to_thread(lambda: served.decode(read_ids(given(), served)))
+        return _json({"content": text})
+
     async def _chat(self, request: Any) -> Any:
-        return await self._text(request, read_chat, chat=True)
+        return await self._answer(request, read_chat, ChatAnswer)
 
     async def _completion(self, request: Any) -> Any:
-        return await self._text(request, read_completion, chat=False)
+        return await self._answer(request, read_completion, TextAnswer)
 
-    async def _text(self, request: Any, read: _Read, *, chat: bool) -> Any:
+    async def _answer(self, request: Any, read: _Read, form: Any) -> Any:
+        given = await self._given(request)
+        wanted = await asyncio.to_thread(lambda: read(given(), self._served))
+        chances = wanted.answers[0].chances is not None
+        usage = wanted.include_usage
+        answer = form(self._served.name, include_usage=usage, chances=chances)
+        return await self._sent(request, wanted, answer)
+
+    async def _given(self, request: Any) -> Callable[[], Any]:
+        """Return what reads the JSON that a request carries."""
         body = await read_body(request.stream(), request.headers.get("content-type"))
-        wanted = await asyncio.to_thread(lambda: read(parse_json(body), self._served))
-        answer = Answer(self._served.name, chat=chat, include_usage=wanted.include_usage)
-        events = self._submit(request, wanted.asked)
+        return lambda: parse_json(body)
+
+    async def _sent(self, request: Any, wanted: Wanted, answer: Answer) -> Any:
+        """Have a request answered while its reader is there, and send what comes of it."""
+
+        def on_end(job: Job, event: Done | Failed) -> None:
+            if isinstance(event, Done):
+                self._lanes.note(event.generation)
+                self._tell(f"{_named(request)}: {_figures(event.generation, job.waited_s)}")
+            else:
+                self._tell(f"{_named(request)}: {_refused(event.refusal)}")
+
+        answering = Answering(self._engine, wanted, on_end)
+        watching = asyncio.create_task(self._watch(request, answering))
+        self._watching.add(watching)
+        watching.add_done_callback(self._watching.discard)
+        answers = len(wanted.answers)
         if wanted.stream:
             return StreamingResponse(
-                _chunks(answer, events),
+                streamed(answering, answer, answers),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
-        pieces: list[Piece] = []
-        while isinstance(each := await events.get(), Piece):
-            pieces.append(each)
-        if isinstance(each, Done):
-            return _json(answer.whole(pieces, each.generation))
-        return _refusal(each.refusal)
+        try:
+            return _json(answer.whole(await collected(answering, answers)))
+        except Refusal as refusal:  # which was told
+            return self._refusal(request, refusal)
 
-    def _submit(self, request: Any, asked: Asked) -> asyncio.Queue[Event]:
-        """Have a request answered while its reader is there; returns where the events arrive."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-
-        def emit(each: Event) -> None:
-            if isinstance(each, Done):
-                self._lanes.note(each.generation)
-                self._tell(f"{_named(request)}: {_figures(each.generation, job.waited_s)}")
-            elif isinstance(each, Failed):
-                self._tell(f"{_named(request)}: {_refused(each.refusal)}")
-            with suppress(RuntimeError):  # of a loop that is closed nobody reads
-                loop.call_soon_threadsafe(events.put_nowait, each)
-
-        job = Job(asked, emit)
-        self._engine.submit(job)
-        watching = asyncio.create_task(self._watch(request, job))
-        self._watching.add(watching)
-        watching.add_done_callback(self._watching.discard)
-        return events
-
-    async def _watch(self, request: Any, job: Job) -> None:
+    async def _watch(self, request: Any, answering: Answering) -> None:
         """Wait until the reader of an answer has it, or has gone."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._engine.leave(job)
+        answering.leave()
 
     def _refuse(self, request: Any, refusal: Refusal) -> Any:
         self._tell(f"{_named(request)}: {_refused(refusal)}")
-        return _refusal(refusal)
+        return self._refusal(request, refusal)
 
-
-async def _chunks(answer: Answer, events: asyncio.Queue[Event]) -> AsyncIterator[bytes]:
-    """Yield what is sent of an answer as it comes; an error is an event of its own."""
-    for chunk in answer.begin():
-        yield chunk
-    while isinstance(each := await events.get(), Piece):
-        yield answer.piece(each)
-    if isinstance(each, Failed):
-        yield event(each.refusal.body)
-        return
-    for chunk in answer.end(each.generation):
-        yield chunk
+    def _refusal(self, request: Any, refusal: Refusal) -> Any:
+        return _json(refusal.body, refusal.status, refusal.headers)
 
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Any:
     return Response(encoded(value), status, headers, _JSON)
-
-
-def _refusal(refusal: Refusal) -> Any:
-    return _json(refusal.body, refusal.status, refusal.headers)
 
 
 def _named(request: Any) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hybrid.errors import UsageError
+from hybrid.serve.constraints import Constraints
 from hybrid.serve.refusals import Refusal, of_error, shown, too_long
-from hybrid.session.generation_options import DEFAULT_NEW_TOKENS
+from hybrid.session.generation_options import DEFAULT_NEW_TOKENS, end_tokens
 from hybrid.session.model import HybridModel, Message
 from hybrid.session.prompt_ids import check_known
 
@@ -40,6 +41,8 @@ class Served:
     ----------
     context
         The most tokens of a request with its answer; None where nobody says.
+    constraints
+        Holds answers to a form.
     """
 
     def __init__(self, model: HybridModel, name: str, context: int | None = None) -> None:
@@ -48,6 +51,8 @@ class Served:
         self.context = min(known, default=None)
         self.created = int(time.time())
         self._turn = threading.Lock()  # tokenizers take one text at a time
+        ends = end_tokens(model.model, model.tokenizer)
+        self.constraints = Constraints(model.tokenizer, model.loaded.vocabulary, ends)
         with suppress(UsageError):  # settings of its file, which the first text changes
             self.encode("a")
 
@@ -83,8 +88,8 @@ class Served:
         with self._turn:
             return self.model.encode_chat(messages, **variables)
 
-    def prompt_ids(self, numbers: list[int]) -> Tensor:
-        """Return ids that a request gave as numbers as ``[1, T]``.
+    def prompt_ids(self, numbers: list[int], field: str = "prompt") -> Tensor:
+        """Return ids that a request gave as numbers in a field as ``[1, T]``.
 
         Raises
         ------
@@ -95,8 +100,8 @@ class Served:
         odd = next((number for number in numbers if not 0 <= number < rows), None)
         if odd is not None:
             raise Refusal(
-                f"prompt: there is no token {shown(odd)}, the model has tokens 0 to {rows - 1}",
-                param="prompt",
+                f"{field}: there is no token {shown(odd)}, the model has tokens 0 to {rows - 1}",
+                param=field,
                 code="invalid_value",
             )
         return torch.tensor([numbers], dtype=torch.long)
@@ -123,6 +128,23 @@ class Served:
         if tokens >= self.context:
             raise too_long(tokens, self.context, field)
         return min(most or usual or self.context, self.context - tokens)
+
+    def ids_of(self, text: str) -> list[int]:
+        """Return the ids of a text without the tokens that begin or end one."""
+        with self._turn:
+            found: list[int] = self.model.tokenizer.encode(text, add_special_tokens=False)
+        return found
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, special tokens as well."""
+        with self._turn:
+            text: str = self.model.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def text_of(self, token: int) -> str:
+        """Return a token's text, also a special one's."""
+        text: str = self.model.tokenizer.decode([token], skip_special_tokens=False)
+        return text
 
     def reserved(self) -> set[str]:
         """Return names that a request's variables of the chat template may not have."""

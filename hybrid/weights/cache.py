@@ -18,7 +18,7 @@ from filelock import FileLock
 from hybrid.ask.formats import DEFAULT_EXPERTS
 from hybrid.errors import UsageError
 from hybrid.paths import expanded, make_cache_folder, make_folder, write_whole
-from hybrid.weights.checkpoint import Source, convert
+from hybrid.weights.checkpoint import convert
 from hybrid.weights.copies import (
     beside,
     cache_limit,
@@ -32,6 +32,7 @@ from hybrid.weights.declared_formats import is_coded
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint
 from hybrid.weights.progress import conversion_progress
 from hybrid.weights.side_files import refresh_side_files
+from hybrid.weights.source import Source
 from hybrid.weights.store import INDEX_NAME, StoreIndex
 
 

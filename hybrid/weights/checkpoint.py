@@ -7,7 +7,6 @@ renamed when everything is on disk; what an interrupted run completed is kept an
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,48 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from hybrid.anatomy.dense import dense_matrices, is_lookup
 from hybrid.anatomy.experts import ExpertsSpec, find_experts
 from hybrid.anatomy.text_part import leave_towers_out
 from hybrid.ask.formats import check_formats
-from hybrid.errors import (
-    CheckpointError,
-    UnsupportedModelError,
-    first_line,
-)
 from hybrid.formats.block import PAGE_BYTES
 from hybrid.formats.errors import HybridError
 from hybrid.formats.registry import format_of, packs_dense
 from hybrid.paths import expanded, require_room
-from hybrid.transformers_api import auto_class
+from hybrid.weights.arriving import ArrivingCheckpoint
 from hybrid.weights.checks import Checkpoint, check_files, findings
 from hybrid.weights.config import HybridConfig
 from hybrid.weights.dense_writer import DensePlan
 from hybrid.weights.expert_writer import check_finite, write_experts
-from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
+from hybrid.weights.gguf_checkpoint import checkpoint_at
 from hybrid.weights.importance import Importance
-from hybrid.weights.partial import Partial, destination
+from hybrid.weights.partial import Partial, destination, reporting_full_disk
 from hybrid.weights.side_files import write_side_files
-from hybrid.weights.source_config import read_config, with_kinds
+from hybrid.weights.source import Source
+from hybrid.weights.source_config import with_kinds
 from hybrid.weights.sources import chosen_formats, opened_weights
 from hybrid.weights.store import INDEX_NAME, ExpertStore, LayerRecord, StoreIndex
 from hybrid.weights.tensor_files import check_digests
 from hybrid.weights.tokenizer import check_tokenizer
-from hybrid.weights.weight_map import Weights, left_out
-
-#: Families that transformers has as decoders, too, which their checkpoints seldom are.
-_ENCODERS = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "electra",
-    "ernie",
-    "rembert",
-    "big_bird",
-)
+from hybrid.weights.weight_map import WeightMap, Weights, left_out
+from planner.describe.words import in_words
 
 #: Called with bytes written so far, bytes in all, and what is being written.
 Progress = Callable[[int, int, str], None]
@@ -98,7 +81,7 @@ class ConvertResult:
 
 
 def convert(
-    src: Path | str,
+    src: Path | str | Checkpoint,
     dst: Path | str,
     *,
     experts: str | None = None,
@@ -114,7 +97,8 @@ def convert(
     Parameters
     ----------
     src
-        A Hugging Face directory with safetensors weights, or a GGUF file.
+        A Hugging Face directory with safetensors weights, a GGUF file, or a checkpoint that comes
+        from the hub meanwhile, which is gone afterwards.
     dst
         The directory to make; must not exist (an empty one will do).
     experts, dense
@@ -150,9 +134,10 @@ def convert(
     Holds a piece of one expert at a time: the extra memory does not grow with the model.
     """
     start = time.perf_counter()
-    src, dst = expanded(src), expanded(dst)
+    dst = expanded(dst)
     check_formats(experts, dense)
-    place = destination(src, dst)
+    src = src if isinstance(src, Checkpoint) else expanded(src)
+    place = destination(src.path if isinstance(src, Checkpoint) else src, dst)
     with (
         _ready(src, experts, dense, importance, exact=exact, verify=verify) as ready,
         Partial(place) as partial,
@@ -162,16 +147,17 @@ def convert(
         for note in ready.notes:
             tell(note)
         partial.begin(index.id)
+        done, takes, has = _let_go(ready, tell)
         require_room(
             partial.path.parent,
-            index.nbytes + plan.file_bytes - partial.nbytes,
+            takes - partial.nbytes - has,
             "the conversion writes {} more",
             hint="free some space or choose a destination on another disk",
         )
         told = _Told(progress, index.nbytes - PAGE_BYTES + plan.nbytes)
-        with partial.reporting_full_disk():
+        with reporting_full_disk(partial.path):
             index, resumed = write_experts(
-                partial, ready.weights, ready.specs, index, told.advance, importance
+                partial, ready.weights, ready.specs, index, told.advance, importance, done
             )
             plan.write(partial, told.advance)
             write_side_files(ready.source.checkpoint, partial.path)
@@ -180,6 +166,8 @@ def convert(
             (partial.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if verify:
                 ExpertStore.open(partial.path, verify=True)
+            if isinstance(ready.source.checkpoint, ArrivingCheckpoint):
+                ready.source.checkpoint.remove()  # before the name that nobody starts again with
             partial.finish()
         for note in ready.weights.tally.notes():
             tell(note)
@@ -208,9 +196,37 @@ class _Ready:
     notes: list[str]
 
 
+def _let_go(ready: _Ready, tell: Callable[[str], None]) -> tuple[Callable[[int], None], int, int]:
+    """Return what to do after every layer, the most that a conversion takes, and has of its source.
+
+    Only a checkpoint that comes meanwhile is let go, layer by layer.
+    """
+    index, plan, weights = ready.index, ready.plan, ready.weights
+    packed, checkpoint = index.nbytes + plan.file_bytes, ready.source.checkpoint
+    if not (isinstance(checkpoint, ArrivingCheckpoint) and isinstance(weights, WeightMap)):
+        return lambda layer: None, packed, 0
+    layers = [
+        [key for name in spec.parameters for key in weights.sources_of(f"{spec.path}.{name}")]
+        for spec in ready.specs
+    ]
+    checkpoint.expect(layers, (key for one in weights.dense.values() for key in one.keys))
+    sizes = [layer.nbytes(index.format) for layer in index.layers]
+    most = checkpoint.peak_bytes(sizes, plan.file_bytes + PAGE_BYTES)
+    tell(
+        f"takes {in_words(most)} on disk at most, {in_words(packed)} in the end; "
+        f"each weight file goes when it is packed"
+    )
+
+    def done(layer: int) -> None:
+        weights.reader.close()
+        checkpoint.layer_done(layer)
+
+    return done, most, checkpoint.nbytes
+
+
 @contextmanager
 def _ready(
-    src: Path,
+    src: Path | Checkpoint,
     experts: str | None,
     dense: str | None,
     importance: Importance | None = None,
@@ -219,7 +235,7 @@ def _ready(
     verify: bool,
 ) -> Iterator[_Ready]:
     """Check all that can be known before work starts, cheapest first; nothing is written."""
-    checkpoint = checkpoint_at(src)
+    checkpoint = src if isinstance(src, Checkpoint) else checkpoint_at(src)
     notes = check_files(checkpoint)
     source = Source.of(checkpoint)
     rows = getattr(source.config.get_text_config(), "vocab_size", None)
@@ -325,78 +341,6 @@ def check(
         expert_bytes=index.nbytes,
         dense_bytes=plan.file_bytes,
     )
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint whose config could be read."""
-
-    checkpoint: Checkpoint
-    raw_config: dict[str, Any]
-    config: Any
-    files: list[Path]
-
-    @classmethod
-    def open(cls, path: Path) -> Source:
-        """Read a checkpoint's config and list its weights.
-
-        Raises
-        ------
-        CheckpointError
-            When it is missing, empty, unreadable, of an unknown kind, or converted already.
-        """
-        return cls.of(checkpoint_at(path))
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Source:
-        """Read the config of a checkpoint of which some was read before, as :meth:`open` does."""
-        list(checkpoint.checks[0](checkpoint))
-        path, raw, files = checkpoint.path, checkpoint.config, checkpoint.files
-        made = isinstance(checkpoint, GgufCheckpoint)
-        try:
-            config = transformers.AutoConfig.for_model(**raw) if made else read_config(path, raw)
-        except HybridError:
-            raise
-        except Exception as error:  # whatever settings of any kind make of transformers' code
-            raise CheckpointError(
-                f"transformers {transformers.__version__} cannot use "
-                f"{f'the metadata of {path}' if made else path / 'config.json'}: "
-                f"{first_line(error)}",
-                hint="a newer transformers may know this model",
-            ) from error
-        return cls(checkpoint, raw, config, files)
-
-    @property
-    def path(self) -> Path:
-        return self.checkpoint.path
-
-    @property
-    def name(self) -> str:
-        return self.checkpoint.name
-
-    def identity(self) -> str:
-        return self.checkpoint.identity()
-
-    def empty_model(self) -> Any:
-        """Build the model without memory for its weights."""
-        kind = auto_class(self.config)
-        if kind is None or (self.config.model_type in _ENCODERS and not self.config.is_decoder):
-            names = getattr(self.config, "architectures", None) or [self.config.model_type]
-            raise UnsupportedModelError(
-                f"transformers {transformers.__version__} has no class that writes text for "
-                f"{', '.join(map(str, names))}",
-                hint="models with code of their own cannot be converted",
-            )
-        try:
-            with torch.device("meta"):
-                # Made from a copy: what it is made of is changed on the way.
-                return kind.from_config(copy.deepcopy(self.config))
-        except Exception as error:  # whatever settings of any kind make of transformers' code
-            raise CheckpointError(
-                f"transformers {transformers.__version__} cannot make a model of what {self.path} "
-                f"says it is: {first_line(error)}",
-                hint="compare with the publisher's own, complete config.json",
-            ) from error
 
 
 class _Told:

@@ -104,6 +104,10 @@ class Checkpoint:
         """Return a digest that tells its weights from others."""
         return identity(self.path / "config.json", self.files)
 
+    def place(self, info: TensorInfo) -> Path:
+        """Return the file that a tensor can be read from now."""
+        return info.path
+
     @property
     def has_weights(self) -> bool:
         """Whether there is any file of weights, whole or not."""

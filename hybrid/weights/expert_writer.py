@@ -39,10 +39,12 @@ def write_experts(
     index: StoreIndex,
     advance: Advance,
     importance: Importance | None = None,
+    done: Callable[[int], None] = lambda layer: None,
 ) -> tuple[StoreIndex, int]:
     """Write every layer's experts; return the index with checksums, and layers taken over.
 
-    A layer that the journal calls complete is read and compared with its checksums first.
+    A layer that the journal calls complete is read and compared with its checksums first. ``done``
+    is told about every layer that is on disk.
     """
     layers: list[LayerRecord] = []
     resumed = 0
@@ -69,6 +71,7 @@ def write_experts(
                     ) from error
                 os.fsync(file.fileno())
                 partial.layer_done(record.module, known)
+            done(layer)
             layers.append(replace(record, checksums=tuple(known)))
     return replace(index, layers=tuple(layers)), resumed
 

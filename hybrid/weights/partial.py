@@ -140,19 +140,6 @@ class Partial:
             file.flush()
             os.fsync(file.fileno())
 
-    @contextmanager
-    def reporting_full_disk(self) -> Iterator[None]:
-        """Turn "no space left" into a typed error; what is complete stays for the next run."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DiskSpaceError(
-                f"the disk of {self.path} is full",
-                hint="free some space and run the same command again: it goes on from there",
-            ) from error
-
     def finish(self) -> None:
         """Flush everything and give the directory its final name."""
         for path in sorted(self.path.rglob("*")):
@@ -164,6 +151,20 @@ class Partial:
         self.path.rename(self.dst)
         (self.dst / _JOURNAL).unlink()
         sync(self.dst.parent)
+
+
+@contextmanager
+def reporting_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" into a typed error; what is complete stays for the next run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskSpaceError(
+            f"the disk of {path} is full",
+            hint="free some space and run the same command again: it goes on from there",
+        ) from error
 
 
 def sync(path: Path) -> None:

@@ -105,6 +105,10 @@ class PublishedReader:
         if self.matrices:
             self.tensors = _seen(reader.tensors, self.matrices.values(), dtype)
 
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        self._reader.close()
+
     def format(self, key: str) -> str | None:
         """Return the format of ours for a quantized matrix; None for any other tensor."""
         matrix = self.matrices.get(key)

@@ -42,7 +42,7 @@ def opened_weights(
         finally:
             file.close()
         return
-    with TensorReader(checkpoint.tensors) as reader:
+    with TensorReader(checkpoint.tensors, checkpoint.place) as reader:
         quantizer = source_quantizer(config)
         said = convention(settings_of(checkpoint.path, checkpoint.config))
         dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.bfloat16

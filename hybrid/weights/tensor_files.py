@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,10 +37,17 @@ class TensorReader:
     ----------
     tensors
         What the headers of its files say.
+    place
+        Where each can be read, asked every time; by default where the headers were.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        place: Callable[[TensorInfo], Path] = lambda info: info.path,
+    ) -> None:
         self.tensors = tensors
+        self._place = place
         self._open: dict[Path, IO[bytes]] = {}
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -63,24 +70,25 @@ class TensorReader:
     def _read(self, info: TensorInfo, at: int, shape: tuple[int, ...]) -> torch.Tensor:
         if 0 in shape:
             return torch.empty(shape, dtype=info.dtype)
+        path = self._place(info)
         data = bytearray(info.dtype.itemsize * int(torch.Size(shape).numel()))
         try:
-            if info.path not in self._open:
-                self._open[info.path] = info.path.open("rb", buffering=0)
-            file = self._open[info.path]
+            if path not in self._open:
+                self._open[path] = path.open("rb", buffering=0)
+            file = self._open[path]
             file.seek(info.offset + at)
             got = read_into(file, data)
         except OSError as error:
-            raise unreadable(info.path, error) from error
+            raise unreadable(path, error) from error
         if got != len(data):
             raise CheckpointError(
-                f"{info.path} is cut short: {len(data)} bytes of {info.key} are wanted, "
-                f"{got} are there",
+                f"{path} is cut short: {len(data)} bytes of {info.key} are wanted, {got} are there",
                 hint=AGAIN,
             )
         return torch.frombuffer(data, dtype=info.dtype).reshape(shape)
 
     def close(self) -> None:
+        """Close all files; reading opens them again."""
         for file in self._open.values():
             file.close()
         self._open.clear()

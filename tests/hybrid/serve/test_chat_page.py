@@ -10,15 +10,16 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid.ledger.metrics import GenerationTimes
 from hybrid.serve.engine import Done, Engine, Failed, Job, Piece
 from hybrid.serve.refusals import BUSY, Refusal
 from hybrid.serve.served import Served
+from hybrid.session.generation import Generation
 from hybrid.session.model import HybridModel
 from tiny_model import TEMPLATE
 
@@ -86,7 +87,8 @@ class Script:
             decode_s=0.02 * max(1, new - 1),
             ended="end token",
         )
-        job.emit(Done(SimpleNamespace(times=times, ended=times.ended)))
+        ids = torch.zeros(1, new, dtype=torch.long)
+        job.emit(Done(Generation("", ids, times, "the likeliest tokens", None)))
 
 
 @pytest.fixture(scope="module")

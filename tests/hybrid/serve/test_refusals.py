@@ -16,6 +16,13 @@ KEY = "a kéy"
 USER = [{"role": "user", "content": "a"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
+
+def tool(name: str, parameters: Any = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+TOOL = tool("f")
+
 CHATS: dict[str, tuple[dict[str, Any], str | None]] = {
     "no messages": ({}, "messages"),
     "null": ({"messages": None}, "messages"),
@@ -37,20 +44,35 @@ CHATS: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "message field": ({"messages": [USER[0] | {"weight": 1}]}, "messages[0].weight"),
     "surrogate": ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages"),
-    "n": ({"n": 2}, "n"),
+    "n": ({"n": 17}, "n"),
+    "n of none": ({"n": 0}, "n"),
     "n true": ({"n": True}, "n"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    "clashing tools": ({"tools": [{"type": "function"}] * 2}, "tools"),
+    "clashing tools": ({"tools": [TOOL, TOOL]}, "tools[1]"),
+    "tools as an object": ({"tools": TOOL}, "tools"),
+    "many tools": ({"tools": [TOOL] * 129}, "tools"),
+    "no function": ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    "odd tool": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    "nameless tool": ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    "odd name": ({"tools": [tool("a b")]}, "tools[0].function.name"),
+    "no object": ({"tools": [tool("a", {"type": "array"})]}, "tools[0].function.parameters.type"),
+    "no schema": ({"tools": [tool("a", [])]}, "tools[0].function.parameters"),
+    "odd choice": ({"tools": [TOOL], "tool_choice": 5}, "tool_choice"),
+    "choice of another": (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice.function.name",
+    ),
+    "budget": ({"thinking_budget": 5}, "thinking_budget"),
+    "negative budget": ({"thinking_budget": -1}, "thinking_budget"),
     "tool choice": ({"tool_choice": "required"}, "tool_choice"),
     "functions": ({"functions": [{"name": "f"}]}, "functions"),
-    "logprobs": ({"logprobs": True}, "logprobs"),
+    "logprobs": ({"logprobs": 1}, "logprobs"),
     "top_logprobs": ({"top_logprobs": 3}, "top_logprobs"),
+    "many logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     "logit_bias": ({"logit_bias": {"5": 1}}, "logit_bias"),
-    "json": ({"response_format": {"type": "json_object"}}, "response_format"),
-    "schema": (
-        {"response_format": {"type": "json_schema", "json_schema": {"pattern": "(a+)+$"}}},
-        "response_format",
-    ),
+    "form": ({"response_format": {"type": "xml"}}, "response_format.type"),
+    "formless": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    "no form": ({"response_format": "json"}, "response_format"),
     "audio": ({"modalities": ["text", "audio"]}, "modalities"),
     "effort": ({"reasoning_effort": "high"}, "reasoning_effort"),
     "unknown": ({"temprature": 1}, "temprature"),
@@ -108,7 +130,7 @@ COMPLETIONS: dict[str, tuple[dict[str, Any], str | None]] = {
     "echo": ({"echo": True}, "echo"),
     "suffix": ({"suffix": "b"}, "suffix"),
     "best_of": ({"best_of": 2}, "best_of"),
-    "logprobs": ({"logprobs": 0}, "logprobs"),
+    "logprobs": ({"logprobs": 6}, "logprobs"),
     "n": ({"n": 0}, "n"),
     "unknown": ({"messages": USER}, "messages"),
 }
@@ -200,6 +222,62 @@ def test_bodies_that_are_refused(ask: Any, case: str, path: str) -> None:
     assert done.status_code == status
     if case != "large number" or path == "/v1/completions":
         assert words in error["message"]
+
+
+SCHEMAS: dict[str, Any] = {
+    "false": {"not": {}},
+    "contradiction": {"type": "string", "minLength": 5, "maxLength": 2},
+    "no values": {"enum": []},
+    "impossible property": {"type": "object", "properties": {"a": False}, "required": ["a"]},
+    "of two types": {"allOf": [{"type": "string"}, {"type": "number"}]},
+    "endless reference": {"$ref": "#"},
+    "reference to nothing": {"$ref": "#/nothing"},
+    "reference elsewhere": {"$ref": "http://example.org/schema"},
+    "damaged pattern": {"type": "string", "pattern": "("},
+    "no type": {"type": "stringy"},
+    "not known": {"if": {"type": "string"}, "then": {"type": "string"}},
+    "large": {"enum": ["a" * 70_000]},
+    "list": [],
+    "text": "object",
+}
+BOMBS = ["(a+)+$", "(a|a)*b", "^((((a{1,100}){1,100}){1,100}){1,100})$", ".*a.{500}$", "(.*)*x" * 9]
+
+
+def formed(ask: Any, schema: Any) -> Any:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    body = {"messages": USER, "max_tokens": 4, "temperature": 0, "response_format": form}
+    return ask.post("/v1/chat/completions", json=body)
+
+
+@pytest.mark.parametrize("case", SCHEMAS)
+def test_schemas_that_are_refused(ask: Any, case: str) -> None:
+    """Those that no text satisfies, that are damaged, or larger than may be."""
+    pytest.importorskip("llguidance", reason="schemas are kept to by llguidance")
+    done = formed(ask, SCHEMAS[case])
+    assert done.status_code == 400, done.text
+    assert done.json()["error"]["code"] == "invalid_schema"
+    assert "response_format" in done.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_patterns_that_explode_elsewhere(ask: Any, bomb: str) -> None:
+    """They are kept to or refused, and hold nobody up for ever."""
+    pytest.importorskip("llguidance", reason="schemas are kept to by llguidance")
+    done = formed(ask, {"type": "string", "pattern": bomb})
+    assert done.status_code in (200, 400)
+    if done.status_code == 400:
+        assert "response_format" in done.json()["error"]["message"]
+
+
+def test_a_deep_schema_is_refused(ask: Any) -> None:
+    """Deeper than llguidance reads, shallower than JSON may be."""
+    pytest.importorskip("llguidance", reason="schemas are kept to by llguidance")
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(200):
+        deep = {"type": "array", "items": deep}
+    done = formed(ask, deep)
+    assert done.status_code == 400
+    assert done.json()["error"]["code"] == "invalid_schema"
 
 
 def test_a_deep_value_is_refused(ask: Any) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from checkpoints import edit_config, read_weights
 from hybrid.errors import UnsupportedModelError
 from hybrid.loading import load_fast_model
-from hybrid.weights.checkpoint import Source, convert
+from hybrid.weights.checkpoint import convert
+from hybrid.weights.source import Source
 from tiny_families import VOCAB, multimodal, tiny_config
 
 IDS = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed(0))
