@@ -15,8 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from cpu_experts.decoder.delta import open_gate
-from cpu_experts.decoder.ops import normalize, rotate
+from cpu_experts.decoder.ops import normalize, open_gate, rotate
 from cpu_experts.jit.addresses import bytes_at, floats_at, words_at
 from cpu_experts.jit.compiled import kernel
 from cpu_experts.kernels.experts import MIDDLE, WIDE

@@ -13,7 +13,8 @@ from cpu_experts.checks import check_floats, check_matrix
 from cpu_experts.decoder import decode_step, prompt, step_buffers
 from cpu_experts.decoder.attention import CHUNK
 from cpu_experts.decoder.kv import KeyValues
-from cpu_experts.decoder.layers import Layer, Matrix, Norm
+from cpu_experts.decoder.layers import Layer
+from cpu_experts.decoder.matrices import Matrix, Norm
 from cpu_experts.decoder.pages import PagedSequence, Pages
 from cpu_experts.decoder.records import HEAD, LAYER
 from cpu_experts.decoder.step import Work, decode_tokens

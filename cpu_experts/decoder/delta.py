@@ -22,7 +22,7 @@ from cpu_experts.jit.compiled import kernel
 from cpu_experts.kernels.micro import fetch_add, silu_strip
 from hybrid.formats.strips import TILE
 
-_ZERO, _ONE = np.int64(0), np.int64(1)
+_ZERO = np.int64(0)
 #: Beyond this a softplus is its argument, as in torch.
 _LINEAR = np.float32(20)
 #: Added to the sum of squares of a query or key before its root is taken.
@@ -194,10 +194,3 @@ def delta_items(counter, at, delta, states, texts, qkv, buf, found):
         _remember(delta, past, later, qkv, first, tokens, in_v, of_v, values)
         fetch_add(counter, at + 1)
     return items
-
-
-@kernel()
-def open_gate(gate, x, size):
-    """Multiply ``x[:size]`` with the sigmoid of ``gate``."""
-    for i in range(size):
-        x[i] /= np.float32(1) + np.exp(-gate[i])

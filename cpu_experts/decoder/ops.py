@@ -178,6 +178,13 @@ def rotate(x, cos, sin, paired):
 
 
 @kernel()
+def open_gate(gate, x, size):
+    """Multiply ``x[:size]`` with the sigmoid of ``gate``."""
+    for i in range(size):
+        x[i] /= np.float32(1) + np.exp(-gate[i])
+
+
+@kernel()
 def _best(choice, count):
     best = 0
     for i in range(1, count):

@@ -14,9 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_experts.decoder.attention import CHUNK, keep, prepare
-from cpu_experts.decoder.delta import open_gate
 from cpu_experts.decoder.mla import turned
-from cpu_experts.decoder.ops import activate, normalize
+from cpu_experts.decoder.ops import activate, normalize, open_gate
 from cpu_experts.decoder.prompt import ROWS, SPAN, look
 from cpu_experts.decoder.step_parts import multiply_tokens
 from cpu_experts.jit.addresses import floats_at

@@ -12,13 +12,11 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from cpu_experts.decoder.pages import PAGE, PagesFull
 from hybrid.engine.errors import BeyondHalfError, NotANumberError, TooLongError
@@ -178,7 +176,7 @@ class Together:
         else:
             fast, self.refused = path.ready(network)
         if fast is not None:
-            self.refused = ManySequences.unfit(fast) or _with_state(network)
+            self.refused = ManySequences.unfit(fast)
         if fast is None or self.refused is not None:
             return False
         if self._memory is None or self._memory.fast is not fast:
@@ -345,15 +343,6 @@ class Together:
         for other in self.running:
             other.aside = False
         text.on_end(error)
-
-
-def _with_state(network: Any) -> str | None:
-    """Return why a network's layers do not all keep keys and values; None where they do."""
-    cache = DynamicCache(config=network.config.get_text_config(decoder=True))
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            return f"layer {index} keeps a state, which pages of keys and values do not hold"
-    return None
 
 
 class _Memory(NamedTuple):

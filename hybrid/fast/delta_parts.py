@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpu_experts.decoder.layers import Delta, Matrix, Norm, Places
+from cpu_experts.decoder.delta_layer import Delta, Places
+from cpu_experts.decoder.matrices import Matrix, Norm
 from hybrid.anatomy.samples import UnfitError, floats
 from hybrid.fast.dense_parts import Packer, matrix_of, only
 from hybrid.fast.packed_rows import packed_rows

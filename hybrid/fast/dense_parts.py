@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cpu_experts.decoder.layers import Matrix, Norm
+from cpu_experts.decoder.matrices import Matrix, Norm
 from hybrid.anatomy.names import MLP_PROJECTIONS
 from hybrid.anatomy.norms import read_norm
 from hybrid.anatomy.samples import UnfitError, floats

@@ -125,7 +125,7 @@ class ManySequences:
         try:
             if len(ids) <= STEP:
                 return self.step([(sequence, ids)])[0]
-            if self._fast.compressed:
+            if not self._fast.attends:
                 for first in range(0, len(ids), STEP):
                     logits = self.step([(sequence, ids[first : first + STEP])])[0]
                 return logits

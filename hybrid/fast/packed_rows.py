@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cpu_experts.decoder.layers import Matrix
+from cpu_experts.decoder.matrices import Matrix
 from hybrid.anatomy.samples import floats
 from hybrid.packed.dense import Arena, pack_linear
 

@@ -64,9 +64,10 @@ class Loop:
         **model_kwargs: Any,
     ) -> Any:
         """Return the sequence ``[1, T]``, or what transformers' loop returns."""
-        ends = Ends.of(stopping_criteria)
-        ours = takes(model, input_ids, generation_config, model_kwargs) and knows(logits_processor)
-        if ends is None or not ours:
+        ends = ends_of_ours(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
+        if ends is None:
             self.left = True
             if self._drafts is not None:
                 self._drafts.refused = "the call goes through transformers' loop"
@@ -144,7 +145,15 @@ class Loop:
                 return place, ended
 
 
-def takes(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> bool:
+def ends_of_ours(
+    model: Any, ids: Tensor, processors: Any, criteria: Any, config: Any, model_kwargs: Any
+) -> Ends | None:
+    """Return what ends a call that :class:`Loop` takes; None for one that it leaves."""
+    known = _takes(model, ids, config, model_kwargs) and knows(processors)
+    return Ends.of(criteria) if known else None
+
+
+def _takes(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Whether the steps of a call are known: one sequence on the CPU, all of its positions seen."""
     cache = given_cache(model_kwargs)
     return (

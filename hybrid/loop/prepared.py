@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.loop.choice import Choice, knows
+from hybrid.loop.choice import Choice
 from hybrid.loop.ends import Ends
-from hybrid.loop.loop import takes
+from hybrid.loop.loop import ends_of_ours
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +59,11 @@ class Preparing:
         **model_kwargs: Any,
     ) -> Tensor:
         """Take a call, and return its prompt."""
-        ends, processors = Ends.of(stopping_criteria), list(logits_processor)
-        ours = takes(model, input_ids, generation_config, model_kwargs) and knows(processors)
-        if ends is not None and ours:
+        processors = list(logits_processor)
+        ends = ends_of_ours(
+            model, input_ids, processors, stopping_criteria, generation_config, model_kwargs
+        )
+        if ends is not None:
             ids, draws = input_ids[0].tolist(), bool(generation_config.do_sample)
             self.found = Prepared(ids, ends, processors, draws)
         return input_ids

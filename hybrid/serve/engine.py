@@ -263,16 +263,8 @@ class Engine:
         try:
             job.check()
             together.check_fits(asked.ids.shape[1])
-            writing = self._model.writing(
-                asked.ids,
-                on_text=lambda text: job.emit(Piece(text)),
-                on_thought=_thoughts(job) if asked.apart else None,
-                stop_strings=asked.stop,
-                streamer=_Watch(job),
-                context=together.room or None,
-                max_new_tokens=asked.most,
-                **asked.options,
-            )
+            context = together.room or None
+            writing = self._model.writing(asked.ids, context=context, **_options(job))
 
             def on_end(error: BaseException | None) -> None:
                 done = Failed(_ending()) if job.ending else Done(writing.stream.generation())
@@ -300,15 +292,7 @@ class Engine:
             else:
                 torch.manual_seed(asked.seed)
             generation = self._model.write(
-                asked.ids,
-                on_text=lambda text: job.emit(Piece(text)),
-                on_thought=_thoughts(job) if asked.apart else None,
-                stop_strings=asked.stop,
-                streamer=_Watch(job),
-                kept=self._kept,
-                max_new_tokens=asked.most,
-                on_prompt=job.check,
-                **asked.options,
+                asked.ids, kept=self._kept, on_prompt=job.check, **_options(job)
             )
         except Exception as error:
             if not isinstance(error, Stopped | HybridError):
@@ -332,6 +316,19 @@ class Engine:
         name = type(error).__name__
         told = f"the model stopped with an error of ours ({name}), which the server has shown"
         return Failed(Refusal(told, status=500, kind=OURS))
+
+
+def _options(job: Job) -> dict[str, Any]:
+    """What :meth:`HybridModel.write` takes to answer a request, whoever else is answered."""
+    asked = job.asked
+    return {
+        "on_text": lambda text: job.emit(Piece(text)),
+        "on_thought": _thoughts(job) if asked.apart else None,
+        "stop_strings": asked.stop,
+        "streamer": _Watch(job),
+        "max_new_tokens": asked.most,
+        **asked.options,
+    }
 
 
 def _thoughts(job: Job) -> Callable[[str], None]:

@@ -23,17 +23,10 @@ from hybrid.loading import model_directory, set_threads
 from hybrid.loop.prepared import Prepared
 from hybrid.loop.speculation import Drafts
 from hybrid.paths import write_whole
-from hybrid.session.answer_stream import AnswerStream
-from hybrid.session.chat_template import turn_ends
 from hybrid.session.generation import Generation
 from hybrid.session.generation_options import (
     check_length,
-    check_one_sequence,
-    end_tokens,
     setting,
-    text_limit,
-    text_options,
-    text_settings,
 )
 from hybrid.session.generation_stream import GenerationStream, OnText, pieces_of
 from hybrid.session.kept_cache import KeptCache
@@ -46,9 +39,9 @@ from hybrid.session.spine import (
     prepare,
     report,
 )
-from hybrid.session.writing import Writing
+from hybrid.session.writing import Writing, make_writing
 from hybrid.sharing.executor import Executor
-from hybrid.textstream import TextStream, as_ids
+from hybrid.textstream import as_ids
 from hybrid.transformers_api import cache_argument
 from hybrid.weights.checks import check_before_loading
 from hybrid.weights.gguf_checkpoint import GgufCheckpoint, checkpoint_at
@@ -420,35 +413,18 @@ class HybridModel:
 
         ``context`` takes the place of the model's own, where it is shorter.
         """
-        known = [tokens for tokens in (context, self.context) if tokens is not None]
-        context = min(known, default=None)
-        check_length(ids.shape[-1], context)
-        if stop_strings is None:
-            stop_strings = self.model.generation_config.stop_strings
-        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        if "" in stops:
-            raise UsageError("a stop string is empty", hint="leave it out")
-        config = text_settings(self.model.generation_config)
-        check_one_sequence(options, prompts=len(ids))
-        limit = text_limit(config, options, ids.shape[1], context)
-        text: TextStream | AnswerStream = TextStream(self.tokenizer, ids[0].tolist(), stops)
-        if on_thought is not None:
-            text = AnswerStream(self.tokenizer, ids[0].tolist(), stops, on_thought, marks)
-        stream = GenerationStream(
-            streamer=streamer,
-            text=text,
+        return make_writing(
+            self.model,
+            self.tokenizer,
+            ids,
             on_text=on_text,
-            limit=limit.tokens,
-            limit_name=limit.name,
+            on_thought=on_thought,
+            stop_strings=stop_strings,
+            streamer=streamer,
+            marks=marks,
+            context=min((c for c in (context, self.context) if c is not None), default=None),
+            options=options,
         )
-        ends = end_tokens(self.model, self.tokenizer)
-        if on_thought is not None:  # an answer, whose turn the chat template ends
-            ends = list(dict.fromkeys((*ends, *turn_ends(self.tokenizer))))
-        settled = text_options(config, options, limit.tokens, ends)
-        if options.get("generation_config") is not None:
-            settled.setdefault("tokenizer", self.tokenizer)  # it may name stop strings
-        settled = {"attention_mask": torch.ones_like(ids)} | settled
-        return Writing(ids, stream, config, settled)
 
     def prepare(self, writing: Writing) -> tuple[Prepared | None, Drafts | None]:
         """Return the loop that writes a text, and its drafts, for who has the :meth:`turn`.
@@ -469,10 +445,15 @@ class HybridModel:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Compute with the model alone meanwhile; its other callers wait."""
+        with self._alone():
+            set_threads(self.threads)
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         with self._turn:
             self._writer = threading.get_ident()
             try:
-                set_threads(self.threads)
                 yield
             finally:
                 self._writer = None
@@ -492,16 +473,14 @@ class HybridModel:
                 hint="let the callback return first, or load the model a second time",
             )
         check_known(ids, self.loaded.vocabulary, self.tokenizer)
-        with self._turn:
+        with self._alone():
             cache = None if kept is None else kept.begin(self.model, ids)
             if kept is not None and cache is not None:
                 options |= cache_argument(cache)
                 stream.on_first = lambda: kept.prompt_done(cache, ids.shape[1])
-            self._writer = threading.get_ident()
             try:
                 return generate(self._session, ids, stream, **options)
             finally:
-                self._writer = None
                 if kept is not None and cache is not None and stream.started:  # or interrupted
                     kept.end(cache, [*ids[0].tolist(), *stream.generation().ids[0].tolist()])
                 if stream.started:  # without its result, the caller's alone: it may hold a cache

@@ -10,8 +10,10 @@ import pytest
 
 import naive_dense
 from cpu_experts.decoder.decoder import Decoder
+from cpu_experts.decoder.delta_layer import Delta, Places
 from cpu_experts.decoder.kv import KeyValues
-from cpu_experts.decoder.layers import Delta, Layer, Norm, Places
+from cpu_experts.decoder.layers import Layer
+from cpu_experts.decoder.matrices import Norm
 from decoder_layers import DIM, PAIRS, D, draw, make_layer, make_matrix, make_norm
 from hybrid.formats.errors import ShapeError
 from naive_delta import delta_net

@@ -11,7 +11,8 @@ import pytest
 import naive_dense
 from cpu_experts.decoder.decoder import Decoder
 from cpu_experts.decoder.kv import KeyValues
-from cpu_experts.decoder.layers import Layer, Matrix, Norm
+from cpu_experts.decoder.layers import Layer
+from cpu_experts.decoder.matrices import Matrix, Norm
 from cpu_experts.kernels.records import Experts
 from hybrid.formats.block import Block, pack_expert
 from hybrid.formats.errors import ShapeError

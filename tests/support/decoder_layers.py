@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from cpu_experts.decoder import records
-from cpu_experts.decoder.layers import Latent, Layer, Matrix, Norm, Router
+from cpu_experts.decoder.layers import Latent, Layer, Router
+from cpu_experts.decoder.matrices import Matrix, Norm
 from cpu_experts.kernels.records import Experts
 from hybrid.formats.block import Block, pack_expert
 from hybrid.formats.matrix import pack, unpack

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hybrid.fast.attach import DecodePath, attach_fast_path
 from hybrid.packed.dense import PackedMlp, QuantizedEmbedding, QuantizedLinear
+from hybrid.transformers_api import cache_argument
 from hybrid.weights.checkpoint import convert
 from hybrid.weights.config import HybridConfig
 from massive import make_massive
@@ -87,6 +89,15 @@ def load_family(
     save_family(family, folder / "source", **changes)
     convert(folder / "source", folder / "model", experts=experts, dense=dense)
     return open_model(folder / "model", dtype, fast=False)
+
+
+@torch.no_grad()
+def feed(forward: Any, ids: Tensor, cache: Any, **options: Any) -> Tensor:
+    """Logits ``[T, V]`` of some more tokens of one text."""
+    logits: Tensor = forward(
+        input_ids=ids, **cache_argument(cache), use_cache=True, **options
+    ).logits
+    return logits[0]
 
 
 def install_fast_decode(model: Any) -> DecodePath:

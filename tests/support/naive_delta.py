@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_experts.decoder.layers import Delta
+from cpu_experts.decoder.delta_layer import Delta
 
 F64 = NDArray[np.float64]
 

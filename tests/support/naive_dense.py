@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 import naive
 from cpu_experts.decoder import records
-from cpu_experts.decoder.layers import Layer, Matrix, Norm, Router
+from cpu_experts.decoder.layers import Layer, Router
+from cpu_experts.decoder.matrices import Matrix, Norm
 from cpu_experts.kernels.records import Experts
 from hybrid.formats.activations import round_activations
 from hybrid.formats.block import unpack_expert

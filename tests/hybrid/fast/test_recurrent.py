@@ -16,12 +16,12 @@ from fast_models import (
     BATCH,
     PROMPT,
     CountedTokens,
+    feed,
     install_fast_decode,
     load_family,
     open_model,
     write,
 )
-from hybrid.transformers_api import cache_argument
 from tiny_families import VOCAB
 
 pytestmark = pytest.mark.usefixtures("half_precision_caches")
@@ -50,15 +50,6 @@ def nothing_refused_before(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("model").hybrid_fast.refused.clear()
 
 
-@torch.no_grad()
-def _feed(forward: Any, ids: Tensor, cache: Any, **options: Any) -> Tensor:
-    """Logits ``[T, V]`` of some more tokens of one text."""
-    logits: Tensor = forward(
-        input_ids=ids, **cache_argument(cache), use_cache=True, **options
-    ).logits
-    return logits[0]
-
-
 def _states(cache: Any) -> list[Tensor]:
     """What the layers keep, in transformers' tensors."""
     found: list[Tensor] = []
@@ -84,12 +75,12 @@ def test_any_mixture_keeps_the_same_state(model: Any) -> None:
     start = 0
     for tokens in (1, 1, 5, 1, 1, 2, 1, 3):
         ids = IDS[:, start : start + tokens]
-        found, wanted = _feed(model, ids, mine), _feed(model.slow, ids, theirs)
+        found, wanted = feed(model, ids, mine), feed(model.slow, ids, theirs)
         assert (found - wanted).abs().max() < 5e-3 * wanted.std()
         start += tokens
     _same(mine, theirs)
     for ids in (IDS.repeat(1, 2), IDS[:, :1], IDS[:, :4]):  # after others have read the tensors
-        found, wanted = _feed(model, ids, mine), _feed(model.slow, ids, theirs)
+        found, wanted = feed(model, ids, mine), feed(model.slow, ids, theirs)
         assert (found - wanted).abs().max() < 1e-2 * wanted.std()
     _same(mine, theirs)
     assert not model.hybrid_fast.refused
@@ -105,8 +96,8 @@ def test_bfloat16(family: str, tmp_path: Path) -> None:
     rows = []
     for forward in (exact, model, model.slow):
         cache = DynamicCache(config=model.config)
-        _feed(forward, IDS[:, :8], cache)
-        rows.append(torch.cat([_feed(forward, IDS[:, at : at + 1], cache) for at in range(8, 24)]))
+        feed(forward, IDS[:, :8], cache)
+        rows.append(torch.cat([feed(forward, IDS[:, at : at + 1], cache) for at in range(8, 24)]))
     wanted, found, theirs = (row.float() for row in rows)
     apart, theirs_apart = ((logits - wanted).norm(dim=1) for logits in (found, theirs))
     assert apart.median() <= 1.2 * theirs_apart.median()
@@ -116,15 +107,15 @@ def test_bfloat16(family: str, tmp_path: Path) -> None:
 def test_copies_go_their_own_way(model: Any, copied: Any) -> None:
     """A snapshot of every layer holds what it held, whatever comes after it."""
     cache, twin = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    _feed(model, IDS[:, :6], cache)
-    _feed(model, IDS[:, 6:7], cache)
+    feed(model, IDS[:, :6], cache)
+    feed(model, IDS[:, 6:7], cache)
     kept = DynamicCache(config=model.config)
     kept.layers = [copied(layer) for layer in cache.layers]
-    first = _feed(model, IDS[:, 7:8], cache)
-    _feed(model, IDS[:, 20:23], cache)
-    again = _feed(model, IDS[:, 7:8], kept)
+    first = feed(model, IDS[:, 7:8], cache)
+    feed(model, IDS[:, 20:23], cache)
+    again = feed(model, IDS[:, 7:8], kept)
     assert (first - again).abs().max() < 1e-3 * first.std()
-    _feed(model.slow, IDS[:, :8], twin)
+    feed(model.slow, IDS[:, :8], twin)
     _same(kept, twin)
 
 

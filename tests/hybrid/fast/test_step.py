@@ -21,11 +21,11 @@ from fast_models import (
     STORES,
     CountedTokens,
     changes_of,
+    feed,
     install_fast_decode,
     load_family,
     write,
 )
-from hybrid.transformers_api import cache_argument
 from tiny_families import VOCAB
 
 pytestmark = pytest.mark.usefixtures("half_precision_caches")
@@ -52,20 +52,11 @@ def nothing_refused_before(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("qwen").hybrid_fast.refused.clear()
 
 
-@torch.no_grad()
-def _feed(forward: Any, ids: Tensor, cache: Any, **options: Any) -> Tensor:
-    """Logits ``[T, V]`` of some more tokens of one text."""
-    logits: Tensor = forward(
-        input_ids=ids, **cache_argument(cache), use_cache=True, **options
-    ).logits
-    return logits[0]
-
-
 def _cut(forward: Any, config: Any, cuts: list[int]) -> Tensor:
     """Logits of the text, cut at these places."""
     cache = DynamicCache(config=config)
     places = zip([0, *cuts], [*cuts, IDS.shape[1]], strict=True)
-    return torch.cat([_feed(forward, IDS[:, start:stop], cache) for start, stop in places])
+    return torch.cat([feed(forward, IDS[:, start:stop], cache) for start, stop in places])
 
 
 @pytest.mark.parametrize(
@@ -105,13 +96,13 @@ def test_more_tokens_than_a_step_has(
     with torch.no_grad():
         wanted = qwen.slow(input_ids=IDS[:, :tokens], use_cache=True).logits[0]
     cache = DynamicCache(config=qwen.config)
-    found = _feed(qwen, IDS[:, :tokens], cache)
+    found = feed(qwen, IDS[:, :tokens], cache)
     assert counted.steps == ([(1, tokens)] if tokens <= hybrid.fast.decode.STEP else [])
     assert (found - wanted).abs().max() < 5e-3 * wanted.std()
-    more = _feed(qwen, IDS[:, :3], cache)
+    more = feed(qwen, IDS[:, :3], cache)
     slow = DynamicCache(config=qwen.config)
-    _feed(qwen.slow, IDS[:, :tokens], slow)
-    assert (more - _feed(qwen.slow, IDS[:, :3], slow)).abs().max() < 5e-3 * wanted.std()
+    feed(qwen.slow, IDS[:, :tokens], slow)
+    assert (more - feed(qwen.slow, IDS[:, :3], slow)).abs().max() < 5e-3 * wanted.std()
     assert not qwen.hybrid_fast.refused
 
 
@@ -120,7 +111,7 @@ def test_the_logits_that_are_kept(qwen: Any, keep: Any) -> None:
     """All, the last ones, or those of some places, as transformers has it."""
     ids = IDS[:, :6]
     found, wanted = (
-        _feed(forward, ids, DynamicCache(config=qwen.config), logits_to_keep=keep)
+        feed(forward, ids, DynamicCache(config=qwen.config), logits_to_keep=keep)
         for forward in (qwen, qwen.slow)
     )
     assert found.shape == wanted.shape
@@ -135,15 +126,15 @@ def test_a_cropped_cache_goes_on(family: str, tmp_path: Path) -> None:
     found = {}
     for name, forward in (("ours", model), ("theirs", model.slow)):
         cache = DynamicCache(config=model.config)
-        rows, at = [_feed(forward, IDS[:, :9], cache)], 9
+        rows, at = [feed(forward, IDS[:, :9], cache)], 9
         cache.activate_past_recording()
         for accepted in (2, 0, 4, 1):
             draft = torch.cat((IDS[:, at : at + accepted + 1], IDS[:, : 4 - accepted]), dim=1)
-            rows.append(_feed(forward, draft, cache)[: accepted + 1])
+            rows.append(feed(forward, draft, cache)[: accepted + 1])
             cache.crop(accepted - 4)
             at += accepted + 1
             assert cache.get_seq_length() == at
-        rows.append(_feed(forward, IDS[:, at : at + 1], cache))
+        rows.append(feed(forward, IDS[:, at : at + 1], cache))
         found[name] = torch.cat(rows)
     assert not model.hybrid_fast.refused
     assert (found["ours"] - found["theirs"]).abs().max() < 5e-3 * found["theirs"].std()
@@ -153,13 +144,13 @@ def test_a_cache_that_records_keeps_what_it_may_go_back_to(tmp_path: Path) -> No
     """Hundreds of tokens taken back beyond a window: the buffer has grown, and forgot nothing."""
     model = _load("mixtral", tmp_path, sliding_window=6)
     cache = DynamicCache(config=model.config)
-    _feed(model, IDS[:, :20], cache)
+    feed(model, IDS[:, :20], cache)
     cache.activate_past_recording()
     for _ in range(20):
-        _feed(model, IDS[:, :30], cache)
+        feed(model, IDS[:, :30], cache)
     cache.crop(-600)
     assert cache.get_seq_length() == 20
-    found = _feed(model, IDS[:, 20:24], cache)
+    found = feed(model, IDS[:, 20:24], cache)
     wanted = _cut(model.slow, model.config, [])[20:24]
     assert (found - wanted).abs().max() < 5e-3 * wanted.std()
     assert not model.hybrid_fast.refused
@@ -174,7 +165,7 @@ def test_an_interrupt_leaves_the_cache_as_before(
     model = _load("mixtral", tmp_path, sliding_window=window)
     ids = torch.randint(0, VOCAB, (1, 520), generator=torch.Generator().manual_seed(3))
     cache, past = DynamicCache(config=model.config), 509  # the buffers have room for 512
-    _feed(model, ids[:, :past], cache)
+    feed(model, ids[:, :past], cache)
     owner, name = {
         "behind the kernels": (cpu_experts.decoder.decoder, "decode_tokens"),
         "while buffers grow": (cpu_experts.decoder.kv, "_made"),
@@ -192,9 +183,9 @@ def test_an_interrupt_leaves_the_cache_as_before(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            _feed(model, ids[:, :5], cache)
+            feed(model, ids[:, :5], cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [past, past]
-    found = _feed(model, ids[:, past : past + 5], cache)
+    found = feed(model, ids[:, past : past + 5], cache)
     with torch.no_grad():
         wanted = model.slow(input_ids=ids[:, : past + 5]).logits[0, past:]
     assert (found - wanted).abs().max() < 5e-3 * wanted.std()
